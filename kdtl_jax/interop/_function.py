@@ -10,7 +10,7 @@ from kdtl_jax.interop import _taps
 
 
 def function(f: Callable[[Params, Any], Any]) -> ModelFn:
-    """`f(params, inputs) -> logits` as a model function, without state, key or mode.
+    """Makes `f(params, inputs) -> logits` a model function, without state, key or mode.
 
         step = train.make_step(interop.function(lambda params, x: x @ params["w"]), ...)
 
@@ -18,7 +18,7 @@ def function(f: Callable[[Params, Any], Any]) -> ModelFn:
       f: returns an array, which becomes `"logits"`, or a dict of outputs.
 
     Raises:
-      TypeError: if f is not a function.
+      TypeError: if `f` is not a function.
     """
 
     if not callable(f):

@@ -1,6 +1,6 @@
-"""The header of a GGUF file, walked before the package gguf reads it.
+"""The header of a GGUF file, checked before the package gguf reads it.
 
-The package counts up to whatever a header announces, far past the end of the file.
+The package counts up to whatever a header announces, even far past the end of the file.
 """
 
 import mmap
@@ -11,16 +11,16 @@ from kdtl_jax import _files
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number
 _STRING, _ARRAY = 8, 9
-_DIMENSIONS = 4  # of a tensor at most
-_ENTRIES, _TENSORS = 10_000, 100_000  # of any file; the package takes long for each
-_TEXTS = 2**21  # of all lists of texts: the largest vocabularies and their merges are half of it
+_DIMENSIONS = 4  # the most of a tensor
+_ENTRIES, _TENSORS = 10_000, 100_000  # the most of a file; the package takes long for each
+_TEXTS = 2**21  # the most in all lists; the largest vocabularies and merges have half as many
 
 
 def check(path: Path) -> None:
     """Refuses a header that announces more than the file holds.
 
     Raises:
-      ValueError: saying what is too large, or of a kind that GGUF does not have.
+      ValueError: naming what is too large, or of a kind that GGUF does not have.
     """
     with _files.regular(path).open("rb") as file:
         if path.stat().st_size < 24 or file.read(4) != b"GGUF":
@@ -38,7 +38,7 @@ def _walk(content: mmap.mmap) -> None:
         return found
 
     def skip(count: int) -> int:
-        """The place of so many bytes, which come next."""
+        """Skips the next `count` bytes; returns where they start."""
         nonlocal at
         if count > size - at:
             raise ValueError(f"its header asks for {count:,} bytes at {at:,}; it has {size:,}")

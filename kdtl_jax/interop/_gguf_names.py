@@ -1,4 +1,4 @@
-"""What a tensor of a GGUF file is called by Hugging Face, and how the converter changed it."""
+"""The Hugging Face names of a GGUF file's tensors, and how the converter changed the tensors."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -49,11 +49,11 @@ _GPT2_IN_LAYER = {
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
 }
-Undo = Callable[[np.ndarray], np.ndarray]  # what llama.cpp's converter did to a tensor, undone
+Undo = Callable[[np.ndarray], np.ndarray]  # undoes what llama.cpp's converter did to a tensor
 
 
 def place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str, Undo]:
-    """A tensor's Hugging Face name, and what undoes the converter's change to it."""
+    """A tensor's Hugging Face name, and the function that undoes the converter's change to it."""
     is_gpt2 = architecture == "gpt2"
     outside, inside = (_GPT2_NAMES, _GPT2_IN_LAYER) if is_gpt2 else (_NAMES, _IN_LAYER)
     inside = inside | _CHANGED.get(architecture, {})
@@ -81,7 +81,7 @@ def place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str,
 
 
 def _halves(name: str, array: np.ndarray, heads: Any) -> np.ndarray:
-    """Rows of each head from pairs side by side (llama.cpp's rotation) to two halves."""
+    """Reorders each head's rows from adjacent pairs (llama.cpp's rotation) to two halves."""
     if not isinstance(heads, int) or heads < 1 or array.shape[0] % (2 * heads):
         raise ValueError(
             f"{name} has {array.shape[0]} rows, which are not those of {_text.quoted(heads)} heads."

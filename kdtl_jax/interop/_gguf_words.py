@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file as the tokenizer.json that it was converted from.
 
-llama.cpp keeps a byte-level BPE's tokens and merges, and of its splitting into words only a name;
-what the name stands for is written down here.
+llama.cpp stores the tokens and merges of a byte-level BPE, but only a name for how it splits text
+into words. The splittings are listed here by name.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ class TokenizerData(NamedTuple):
     """The tokenizer of a GGUF file, as stored.
 
     `model` is "gpt2" (byte-level BPE, with `merges`) or "llama" (SentencePiece, with `scores`);
-    `pre` names the splitting of words. `types` are llama.cpp's: 1 normal, 2 unknown, 3 control, 4
-    user-defined, 5 unused, 6 byte. Ids are None where the file has none.
+    `pre` names the splitting into words. `types` are llama.cpp's: 1 normal, 2 unknown, 3 control, 4
+    user-defined, 5 unused, 6 byte. Ids are None if the file has none.
     """
 
     model: str
@@ -65,7 +65,7 @@ def tokenizer_json(words: TokenizerData) -> dict[str, Any]:
     """The content of tokenizer.json.
 
     Raises:
-      ValueError: if it is not a byte-level BPE, or its splitting is not known here.
+      ValueError: if it is not a byte-level BPE, or its splitting is unknown.
     """
     if words.model != "gpt2" or words.pre not in _SPLITS:
         raise ValueError(
@@ -113,7 +113,7 @@ def tokenizer_config(words: TokenizerData) -> dict[str, Any]:
 
 
 def _start(words: TokenizerData) -> dict[str, Any]:
-    """Every text begins with `bos`."""
+    """The rule that begins every text with `bos`."""
     assert words.bos is not None
     bos = _token(words.tokens, words.bos)
     first = {"SpecialToken": {"id": bos, "type_id": 0}}

@@ -1,4 +1,4 @@
-"""From a config and the tensors beside it to a module, its names, and abstract variables."""
+"""Builds a module, its names, and abstract variables from a config and the tensors beside it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class Built(NamedTuple):
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config; raises ValueError for a `model_type` that is not known here."""
+    """The family of a config; raises ValueError if its `model_type` is unknown."""
     if "model_type" not in config:
         raise ValueError("config.json has no 'model_type', so its model is not known.")
     name = str(config["model_type"])
@@ -82,7 +82,7 @@ def built(
     tensors: Mapping[str, Any],
     equal: Equal | None = None,
 ) -> Built:
-    """The model that a config and its tensors make; `equal` compares two of the tensors."""
+    """Builds the model of a config and its tensors; `equal` compares two of the tensors."""
     sides = [int(side) for array in tensors.values() for side in array.shape]
     limits = Limits(max(sides, default=1), len(tensors))
     values = read(config, family.fields, family.harmless, limits)

@@ -1,8 +1,8 @@
-"""A config.json read by a table: each key is read, known to be harmless, or refused by name.
+"""Reads a config.json by a table: each key is read, known to be harmless, or refused by name.
 
-A family's table is a tuple of fields: a key, what its value may be, and the default that
-transformers gives it. Sizes are bounded by the tensors beside the config, so that a hostile or
-broken file ends in one clear ValueError before anything is built.
+A family's table is a tuple of fields: a key, the values it may have, and the default that
+transformers gives it. Sizes are bounded by the tensors beside the config, so a hostile or broken
+file ends in one clear ValueError before anything is built.
 """
 
 import math
@@ -19,14 +19,14 @@ REQUIRED = object()
 
 
 class Limits(NamedTuple):
-    """What the file holds: the longest side of a tensor, and how many tensors there are."""
+    """Bounds from the file: the longest side of a tensor, and the number of tensors."""
 
     side: int
     tensors: int
 
 
 class Field(NamedTuple):
-    """A key; `check(value, limits)` gives what is built, or raises ValueError("a positive …")."""
+    """A key; `check(value, limits)` returns its meaning, or raises ValueError("a positive …")."""
 
     key: str
     check: Callable[[Any, Limits], Any]
@@ -34,7 +34,7 @@ class Field(NamedTuple):
 
 
 # Keys that change no output of the models here, whatever their value: where a file came from, what
-# a trainer, a tokenizer or `generate` does, and what a forward pass returns beside its outputs.
+# a trainer, a tokenizer or `generate` does, and what a forward pass returns besides its outputs.
 HARMLESS = frozenset(
     """
     architectures model_type transformers_version _name_or_path _commit_hash name license language
@@ -60,7 +60,7 @@ HARMLESS = frozenset(
     is_llama_config max_sequence_length
     """.split()
 )
-# Parts of other models, which some configs list as absent.
+# Parts of other models that some configs list as absent.
 _OFF = ("is_decoder", "add_cross_attention")
 
 
@@ -68,8 +68,8 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
     """`{key: value}` of a family's fields.
 
     Raises:
-      ValueError: if a required key is missing, a value is not what it may be, or a key is neither
-        read nor known to be harmless.
+      ValueError: if a required key is missing, a value is not allowed, or a key is neither read nor
+        known to be harmless.
     """
     out = {}
     for key, check, default in fields:
@@ -82,7 +82,7 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
             raise ValueError(f"config.json: {key} = {_text.quoted(value)}; {expected}.") from None
     known = HARMLESS | out.keys() | set(harmless.split())
     known |= {key for key in _OFF if config.get(key) is False}
-    empty = (None, {}, [])  # as `pruned_heads` and `quantization_config` say nothing
+    empty = (None, {}, [])  # `pruned_heads` and `quantization_config` are empty in this way
     strange = [k for k in config if k not in known and not any(config[k] == e for e in empty)]
     if strange:
         shown = ", ".join(
@@ -96,7 +96,7 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
 
 
 def check_tokens(config: Config, rows: int | None) -> None:
-    """Raises ValueError if a vocabulary that became smaller has lost a special token's row."""
+    """Raises ValueError if a reduced vocabulary has lost the row of a special token."""
     before = config.get("vocab_size")
     if not isinstance(before, int) or rows is None:
         return
@@ -112,7 +112,7 @@ def check_tokens(config: Config, rows: int | None) -> None:
 
 
 def count(key: str, default: Any = REQUIRED, *, least: int = 1, most: int | None = None) -> Field:
-    """An integer that some tensor of the file has as a side, or at most `most`."""
+    """An integer of at most `most`, by default the longest side of the file's tensors."""
 
     def check(value: Any, limits: Limits) -> int:
         return _integer(value, least, limits.side if most is None else most)
@@ -167,7 +167,7 @@ def number(key: str, default: Any, *, most: float = math.inf, zero: bool = False
 
 
 def epsilon(key: str, default: float) -> Field:
-    """What a norm adds to a variance."""
+    """The number that a norm adds to a variance."""
     return number(key, default, most=1.0)
 
 
@@ -194,7 +194,7 @@ def flag(key: str, default: Any = REQUIRED) -> Field:
 
 
 def choice(key: str, *allowed: Any) -> Field:
-    """One of some values; the first is the default. Another would mean another computation."""
+    """One of the allowed values; the first is the default. Others mean another computation."""
 
     def check(value: Any, limits: Limits) -> Any:
         if not any(type(value) is type(each) and value == each for each in allowed):
@@ -208,7 +208,7 @@ def choice(key: str, *allowed: Any) -> Field:
 
 
 def optional(field: Field) -> Field:
-    """The field, where null is a value too and the default unless the field has one."""
+    """The field with null as another value, which is the default unless the field has one."""
     default = None if field.default is REQUIRED else field.default
     return Field(
         field.key, lambda v, limits: None if v is None else field.check(v, limits), default
@@ -226,7 +226,7 @@ def activation(key: str, default: Any = REQUIRED) -> Field:
 
 
 def activation_named(name: Any) -> models.Activation:
-    """The function that transformers calls so."""
+    """The function with this name in transformers."""
     match name:
         case "gelu" | "gelu_python":
             return models.gelu

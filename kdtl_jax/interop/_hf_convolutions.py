@@ -1,4 +1,4 @@
-"""Convolutional networks of images: ResNet, ConvNeXt."""
+"""Convolutional networks for images: ResNet, ConvNeXt."""
 
 from typing import Any
 
@@ -74,7 +74,7 @@ resnet = Family(
     _resnet,
     image,
     heads=(image_head("ResNetForImageClassification", "classifier.1"),),
-    # These say which feature maps a backbone returns.
+    # These select the feature maps that a backbone returns.
     harmless="out_features out_indices stage_names",
     buffers=(r".*\.num_batches_tracked",),
     other_heads=(r"classifier\..*",),

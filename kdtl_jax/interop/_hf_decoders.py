@@ -1,7 +1,7 @@
-"""From the `config.json` of a published decoder to a `models.DecoderConfig`, and its tensor names.
+"""Converts a published decoder's `config.json` to a `models.DecoderConfig` and its tensor names.
 
 One table per family says which keys of the configuration are read and which of them must have
-a certain value. A key that is neither read nor known to change no output is refused by name.
+certain values. A key that is neither read nor known to change no output is refused by name.
 """
 
 import math
@@ -28,7 +28,7 @@ from kdtl_jax.interop._hf_windows import windows, windows_if_used
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.models import DecoderConfig, Norm
 
-# Training only, or said by other keys.
+# Keys for training only, or that repeat other keys.
 _HARMLESS = HARMLESS | frozenset(
     "attention_dropout attn_pdrop classifier_dropout embd_pdrop hidden_dropout resid_pdrop "
     "cache_implementation max_position_embeddings n_ctx n_positions pretraining_tp "
@@ -38,10 +38,10 @@ _HARMLESS = HARMLESS | frozenset(
 
 
 class Family(NamedTuple):
-    """What a family's configuration means.
+    """How a family's configuration is read.
 
-    `build` reads it; `reads` names the keys it looks at; `requires` lists the values that are
-    built, by key, where a key has others.
+    `build` reads it; `reads` names the keys that it uses; `requires` lists, by key, the supported
+    values of keys that have other values too.
     """
 
     build: Callable[[Config], DecoderConfig]
@@ -55,8 +55,8 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
     """The decoder of a configuration, and the rules that name its tensors.
 
     Raises:
-      ValueError: for an unknown family, a key that is not understood, a value whose computation is
-        not built here, or numbers that are not sizes.
+      ValueError: if the family or a key is unknown, the computation that a value asks for is not
+        supported, or a number is not a valid size.
     """
     name = str(config.get("model_type"))
     if name not in FAMILIES:
@@ -90,7 +90,7 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
 
 
 def check_heads(config: Config) -> None:
-    """Raises ValueError for a width that transformers refuses to open with this many heads."""
+    """Raises ValueError if transformers refuses to open this width with this many heads."""
     if config["model_type"] not in ("llama", "gemma2", "gemma3_text"):
         return
     width, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
@@ -117,7 +117,7 @@ def _activation(config: Config, key: str, default: str) -> models.Activation:
 
 
 def _common(config: Config, **changes: Any) -> DecoderConfig:
-    """What the keys shared by Llama and its kin say, and a family's changes to it."""
+    """The config from the keys shared by Llama-like models, with a family's changes."""
     width, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     head_width = size(config, "head_dim", width // heads)
     layers = _layers(config)
@@ -170,7 +170,7 @@ def _smollm3(config: Config) -> DecoderConfig:
     layers = _layers(config)
     width, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     own = rope(config, size(config, "head_dim", width // heads))
-    rotates = config.get("no_rope_layers")  # 1 where a layer rotates, despite the name
+    rotates = config.get("no_rope_layers")  # 1 if a layer rotates, despite the name
     if rotates is None:
         every = config.get("no_rope_layer_interval", 4)
         rotates = [int((i + 1) % every != 0) for i in range(layers)]
@@ -195,9 +195,9 @@ def _gemma(config: Config) -> DecoderConfig:
 
 
 def _gemma1(config: Config) -> DecoderConfig:
-    """Gemma, whose later kin read `hidden_activation` alone.
+    """Gemma; its successors only read `hidden_activation`.
 
-    Files of early 2024 say `hidden_act: gelu` and mean tanh's.
+    Files of early 2024 say `hidden_act: gelu` and mean the tanh approximation.
     """
     legacy = config.get("hidden_act") in (None, "gelu")
     own = "gelu_pytorch_tanh" if legacy else config["hidden_act"]
@@ -244,7 +244,7 @@ def _gemma3(config: Config) -> DecoderConfig:
     )
 
 
-# Code that lay beside the first weights and that transformers took over.
+# Code that was published with the first weights, and that transformers took over.
 _PHI3_CODE = re.compile(r"(.+--)?(configuration_phi3\.Phi3Config|modeling_phi3\.Phi3ForCausalLM)")
 
 
@@ -310,7 +310,7 @@ def _keys(more: str = "") -> frozenset[str]:
 _windowed = "sliding_window layer_types "
 _gemma_keys = "hidden_activation hidden_act "
 _qwen_keys = _keys("hidden_act use_sliding_window max_window_layers " + _windowed)
-# Sizes that a config may lack and that do not follow from the others.
+# Sizes that a config may lack and that cannot be derived from the others.
 _DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "mistral": {"num_key_value_heads": 8},
     "qwen2": {"num_key_value_heads": 32},
@@ -363,7 +363,7 @@ FAMILIES: Mapping[str, Family] = {
             "hidden_act partial_rotary_factor original_max_position_embeddings sliding_window "
             "auto_map"
         ),
-        # All layers have the window; the rest is of code that lay beside the first weights.
+        # All layers have the window; the rest belongs to code published with the first weights.
         {
             "layer_types": (None,),
             "mlp_bias": (False,),

@@ -1,4 +1,4 @@
-"""Encoders of text: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet."""
+"""Text encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ from kdtl_jax.interop._hf_family import (
 )
 from kdtl_jax.interop.naming import Rule, linear
 
-_TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)  # however few positions a model has
+_TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)  # fits any number of positions
 
 
 def tokens(values: dict[str, Any]) -> Any:
@@ -37,21 +37,21 @@ def tokens(values: dict[str, Any]) -> Any:
 
 
 def _sequence_head(stem: str) -> Head:
-    """A classifier of the pooled first token."""
+    """A classifier on the pooled first token."""
     rules = dense("classifier", "head")
     name = f"{stem}ForSequenceClassification"
     return Head("sequence", (name,), rules, True, classes="classifier.weight")
 
 
 def token_head(stem: str) -> Head:
-    """A classifier of each token; there is no pooler below it."""
+    """A classifier for each token; there is no pooler below it."""
     rules = dense("classifier", "head")
     name = f"{stem}ForTokenClassification"
     return Head("token", (name,), rules, False, POOLER_PATHS, "classifier.weight")
 
 
 def _two_layer_head(stem: str) -> Head:
-    """RoBERTa's classifier, whose first layer takes the pooler's place."""
+    """RoBERTa's classifier, with a first layer in place of the pooler."""
     rules = (*dense("classifier.dense", "pooler"), *dense("classifier.out_proj", "head"))
     name, classes = f"{stem}ForSequenceClassification", "classifier.out_proj.weight"
     return Head("sequence", (name,), rules, None, POOLER_PATHS, classes)
@@ -375,7 +375,7 @@ distilbert = Family(
         ),
     ),
     copies={"vocab_projector.weight": "embeddings/tokens/embedding"},
-    # Sinusoidal positions are stored like learned ones.
+    # Sinusoidal positions are stored in the same way as learned ones.
     harmless="sinusoidal_pos_embds qa_dropout",
     buffers=_BUFFERS,
     other_heads=(

@@ -1,7 +1,7 @@
-"""What a family of checkpoints is: names, heads, its table of config keys, and how it is built.
+"""Families of checkpoints: names, heads, a table of config keys, and how a model is built.
 
-Tables are data. Names are written for the bare model; `rules_of` puts the prefix of the file at
-hand (`bert.`, `model.`, …) before every name except those of heads.
+Tables are data. Names are those of the bare model; `rules_of` adds the prefix of the file at hand
+(`bert.`, `model.`, …) to every name except those of heads.
 """
 
 import math
@@ -24,18 +24,18 @@ Shaped = Mapping[str, Any]  # arrays by canonical path
 Equal = Callable[[str, str], bool]  # whether two tensors of a checkpoint hold the same numbers
 POOLER, POOLER_PATHS = "pooler.dense.weight", "pooler/.*"
 UNUSED_POOLER = r"(.*\.)?pooler\.dense\..*"  # below a head that does not read it
-# Files converted from TensorFlow name a norm's tensors so.
+# Files converted from TensorFlow use these names for a norm's tensors.
 _OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 class Head(NamedTuple):
-    """A head that is built here.
+    """A supported head.
 
-    `architectures` are the classes that have it, the one to write first. A head without an entry in
-    `architectures` is recognized by its tensors, and by whether a pooler lies below it
-    (`has_pooler`, None: either). `replaces` are JAX paths that the body has no tensor for under
-    this head. `optional` rules are of tensors that it may have. `classes` is the torch name whose
-    first side is the number of classes.
+    `architectures` are the classes that have it, beginning with the one to write. A head without an
+    entry in `architectures` is recognized by its tensors, and by whether there is a pooler below it
+    (`has_pooler`; None means either). `replaces` are JAX paths for which the body has no tensor
+    under this head. `optional` rules are for tensors that it may have. `classes` is the torch name
+    of the tensor whose first side is the number of classes.
     """
 
     task: str
@@ -48,18 +48,18 @@ class Head(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a file holds beside its body."""
+    """The contents of a file besides the body."""
 
     head: Head | None
     shapes: Shapes  # without the file's prefix
-    is_tied: bool  # the output layer is the embedding
+    is_tied: bool  # whether the output layer is the embedding
 
     def has(self, name: str) -> bool:
         """Whether the body has a tensor."""
         return name in self.shapes
 
     def has_pooler(self) -> bool:
-        """Whether the body has a pooler that its head, if there is one, does not leave out."""
+        """Whether the body has a pooler, and its head, if there is one, does not leave it out."""
         replaced = self.head is not None and bool(self.head.replaces)
         return self.has(POOLER) and not replaced
 
@@ -70,7 +70,7 @@ class Found(NamedTuple):
         return self.shapes[self.head.classes][0]
 
     def text_heads(self) -> dict[str, Any]:
-        """The heads of an encoder of text, as its module's fields."""
+        """The heads of a text encoder, as fields of its module."""
         return {
             "classes": self.classes("sequence"),
             "token_classes": self.classes("token"),
@@ -83,13 +83,12 @@ class Family(NamedTuple):
     """A family of checkpoints.
 
     `copies` are output layers that may be stored although they equal the embedding:
-    `{torch name: the JAX path they are tied to}`. `buffers` are regular expressions of tensors that
-    are not weights, `other_heads` of heads that are not built: both are reported, not imported.
-    `sides` says which config key is which side of which parameter, `depth` which key counts the
-    layers, `per_layer` which keys hold a list with an entry per layer (`layer_kinds`
-    gives `layer_types` where a config leaves it to a pattern), `by_layers` which only
-    describe the layers there are, `presence` which key says that a tensor is there; `sizes` derives
-    what no single side says.
+    `{torch name: the JAX path they are tied to}`. `buffers` are regular expressions for tensors
+    that are not weights, `other_heads` for heads that are not supported; both are reported, not
+    imported. `sides` says which config key is which side of which parameter, and `depth` which key
+    counts the layers. Keys in `per_layer` hold a list with an entry per layer (`layer_kinds` gives
+    `layer_types` if a config leaves it to a pattern); keys in `by_layers` only describe existing
+    layers; a key in `presence` says that a tensor exists. `sizes` derives the other values.
     """
 
     model_types: tuple[str, ...]
@@ -129,7 +128,7 @@ def embedding(torch: str, jax: str) -> tuple[Rule]:
 
 
 def says_tied(family: Family, config: Config) -> bool:
-    """Whether config.json says that the output layer is the embedding."""
+    """Whether config.json ties the output layer to the embedding."""
     defaults = [field.default for field in family.fields if field.key == "tie_word_embeddings"]
     return bool(defaults) and config.get("tie_word_embeddings", defaults[0]) is True
 
@@ -148,7 +147,7 @@ def rules_of(
     rules += () if head is None else (*head.rules, *head.optional)
     if is_tied:
         rules = [rule for rule in rules if rule.torch not in family.copies]
-    # Where a parameter has several names, the file says which is meant.
+    # If a parameter has more than one name, the file decides which is meant.
     paths = [rule.jax for rule in rules]
     rules = [
         rule
@@ -162,9 +161,9 @@ def rules_of(
 
 
 def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) -> Head | None:
-    """The head to build: the one config.json names, else the one the tensors tell.
+    """The head to build: the one that config.json names, or else the one found by the tensors.
 
-    None if there is none, or it is of a task that is not built here.
+    None if there is none, or its task is not supported.
     """
     names = set(stored)
     for new_name, old_name in _OLD_NORMS.items():
@@ -175,7 +174,7 @@ def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) 
         head
         for head in family.heads
         if all(r.torch in names or r.torch in optional for r in head.rules)
-        # Without its pooler a head would read something else.
+        # Without its pooler, a head would read something else.
         and (pooler or head.has_pooler is not True)
     ]
     named = config.get("architectures")
@@ -206,9 +205,9 @@ def equal_in(tensors: Mapping[str, Any]) -> Equal:
 def own_copies(
     family: Family, rules: Iterable[Rule], tensors: Mapping[str, Any], equal: Equal
 ) -> tuple[list[str], list[str]]:
-    """Of the family's `copies`, those stored that are one, and those that no longer are.
+    """The stored tensors among the family's `copies` that are copies, and those that no longer are.
 
-    `rules` are those of an output layer that is not tied.
+    `rules` are those of an untied output layer.
     """
     named = {rule.jax: rule.torch for rule in rules}
     sources = {name: named.get(path) for name, path in family.copies.items() if name in tensors}
@@ -219,17 +218,17 @@ def own_copies(
 def described(
     family: Family | None, config: Config, tensors: Mapping[str, Any], equal: Equal
 ) -> dict[str, Any]:
-    """The config that says what is written: sizes, layers, labels, heads, ties, dtype.
+    """The config that describes the tensors: sizes, layers, labels, heads, ties, dtype.
 
     Args:
-      family: None for a family that is not known here: only the dtype is derived.
-      config: what the tensors were made from.
+      family: None for an unknown family, for which only the dtype is derived.
+      config: the config of the model that the tensors were made from.
       tensors: `{torch name: array}`, concrete or abstract.
       equal: compares two of them.
 
     Raises:
-      ValueError: if a list in the config has one entry per layer, the entries differ, and their
-        number is not that of the layers.
+      ValueError: if a list with one entry per layer has entries that differ, and their number is
+        not that of the layers.
     """
     out = {key: value for key, value in config.items()}
     set_dtype(out, tensors)
@@ -271,7 +270,7 @@ def depth_of(flat: Iterable[str]) -> int:
 
 
 def with_dtypes(target: PyTree, arrays: Shaped, dtype: Any) -> PyTree:
-    """The target with the arrays' dtypes, which may differ, or with one that was asked for."""
+    """The target with the arrays' dtypes, which may differ, or with the given dtype."""
 
     def typed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         stored = arrays[path].dtype if path in arrays else leaf.dtype
@@ -299,10 +298,10 @@ def set_dtype(out: dict[str, Any], tensors: Mapping[str, Any]) -> None:
 def _set_architecture(
     out: dict[str, Any], family: Family, head: Head | None, tensors: Mapping[str, Any]
 ) -> None:
-    """Names the class of a body with this head and nothing else.
+    """Sets the architecture to the class of a body with this head and nothing else.
 
-    A class that has more (a second head, a decoder) is not what is written then: transformers
-    would draw the rest at random.
+    For a class with more (a second head, a decoder), transformers would initialize the rest at
+    random.
     """
     if head is not None and any(rule.torch in tensors for rule in head.rules):
         out["architectures"] = [head.architectures[0]]

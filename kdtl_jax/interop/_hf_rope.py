@@ -1,4 +1,4 @@
-"""Numbers of a config.json, and the rotary tables that they make."""
+"""Numbers of a config.json, and the rotary tables computed from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from kdtl_jax.interop._hf_config import Config
 from kdtl_jax.models import Rope
 
 _ORIGINAL = "factor original_max_position_embeddings "
-_READS = {  # what each kind of table reads; "su" is longrope's first name
+_READS = {  # the keys that each kind of table reads; "su" is longrope's first name
     "default": "",
     "linear": "factor",
     "llama3": _ORIGINAL + "low_freq_factor high_freq_factor",
@@ -34,7 +34,7 @@ def size(config: Config, key: str, default: int | None = None) -> int:
 
 
 def number(config: Config, key: str, default: float | None) -> float:
-    """A finite number of the configuration; without a default it must be there."""
+    """A finite number of the configuration; required if there is no default."""
     value = config.get(key, default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) < 1e300:
@@ -43,7 +43,7 @@ def number(config: Config, key: str, default: float | None) -> float:
 
 
 def epsilon(config: Config, key: str, default: float) -> float:
-    """What a norm adds to a variance."""
+    """The number that a norm adds to a variance."""
     value = number(config, key, default)
     if not 0 < value <= 1:
         raise ValueError(f"config.json: {key} must be a number above 0, at most 1, got {value}.")
@@ -62,13 +62,13 @@ def rope(
 
     Args:
       config: the whole configuration.
-      width: of a head.
+      width: width of a head.
       given: the parameters of this kind of layer; None reads `rope_parameters` (transformers 5) or
         `rope_scaling`.
-      theta: the base where the parameters have none; None reads `rope_theta`.
+      theta: the base if the parameters have none; None reads `rope_theta`.
 
     Raises:
-      ValueError: for another kind.
+      ValueError: if the kind is another.
     """
     given = scaling(config) if given is None else given
     theta = _positive(given, "rope_theta", theta or _positive(config, "rope_theta", 10_000.0))
@@ -122,7 +122,7 @@ def rope(
 
 
 def scaling(config: Config) -> dict[str, Any]:
-    """What `rope_scaling` and `rope_parameters` say.
+    """The content of `rope_scaling` and `rope_parameters`.
 
     Raises:
       ValueError: if one is not an object, or they differ.
@@ -142,10 +142,10 @@ def scaling(config: Config) -> dict[str, Any]:
 
 
 def frequencies(theta: float, width: int) -> list[float]:
-    """`theta ** (-2 i / width)` of the pairs of a head, rounded as transformers rounds them.
+    """`theta ** (-2 i / width)` for the pairs of a head, rounded as in transformers.
 
-    Exponent, power and reciprocal are float32 there. A frequency one step away turns a far
-    position by an angle that logits show.
+    Exponent, power and reciprocal are float32 there. A frequency that differs by one rounding step
+    rotates a distant position by enough to change the logits.
     """
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     with np.errstate(over="ignore", divide="ignore"):
@@ -178,7 +178,7 @@ def _is_positive(x: Any) -> bool:
 
 
 def _longrope(given: Config, plain: Sequence[float], longest: int, original: int) -> Rope:
-    """Phi-3's: divisors of each frequency, for texts up to the original length and beyond."""
+    """Phi-3's table: divisors of each frequency, for texts up to the original length and beyond."""
     stretch = longest / original
     if given.get("factor") is not None:
         stretch = _positive(given, "factor", 1.0)
@@ -197,7 +197,7 @@ def _longrope(given: Config, plain: Sequence[float], longest: int, original: int
 def _yarn(
     given: Config, plain: Sequence[float], theta: float, width: int, factor: float, original: int
 ) -> Rope:
-    """YaRN: short waves as they are, long ones stretched, a ramp between (2309.00071)."""
+    """YaRN: short waves are kept, long ones stretched, with a ramp in between (2309.00071)."""
 
     def scale(m: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1

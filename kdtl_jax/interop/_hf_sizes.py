@@ -1,7 +1,7 @@
-"""Sizes of an image model's config that no single side of a tensor is: patches, grids, stages.
+"""Sizes of an image model's config that are not a single side of a tensor: patches, grids, stages.
 
-`flat` are the tensors written, `{canonical path: array}`; `config` is what they were made from. The
-keys that say what is written come back.
+`flat` holds the tensors to write, `{canonical path: array}`; `config` is the one of their source.
+The functions return the keys that describe the tensors.
 """
 
 import math
@@ -14,15 +14,15 @@ Config = Mapping[str, Any]
 
 
 def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
-    """Channels, patch and image of a transformer of patches.
+    """Channels, patch size and image size of a vision transformer.
 
     Args:
       flat: the tensors.
-      config: of the model they were made from.
-      tokens: positions that are not patches: class tokens.
+      config: the config of the model they were made from.
+      tokens: number of positions that are not patches: class tokens.
 
     Raises:
-      ValueError: if the number of positions is that of no square of patches, nor of config.json's.
+      ValueError: if the number of positions fits neither a square of patches nor config.json.
     """
     kernel, table = flat.get("embeddings/patches/kernel"), _positions(flat)
     if kernel is None or table is None:
@@ -48,7 +48,7 @@ def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
 
 
 def two_class_tokens(flat: Flat, config: Config) -> dict[str, Any]:
-    """`patches` of DeiT, whose distillation token has a position too."""
+    """`patches` for DeiT, whose distillation token has a position too."""
     return patches(flat, config, 2)
 
 
@@ -58,7 +58,7 @@ def no_class_token(flat: Flat, config: Config) -> dict[str, Any]:
 
 
 def dinov2(flat: Flat, config: Config) -> dict[str, Any]:
-    """`patches`, and the ratio that says the width of DINOv2's feed-forward layers."""
+    """`patches`, and the ratio that gives the width of DINOv2's feed-forward layers."""
     out, gated = patches(flat, config), flat.get("layers_0/gated_mlp/down/kernel")
     down = flat.get("layers_0/mlp/down/kernel", gated)
     if down is None:

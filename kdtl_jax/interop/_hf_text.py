@@ -1,4 +1,4 @@
-"""Encoders of text that know relative positions: T5, ModernBERT, DeBERTa-v2."""
+"""Text encoders with relative positions: T5, ModernBERT, DeBERTa-v2."""
 
 from typing import Any
 
@@ -163,7 +163,7 @@ def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
 
 
 def _modern_head(task: str, name: str) -> Head:
-    # Biases of the head's own layers exist where the config says so.
+    # Biases of the head's own layers exist if the config says so.
     rules = (
         _kernel("head.dense", "pooler"),
         Rule("head.norm.weight", "pooler_norm/scale"),

@@ -20,7 +20,7 @@ from kdtl_jax.interop.naming import Rule, linear
 
 
 def _fields(vocabulary: int, width: int, positions: int) -> tuple[Field, ...]:
-    """Sizes of a text tower; a config within another leaves out those of the base model."""
+    """Sizes of a text tower; a nested config leaves out those of the base model."""
     return (
         count("vocab_size", vocabulary),
         count("hidden_size", width),
@@ -62,7 +62,7 @@ def _shared(v: dict[str, Any]) -> dict[str, Any]:
 
 def _clip(v: dict[str, Any], found: Found) -> models.ClipText:
     projection = found.shapes.get("text_projection.weight")
-    # Files from before the end token was recorded say 2, and mean the largest token.
+    # Files from before the end token was recorded say 2 and mean the largest token.
     end = None if v["eos_token_id"] == 2 else v["eos_token_id"]
     return models.ClipText(**_shared(v), end=end, projection=projection[0] if projection else None)
 
@@ -119,10 +119,10 @@ siglip_text = Family(
 
 
 def one_tower(config: Mapping[str, Any], tower: str | None) -> tuple[dict[str, Any], str | None]:
-    """The config of a tower and a pattern of its tensors; others' as they are, with no pattern.
+    """The config of a tower and a pattern for its tensors; other configs unchanged, with None.
 
     Raises:
-      ValueError: if a folder of two towers is not told which, or one of none is.
+      ValueError: if no tower is given for a folder of two, or one is given for a folder of none.
     """
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
@@ -142,7 +142,7 @@ def one_tower(config: Mapping[str, Any], tower: str | None) -> tuple[dict[str, A
             f"config.json: {tower}_config_dict must be an object or null, got {_text.quoted(more)}."
         )
     own = {**own, **more}
-    # Which class it is follows from whether there is a projection.
+    # The class depends on whether there is a projection.
     own = {key: value for key, value in own.items() if key != "architectures"}
     own |= {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
     projection = {"vision": "visual_projection", "text": "text_projection"}[tower]

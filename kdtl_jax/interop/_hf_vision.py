@@ -1,4 +1,4 @@
-"""Transformers of images: ViT, DeiT, DINOv2, the towers of CLIP and SigLIP."""
+"""Vision transformers: ViT, DeiT, DINOv2, and the vision towers of CLIP and SigLIP."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ vit_embeddings = (
 
 
 def _patched(v: dict[str, Any]) -> dict[str, Any]:
-    """What all transformers of patches have."""
+    """The fields that all vision transformers have."""
     return {
         "width": v["hidden_size"],
         "layers": v["num_hidden_layers"],
@@ -112,7 +112,7 @@ def _vit(v: dict[str, Any], found: Found) -> models.ViT:
 
 
 def image_head(name: str, torch: str = "classifier") -> Head:
-    """A classifier of images, which reads no pooler."""
+    """A classifier of images, which does not read a pooler."""
     rules, classes = dense(torch, "head"), f"{torch}.weight"
     return Head("image", (name,), rules, replaces=POOLER_PATHS, classes=classes)
 
@@ -240,8 +240,8 @@ dinov2 = Family(
     _dinov2,
     image,
     heads=(image_head("Dinov2ForImageClassification"),),
-    # These initialize, mask in pretraining, resize positions for other images (refused here), or
-    # say which feature maps a backbone returns.
+    # For initialization, masking in pretraining, resizing positions for other images (refused
+    # here), or the choice of feature maps that a backbone returns.
     harmless="layerscale_value use_mask_token apply_layernorm reshape_hidden_states "
     "interpolate_antialias interpolate_offset out_features out_indices stage_names",
     other_heads=(r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
@@ -282,7 +282,7 @@ _tower_body = (
 
 
 def _tower_fields(patch: int) -> tuple[Field, ...]:
-    """Sizes of an image tower; a config within another leaves out those of the base model."""
+    """Sizes of an image tower; a nested config leaves out those of the base model."""
     return (
         count("hidden_size", 768),
         layers("num_hidden_layers", 12),
@@ -324,7 +324,7 @@ clip_vision = Family(
             (Rule("visual_projection.weight", "projection/kernel", linear),),
         ),
     ),
-    harmless="projection_dim dropout",  # which nothing reads
+    harmless="projection_dim dropout",  # nothing reads them
     buffers=(r"(.*\.)?embeddings\.position_ids",),
     depth="num_hidden_layers",
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},

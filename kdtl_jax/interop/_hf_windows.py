@@ -1,4 +1,4 @@
-"""Which layers of a published decoder see a window alone."""
+"""Which layers of a published decoder only see a window."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,9 @@ from kdtl_jax.interop._hf_rope import size
 def windows(
     config: Config, layers: int, sliding: Callable[[int], bool], default: int | None = 4096
 ) -> tuple[int | None, ...]:
-    """The window of every layer: by `layer_types` where it is given, else by `sliding(layer)`.
+    """The window of every layer: by `layer_types` if it is given, else by `sliding(layer)`.
 
-    A config without `sliding_window` has the default; one that says null has no windows.
+    A config without `sliding_window` has the default; one with null has no windows.
     """
     if config.get("sliding_window", default) is None:
         return ()
@@ -33,7 +33,7 @@ def windows(
 def windows_if_used(
     config: Config, layers: int, sliding: Callable[[int], bool], default: int | None = 4096
 ) -> tuple[int | None, ...]:
-    """`windows` of a family that has them where `use_sliding_window` says so.
+    """`windows` of a family that has them only if `use_sliding_window` says so.
 
     Raises:
       ValueError: if `layer_types` says otherwise; transformers' implementations of attention then

@@ -1,8 +1,8 @@
-"""Training or evaluation: the arguments by which modules are told, whatever they are called.
+"""Training or evaluation: setting a module's mode through its arguments, whatever their names.
 
-A recognized argument is set by its name. Arguments that hide in `**kwargs` are tried by name until
-the module's dropout and batch statistics follow. Where they cannot be made to follow, the adapter
-raises: training in evaluation mode, or a teacher in training mode, would be silent otherwise.
+A recognized argument is set by its name. Arguments hidden in `**kwargs` are tried by name until the
+module's dropout and batch statistics follow. If they cannot be made to follow, the adapter raises
+an error: training in evaluation mode, or a teacher in training mode, would otherwise be silent.
 """
 
 import inspect
@@ -35,7 +35,7 @@ def flags(names: Iterable[str], train: bool) -> Flags:
 
 
 def accepted(function: Callable[..., Any]) -> list[str]:
-    """Names of arguments that can be given by name and are a bool, 0, 1 or nothing by default."""
+    """Arguments that can be named and default to a bool, 0, 1 or None, or have no default."""
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [
         name
@@ -50,13 +50,13 @@ def accepted(function: Callable[..., Any]) -> list[str]:
 
 
 def is_open(function: Callable[..., Any]) -> bool:
-    """Whether it takes `**kwargs`."""
+    """Whether a function takes `**kwargs`."""
     kinds = {p.kind for p in inspect.signature(function).parameters.values()}
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def candidates(function: Callable[..., Any], train: bool) -> list[Flags]:
-    """Ways to tell `function` its mode: what its signature names, or guesses for `**kwargs`."""
+    """Ways to set the mode of `function`: names in its signature, or guesses for `**kwargs`."""
     named = flags(accepted(function), train)
     if named or not is_open(function):
         return [named]
@@ -78,16 +78,16 @@ def first_that_follows(
 
 
 def check(modes: Mapping[str, bool], train: bool, name: str, example: str) -> None:
-    """Refuses a module that cannot be put in the mode asked for.
+    """Refuses a module that cannot be put in the requested mode.
 
-    In evaluation every layer must be in evaluation mode; in training one that trains is enough, as
-    authors freeze batch statistics on purpose.
+    In evaluation, every layer must be in evaluation mode; in training, one layer in training mode
+    is enough, since authors freeze batch statistics on purpose.
 
     Args:
       modes: path of each dropout or normalization layer -> whether it ran in training mode.
-      train: the mode asked for.
-      name: of the module.
-      example: a call that says how.
+      train: the requested mode.
+      name: the name of the module.
+      example: a call that sets the mode, for the message.
     """
     if not modes or (any(modes.values()) if train else not any(modes.values())):
         return
@@ -102,7 +102,7 @@ def check(modes: Mapping[str, bool], train: bool, name: str, example: str) -> No
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """Paths whose array was replaced; what a module leaves alone stays the same object."""
+    """Paths whose array was replaced; an array that a module does not change is the same object."""
     return {path for path, leaf in after.items() if leaf is not before.get(path)}
 
 
@@ -124,10 +124,10 @@ def draws(function: Callable[..., Any], *args: Any) -> bool:
 
 
 def check_made(module: Any, is_made: bool, framework: str) -> None:
-    """Refuses what is not a module of a framework, such as its class or its parameters.
+    """Refuses anything that is not a module of a framework, such as its class or its parameters.
 
     Raises:
-      TypeError: naming what came.
+      TypeError: naming what was given.
     """
     if not is_made:
         repair = f": write {module.__name__}(...)" if isinstance(module, type) else ""

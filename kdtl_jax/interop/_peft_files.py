@@ -1,4 +1,4 @@
-"""What a PEFT adapter's configuration and tensors say: understood, or refused by name."""
+"""A PEFT adapter's configuration and tensors: understood, or refused by name."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 from kdtl_jax import _text
 
-# Keys that no merged weight depends on, or that the tensors themselves answer.
+# Keys on which no merged weight depends, or that repeat what the tensors show.
 _HARMLESS = frozenset(
     """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     target_modules exclude_modules lora_dropout vera_dropout module_dropout megatron_core
     layers_to_transform layers_pattern eva_config qalora_group_size projection_prng_key d_initial
     init_ia3_weights feedforward_modules oft_block_size eps runtime_config""".split()
 )
-# Keys that are read, and what they may say; None: anything of the right type.
+# Keys that are read, and their allowed values; None means anything of the right type.
 _READ: dict[str, dict[str, Any]] = {
     "LORA": dict.fromkeys(
         "r lora_alpha use_rslora fan_in_fan_out modules_to_save rank_pattern alpha_pattern "
@@ -42,7 +42,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _are_patterns(value: Any) -> bool:
-    """Regular expressions to numbers; a repeated group could take for ever to match."""
+    """Whether it maps regular expressions to numbers; repeated groups could match for ever."""
     return isinstance(value, dict) and all(
         _is_number(number)
         and len(text) < 500
@@ -81,11 +81,11 @@ _SHARED = re.compile(r"(?:base_model\.)?(vera_[AB])(?:\.\w+)?")  # VeRA's projec
 
 
 class Adapter(NamedTuple):
-    """An adapter that was understood.
+    """An adapter that was read and understood.
 
-    `weights[module][part]`: `"model.layers.0.self_attn.q_proj"`, and PEFT's names of parts
-    (`lora_A`, `lora_B.bias`, `ia3_l`, …). `replaced` are tensors of the base, by name: trained
-    biases and `modules_to_save`. `shared` are VeRA's projections.
+    `weights[module][part]` is by module, `"model.layers.0.self_attn.q_proj"`, and by PEFT's name of
+    the part (`lora_A`, `lora_B.bias`, `ia3_l`, …). `replaced` are tensors of the base, by name:
+    trained biases and `modules_to_save`. `shared` are VeRA's projections.
     """
 
     config: dict[str, Any]
@@ -100,7 +100,7 @@ class Adapter(NamedTuple):
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, if every key is read here, harmless, or off (None, false, or empty).
+    """The configuration, if every key is read, harmless, or off (None, false, or empty).
 
     Raises:
       ValueError: naming the key.
@@ -115,7 +115,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in allowed:
             raise refused(f"{key} = {_text.shown(value)}", "it may change the merged weights")
         known = allowed[key]
-        # 1 is not True here: a flag and a number of the same key mean different things.
+        # 1 is not True here: for one key, a flag and a number mean different things.
         if known is not None and not any(type(value) is type(k) and value == k for k in known):
             raise refused(f"{key} = {_text.shown(value)}", f"known are {known}")
     for key, is_right in _TYPES.items():
@@ -127,7 +127,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
-    """The adapter of a file's tensors, by module; what has no place is refused."""
+    """The adapter of a file's tensors, by module; refuses tensors without a place."""
     kind = config["peft_type"]
     names = "|".join(map(re.escape, _PARTS[kind]))
     part = re.compile(rf"(?P<module>.+)\.(?P<part>{names})(?P<rest>(\.\w+){{0,2}})")
@@ -152,7 +152,7 @@ def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
         elif kind == "VERA" and (of_all := _SHARED.fullmatch(name)):
             shared[of_all[1]] = value
         elif _replaces(short, config):
-            if ".original_module." not in short:  # the base's own, beside the trained copy
+            if ".original_module." not in short:  # the base's own tensor, beside the trained copy
                 replaced[_plain(short)] = value
         else:
             raise refused(f"the tensor {_text.quoted(name)}", "it is not part of a known adapter")
@@ -163,7 +163,7 @@ def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
 
 
 def _plain(name: str) -> str:
-    """The base's name of a tensor that PEFT has wrapped."""
+    """The base's name for a tensor that PEFT has wrapped."""
     return re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)
 
 
@@ -202,7 +202,7 @@ def _check_parts(
 
 
 def refused(what: str, why: str) -> ValueError:
-    """The error for what is not understood of an adapter."""
+    """The error for a part of an adapter that is not understood."""
     return ValueError(
         f"PEFT adapter: {what} is not understood ({why}). Merge it where it was made, with "
         "merge_and_unload, or convert it to a plain LoRA."

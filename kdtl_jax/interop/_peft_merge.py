@@ -12,7 +12,7 @@ from kdtl_jax._types import Array
 from kdtl_jax.interop._peft_files import Adapter, refused
 
 Edit = Callable[[Any], Array]
-# Modules that transformers builds as Conv1D, kernels [in, out], in the models that have it.
+# Modules that are Conv1D in transformers, with kernels [in, out], in the models that have them.
 _CONV1D = frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
 _OUTPUT = re.compile(r"(^|\.)(\w*lm_head|decoder|vocab_projector|embed_out)\.weight$")
@@ -28,10 +28,11 @@ def edits(
     Args:
       adapter: from `load`.
       base: `{torch name: anything with a shape}`.
-      base_config: the base's config.json, which tells a square kernel of a Conv1D, `[in, out]`.
+      base_config: the base's config.json, which shows whether a square kernel is a Conv1D's
+        `[in, out]`.
 
     Raises:
-      ValueError: if the base lacks a tensor, a shape does not fit, or a square kernel may be both.
+      ValueError: if the base lacks a tensor, a shape does not fit, or a square kernel is ambiguous.
     """
     _refuse_of_tied(adapter, base, base_config or {})
     out: dict[str, Edit] = {}
@@ -66,7 +67,7 @@ def edits(
 def _refuse_of_tied(
     adapter: Adapter, base: Mapping[str, Any], base_config: Mapping[str, Any]
 ) -> None:
-    """An embedding that is the output layer too cannot be adapted alone by one tensor."""
+    """Refuses to adapt an embedding that is also the output layer, which would change with it."""
     named = [f"{module}.weight" for module in adapter.weights] + list(adapter.replaced)
     tables = [name for name in named if _TABLE.search(name)]
     classes = base_config.get("architectures") or []
@@ -89,7 +90,7 @@ def _edits_of(
     shape: tuple[int, ...],
     base_config: Mapping[str, Any] | None,
 ) -> tuple[Edit, Edit | None]:
-    """What becomes of a module's weight, and of its bias."""
+    """The edits of a module's weight and bias."""
     config = adapter.config
     if "lora_embedding_A" in parts:
         return _embedding_edit(config, module, parts, shape), None
@@ -163,7 +164,7 @@ def _lora_edits(
 def _embedding_edit(
     config: Mapping[str, Any], module: str, parts: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Edit:
-    """`W + s A^T B^T` of a table `[tokens, width]`, whose columns are what a DoRA normalizes."""
+    """`W + s A^T B^T` for a table `[tokens, width]`; a DoRA normalizes its columns."""
     a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
     _fits(module, shape, (a.shape[-1], b.shape[0]), parts)
     pair = transforms.LoraWeights(_wide(a).T, _wide(b).T)
@@ -183,7 +184,7 @@ def _oft_edit(
     shape: tuple[int, ...],
     base_config: Mapping[str, Any] | None,
 ) -> Edit:
-    """`W^T <- R W^T` with R block-diagonal, from PEFT's series or its exact solution."""
+    """`W^T <- R W^T` with R block-diagonal, by PEFT's series or its exact solution."""
     blocks, count = skew.shape
     size = int((1 + (1 + 8 * count) ** 0.5) / 2)
     flips = _is_flipped(config, module, shape, (None, blocks * size), base_config)
@@ -197,7 +198,7 @@ def _oft_edit(
     eye = jnp.eye(size, dtype=q.dtype)[None]
     if config.get("use_cayley_neumann", True):
         terms = int(config.get("num_cayley_neumann_terms", 5))
-        terms = 4 if terms == 3 else terms  # as PEFT's loop has it
+        terms = 4 if terms == 3 else terms  # as in PEFT's loop
         turn, power = eye + (2 * q if terms > 1 else 0 * q), q
         for term in range(2, terms):
             power = power @ q
@@ -214,7 +215,7 @@ def _oft_edit(
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """`alpha / r` or `alpha / sqrt(r)`; the patterns decide, and the rank must be theirs."""
+    """`alpha / r` or `alpha / sqrt(r)`; the patterns decide, and the rank must match them."""
 
     def pattern(key: str, default: float) -> float:
         found = (
@@ -240,10 +241,10 @@ def _is_flipped(
     sides: tuple[int | None, int | None],
     base_config: Mapping[str, Any] | None,
 ) -> bool:
-    """Whether a kernel is `[in, out]`; the configuration's one flag is only its last module's.
+    """Whether a kernel is `[in, out]`; the configuration's flag is that of its last module only.
 
     Raises:
-      ValueError: if the kernel is square and nothing says which it is.
+      ValueError: if the kernel is square and nothing determines which side is the input.
     """
     if len(shape) != 2:
         return False
@@ -274,11 +275,11 @@ def _fits(
 
 
 def _composed(edit: Edit | None, value: Any) -> Edit:
-    """The replaced tensor, then what the adapter does to it."""
+    """Replaces the tensor, then applies the adapter to it."""
     return (lambda w: jnp.asarray(value)) if edit is None else (lambda w: edit(value))
 
 
 def _wide(x: Any) -> Array:
-    """As an array of float32 or wider."""
+    """The array as float32 or wider."""
     array = jnp.asarray(x)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -1,8 +1,8 @@
-"""What a checkpoint is: its files, and their headers, eight bytes of length and JSON each.
+"""A checkpoint's files and their headers, each of which is eight bytes of length and JSON.
 
-Nothing is trusted: sizes are exact integers, the tensors must tile the payload without holes or
-overlaps, no key may appear twice, and a foreign file is recognized by its first bytes. Nothing is
-ever unpickled. Time and memory are linear in the header's length.
+Nothing is trusted: sizes are exact integers, the tensors must tile the payload without gaps or
+overlaps, no key may appear twice, and files of other formats are recognized by their first bytes.
+Nothing is ever unpickled. Time and memory are linear in the header's length.
 """
 
 import json
@@ -52,7 +52,7 @@ _foreign = (
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies: `file[start:stop]`, little-endian, row-major."""
+    """The place of one tensor: `file[start:stop]`, little-endian, row-major."""
 
     name: str
     file: Path
@@ -63,7 +63,7 @@ class Tensor(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What lies on disk: `tensors` by name, the files' merged `metadata`, and the files."""
+    """A checkpoint on disk: `tensors` by name, the files' merged `metadata`, and the files."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -78,9 +78,9 @@ def index(path: str | Path) -> Checkpoint:
         or exactly one safetensors file.
 
     Raises:
-      FileNotFoundError: if nothing of the kind is there.
-      ValueError: if a file is truncated, foreign (pickles included) or contradicts itself, or an
-        index names files outside its folder or tensors that its files lack.
+      FileNotFoundError: if there is no such file.
+      ValueError: if a file is truncated, in another format (such as a pickle) or inconsistent, or
+        an index names files outside its folder or tensors that its files lack.
     """
     found = _locate(Path(path))
     if found.suffix == ".json":
@@ -139,7 +139,7 @@ def _index_shards(path: Path) -> Checkpoint:
 
 
 def _plain_name(path: Path, name: str) -> str:
-    """A file name without any folder: an index must not reach outside its own."""
+    """A file name without any folder: an index must not reach outside its own folder."""
     windows = PureWindowsPath(name)
     plain = PurePosixPath(name).name == name == windows.name and name not in ("", ".", "..")
     if not plain or windows.drive or "\0" in name:
@@ -153,7 +153,7 @@ def numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:
     """The NumPy dtype of a stored tensor.
 
     Raises:
-      TypeError: for 8-bit floats and other dtypes without an array type here.
+      TypeError: for 8-bit floats and other unsupported dtypes.
     """
     if dtype in _dtypes:
         return _dtypes[dtype]
@@ -191,7 +191,7 @@ def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
       `({name: Tensor}, metadata)`; nothing of the payload is read.
 
     Raises:
-      ValueError: in plain words, for anything that is not a whole and truthful safetensors file.
+      ValueError: in plain words, if the file is not a complete and consistent safetensors file.
       FileNotFoundError: if there is no such file.
     """
     size = _files.regular(path).stat().st_size
@@ -224,10 +224,10 @@ def encode(
 ) -> tuple[bytes, list[str]]:
     """The header's bytes (length included) and the order in which the tensors follow.
 
-    Wide dtypes come first, so that every tensor is aligned to its item size.
+    Wide dtypes come first, so every tensor is aligned to its item size.
 
     Raises:
-      TypeError: if the metadata are not strings, which `parse` would refuse.
+      TypeError: if the metadata are not strings; `parse` would refuse them.
       ValueError: if the header is longer than the format allows.
     """
     for key, value in metadata.items():
@@ -253,7 +253,7 @@ def encode(
 
 
 def json_file(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; as `json_object`, and nothing longer than a header may be.
+    """The JSON object in a file, as in `json_object`; at most as long as a header may be.
 
     Raises:
       ValueError: naming the file.
@@ -283,7 +283,7 @@ def json_object(path: Path, raw: bytes, what: str = "it") -> dict[str, Any]:
     def no_constant(text: str) -> Any:
         raise ValueError(f"{text} is not a number")
 
-    # One tensor takes at least 50 characters, 11 of them these. Denser text would only cost memory.
+    # A tensor takes at least 50 characters, 11 of them these. Denser text would only cost memory.
     if len(raw) > 1_000_000 and sum(map(raw.count, (b'"', b"[", b"{"))) > len(raw) / 4:
         raise _bad(path, f"{what} does not list tensors")
     try:

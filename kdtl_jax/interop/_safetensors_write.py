@@ -1,4 +1,4 @@
-"""Writing safetensors: tensor by tensor, whole or not at all."""
+"""Writes safetensors tensor by tensor, completely or not at all."""
 
 import json
 import math
@@ -14,18 +14,18 @@ from kdtl_jax._files import atomic_file, new_folder
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
 
-Produce = Callable[[str], Any]  # name -> the array, or an iterator of vectors that make it up
+Produce = Callable[[str], Any]  # name -> the array, or an iterator of vectors that form it
 Beside = Callable[[Path], Mapping[str, bytes]]
 
 
 def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a tree's arrays under their canonical paths, atomically.
 
-    Non-contiguous arrays (transposed kernels) and scalars are stored as what they are.
+    Non-contiguous arrays (transposed kernels) and scalars are stored correctly.
 
     Raises:
-      TypeError: if a leaf is not an array, a PRNG key, or of a dtype that the format lacks; or if
-        metadata are not strings.
+      TypeError: if a leaf is not an array, is a PRNG key, or has a dtype that the format lacks, or
+        if metadata are not strings.
       OSError: if the disk is full; the old file then stays as it was.
       FileNotFoundError: if the file's folder does not exist.
     """
@@ -41,7 +41,7 @@ def stream(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a file tensor by tensor: memory holds one at a time, or one piece of one.
+    """Writes a file tensor by tensor; memory holds one tensor, or one piece of it, at a time.
 
     Args:
       path: the target; replaced atomically once everything is written and synced.
@@ -52,7 +52,7 @@ def stream(
 
     Raises:
       TypeError: if a dtype cannot be stored, or metadata are not strings.
-      ValueError: if `produce` returns another shape or dtype than announced; no file is left then.
+      ValueError: if `produce` returns another shape or dtype than in `specs`; no file is then left.
       OSError: if the disk is full; the old file then stays as it was.
       FileNotFoundError: if the file's folder does not exist.
     """
@@ -76,7 +76,7 @@ def save_sharded(
 ) -> None:
     """Writes a tree as `model-00001-of-0000N.safetensors` … and an index, as one new folder.
 
-    The folder appears by one rename when everything in it is whole.
+    The folder appears by one rename when everything in it is complete.
 
     Raises:
       FileExistsError: if the folder exists and is not empty.
@@ -95,16 +95,16 @@ def stream_sharded(
     metadata: Mapping[str, str] | None = None,
     beside: Beside | None = None,
 ) -> None:
-    """`save_sharded` tensor by tensor; `specs` and `produce` as `stream`'s.
+    """`save_sharded` tensor by tensor; `specs` and `produce` are as in `stream`.
 
     Args:
       folder: the new folder.
-      specs: as `stream`'s.
-      produce: as `stream`'s.
-      max_bytes: of a file; a larger tensor has a file of its own.
-      metadata: of every file.
-      beside: `(folder) -> {name: content}`, called when all weights lie in the folder (which does
-        not have its name yet): other files to write, such as a configuration.
+      specs: as in `stream`.
+      produce: as in `stream`.
+      max_bytes: the largest size of a file; a larger tensor gets its own file.
+      metadata: metadata of every file.
+      beside: `(folder) -> {name: content}`, called when all weights are in the folder (which does
+        not have its name yet); gives other files to write, such as a configuration.
 
     Raises:
       FileExistsError: if the folder exists and is not empty.
@@ -147,7 +147,7 @@ def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], made: Any) -> None:
-    """One tensor, checked to be the announced one."""
+    """Writes one tensor, checked against its spec."""
     if not isinstance(made, Iterator):
         array = np.asarray(made)
         came = (_header.stored_dtype(name, array.dtype), array.shape)
@@ -174,6 +174,6 @@ def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], made: 
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    """Row-major little-endian bytes; bfloat16 has no buffer of its own, hence the uint8 view."""
+    """Row-major little-endian bytes; bfloat16 does not support buffers, hence the uint8 view."""
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""Outputs of submodules by path, and the choice among them by regular expressions."""
+"""Outputs of submodules by path, and their selection by regular expressions."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,14 +12,14 @@ from kdtl_jax import trees
 
 
 def named(calls: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Array]:
-    """`{path: array}` of what submodules returned.
+    """`{path: array}` of the outputs of submodules.
 
-    Several calls of one module are `path/0`, `path/1`, …; a tuple or dict of outputs is taken apart
-    in the same way, `path/0` or `path/weights`. What a submodule of such a name returns goes before
-    an entry of what the module around it returns.
+    Repeated calls of one module are `path/0`, `path/1`, …; a tuple or dict of outputs is split in
+    the same way, `path/0` or `path/weights`. If a submodule has such a name, its output takes
+    precedence over an entry of the enclosing module's output.
     """
     found: dict[str, Any] = {}
-    whole: set[str] = set()  # paths of what a submodule returned, not of an entry of it
+    whole: set[str] = set()  # paths of whole outputs of submodules, not of entries
     for path, outputs in calls:
         for i, output in enumerate(outputs):
             here = path if len(outputs) == 1 else f"{path}/{i}"
@@ -37,7 +37,7 @@ def joined(
 ) -> dict[str, Array]:
     """A module's outputs, and those of submodules that the taps select.
 
-    An output of the module keeps its name where a submodule has the same: logits are those that
+    An output of the module keeps its name even if a submodule has the same: `logits` are those that
     the module returns, even if the layer before a soft cap is called `logits`.
     """
     outputs = outputs_of(returned)
@@ -46,10 +46,10 @@ def joined(
 
 
 def select(taps: Sequence[str], found: dict[str, Array], hint: str = "") -> dict[str, Array]:
-    """What the taps, or the one, match: each of them something.
+    """The outputs that the taps match; every tap must match one.
 
     Raises:
-      ValueError: for a tap that matches nothing, with the nearest paths.
+      ValueError: if a tap matches nothing, with the nearest paths.
     """
     chosen: dict[str, Array] = {}
     for tap in [taps] if isinstance(taps, str) else taps:
@@ -65,10 +65,10 @@ def select(taps: Sequence[str], found: dict[str, Array], hint: str = "") -> dict
 
 
 def outputs_of(returned: Any) -> dict[str, Array]:
-    """A module's outputs as a dict: what it returns, or an array under `"logits"`.
+    """A module's outputs as a dict: the one it returns, or an array under `"logits"`.
 
-    Of a tuple the first array is the logits and the others are `"features"`. Outputs within others
-    are called by their path, `"features/first"` or `"features/0"`.
+    In a tuple, the first array is the logits and the others are `"features"`. Nested outputs are
+    named by their path, `"features/first"` or `"features/0"`.
 
     Raises:
       ValueError: naming an output beside the logits that is not an array.

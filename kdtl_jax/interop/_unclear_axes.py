@@ -1,7 +1,7 @@
-"""What a tree's shapes leave open: which leaves might be stored with other axes in PyTorch.
+"""Leaves whose axes a tree's shapes do not determine: those that PyTorch may store differently.
 
-A wrong guess is silent, because the shapes fit; so whatever might be a flattened map, an image or
-a square matrix the other way round counts as unclear.
+A wrong guess would be silent, because the shapes fit. Any leaf that might be a flattened map, an
+image or a transposed square matrix therefore counts as unclear.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Others(NamedTuple):
-    """What the leaves of a tree are, by which one of them is judged."""
+    """Properties of a tree's leaves, by which each one is judged."""
 
     channels: set[int]  # that convolutions make
     images: set[int]  # that convolutions read
@@ -18,7 +18,7 @@ class Others(NamedTuple):
     made: set[int]  # lengths that linear layers make, other than flattened maps
     entering: set[int]  # lengths that linear layers read and no layer makes
     flattened: set[int]  # lengths of the maps that rules flatten
-    plain: set[int]  # lengths of what is no map, as tables and rules say
+    plain: set[int]  # lengths that are not maps, according to tables and rules
     as_stored: bool  # a matrix of a linear layer is stored as it is here
 
 
@@ -31,8 +31,8 @@ def others(
 ) -> Others:
     """Describes a tree.
 
-    As rules say, `makers` are the linear layers that make maps, the leaves `same` are stored with
-    these axes, and the kernels `linear` read no maps.
+    According to the rules, `makers` are the linear layers that make maps, the leaves `same` are
+    stored with these axes, and the kernels `linear` do not read maps.
     """
     kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
     maps = [shape for shape in kernels.values() if len(shape) > 2]
@@ -43,7 +43,7 @@ def others(
     channels = {shape[-1] for shape in maps}
     entering = read - made - channels - {shape[-1] for shape in tables if shape}
     if not entering and not maps and not tables:
-        entering = read  # as in an autoencoder: something is read that comes from outside
+        entering = read  # as in an autoencoder: some input comes from outside
     return Others(
         channels=channels,
         images={shape[-2] for shape in maps},
@@ -58,7 +58,7 @@ def others(
 
 
 def unclear(path: str, shape: tuple[int, ...], others: Others) -> str | None:
-    """Why a leaf's axes cannot be told from its shape; None if they can."""
+    """Why a leaf's axes cannot be inferred from its shape; None if they can."""
     name = path.split("/")[-1]
     start = f"{path} {list(shape)}: "
     if name == "kernel" and len(shape) > 2:
@@ -83,8 +83,8 @@ def unclear(path: str, shape: tuple[int, ...], others: Others) -> str | None:
         return None
     if name == "embedding" and len(shape) <= 2:
         return None
-    # Where another order of the axes has another shape, a transfer refuses the wrong one. A window
-    # from one channel to one runs backward in a transposed convolution.
+    # If another order of the axes has another shape, a transfer refuses the wrong one. A window
+    # from one channel to one is reversed in a transposed convolution.
     long = [length for length in shape if length > 1]
     if len(set(long)) < len(long) or (name == "weight" and len(shape) > 2 and shape[0] == shape[1]):
         turned = ", naming.linear" if len(shape) == 2 else ""
@@ -112,8 +112,8 @@ def _reads_a_map(shape: tuple[int, ...], others: Others) -> bool:
 def _may_make_a_map(shape: tuple[int, ...], others: Others) -> bool:
     """Whether the outputs of a linear layer may become a map."""
     if shape[1] in others.read - others.entering:
-        return False  # What another layer reads is not a map.
-    # Nobody makes an image of four channels or fewer from more numbers than it has.
+        return False  # An output that another linear layer reads is not a map.
+    # An image of at most four channels is not made from more numbers than it has.
     if any(
         _is_multiple(shape[1], channels) and (channels > 4 or shape[1] > shape[0])
         for channels in others.images

@@ -1,6 +1,6 @@
-"""Flax Linen models that return a dict with `"logits"` and their named features, and decoders.
+"""Flax Linen models that return a dict with `"logits"` and named features, and decoders.
 
-`kdtl_jax.interop.linen.model(module)` turns a module into the library's model functions; a text
+`kdtl_jax.interop.linen.model(module)` turns a module into the library's model functions. A text
 decoder already consists of functions (`decoder`).
 """
 

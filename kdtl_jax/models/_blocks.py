@@ -1,7 +1,7 @@
-"""What every transformer here is made of: masked attention and a feed-forward layer.
+"""The building blocks of every transformer here: masked attention and feed-forward layers.
 
 Submodule names are the same in all families (`attention/query`, `attention/out`, `mlp/up`,
-`mlp/down`), so that selectors and layer maps carry over. Attention probabilities are sown as
+`mlp/down`), so selectors and layer maps carry over. Attention probabilities are sown as
 `.../attention/probs`; they cost nothing unless tapped. Softmax and norms accumulate in float32.
 """
 
@@ -17,7 +17,7 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics
 
-Activation = Callable[[Array], Array]  # entry by entry, any shape
+Activation = Callable[[Array], Array]  # elementwise, any shape
 
 
 def gelu(x: Array) -> Array:
@@ -53,12 +53,12 @@ def attend(
     Args:
       query: `[B, Q, H, D]`.
       key, value: `[B, K, H, D]`.
-      where: bool, broadcastable to `[B, H, Q, K]`: what may be looked at.
+      where: bool, broadcastable to `[B, H, Q, K]`: the keys that a query may attend to.
       bias: added to the scaled scores, broadcastable to `[B, H, Q, K]`.
-      scale: of the scores; None is `1 / sqrt(D)`.
+      scale: factor of the scores; None means `1 / sqrt(D)`.
 
     Returns:
-      `(probs [B, H, Q, K], mix)` with `mix(probs) -> [B, Q, H * D]`, so that dropout fits between.
+      `(probs [B, H, Q, K], mix)` with `mix(probs) -> [B, Q, H * D]`; dropout can go in between.
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -77,7 +77,7 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, with an optional bias of the scores."""
+    """Multi-head self-attention, with an optional bias added to the scores."""
 
     heads: int
     head_width: int | None = None
@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
 
 
 class FusedSelfAttention(nn.Module):
-    """Multi-head self-attention whose query, key and value are one projection."""
+    """Multi-head self-attention with one projection for query, key and value."""
 
     heads: int
     dropout: float = 0.0
@@ -166,7 +166,7 @@ class GatedFeedForward(nn.Module):
 
 
 class FusedGatedFeedForward(nn.Module):
-    """`down(activation(first half) * second half)` of one projection."""
+    """`down(activation(first half) * second half)`, with the halves of one projection."""
 
     hidden: int
     activation: Activation
@@ -209,7 +209,7 @@ def token_inputs(inputs: Any) -> tuple[Array, Array | None, Array | None]:
 
 
 def check_length(tokens: Array, positions: int) -> None:
-    """Raises ValueError if a sequence is longer than the table of positions."""
+    """Raises ValueError if sequences are longer than the table of positions."""
     if tokens.shape[1] > positions:
         raise ValueError(
             f"sequences of {tokens.shape[1]} tokens, but the model has {positions} "
@@ -253,17 +253,17 @@ def sentence_embedding(hidden: Array, mask: Array | None = None) -> Array:
 
 
 def relative_buckets(length: int, buckets: int, most: int = 128) -> Array:
-    """int32 `[L, L]`: T5's bucket of `key - query`, half of them for each direction.
+    """int32 `[L, L]`: T5's bucket of `key - query`, with half of the buckets for each direction.
 
-    Distances below a quarter of the buckets have their own; beyond, buckets grow logarithmically
-    up to the distance `most`.
+    Distances below a quarter of the number of buckets have their own bucket; beyond that, buckets
+    grow logarithmically up to the distance `most`.
     """
     at = np.arange(length)
     offset = at[None, :] - at[:, None]
     half = buckets // 2
     exact = half // 2
     distance = np.abs(offset)
-    # In float32, as the published code computes it: a rounding decides a bucket.
+    # In float32, as in the published code, since rounding can decide the bucket.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(
         math.log(most / exact)
     )
@@ -275,7 +275,7 @@ def relative_buckets(length: int, buckets: int, most: int = 128) -> Array:
 def rotary(length: int, frequencies: Sequence[float]) -> Callable[[Array], Array]:
     """Rotates channel `i` with channel `i + D/2` by `position * frequency_i`.
 
-    The pairing of halves is that of published checkpoints in this layout; angles are float32.
+    Published checkpoints in this layout pair the two halves in this way. Angles are float32.
     """
     angle = jnp.outer(jnp.arange(length, dtype=jnp.float32), jnp.asarray(frequencies, jnp.float32))
     cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
@@ -289,5 +289,5 @@ def rotary(length: int, frequencies: Sequence[float]) -> Callable[[Array], Array
 
 
 def causal(length: int) -> Array:
-    """bool `[1, 1, L, L]`: each position sees itself and what came before."""
+    """bool `[1, 1, L, L]`: each position sees itself and earlier positions."""
     return jnp.tril(jnp.ones((length, length), jnp.bool_))[None, None]

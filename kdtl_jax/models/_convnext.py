@@ -11,7 +11,7 @@ from kdtl_jax.models._blocks import Activation, FeedForward, gelu, layer_norm
 
 
 class ConvNextBlock(nn.Module):
-    """A 7x7 convolution per channel, norm, and a feed-forward layer, scaled per channel."""
+    """A depthwise 7x7 convolution, a norm and a feed-forward layer, scaled per channel."""
 
     activation: Activation
     has_scale: bool
@@ -35,8 +35,8 @@ class ConvNext(nn.Module):
 
     Inputs: images `[B, H, W, C]`.
     Outputs: `stage0` … and `last_hidden` (the last of them) `[B, h, w, features]`, `pooled`
-    `[B, features]` after the last norm, and with a head `logits` `[B, classes]`. In training a
-    block's branch is left out for some images; the rate rises to `drop_path` in the last block.
+    `[B, features]` after the last norm, and with a head `logits` `[B, classes]`. In training, a
+    block's branch is dropped for some images; the rate rises to `drop_path` in the last block.
     """
 
     widths: Sequence[int]

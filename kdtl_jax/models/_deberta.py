@@ -25,7 +25,7 @@ from kdtl_jax.models._encoders import LanguageHead
 
 
 class Layout(NamedTuple):
-    """What all layers share; the fields are those of `Deberta`."""
+    """The settings shared by all layers; the fields are those of `Deberta`."""
 
     width: int
     heads: int
@@ -43,16 +43,17 @@ class Layout(NamedTuple):
 
 
 class Deberta(nn.Module):
-    """DeBERTa-v2: attention by content and by relative position, disentangled; post-norm.
+    """DeBERTa-v2: disentangled attention by content and by relative position; post-norm.
 
     Attributes:
-      positions: rows of the table of absolute positions; None has no such table.
-      span: relative positions on each side that have an embedding; None: attention by content only.
-      buckets: if positive, distances are log-spaced buckets up to `most`.
+      positions: number of rows of the table of absolute positions; None means no such table.
+      span: number of relative positions on each side that have an embedding; None means attention
+        by content only.
+      buckets: if positive, distances are in log-spaced buckets up to `most`.
       by_key, by_query: whether positions meet the queries ("c2p"), and the keys ("p2c").
       shares_projections: whether positions are projected by the layer's own key and query.
-      window: width of a convolution beside the first layer, in `window_groups` groups of channels;
-        0: none.
+      window: width of a convolution parallel to the first layer, in `window_groups` groups of
+        channels; 0 means none.
     """
 
     vocabulary: int
@@ -169,12 +170,12 @@ class DebertaLayer(nn.Module):
         x = layer_norm(m.norm_epsilon, "attention_norm")(x + drop(y))
         y = FeedForward(m.hidden, m.activation, name="mlp")(x)
         x = layer_norm(m.norm_epsilon, "mlp_norm")(x + drop(y))
-        # Within the layer, so that its tap is the hidden state that transformers returns.
+        # Inside the layer, so that its tap is the hidden state that transformers returns.
         return x if beside is None else beside(x)
 
 
 class DisentangledAttention(nn.Module):
-    """Scores of contents, of queries with positions, and of keys with positions."""
+    """Attention by scores of contents, of queries with positions, and of keys with positions."""
 
     layout: Layout
 
@@ -213,7 +214,7 @@ class DisentangledAttention(nn.Module):
 
 
 def log_buckets(length: int, buckets: int, most: int) -> Array:
-    """int32 `[L, L]`: `query - key`, in log-spaced buckets beyond half of `buckets` if positive."""
+    """int32 `[L, L]`: `query - key`; if `buckets` > 0, log-spaced buckets beyond half of it."""
     at = np.arange(length)
     offset = at[:, None] - at[None, :]
     if buckets <= 0:
@@ -221,7 +222,7 @@ def log_buckets(length: int, buckets: int, most: int) -> Array:
     middle = buckets // 2
     distance = np.maximum(np.abs(offset), middle - 1).astype(np.float32)
     distance[np.abs(offset) < middle] = middle - 1
-    # In float32, as the published code computes it: a rounding decides a bucket.
+    # In float32, as in the published code, since rounding can decide the bucket.
     ratio = np.log(np.maximum(distance, 1) / np.float32(middle)) / np.log(
         np.float32((most - 1) / middle)
     )

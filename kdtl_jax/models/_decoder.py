@@ -1,7 +1,7 @@
-"""Decoder-only language models: one pure function, the published families as data.
+"""Decoder-only language models: one pure function, with the published families as data.
 
-A `DecoderConfig` says what GPT-2, Llama, Mistral, Qwen, Gemma, Phi, SmolLM and OLMo differ in:
-norms and where they stand, rotary tables and windows by layer, grouped keys, biases, soft caps.
+A `DecoderConfig` holds the differences between GPT-2, Llama, Mistral, Qwen, Gemma, Phi, SmolLM and
+OLMo: norms and their places, rotary tables and windows by layer, grouped keys, biases, soft caps.
 `decoder(config)` gives the functions:
 
     model = models.decoder(config)
@@ -9,14 +9,14 @@ norms and where they stand, rotary tables and windows by layer, grouped keys, bi
     hidden, _ = model.apply(params, tokens)              # [B, L] -> [B, L, width]
     logits = losses.head_logits(hidden, model.head(params))
 
-The head is separate, as `losses.Head`, so that logits are made only where they are wanted: the
+The head is separate, as `losses.Head`, so logits are computed only where they are needed: the
 chunked losses never hold `[B, L, vocabulary]`. Parameters are a plain dict. Its layers are
 `layers_0`, `layers_1`, …, run one after another, or, after `transforms.stack_layers`, `layers` with
 a leading axis, run by `jax.lax.scan` at the compile time of one layer; the outputs are the same.
 
-`segments` `[B, L]` says which text a position belongs to, 0 for padding: positions see earlier ones
-of their own segment and nothing else, so padding and packing change no number of a text. Decoders
-have no dropout here, as is the practice in fine-tuning and distillation.
+`segments` `[B, L]` says which text a position belongs to, 0 for padding. Positions only see earlier
+ones of their own segment, so padding and packing do not change the numbers of a text. Decoders have
+no dropout here, as is usual in fine-tuning and distillation.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ from kdtl_jax.models import _decoder_layer
 from kdtl_jax.models._decoder_config import Cache, DecoderConfig
 from kdtl_jax.models._decoder_layer import Kind, Slots, kinds, normalized, places_of, written
 
-# Axis of each weight that several devices share in a layer's work: of heads, of hidden units, of
-# the vocabulary. Fused kernels are split by their inputs, where their parts need no care.
+# The axis along which devices share each weight: heads, hidden units, or the vocabulary. Fused
+# kernels are split by their inputs, so their parts need no special care.
 TENSOR_AXES = (
     (r"attention/(query|key|value)/(kernel|bias)", -1),
     (r"mlp/(up|gate)/(kernel|bias)", -1),
@@ -49,10 +49,10 @@ class Apply(Protocol):
     """`apply(params, tokens, positions, segments, cache) -> (hidden, cache)`.
 
     Args of the call:
-      params: as `Decoder.init` makes them, or with stacked layers.
+      params: from `Decoder.init`, or with stacked layers.
       tokens: int `[B, L]`.
       positions: int `[B, L]`; None counts within each segment, continuing from the cache.
-      segments: int `[B, L]`, 0 for padding; None is one text a row without padding.
+      segments: int `[B, L]`, 0 for padding; None means one text per row, without padding.
       cache: a `Cache` with room for `L` more slots, or None.
 
     Returns:
@@ -72,15 +72,15 @@ class Apply(Protocol):
 class Tap(Protocol):
     """`tap(names, params, tokens, positions, segments) -> (hidden, {name: array})`.
 
-    For losses on features and draft models: `"tokens"` is what enters the first layer and
-    `"layers_3"` what leaves the fourth, before the last norm, `[B, L, width]`;
-    `"layers_3/attention/probs"` are its attention probabilities, `[B, heads, L, L]` in float32,
-    `"layers_3/attention/heads"` what its heads give, `[B, L, heads * head_width]`, and
-    `"layers_3/mlp/units"` its hidden units, `[B, L, hidden]`, both as the output projections read
-    them. Names are static; the other arguments and `hidden` are those of `apply`.
+    For losses on features and for draft models. `"tokens"` is the input of the first layer, and
+    `"layers_3"` the output of the fourth, before the last norm, `[B, L, width]`.
+    `"layers_3/attention/probs"` are its attention probabilities, `[B, heads, L, L]` in float32.
+    `"layers_3/attention/heads"` are its heads' outputs, `[B, L, heads * head_width]`, and
+    `"layers_3/mlp/units"` its hidden units, `[B, L, hidden]`, both as inputs of the output
+    projections. Names are static; the other arguments and `hidden` are those of `apply`.
 
     Raises:
-      ValueError: for a name that the decoder does not have.
+      ValueError: if the decoder does not have a name.
     """
 
     def __call__(
@@ -112,14 +112,14 @@ def decoder(
     """The functions of a decoder.
 
     Args:
-      config: what it computes.
-      dtype: of the computation; None is the parameters'. Matrix products accumulate, and norms,
-        rotations and the softmax are taken, in float32.
-      remat_policy: recompute layers in the backward pass, keeping what the policy keeps (one of
+      config: its description.
+      dtype: dtype of the computation; None means that of the parameters. Matrix products
+        accumulate in float32, and norms, rotations and the softmax are computed in it.
+      remat_policy: recompute layers in the backward pass, except what this policy saves (one of
         `jax.checkpoint_policies`); None recomputes nothing.
 
     Raises:
-      ValueError: if the numbers of the config do not fit each other.
+      ValueError: if the numbers of the config are inconsistent.
     """
     _check(config)
 
@@ -150,7 +150,7 @@ def decoder(
         }
         if strange := [name for name in names if name not in known | layers]:
             raise ValueError(f"a decoder has the taps {[*known, *layers]}, got {strange}.")
-        # What enters a layer gives what is within.
+        # Values inside a layer are computed from its input.
         places = tuple((known | layers)[name] for name in names)
         hidden, _, states = _apply(
             config, params, tokens, positions, segments, None, dtype, remat_policy, places
@@ -229,7 +229,7 @@ def _apply(
     remat_policy: Callable[..., Any] | None,
     taps: tuple[int, ...],
 ) -> tuple[Array, Cache | None, Sequence[Array]]:
-    """Hidden states, cache, and what stands before layer `taps[0]`, `taps[1]`, …"""
+    """Hidden states, cache, and the inputs of layers `taps[0]`, `taps[1]`, …"""
     _checks.integers(tokens=tokens)
     _checks.rank(2, 2, tokens=tokens)
     for name, given in (("positions", positions), ("segments", segments)):
@@ -264,7 +264,7 @@ def _apply(
     if cache is not None:
         slots = Slots(cache.keys, cache.values, jnp.int32(0), cache.length)
     if "layers" in params:
-        # Of every layer's output those that are asked for are kept: others are dropped at once.
+        # Only the requested layers' outputs are kept; the others are dropped at once.
         kept = [x if place == 0 else jnp.zeros_like(x) for place in taps]
 
         def next_layer(carry: Any, each: Any) -> Any:
@@ -308,7 +308,7 @@ def _placed(
 
 
 def _of_layer(config: DecoderConfig, params: Params, i: int) -> tuple[Params, Kind]:
-    """A layer's parameters, stacked or apart, and what it differs in."""
+    """A layer's parameters, stacked or not, and its `Kind`."""
     kind = jax.tree.map(lambda a: a[i], kinds(config))
     if "layers" in params:
         return jax.tree.map(lambda a: a[i], params["layers"]), kind
@@ -316,7 +316,7 @@ def _of_layer(config: DecoderConfig, params: Params, i: int) -> tuple[Params, Ki
 
 
 def _init(config: DecoderConfig, key: Array) -> Params:
-    """Normal weights of deviation 0.02; what writes to the residual has `0.02 / sqrt(2 layers)`."""
+    """Normal weights of deviation 0.02; `0.02 / sqrt(2 layers)` if they write to the residual."""
     key_tokens, key_positions, key_layers, key_head = jax.random.split(key, 4)
     width, small = config.width, 0.02 / np.sqrt(2 * config.layers)
 

@@ -1,4 +1,4 @@
-"""What a decoder computes, as data; and its cache of keys and values."""
+"""The description of a decoder as data, and its key-value cache."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,8 +13,8 @@ class Rope(NamedTuple):
     """Rotary positions of one kind of layer: radians per position of each pair of channels.
 
     Channel `i` is rotated with channel `i + n` where `n = len(frequencies)`; channels from `2 n` on
-    are left alone (partial rotation); a frequency of 0 rotates nothing. Cosine and sine are
-    multiplied by `scale`. Sequences longer than `original_length` use `long_frequencies`, if given.
+    are not rotated (partial rotation), nor is a pair of frequency 0. Cosine and sine are multiplied
+    by `scale`. Sequences longer than `original_length` use `long_frequencies`, if given.
     """
 
     frequencies: tuple[float, ...] = ()
@@ -26,7 +26,8 @@ class Rope(NamedTuple):
 class Norm(NamedTuple):
     """`(x - mean) / sqrt(var + epsilon)` if centered, else `x / sqrt(mean(x^2) + epsilon)`.
 
-    Times `scale`, or `1 + scale` with a unit offset (Gemma), plus `bias` where there is one.
+    The result is multiplied by `scale`, or `1 + scale` with a unit offset (Gemma); `bias` is added
+    if there is one.
     """
 
     epsilon: float = 1e-6
@@ -35,18 +36,18 @@ class Norm(NamedTuple):
 
 
 class DecoderConfig(NamedTuple):
-    """What a decoder computes.
+    """The description of a decoder.
 
     Attributes:
       ropes: one per layer; empty for learned positions.
-      windows: positions that a layer sees, itself included; None sees all before it. One per layer,
-        or empty for none at all.
-      learned_positions: rows of the table of positions (GPT-2), 0 for none.
+      windows: number of positions that a position sees, including itself; None sees all earlier
+        ones. One per layer, or empty for no windows.
+      learned_positions: number of rows of the table of positions (GPT-2); 0 for no table.
       fuses_qkv, fuses_gate: whether query, key and value (gate and up) are one matrix.
       has_pre_norms, has_post_norms: norms before attention and feed-forward, and after them.
       has_head_norms: whether queries and keys are normalized head by head (Qwen3, Gemma 3).
       has_projection_norms: whether they are normalized before they are split into heads (OLMo 2).
-      attention_scale: of `q k^T`; None is `1 / sqrt(head_width)`.
+      attention_scale: factor of `q k^T`; None means `1 / sqrt(head_width)`.
       attention_softcap, final_softcap: `cap tanh(z / cap)` of scores and of logits.
       embedding_scale: factor of the token embeddings (Gemma: `sqrt(width)`).
       logit_scale: factor of the logits.
@@ -88,9 +89,9 @@ class DecoderConfig(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the positions read so far; arrays only.
 
-    `keys`, `values` `[layers, B, key_heads, S, head_width]`, as products over the slots of a head
-    read them; `positions` and `segments` int32 `[B, S]` of the `S` slots (segment 0: empty or
-    padding); `length` int32 `[]`, slots in use.
+    `keys`, `values` `[layers, B, key_heads, S, head_width]`, laid out for products over the slots
+    of a head; `positions` and `segments` int32 `[B, S]` of the `S` slots (segment 0: empty or
+    padding); `length` int32 `[]`, the number of slots in use.
     """
 
     keys: Array

@@ -12,7 +12,7 @@ from kdtl_jax.models._decoder_config import NO_WINDOW, Cache, DecoderConfig, Nor
 
 
 class Kind(NamedTuple):
-    """What differs from layer to layer, beside the parameters; arrays, so that layers can scan."""
+    """What differs between layers besides the parameters, as arrays, so layers can be scanned."""
 
     frequencies: Array  # [pairs]
     long_frequencies: Array  # [pairs]
@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 
 
 def kinds(config: DecoderConfig) -> Kind:
-    """Rows of every layer, `[layers, ...]`."""
+    """The `Kind` of every layer, as rows `[layers, ...]`."""
     ropes = config.ropes or (Rope(),) * config.layers
     windows = config.windows or (None,) * config.layers
     long = [r.frequencies if r.long_frequencies is None else r.long_frequencies for r in ropes]
@@ -37,12 +37,12 @@ def kinds(config: DecoderConfig) -> Kind:
 
 
 class Places(NamedTuple):
-    """Where queries and keys stand."""
+    """The positions of queries and keys."""
 
     queries: Array  # positions [B, L]
     distance: Array  # query position minus key position [B, L, S]
     visible: Array  # bool [B, L, S]: the key is real, of the same segment, and not later
-    ends: Array  # how long the query's own text is so far [B, L, 1]
+    ends: Array  # length of the query's own text so far [B, L, 1]
 
 
 class Slots(NamedTuple):
@@ -55,7 +55,7 @@ class Slots(NamedTuple):
 
 
 def places_of(positions: Array, segments: Array, cache: Cache | None) -> Places:
-    """Of queries `[B, L]` before keys `[B, L]`, or before those of the cache `[B, S]`."""
+    """The places of queries `[B, L]` with keys `[B, L]`, or with those of the cache `[B, S]`."""
     keys = (positions, segments) if cache is None else (cache.positions, cache.segments)
     distance = positions[:, :, None] - keys[0][:, None, :]
     same = (segments[:, :, None] == keys[1][:, None, :]) & (keys[1][:, None, :] > 0)
@@ -88,7 +88,7 @@ def _before(config: DecoderConfig, x: Array, weights: Params, norm: str) -> Arra
 
 
 def _added(config: DecoderConfig, x: Array, y: Array, weights: Params, part: str) -> Array:
-    """What enters a part's output projection, projected and added to the residual."""
+    """The input of a part's output projection, projected and added to the residual."""
     y = _dense(y, weights[part][OUTPUTS[part]])
     if config.has_post_norms:
         y = normalized(config.norm, y, weights[f"{part}_post_norm"])
@@ -103,11 +103,11 @@ def _attention(
     places: Places,
     slots: Slots | None,
 ) -> tuple[Array, Slots | None]:
-    """The heads' results side by side, before they are projected."""
+    """The heads' outputs side by side, before the projection."""
     batch, length, _ = x.shape
     query, key, value = _projected(config, x, weights, own, places)
     if slots is not None:
-        # Written into the array of all layers, where a loop keeps it, and read from there.
+        # Written to the array of all layers, which a loop updates in place, and read from it.
         at = (slots.layer, jnp.int32(0), jnp.int32(0), slots.start, jnp.int32(0))
         keys, values = (
             jax.lax.dynamic_update_slice(
@@ -128,7 +128,7 @@ def _attention(
 def attention_probs(
     config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
 ) -> Array:
-    """Attention probabilities `[B, heads, L, L]` of a layer that `x` enters."""
+    """Attention probabilities `[B, heads, L, L]` of a layer with input `x`."""
     y = _before(config, x, weights, "attention_norm")
     query, key, _ = _projected(config, y, weights["attention"], own, places)
     probs = _probs(config, query, key, places.visible & (places.distance < own.window))
@@ -138,7 +138,7 @@ def attention_probs(
 def inner(
     config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
 ) -> dict[str, Array]:
-    """What the two output projections of a layer read that `x` enters."""
+    """The inputs of the two output projections of a layer with input `x`."""
     y = _before(config, x, weights, "attention_norm")
     heads, _ = _attention(config, y, weights["attention"], own, places, None)
     x = _added(config, x, heads, weights, "attention")
@@ -149,7 +149,7 @@ def inner(
 def _projected(
     config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
 ) -> tuple[Array, Array, Array]:
-    """Queries, keys and values `[B, L, heads, width]`, normalized and turned by their positions."""
+    """Queries, keys and values `[B, L, heads, width]`, normalized and rotated by position."""
     batch, length, _ = x.shape
     count, width = config.key_heads, config.head_width
     if config.fuses_qkv:
@@ -169,7 +169,7 @@ def _projected(
 
 
 def _attend(config: DecoderConfig, query: Array, key: Array, value: Array, visible: Array) -> Array:
-    """`softmax(q k^T scale) v` over visible keys; heads in groups of one key."""
+    """`softmax(q k^T scale) v` over visible keys; the heads of a group share one key."""
     if config.attention_softcap is None:
         mask, scale = visible[:, None], _scale(config)
         return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
@@ -195,7 +195,7 @@ def _scale(config: DecoderConfig) -> float:
 
 
 def _rotated(arrays: tuple[Array, Array], own: Kind, places: Places) -> tuple[Array, Array]:
-    """Queries and keys `[B, L, heads, width]`, turned by their positions; angles in float32."""
+    """Queries and keys `[B, L, heads, width]`, rotated by position; angles in float32."""
     pairs = own.frequencies.shape[-1]
     if not pairs:
         return arrays
@@ -227,7 +227,7 @@ def _units(config: DecoderConfig, x: Array, weights: Params) -> Array:
 
 
 def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
-    # As a matrix: with two axes of rows the kernel's gradient copies both of its factors.
+    # As a matrix: with two row axes, the kernel's gradient would copy both of its factors.
     rows = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(rows, weights["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
     y = y.reshape(*x.shape[:-1], -1)
@@ -239,8 +239,8 @@ def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
 def normalized(norm: Norm, x: Array, weights: Mapping[str, Array]) -> Array:
     """RMS norm, or layer norm if it is centered, of `[..., D]` over the last axis.
 
-    `scale x / sqrt(mean(x^2) + epsilon) + bias`, with `1 + scale` where the norm has a unit offset
-    and without bias where `weights`, `[D]` each, have none. Computed in float32, of `x`'s dtype.
+    `scale x / sqrt(mean(x^2) + epsilon) + bias`, with `1 + scale` if the norm has a unit offset and
+    without bias if `weights`, `[D]` each, have none. Computed in float32; has the dtype of `x`.
     """
     y = x.astype(jnp.float32)
     if norm.is_centered:

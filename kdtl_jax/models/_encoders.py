@@ -1,8 +1,8 @@
-"""BERT and its kin as Linen modules: MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet.
+"""BERT-like encoders as Linen modules: MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet.
 
-Post-norm encoders over absolute positions. The variants differ in data (a table of token types,
-where positions start, the width of the embeddings, buckets of relative positions, the heads), not
-in code paths.
+They are post-norm encoders with absolute positions. The variants differ in data (a table of token
+types, where positions start, the width of the embeddings, buckets of relative positions, the
+heads), not in code paths.
 """
 
 import flax.linen as nn
@@ -42,7 +42,7 @@ class BertEmbeddings(nn.Module):
         if self.first_position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         else:
-            # RoBERTa counts from padding + 1 and leaves padding itself at the padding's row.
+            # RoBERTa counts from padding + 1, and padding itself uses the padding's row.
             present = (tokens != self.first_position - 1).astype(jnp.int32)
             position = jnp.cumsum(present, axis=1) * present + self.first_position - 1
         x = self.tokens(tokens) + self.places(position)
@@ -112,9 +112,9 @@ class Bert(nn.Module):
       first_position: None counts positions from 0; RoBERTa counts from padding + 1.
       pooled_activation: tanh for BERT; ReLU makes the pooler DistilBERT's `pre_classifier`.
       pooled_dropout: dropout of the pooler's input (RoBERTa's classifier).
-      head_dropout: dropout of a classifier's input; None is `dropout`.
+      head_dropout: dropout of a classifier's input; None means `dropout`.
       embedding_width: width of the tables, if it is not `width` (ELECTRA projects).
-      relative_buckets: number of relative positions with a bias of their own (MPNet).
+      relative_buckets: number of buckets of relative positions, each with its own bias (MPNet).
       is_tied: whether the language head multiplies by the token embeddings.
     """
 

@@ -1,4 +1,4 @@
-"""Models by name, for command lines and for files that say what they hold: `mlp:128,64`."""
+"""Models by name, such as `mlp:128,64`, for command lines and for files that name their model."""
 
 import re
 
@@ -8,7 +8,7 @@ from kdtl_jax.models._resnets import resnet, resnet_x4, wide_resnet
 from kdtl_jax.models._small_networks import cnn, mlp
 from kdtl_jax.models._vit import ViT
 
-# What `named` understands, in words, for messages and help.
+# The names that `named` understands, for messages and help.
 NAMED_FORMS = (
     "mlp:128,64 (hidden widths)",
     "cnn:16,32 (channels)",
@@ -18,14 +18,14 @@ NAMED_FORMS = (
     "vit:patch=4,width=64,layers=4,heads=4,hidden=128 (these are the defaults)",
 )
 VIT = {"patch": 4, "width": 64, "layers": 4, "heads": 4, "hidden": 128}
-LARGEST, DEEPEST = 10**6, 2000  # of any number in a name, of a depth or a number of layers
+LARGEST, DEEPEST = 10**6, 2000  # bounds on any number in a name, and on a number of layers
 
 
 def named(text: str, classes: int) -> nn.Module:
-    """The module that a text names (`NAMED_FORMS`), with `classes` outputs.
+    """The module with this name (one of `NAMED_FORMS`), with `classes` outputs.
 
     Raises:
-      ValueError: if the text is not such a name, or its numbers make no sense.
+      ValueError: if the text is not such a name, or its numbers are invalid.
     """
     if any(len(digits) > 7 or int(digits) > LARGEST for digits in re.findall(r"\d+", text)):
         raise ValueError(f"a number in it is above {LARGEST:,}.")
@@ -50,7 +50,7 @@ def named(text: str, classes: int) -> nn.Module:
 
 
 def canonical_name(text: str) -> str:
-    """The one way to write a name: every text of one model gives the same."""
+    """The canonical form of a name, the same for every way of writing one model."""
     name, _, rest = text.replace(" ", "").partition(":")
     if name != "vit":
         return f"{name}:{rest}" if rest or name == "mlp" else name
@@ -62,12 +62,12 @@ def canonical_name(text: str) -> str:
 
 
 def depth(text: str) -> int:
-    """How many layers a name asks for, at least; 0 where it does not say."""
+    """The least number of layers that a name asks for; 0 if it does not say."""
     name, _, rest = text.replace(" ", "").partition(":")
     if name in ("mlp", "cnn"):
         return rest.count(",") + 1 if rest else 0
     if name == "vit":
-        found = re.findall(r"layers=(\d{1,9})", rest)  # of several the last counts
+        found = re.findall(r"layers=(\d{1,9})", rest)  # the last one counts
     else:
         found = re.findall(r"^(?:resnet|wrn-)(\d{1,9})", name)
     return int(found[-1]) if found else 0

@@ -1,10 +1,10 @@
-"""Residual networks: for CIFAR-sized images, and for photographs.
+"""Residual networks, for CIFAR-sized images and for photographs.
 
-The small ones are those on which distillation methods are compared: basic blocks, projection
-shortcuts (1x1 convolution and norm) where the shape changes, no bias before a norm. The large ones
-compute what published checkpoints do: a 7x7 stem, max pooling, basic or bottleneck blocks. Padding
-is explicit and equal on all sides also where the stride is two (`"SAME"` would pad otherwise).
-Parameter counts are those of the published models.
+The small ones are those used to compare distillation methods: basic blocks, projection shortcuts
+(1x1 convolution and norm) where the shape changes, and no bias before a norm. The large ones match
+published checkpoints: a 7x7 stem, max pooling, and basic or bottleneck blocks. Padding is explicit
+and equal on all sides even if the stride is two (`"SAME"` would pad differently). Parameter counts
+are those of the published models.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
 class BasicBlock(nn.Module):
-    """conv, norm, ReLU, conv, norm, add, and what comes before the last ReLU."""
+    """conv, norm, ReLU, conv, norm, add; the last ReLU is applied by the caller."""
 
     channels: int
     stride: int
@@ -125,9 +125,9 @@ def resnet(depth: int, classes: int, *, channels: Sequence[int] = (16, 16, 32, 6
     """ResNet of `depth` = 6 n + 2 layers: 8, 14, 20, 32, 44, 56, 110.
 
     Args:
-      depth: layers with weights, shortcuts not counted.
-      classes: outputs.
-      channels: of the stem and of the three stages.
+      depth: number of layers with weights, not counting shortcuts.
+      classes: number of outputs.
+      channels: channels of the stem and of the three stages.
 
     Raises:
       ValueError: if the depth is not 6 n + 2.
@@ -153,7 +153,7 @@ def wide_resnet(depth: int, width: int, classes: int) -> WideResNet:
     """`wrn-depth-width` with depth = 6 n + 4: wrn-16-2, wrn-40-1, wrn-40-2, wrn-28-10.
 
     Raises:
-      ValueError: if the depth is not 6 n + 4, or the width not positive.
+      ValueError: if the depth is not 6 n + 4, or the width is not positive.
 
     References:
       Zagoruyko and Komodakis, Wide Residual Networks, 2016 (1605.07146).
@@ -204,7 +204,7 @@ class ConvNorm(nn.Module):
 
 
 class ImageResNetBlock(nn.Module):
-    """Two 3x3 convolutions, or 1x1, 3x3, 1x1, with ReLU between; the shortcut, the activation."""
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1, with ReLU between; then shortcut and activation."""
 
     features: int
     stride: int
@@ -230,7 +230,7 @@ class ImageResNetBlock(nn.Module):
 
 
 class ImageResNet(nn.Module):
-    """ResNet-18 … ResNet-152 and their like.
+    """ResNet-18 … ResNet-152 and similar networks.
 
     Inputs: images `[B, H, W, C]`.
     Outputs: `stem`, `stage0` … maps `[B, h, w, features]`, `pooled` `[B, features]`, and with
@@ -238,9 +238,10 @@ class ImageResNet(nn.Module):
 
     Attributes:
       downsample_first: whether the first stage halves the resolution too.
-      downsample_in_first_conv: a bottleneck's stride sits in its first 1x1 convolution (v1)
+      downsample_in_first_conv: whether a bottleneck's stride is in its first 1x1 convolution (v1)
         instead of its 3x3 (v1.5).
-      activation: of the stem and after every block; within blocks it is ReLU, as in transformers.
+      activation: used in the stem and after every block; inside blocks it is ReLU, as in
+        transformers.
     """
 
     stem: int

@@ -9,7 +9,7 @@ from jax import Array
 
 
 class MLP(nn.Module):
-    """ReLU layers of any widths, then a linear head: positively homogeneous in its parameters.
+    """ReLU layers of any widths, then a linear head; positively homogeneous in its parameters.
 
     Inputs: `[B, ...]`, flattened.
     Outputs: `hidden_0` … (after the ReLU), `logits` `[B, classes]`.
@@ -41,12 +41,12 @@ def mlp(widths: Sequence[int], classes: int) -> MLP:
 
 
 class Conv3x3(nn.Module):
-    """A 3x3 convolution with bias and zero padding; parameters as `nn.Conv` names and shapes them.
+    """A 3x3 convolution with bias and zero padding; parameters have `nn.Conv`'s names and shapes.
 
-    While training on a CPU it runs as patches times kernel. XLA compiles convolution gradients
-    slowly there, and without their threads inside a loop: at few channels the matrix product takes
-    less time per step (`python benchmarks/step_time.py`), in a scan or a vmapped sweep far less.
-    Forward alone, and on every other back end, the convolution itself is faster.
+    In training on a CPU it runs as patches times kernel. XLA compiles convolution gradients slowly
+    there, and runs them single-threaded inside a loop. With few channels, the matrix product takes
+    less time per step (`python benchmarks/step_time.py`), and far less in a scan or a vmapped
+    sweep. For the forward pass only, and on all other back ends, the convolution is faster.
     """
 
     channels: int
@@ -63,7 +63,7 @@ class Conv3x3(nn.Module):
 class CNN(nn.Module):
     """3x3 convolutions with ReLU, 2x2 max-pooling between them, global average pooling, head.
 
-    A side of one is not pooled any further, so every image size works with every depth.
+    A side of length one is not pooled further, so every image size works with every depth.
 
     Inputs: images `[B, H, W, C]`.
     Outputs: `block_0` … (after the ReLU, before pooling) `[B, h, w, channels]`, `pooled`
@@ -119,7 +119,7 @@ def _as_matmul(x: Array, kernel: Array) -> Array:
 
 
 def _max_pool(x: Array) -> Array:
-    """Halves each side, dropping an odd last row; by reshape, whose gradient is cheap on a CPU."""
+    """Halves each side, dropping an odd last row; its reshape has a cheap gradient on a CPU."""
     b, h, w, c = x.shape
     u, v = min(2, h), min(2, w)
     x = x[:, : h // u * u, : w // v * v].reshape(b, h // u, u, w // v, v, c)

@@ -1,4 +1,4 @@
-"""More encoders of text as Linen modules: T5, ModernBERT, and the towers of CLIP and SigLIP.
+"""More text encoders as Linen modules: T5, ModernBERT, and the text towers of CLIP and SigLIP.
 
 Inputs are those of `Bert`. Outputs: `last_hidden` `[B, L, width]`, and with a head `logits`. Taps:
 `layers_0` …, `layers_0/attention/probs`.
@@ -33,7 +33,7 @@ from kdtl_jax.models._vit import in_turn, pre_norm
 
 
 class T5Layer(nn.Module):
-    """Pre-norm attention with unscaled scores, and feed-forward; no biases."""
+    """Pre-norm attention with unscaled scores, then feed-forward; no biases."""
 
     heads: int
     head_width: int
@@ -67,11 +67,11 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The encoder of T5: buckets of relative positions, shared by all layers.
+    """The encoder of T5: all layers share buckets of relative positions.
 
     Attributes:
-      buckets: relative positions with a bias of their own, half of them for each direction.
-      most: the distance from which on all positions share the last bucket.
+      buckets: number of buckets, each with its own bias; half of them are for each direction.
+      most: the distance from which all positions share the last bucket.
       is_gated: T5 1.1's `down(activation(gate(x)) * up(x))`.
     """
 
@@ -113,10 +113,10 @@ class T5Encoder(nn.Module):
 
 
 class ModernBert(nn.Module):
-    """ModernBERT: pre-norm, rotary positions, gated feed-forward, some layers within a window.
+    """ModernBERT: pre-norm, rotary positions, gated feed-forward; some layers have a window.
 
     Attributes:
-      windows: per layer, how far a position sees to each side; None: everywhere.
+      windows: per layer, how far a position sees to each side; None means everywhere.
       ropes: per layer, radians per position of each pair of channels.
       pools_mean: whether the classifier reads the mean of the tokens instead of the first.
     """
@@ -202,7 +202,7 @@ class ModernBert(nn.Module):
 
 
 class ModernBertLayer(nn.Module):
-    """Pre-norm attention (the first layer has no norm of its own) and gated feed-forward."""
+    """Pre-norm attention (without a norm in the first layer) and gated feed-forward."""
 
     heads: int
     hidden: int
@@ -236,12 +236,12 @@ class ModernBertLayer(nn.Module):
 
 
 class ClipText(nn.Module):
-    """CLIP's text tower: causal attention; the sentence is the end token's hidden state.
+    """CLIP's text tower: causal attention, pooled at the end token.
 
-    Outputs also `pooled` `[B, width]`, with a projection `text_embedding`.
+    Outputs also have `pooled` `[B, width]`, and with a projection `text_embedding`.
 
     Attributes:
-      end: the token whose first position is pooled; None: the largest token's, as in old files.
+      end: the token whose first position is pooled; None means the largest token, as in old files.
     """
 
     vocabulary: int
@@ -272,9 +272,9 @@ class ClipText(nn.Module):
 
 
 class SiglipText(nn.Module):
-    """SigLIP's text tower: the sentence is a projection of the last position, padding or not.
+    """SigLIP's text tower: pools by projecting the last position, even if it is padding.
 
-    Outputs also `pooled` `[B, projection]`.
+    Outputs also have `pooled` `[B, projection]`.
     """
 
     vocabulary: int
@@ -309,7 +309,7 @@ def _text_tower(
 
 
 def _near(length: int, window: int | None, mask: Array | None) -> Array | None:
-    """Which keys a query sees: within the window, where there is a token."""
+    """Which keys a query sees: those within the window that are tokens."""
     where = None if mask is None else mask[:, None, None, :]
     if window is None:
         return where

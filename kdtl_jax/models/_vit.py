@@ -23,7 +23,7 @@ from kdtl_jax.models._blocks import (
 
 
 class ViTEmbeddings(nn.Module):
-    """Patches by a strided convolution, class token (DeiT has a second one), learned positions."""
+    """Patches by a strided convolution, a class token (DeiT has two tokens), learned positions."""
 
     width: int
     patch: tuple[int, int]
@@ -67,28 +67,28 @@ class ViTLayer(nn.Module):
 def in_turn(
     layer: Callable[..., nn.Module], count: int, x: Array, train: bool, where: Array | None = None
 ) -> Array:
-    """`layers_0` to the last, one after another; `layer(name=)` makes each of them."""
+    """Runs `layers_0` to the last, one after another; `layer(name=)` makes each of them."""
     for i in range(count):
         x = layer(name=f"layers_{i}")(x, train, where)
     return x
 
 
 class ViT(nn.Module):
-    """A Vision Transformer with class token, as ViT and DeiT are.
+    """A Vision Transformer with a class token: ViT and DeiT.
 
     Inputs: images `[B, H, W, C]`, sides divisible by `patch`.
     Outputs: `last_hidden` `[B, 1 + patches, width]` (after the last norm), `pooled` with a
     pooler, `logits` `[B, classes]` with a head. Taps: `embeddings`, `layers_0` …,
-    `layers_0/attention/probs`. With two heads `logits` is the mean of `class_logits` and
+    `layers_0/attention/probs`. With two heads, `logits` is the mean of `class_logits` and
     `distillation_logits`.
 
     Attributes:
       patch: side of a patch, or its height and width.
-      grid: patches per column and per row that the positions were learned for; an image with
-        another grid is refused, even if it has as many patches. None: the first image decides.
+      grid: patches per column and per row for which the positions were learned; an image with
+        another grid is refused, even with as many patches. None takes that of the first image.
       unseen: rows at the bottom and columns at the right that no patch covers (SigLIP cuts 27
         patches of 14 out of 384 pixels).
-      pooler_width: None is `width`.
+      pooler_width: width of the pooler; None means `width`.
       has_distillation_token: DeiT's second token, after the class token.
       has_distillation_head: a second classifier, which reads that token.
     """
@@ -183,9 +183,9 @@ class Dinov2Layer(nn.Module):
 class Dinov2(nn.Module):
     """DINOv2: a ViT with scaled branches; its classifier reads the class token and the mean patch.
 
-    Inputs and outputs as `ViT`; `pooled` is the class token after the last norm. `registers` tokens
-    without positions stand between the class token and the patches. In training each branch is left
-    out for a share `drop_path` of the images.
+    Inputs and outputs are those of `ViT`; `pooled` is the class token after the last norm. Between
+    the class token and the patches are `registers` tokens without positions. In training, each
+    branch is dropped for a share `drop_path` of the images.
     """
 
     width: int
@@ -237,7 +237,7 @@ class Dinov2(nn.Module):
 
 
 class TowerEmbeddings(nn.Module):
-    """CLIP's and SigLIP's: patches, perhaps a class token, positions."""
+    """The embeddings of CLIP and SigLIP: patches, an optional class token, positions."""
 
     width: int
     patch: tuple[int, int]
@@ -266,8 +266,8 @@ class TowerEmbeddings(nn.Module):
 class ClipVision(nn.Module):
     """CLIP's vision tower.
 
-    Inputs as `ViT`. Outputs: `last_hidden` `[B, 1 + patches, width]` before the last norm, `pooled`
-    `[B, width]` (the class token after it), with a projection `image_embedding`.
+    Inputs are those of `ViT`. Outputs: `last_hidden` `[B, 1 + patches, width]` before the last
+    norm, `pooled` `[B, width]` (the class token after it), and with a projection `image_embedding`.
     """
 
     width: int
@@ -297,7 +297,7 @@ class ClipVision(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's pooling: one learned query attends to all patches; then a feed-forward layer."""
+    """SigLIP's pooling: one learned query attends to all patches, then a feed-forward layer."""
 
     heads: int
     hidden: int
@@ -309,7 +309,7 @@ class AttentionPool(nn.Module):
         width = x.shape[-1]
         probe = self.param("probe", nn.initializers.normal(0.02), (1, 1, width))
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, width))
-        # One matrix, as it is stored; the query reads its first third alone.
+        # One matrix, as it is stored; the query only uses its first third.
         project = nn.Dense(3 * width, name="qkv")
         query = jnp.split(project(probe), 3, axis=-1)[0]
         _, key, value = jnp.split(project(x), 3, axis=-1)
@@ -325,7 +325,8 @@ class AttentionPool(nn.Module):
 class SiglipVision(nn.Module):
     """SigLIP's vision tower: no class token, attention pooling.
 
-    Inputs as `ViT`. Outputs: `last_hidden` `[B, patches, width]` after the last norm, and `pooled`.
+    Inputs are those of `ViT`. Outputs: `last_hidden` `[B, patches, width]` after the last norm, and
+    `pooled`.
     """
 
     width: int
@@ -355,7 +356,7 @@ class SiglipVision(nn.Module):
 
 
 def pre_norm(module: Any) -> Callable[..., nn.Module]:
-    """The layers of a tower of CLIP or SigLIP, of pictures or of text."""
+    """The layers of an image or text tower of CLIP or SigLIP."""
     widths = module.heads, module.hidden, module.activation, module.norm_epsilon
     return partial(ViTLayer, *widths, attention_dropout=module.attention_dropout)
 
@@ -368,7 +369,7 @@ def check_images(
 ) -> tuple[int, int]:
     """The patch's height and width; raises ValueError unless images divide into the grid.
 
-    `unseen` rows and columns at the end are left over.
+    The last `unseen` rows and columns are not covered.
     """
     height, width = (patch, patch) if isinstance(patch, int) else patch
     rest = tuple(images.shape[i + 1] - unseen[i] for i in (0, 1)) if images.ndim == 4 else ()
