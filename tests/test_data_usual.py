@@ -190,7 +190,7 @@ def test_names_of_rows_are_told(tmp_path: Path) -> None:
     file.write_text("\n".join([lines[0], *(f"{i},{row}" for i, row in enumerate(lines[1:]))]))
     found = datasets.read(file)
     assert found.inputs.shape == (N, 1)
-    assert any("taken for the names of rows, as R writes" in note for note in found.notices)
+    assert any("taken for row names, as written by R" in note for note in found.notices)
 
 
 def test_columns_of_labels_that_are_text_are_named(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("a.csv", raw(b"a,label\n"), "a header line and at least one row, got 1 line"),
     ("a.csv", raw(b"a,lable\n1,2\n"), "no column 'label'. Nearest: 'lable'"),
     ("a.csv", raw(b"a,label\n1,2\nx,3\n"), "row 3, column 'a': 'x' is not a number"),
-    ("a.csv", raw(b"a,label\n1,2\n1\n"), "row 3 has 1 cells, the header has 2"),
+    ("a.csv", raw(b"a,label\n1,2\n1\n"), "row 3 has 1 cells, but the header has 2"),
     ("a.csv", raw(b"a,label\n1,2\n1,\n"), "row 3 has no label"),
     ("a.csv", raw(b"a,label\n1,0\nnan,1\n"), "row 3, column 'a': no value .1 of 2 are missing"),
     ("a.csv", raw(b"a,label\n1,4\n2,4\n"), "every label is 4: one class"),

@@ -1,7 +1,7 @@
-"""Cells of text that stand for numbers: amounts with their marks, and dates.
+"""Text cells that represent numbers: amounts with their symbols, and dates.
 
 `1,234.5` is 1234.5, `12.5%` is 12.5, and `$3` is 3. An ISO 8601 date such as `2024-01-31` is the
-number of days since 1970-01-01, in UTC unless it names a zone. `1.234,5` and `31/01/2024` are not
+number of days since 1970-01-01, in UTC unless it has a zone. `1.234,5` and `31/01/2024` are not
 read, because conventions differ.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 DAYS = "days since 1970-01-01"
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 SIGNS = "$€£¥₹"
-# One mark between all thousands, and a decimal point.
+# One separator for all thousands, and a decimal point.
 NUMBER = re.compile(
     rf"(?P<minus>[+-]?)(?P<before>[{SIGNS}]?) ?(?P<late_minus>-?)"
     r"(?P<whole>[1-9]\d{0,2}(?P<mark>[,' \u00a0\u202f])\d{3}(?:(?P=mark)\d{3})*|\d+)?"
@@ -25,14 +25,14 @@ ISO = re.compile(r"\d{4}-\d\d-\d\d(?:[T ].*)?")
 
 
 class Amount(NamedTuple):
-    """A number and what one of it is: "" unless the cell says so."""
+    """A number and its unit, "" if the cell has none."""
 
     value: float
     unit: str
 
 
 def amount(cell: str, *, decimal_comma: bool = False) -> Amount | None:
-    """What a cell stands for; None if it is neither an amount nor a date."""
+    """What a cell represents; None if it is neither an amount nor a date."""
     cell = cell.strip()
     if ISO.fullmatch(cell):
         return _days(cell)

@@ -1,7 +1,7 @@
 """How the columns of a table become inputs: numbers, or one number per category of text.
 
-What a column becomes is decided by the training part and kept as a `Column`: other parts, and data
-read later, are encoded in the same way.
+The training part determines what a column becomes, which is kept as a `Column`, so that other parts
+and data read later are encoded in the same way.
 """
 
 import re
@@ -14,7 +14,7 @@ from kdtl_jax.datasets._preprocessing import Column
 from kdtl_jax.datasets._tables import Missing, Table, check_read, empty, is_number
 
 MOST_CATEGORIES = 1000
-# 31/01/2024, 31-Jan-2024, Jan 31, 2024: what ISO 8601 does not write.
+# 31/01/2024, 31-Jan-2024, Jan 31, 2024: dates not in ISO 8601.
 DATE = re.compile(
     r"\d{1,4}([./-])\d{1,2}\1\d{1,4}(\s.*)?|\d{1,2}[ .-]+[A-Za-z]{3,9}[ .,-]+\d{2,4}"
     r"|[A-Za-z]{3,9}\.? \d{1,2},? \d{4}"
@@ -24,16 +24,16 @@ DATE = re.compile(
 def columns_of(
     table: Table, rows: np.ndarray, *, missing: Missing | None, one_hot: bool
 ) -> tuple[Column, ...]:
-    """What each column becomes, by the training rows.
+    """What each column becomes, determined by the training rows.
 
     Args:
-      table: of inputs.
+      table: the inputs.
       rows: those of the training part.
-      missing: what fills a missing value; None or "drop": nothing does.
+      missing: what fills a missing value; None or "drop" fills nothing.
       one_hot: whether text becomes one input per category.
 
     Raises:
-      ValueError: naming row and column of text or of a missing value that nothing fills.
+      ValueError: naming the row and column of text, or of a missing value that nothing fills.
     """
     made = []
     for name, column in table.columns.items():
@@ -67,11 +67,11 @@ def columns_of(
 def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
     """Inputs `[N, D]`, float64: one number per column, or one per category.
 
-    A category that the training part does not have is 0 everywhere.
+    A category that the training part does not have is encoded as all zeros.
 
     Raises:
-      ValueError: if a column is missing, text where numbers are expected, or has a missing value
-        that nothing fills; row and column are named.
+      ValueError: if a column is missing, has text instead of numbers, or has a missing value that
+        nothing fills; row and column are named.
     """
     out = np.empty((table.size, sum(len(column.categories) or 1 for column in columns)))
     check_read(table.name, [column.name for column in columns], list(table.columns))
@@ -84,7 +84,7 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
                 f"{table.name}: {table.at(row)}, column {column.name!r:.80}: no value, and the "
                 "training data had none missing."
             )
-        # Filled last: a column in which everything is missing may be of either type.
+        # Filled last: a column with only missing values may be of either type.
         if column.categories:
             texts = _as_text(values)
             texts[lacking] = column.fill
@@ -106,14 +106,14 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
 
 
 def cell_of(column: Column, inputs: np.ndarray) -> str:
-    """What a cell of this column says, by its inputs `[1]`, or `[categories]`, up to rounding."""
+    """A cell of this column, recovered from its inputs `[1]` or `[categories]`, up to rounding."""
     if column.categories:
         return column.categories[int(inputs.argmax())] if inputs.max() > 0.5 else "another"
     return _amounts.written(float(inputs[0]), column.unit)
 
 
 def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
-    """What to tell of categories that the training part does not have."""
+    """Notices about categories that the training part does not have."""
     notices = []
     for column in columns:
         if column.categories:
@@ -129,7 +129,7 @@ def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
 
 
 def amounts_read(table: Table, columns: Sequence[Column]) -> list[str]:
-    """What to tell of the columns of text that are read as numbers."""
+    """Notices about text columns that are read as numbers."""
     notices = []
     for column in columns:
         cells = table.columns[column.name]
@@ -166,7 +166,7 @@ def _text_column(
 
 
 def _numbers_in(table: Table, column: np.ndarray) -> tuple[np.ndarray, str] | None:
-    """A column as numbers, NaN where one is missing, and their unit; None if it is text."""
+    """A column as numbers, with NaN for missing ones, and their unit; None if it is text."""
     if column.dtype == np.float64:
         return column, ""
     if not all(isinstance(cell, (str, type(None))) for cell in column):
@@ -177,7 +177,7 @@ def _numbers_in(table: Table, column: np.ndarray) -> tuple[np.ndarray, str] | No
 def _not_a_number(
     table: Table, name: str, column: np.ndarray, unit: str | None = None
 ) -> ValueError:
-    """The error that names the first cell that is not a number in this unit, or in the first's."""
+    """The error naming the first cell that is not a number in this unit, or in the first cell's."""
     there = np.flatnonzero(~empty(column)).tolist()
     read = [_amounts.amount(str(column[i]), decimal_comma=table.decimal_comma) for i in there]
     if unit is None:
@@ -191,11 +191,11 @@ def _not_a_number(
         repair = "Drop it (--drop-columns)."
     elif amount is not None and amount.unit != unit:
         what = f"is {_amounts.kind(amount.unit)}, expected {_amounts.kind(unit)}"
-        repair = "Write all of the column alike, or drop it (--drop-columns)."
+        repair = "Write the whole column in one form, or drop it (--drop-columns)."
     elif amount is not None:
         what = "is text, not a number"
     elif DATE.fullmatch(str(cell)):
-        what = "is a date in a form that others read otherwise"
+        what = "is a date in an ambiguous form"
         repair = "Write it as in 2024-01-31, or drop it (--drop-columns)."
     elif is_number(re.sub(r"[\s,'%$€£¥]", "", str(cell))):
         repair = "Write plain numbers, such as 1234.5, or drop it (--drop-columns)."
@@ -214,7 +214,7 @@ def _fill(values: np.ndarray, missing: Missing | None) -> float:
 
 
 def _as_text(column: np.ndarray) -> np.ndarray:
-    """A column as text; whole numbers without a fraction."""
+    """A column as text, with whole numbers without a fraction."""
     if column.dtype == np.float64:
         column = np.array([int(x) if x.is_integer() else x for x in column.tolist()], object)
     return np.array([str(cell) for cell in column], object)

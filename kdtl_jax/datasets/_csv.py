@@ -1,9 +1,9 @@
 """Text tables: CSV, TSV and files with semicolons, read row by row.
 
-A first pass makes numbers of every column; columns that are not numbers are read once more, as
+A first pass reads every column as numbers; columns that are not numbers are then read again as
 text. Booleans are 0 and 1; empty cells and the usual words for a missing value are missing.
-Files are UTF-8, or UTF-16 with its mark; what is neither is read as Windows-1252, with a notice.
-They may be gzipped, as `people.csv.gz`.
+Files are UTF-8, or UTF-16 with a byte-order mark; any other is read as Windows-1252, with a notice.
+They may be gzipped, as in `people.csv.gz`.
 """
 
 import array
@@ -27,11 +27,11 @@ ABSENT = frozenset(("", "na", "n/a", "nan", "null", "?"))
 # Among numbers; in a column of text they may be text.
 NO_NUMBER = ABSENT | {"none", "nil", "-", "--", ".", "#n/a", "#na", "<na>", "-nan"}
 NAN = float("nan")
-PART = 4096  # rows that are read at once
-LONGEST = 2**22  # characters of a row, line ends within quotes included
+PART = 4096  # rows read at once
+LONGEST = 2**22  # characters of a row, including line ends within quotes
 SUFFIXES = (".csv", ".tsv", ".tab")
 OTHER = "cp1252"
-# A gzipped table of more than `LARGE` bytes is a trap if it has this many bytes per byte.
+# A gzipped table of more than `LARGE` bytes is refused if it unpacks to this many times its size.
 LARGE, MOST_PACKED = 2**28, 200
 DAMAGED = (UnicodeDecodeError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile)
 
@@ -51,12 +51,12 @@ def header_of(path: Path) -> tuple[list[str], str]:
     header, cells, delimiter = _beginning(path)
     names = [name.strip() for name in header]
     if names and len(cells) == len(names) + 1 and "" not in names:
-        names = ["", *names]  # as R writes the names of rows
+        names = ["", *names]  # R writes row names in such a column
     return names, delimiter
 
 
 def first_row(path: Path) -> list[str]:
-    """The cells of the first row; none where the file is not a table."""
+    """The cells of the first row; none if the file is not a table."""
     try:
         return [cell.strip() for cell in _beginning(path)[1]]
     except ValueError:
@@ -78,11 +78,11 @@ def _beginning(path: Path) -> tuple[list[str], list[str], str]:
 
 
 def encoding_of(path: Path) -> str:
-    """UTF-8 or UTF-16 where the file is that, else Windows-1252, a superset of Latin-1's text.
+    """UTF-8 or UTF-16 if the file is valid, else Windows-1252, a superset of Latin-1's text.
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: if it is gzipped and becomes hundreds of times as large.
+      ValueError: if it is gzipped and unpacks to hundreds of times its size.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     if _is_packed(path):
@@ -94,7 +94,7 @@ def encoding_of(path: Path) -> str:
         try:
             while piece := stream.read(2**20):
                 if b"\0" in piece:
-                    break  # no text: what decodes it says so
+                    break  # not text: decoding reports it
                 decoder.decode(piece)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
@@ -128,16 +128,16 @@ def _check_unpacked(path: Path) -> None:
 
 
 def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
-    """A text table; of two columns of one name the second is called `name.1`.
+    """A text table; the second of two columns with one name is called `name.1`.
 
     Args:
       path: the file.
-      targets: columns that are read as text, whatever they hold.
+      targets: columns to read as text, whatever they hold.
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: if it is empty, a row is longer than any in a table, or has another number of
-        cells (its line is named).
+      ValueError: if it is empty, or a row is too long or has a wrong number of cells (its line is
+        named).
     """
     header, delimiter = header_of(path)
     names = distinct(header)
@@ -157,8 +157,8 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
     notices = ["numbers with a decimal comma are read as such"] if commas else []
     if len(_beginning(path)[0]) < len(names):
         notices.append(
-            "rows have one cell more than the first line: their first cells are taken for the "
-            "names of rows, as R writes them"
+            "rows have one cell more than the first line: their first cells are taken for "
+            "row names, as written by R"
         )
     if encoding_of(path) == OTHER:
         notices.append("the file is not UTF-8: its text is read as Windows-1252 (Latin-1)")
@@ -173,13 +173,13 @@ def _rows(path: Path, names: Sequence[str], delimiter: str) -> Iterator[tuple[in
     for number, row in rows:
         if len(row) != len(names):
             raise ValueError(
-                f"{path}: row {number} has {len(row)} cells, the header has {len(names)}."
+                f"{path}: row {number} has {len(row)} cells, but the header has {len(names)}."
             )
         yield number, row
 
 
 def _filled(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and cells of every row that is not blank, none of them longer than `LONGEST`."""
+    """Line numbers and cells of every row that is not blank, each at most `LONGEST` long."""
     used = 0
 
     def lines() -> Iterator[str]:
@@ -199,7 +199,7 @@ def _filled(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _count(line: str, delimiter: str) -> int:
-    """The cells of a line; none where one would be longer than any."""
+    """The cells of a line; none if it is too long to be one."""
     try:
         return len(next(csv.reader([line], delimiter=delimiter), ()))
     except csv.Error:
@@ -216,7 +216,7 @@ def _line(path: Path, stream: TextIO) -> str:
 def _too_long(path: Path) -> ValueError:
     return ValueError(
         f"{path}: a row has more than {LONGEST:,} characters, which no table has. If a quotation "
-        "mark is missing, close it; wide data belong into an npz or parquet file."
+        "mark is missing, close it; store wide data in an npz or parquet file."
     )
 
 
@@ -247,7 +247,7 @@ def _numbers(
 
 
 def _number(cell: str, delimiter: str) -> float | None:
-    """A cell as a number, NaN where it is missing, None where it is something else."""
+    """A cell as a number, NaN if it is missing, None if it is something else."""
     try:
         return float(cell)
     except ValueError:
@@ -263,7 +263,7 @@ def _number(cell: str, delimiter: str) -> float | None:
 def _texts(
     path: Path, names: Sequence[str], delimiter: str, as_text: set[int]
 ) -> dict[int, np.ndarray]:
-    """Columns of text; equal cells are one object, a missing one is None."""
+    """Columns of text; equal cells share one object, and missing ones are None."""
     if not as_text:
         return {}
     cells: dict[int, list[str | None]] = {i: [] for i in as_text}
@@ -284,7 +284,7 @@ def _has_decimal_comma(cell: str) -> bool:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """The names of columns, of which the second `x` is called `x.1`."""
+    """The names of columns, with a second `x` renamed to `x.1`."""
     seen: dict[str, int] = {}
     found = []
     for name in names:

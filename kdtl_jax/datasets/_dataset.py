@@ -15,31 +15,30 @@ import numpy as np
 from kdtl_jax import _text
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 
-PIECE = 4096  # rows that are looked at together
-FEWEST_ROWS = 20  # from so many rows on, labels that hardly repeat are taken for an id
+PIECE = 4096  # rows that are checked together
+FEWEST_ROWS = 20  # with at least this many rows, labels that hardly repeat are taken for an id
 
 
 class Dataset(NamedTuple):
     """Labeled examples on the host.
 
-    Labels are 0..classes-1, or `[N, classes]` where an example has several (0 and 1, float32) or
-    where targets are numbers (float64, in their own units): `kind` says which. Readers check that,
-    and that no input is NaN or infinite. Inputs are float32, except vectors whose differences
-    float32 would round away (Unix times): they stay float64 until a `Standardizer` has centered
-    them.
+    Labels are 0..classes-1, or `[N, classes]` if an example has several (0 and 1, float32) or if
+    targets are numbers (float64, in their own units); `kind` says which. Readers check that, and
+    that no input is NaN or infinite. Inputs are float32, except vectors whose differences float32
+    would round away (Unix times), which stay float64 until a `Standardizer` has centered them.
     """
 
     name: str
     inputs: np.ndarray  # [N, ...]; images [N, H, W, C]
-    labels: np.ndarray  # int32 [N]; of other kinds [N, classes]
-    classes: int  # how many, or how many labels or numbers
-    names: tuple[str, ...] = ()  # of the classes, where they are not the numbers themselves
-    notices: tuple[str, ...] = ()  # what a reader did
+    labels: np.ndarray  # int32 [N]; for other kinds [N, classes]
+    classes: int  # the number of classes, labels or numbers
+    names: tuple[str, ...] = ()  # of the classes, if they are not the numbers themselves
+    notices: tuple[str, ...] = ()  # what the reader reports
     form: Preprocessing = Preprocessing()  # how the inputs were read
 
     @property
     def kind(self) -> Kind:
-        """Of the targets: "classes", "labels" or "numbers"."""
+        """The kind of targets: "classes", "labels" or "numbers"."""
         return self.form.kind
 
     def __repr__(self) -> str:
@@ -53,7 +52,7 @@ class Dataset(NamedTuple):
         return self._replace(inputs=self.inputs[rows], labels=self.labels[rows])
 
     def class_names(self) -> tuple[str, ...]:
-        """A name for every class; its number where the data has no other."""
+        """A name for every class; its number if the data has no other."""
         return self.names or tuple(map(str, range(self.classes)))
 
 
@@ -79,7 +78,7 @@ def checked(
     *,
     like: Dataset | None = None,
 ) -> Dataset:
-    """A `Dataset`, after looking at every value. All readers share this rule for labels.
+    """A `Dataset`, after checking every value. All readers share these rules for labels.
 
     Labels may be whole numbers `[N]` or `[N, 1]`, text, or one-hot rows `[N, K]`. Numbers 0..K-1
     are kept; text and other codes (10, 20, 30) are numbered in sorted order, with their names in
@@ -89,12 +88,12 @@ def checked(
       name: of the data, for messages.
       inputs: numbers, `[N, ...]`.
       labels: one label per example.
-      classes: how many, if labels already are 0..classes-1 and some may be missing.
+      classes: number of classes, if labels already are 0..classes-1 and some may be missing.
       like: another part of the data, whose numbering of classes this part follows.
 
     Raises:
-      ValueError: if there are no examples, counts differ, a label is not whole, negative or of no
-        class, there is one class only, labels hardly repeat (an id), or an input is NaN or
+      ValueError: if there are no examples, counts differ, a label is not whole, is negative or has
+        no class, there is only one class, labels hardly repeat (an id), or an input is NaN or
         infinite; rows are named.
     """
     inputs, labels = np.asarray(inputs), np.asarray(labels)
@@ -139,7 +138,7 @@ def _one_per_example(
 
 
 def _whole(name: str, labels: np.ndarray) -> np.ndarray:
-    """Labels as integers of any width, or as text that is not numbers."""
+    """Labels as integers of any width, or as text that is not numeric."""
     if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels):
         labels = labels.astype(str)
     if labels.dtype.kind == "S":
@@ -171,7 +170,7 @@ def _whole(name: str, labels: np.ndarray) -> np.ndarray:
 
 
 def from_text(name: str, labels: np.ndarray) -> np.ndarray:
-    """Text labels as numbers if all of them are, otherwise as they are."""
+    """Text labels as numbers if all of them are numeric, otherwise unchanged."""
     empty = np.flatnonzero(labels == "")
     if len(empty):
         raise ValueError(f"{name}: row {empty[0]} has no label.")
@@ -199,7 +198,7 @@ def _in_range(name: str, labels: np.ndarray, classes: int) -> tuple[np.ndarray, 
 
 
 def _numbered_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.ndarray, int]:
-    """The numbers that another part's classes have."""
+    """The labels in another part's numbering of classes."""
     if not like.names:
         return _in_range(name, labels, like.classes)
     text = labels.astype(str)
@@ -217,7 +216,7 @@ def _numbered_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.nda
 
 
 def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
-    """Numbers 0..K-1, the names of the classes where these are others, and what to tell."""
+    """Numbers 0..K-1, the names of the classes if they differ, and notices."""
     found, numbers = np.unique(labels, return_inverse=True)
     if len(found) == 1:
         raise ValueError(
@@ -241,10 +240,10 @@ def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...
 
 
 def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
-    """Inputs as float32, or as float64 where float32 rounds their differences away."""
+    """Inputs as float32, or as float64 if float32 would round their differences away."""
     if inputs.dtype.kind not in "iufb":
         raise ValueError(f"{name}: inputs must be numbers, got {inputs.dtype}.")
-    # What float32 cannot hold is infinite, and refused below.
+    # What overflows float32 becomes infinite, and is refused below.
     with np.errstate(over="ignore", invalid="ignore"):
         single = np.ascontiguousarray(inputs, np.float32)
     rest = tuple(range(1, single.ndim))

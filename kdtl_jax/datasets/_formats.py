@@ -1,4 +1,4 @@
-"""What a path holds, recognized by itself: its parts, each with inputs and targets as stored.
+"""What a path holds, detected automatically: its parts, each with inputs and targets as stored.
 
 Digits, npz, npy files, CSV and its relatives, parquet and Arrow, folders of `datasets`, idx, and
 folders of images all come out as `Source`s by part: "train", "validation", "test", or "whole".
@@ -32,7 +32,7 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
 
     Raises:
       OSError: if it does not exist or cannot be read.
-      ValueError: if it is nothing of the kind, or its contents are not what they should be.
+      ValueError: if it is none of these, or its contents are not valid.
     """
     if path.exists():
         _files.regular(path)
@@ -60,12 +60,12 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
 
 
 def files_of(text: str, *, label: str = "label", inputs: str | None = None) -> tuple[Path, ...]:
-    """What reading some data opens: one file or folder, or an .npy file and those beside it.
+    """What reading the data opens: one file or folder, or an .npy file and those beside it.
 
     Args:
-      text: as for `read_splits`, and so are the others.
-      label: likewise.
-      inputs: likewise.
+      text: as for `read_splits`.
+      label: as for `read_splits`.
+      inputs: as for `read_splits`.
     """
     path = Path(text)
     if _csv.is_text_table(path) and path.is_file():
@@ -78,7 +78,7 @@ def files_of(text: str, *, label: str = "label", inputs: str | None = None) -> t
 
 
 def _images_of(path: Path) -> tuple[Path, ...]:
-    """The folders of the images that a table names, by its first row."""
+    """The folders of images named by a table, from its first row."""
     for cell in _csv.first_row(path):
         folder = image_folder(path, cell)
         if folder is not None:
@@ -124,10 +124,10 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
 def _beside_images(
     folder: Path, tables: Mapping[str, Sequence[Path]], choices: Choices
 ) -> list[str]:
-    """The tables of a folder whose images are the data; none where the tables are.
+    """The tables of a folder whose data are its images; none if the tables are the data.
 
-    They are the data if they name images or hold the column of labels that was asked for, if the
-    model reads columns, or if there are no two folders of images to be classes.
+    Tables are the data if they name images or hold the requested label column, if the model reads
+    columns, or if there are fewer than two folders of images to be classes.
     """
     paths = [path for each in tables.values() for path in each]
     of_columns = choices.takes is not None and choices.takes.images is None
@@ -144,7 +144,7 @@ def _beside_images(
 
 
 def _of_images(folder: Path, known: Sequence[str]) -> dict[str, Source]:
-    """The parts of a folder of classes; of a model that knows its name, one class will do."""
+    """The parts of a folder of classes; one class is enough if the model knows its name."""
     parts = _images.parts_of(folder)
     others = _images.others_of(folder, parts) if parts else []
     parts = parts or {"whole": folder}
@@ -159,7 +159,7 @@ def _of_images(folder: Path, known: Sequence[str]) -> dict[str, Source]:
             is_whole = part in ("train", "whole") and first not in known
             if is_whole and not (labels != first).any():
                 raise ValueError(
-                    f"{inside}: all of its images are below one folder, {first!r:.80}, and every "
+                    f"{inside}: all of its images are below one folder, {first!r:.80}, but every "
                     f"class needs a folder. Or are the classes in {inside / first}? Name that."
                 )
             found[part] = Source(str(inside), pictures, labels, notices=made.notices)
@@ -211,7 +211,7 @@ def _of_arrays(arrays: Arrays, choices: Choices) -> dict[str, Source]:
     inputs = choices.inputs
     if not choices.with_targets:
         label = "label"
-        inputs = inputs if inputs in arrays.names else None  # new data may call them as usual
+        inputs = inputs if inputs in arrays.names else None  # new data may use the usual names
     x, y = _arrays.pairs(arrays, inputs=inputs, label=label)
     if not choices.with_targets:
         if not x and len(arrays.names) == 1:

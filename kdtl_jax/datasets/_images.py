@@ -1,9 +1,9 @@
 """Images: folders of classes (`train/cat/1.png`), and bytes of image files in other data.
 
-Gray images have one channel, colored ones three, with transparency four; those of 16 bits or of
-floats are gray. Pixels are as stored: 0 to 255, to 65535, or any numbers. A mixture becomes what
-holds all of them: gray images of 8 bits among those of 16 are multiplied by 257, those of 16 among
-colored ones divided by it. Floats have no scale that others could be brought to.
+Gray images have one channel, color images three, or four with transparency; 16-bit and float images
+are gray. Pixels are as stored: 0 to 255, 0 to 65535, or any numbers. A mixture is converted to a
+common form: 8-bit gray images among 16-bit ones are multiplied by 257, and 16-bit ones among color
+images are divided by it. Floats have no scale that others could be converted to.
 """
 
 import io
@@ -26,9 +26,9 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jfif", ".jpe", ".jp2", ".avif"),
 )
-# What stands in the names of the folders of parts, beside what they are: train_images, seg_train.
+# Filler words in the names of the folders of parts: train_images, seg_train.
 FILLING = {"images", "image", "imgs", "img", "pictures", "photos", "data", "set", "split", "seg"}
-HIDDEN = (".", "__", "@")  # begin the names of what programs keep: .ipynb_checkpoints, @eaDir
+HIDDEN = (".", "__", "@")  # prefixes of folders that programs create: .ipynb_checkpoints, @eaDir
 MOST_PIXELS = 2**26  # of one image
 CHANNELS = {"L": 1, "I;16": 1, "F": 1, "RGB": 3, "RGBA": 4}
 DEEPER = 257  # 65535 / 255: from 8 bits to 16
@@ -61,7 +61,7 @@ class Folder(NamedTuple):
     """One part of a folder of images."""
 
     files: list[Path]
-    classes: list[str]  # of every file: the folder it stands in
+    classes: list[str]  # of every file: the folder it is in
     notices: tuple[str, ...]
 
 
@@ -71,7 +71,7 @@ def is_image(path: Path) -> bool:
 
 
 def parts_of(folder: Path) -> dict[str, Path]:
-    """The folders of parts by what they are, if the folder is divided: `train`, `test`, …"""
+    """The folders of parts by part, if the folder is divided: `train`, `test`, …"""
     found: dict[str, Path] = {}
     inside = _folders(folder)
     for part, names in PARTS.items():
@@ -79,13 +79,13 @@ def parts_of(folder: Path) -> dict[str, Path]:
         filled = [path for path in inside if _stands_for(path, names)]
         if either := plain + filled:
             found[part] = either[0]
-    # A class may be called train_set; one that is divided has two parts or more.
+    # A class may be called train_set; a divided folder has two parts or more.
     is_divided = len(found) > 1 or any(path.name.lower() in PARTS["train"] for path in inside)
     return found if "train" in found and is_divided else {}
 
 
 def others_of(folder: Path, parts: Mapping[str, Path]) -> list[str]:
-    """The folders with images that stand beside those of the parts."""
+    """The folders with images beside those of the parts."""
     beside = [path for path in _folders(folder) if path not in parts.values()]
     return [path.name for path in beside if any(map(is_image, path.rglob("*")))]
 
@@ -125,7 +125,7 @@ def all_images(folder: Path) -> list[Path]:
 def form_of(
     pictures: Pictures, rows: Sequence[int] | np.ndarray, image_size: tuple[int, int] | None
 ) -> tuple[Images, tuple[int, ...], list[str]]:
-    """How these images become arrays, the shape of one, and what to tell.
+    """How these images become arrays, the shape of one, and notices.
 
     Raises:
       ValueError: naming two files of different sizes, if no size is given, or a broken file.
@@ -141,14 +141,14 @@ def form_of(
         if image_size is None and len(first) > 1:
             one, other = [(f"{h}x{w}", pictures.at(at)) for (h, w), at in first.items()][:2]
             raise ValueError(
-                f"{pictures.name}: images differ in size, {one[1]} is {one[0]} (height x width), "
+                f"{pictures.name}: images differ in size: {one[1]} is {one[0]} (height x width), "
                 f"{other[1]} is {other[0]}. Resize all of them with --image-size."
             )
     there = [kind for kind, count in kinds.items() if count]
     if "F" in there and len(there) > 1:
         other = next(kind for kind in there if kind != "F")
         raise ValueError(
-            f"{pictures.name}: {pictures.at(of_kind['F'])} has floats as pixels, "
+            f"{pictures.name}: {pictures.at(of_kind['F'])} has floats as pixels, but "
             f"{pictures.at(of_kind[other])} has whole numbers. Save them all in one form."
         )
     mode, notices = there[-1], []
@@ -169,7 +169,7 @@ def decoded(
     """The images `rows` as float32 `[N, H, W, C]`.
 
     Raises:
-      ValueError: naming a broken file, or one of another size where nothing is resized.
+      ValueError: naming a broken file, or one of another size if nothing is resized.
     """
     out = np.empty((len(rows), *shape), np.float32)
 
@@ -177,7 +177,7 @@ def decoded(
         out[place] = _decoded(pictures, rows[place], images, shape)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
-        warnings.simplefilter("ignore")  # of Pillow, about odd files that it reads all the same
+        warnings.simplefilter("ignore")  # from Pillow, about odd files that it can read
         for _ in pool.map(put, range(len(rows))):
             pass
     return out
@@ -188,7 +188,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _stands_for(path: Path, names: Sequence[str]) -> bool:
-    """Whether a folder is called by one of the names of a part, and otherwise by `FILLING`."""
+    """Whether a folder's name is one of a part's names, apart from `FILLING`."""
     words = {*re.split(r"[^a-z0-9]+", path.name.lower())} - {"", *FILLING}
     return len(words) == 1 and words <= {*names}
 
@@ -239,14 +239,14 @@ def _decoded(pictures: Pictures, row: int, images: Images, shape: tuple[int, ...
         raise _broken(pictures, row, error) from None
     if found.shape != tuple(shape):
         raise ValueError(
-            f"{pictures.at(row)}: an image of {size} (height x width), {height}x{width} is "
+            f"{pictures.at(row)}: an image of {size} (height x width), but {height}x{width} is "
             "expected. Resize it, or train with --image-size, which resizes all images."
         )
     return found
 
 
 def _in_mode(image: Any, mode: str) -> Any:
-    """The image with pixels of another kind, on that kind's scale.
+    """The image with pixels of another kind, in that kind's scale.
 
     Raises:
       ValueError: if the two have no common scale.
@@ -254,7 +254,7 @@ def _in_mode(image: Any, mode: str) -> Any:
     kind = _kind(image)
     if kind != mode and "F" in (kind, mode):
         found = "floats" if kind == "F" else "whole numbers"
-        raise ValueError(f"its pixels are {found}, {mode} is expected")
+        raise ValueError(f"its pixels are {found}, but {mode} is expected")
     if mode in ("I;16", "F"):  # as floats, which Pillow resizes
         shallow = kind != mode
         values = np.asarray(image.convert("L") if shallow else image).astype(np.float32)
@@ -262,7 +262,7 @@ def _in_mode(image: Any, mode: str) -> Any:
     if kind == "I;16":
         values = np.asarray(image) / DEEPER
         if values.min() < 0 or values.max() > 255:
-            raise ValueError(f"its pixels are not of 16 bits, {mode} is expected")
+            raise ValueError(f"its pixels are not 16-bit, but {mode} is expected")
         image = Image.fromarray(values.round().astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
 

@@ -1,4 +1,4 @@
-"""One part of a data set as it is stored, before targets are numbered and inputs encoded."""
+"""One part of a data set as stored, before targets are numbered and inputs encoded."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from kdtl_jax.datasets._tables import Missing, Table
 
 
 class Choices(NamedTuple):
-    """What a path leaves open."""
+    """The choices that a path alone does not determine."""
 
     label: str = "label"
     inputs: str | None = None
@@ -20,19 +20,19 @@ class Choices(NamedTuple):
     drop: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
     one_hot: bool = False
-    with_targets: bool = True  # False: sources need none, and `targets` are columns to leave out
+    with_targets: bool = True  # if False, sources need none, and `targets` are columns to leave out
     targets: tuple[str, ...] = ()
     may_be_none: bool = False  # an empty cell of targets is an example without any label
-    takes: Preprocessing | None = None  # of the model whose inputs are read; None: of none
+    takes: Preprocessing | None = None  # form of the model to read inputs for, if any
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The columns of inputs that a model reads; (): all."""
+        """The columns of inputs that a model reads; () means all."""
         return () if self.takes is None else tuple(column.name for column in self.takes.columns)
 
 
 class Source(NamedTuple):
-    """One part as it is stored."""
+    """One part as stored."""
 
     name: str
     inputs: np.ndarray | Table | Pictures
@@ -53,7 +53,7 @@ def _with_channels(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_shape(name: str, shape: tuple[int, ...], form: Preprocessing | None) -> None:
-    """Refuses an array `[N, ...]`, perhaps not read yet, of another shape than a model takes.
+    """Refuses an array `[N, ...]`, perhaps not yet read, whose shape a model does not take.
 
     Raises:
       ValueError: naming both shapes.
@@ -66,10 +66,10 @@ def check_shape(name: str, shape: tuple[int, ...], form: Preprocessing | None) -
 
 
 def check_columns(name: str, header: Sequence[str], form: Preprocessing | None) -> None:
-    """Refuses a table, perhaps not read yet, in which a model does not find its inputs.
+    """Refuses a table, perhaps not yet read, that lacks a model's inputs.
 
     Raises:
-      ValueError: naming the first column that lacks, or the shape that the model takes.
+      ValueError: naming the first missing column, or the shape that the model takes.
     """
     if form is None:
         return
@@ -79,7 +79,7 @@ def check_columns(name: str, header: Sequence[str], form: Preprocessing | None) 
 
 
 def check_pictures(name: str, form: Preprocessing | None) -> None:
-    """Refuses image files where a model was not trained on such.
+    """Refuses image files if a model was not trained on image files.
 
     Raises:
       ValueError: naming the data.

@@ -1,4 +1,4 @@
-"""Train, validation and test parts: split and standardized, the same on every machine."""
+"""Train, validation and test parts: split and standardized, identically on every machine."""
 
 from typing import NamedTuple
 
@@ -29,10 +29,10 @@ class Splits(NamedTuple):
 def stratified(
     data: Dataset, *, validation: float = 0.2, test: float = 0.2, seed: int = 0
 ) -> Splits:
-    """Train, validation and test rows with every class in its own proportion in each part.
+    """Train, validation and test rows, with the proportion of every class equal in each part.
 
     A function of `(labels, fractions, seed)` alone. Each part keeps the data set's order. Rows with
-    several labels or with numbers are drawn without regard to them.
+    several labels or with numbers are drawn regardless of these.
 
     Raises:
       ValueError: if fractions are negative or leave nothing to train on, or a class has too few
@@ -69,7 +69,7 @@ def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
     """`count` examples of every class, drawn from `data`: a few-label training set.
 
     Raises:
-      ValueError: if a class has fewer, or examples have no class each.
+      ValueError: if a class has fewer, or targets are not classes.
     """
     if data.kind != "classes":
         raise ValueError(f"{data.name}: targets are {data.kind}: there is no number per class.")
@@ -80,14 +80,14 @@ def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
         if len(rows) < count:
             name = data.class_names()[label]
             raise ValueError(
-                f"{data.name}: class {name} has {len(rows)} examples, {count} are needed."
+                f"{data.name}: class {name} has {len(rows)} examples, but {count} are needed."
             )
         chosen.append(rng.permutation(rows)[:count])
     return data.subset(np.sort(np.concatenate(chosen)))
 
 
 def only_classes(data: Dataset, classes: range) -> Dataset:
-    """The examples whose label lies in `classes`, renumbered from 0.
+    """The examples with labels in `classes`, renumbered from 0.
 
     Raises:
       ValueError: if there are none.
@@ -99,7 +99,7 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
     return kept._replace(
         labels=kept.labels - np.int32(classes.start),
         classes=len(classes),
-        # Class 5 keeps its name where it becomes number 0.
+        # Class 5 keeps its name when it becomes number 0.
         names=data.class_names()[classes.start : classes.stop]
         if data.names or classes.start
         else (),
@@ -107,17 +107,17 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
 
 
 def standardizer(train: Dataset) -> Standardizer:
-    """Mean 0 and standard deviation 1 per feature: per channel of images, per entry of vectors.
+    """Mean 0 and standard deviation 1 per feature: per image channel, per vector entry.
 
-    Measure it on training data alone and apply it to all parts. Pixels share one scale: with a
-    scale of its own, a pixel that is nearly always blank here would be huge in a task that uses it.
+    Measured on training data only and applied to all parts. Pixels share one scale: with a scale
+    of its own, a pixel that is nearly always blank here would be huge in a task that uses it.
     A constant feature is only shifted.
     """
     axes = tuple(range(train.inputs.ndim - 1)) if train.inputs.ndim == 4 else (0,)
     kind = train.inputs.dtype
     mean = train.inputs.mean(axis=axes, dtype=np.float64)
     deviation = train.inputs.std(axis=axes, dtype=np.float64)
-    # Constant is what varies by less than the rounding of its own values, in whatever unit.
+    # Constant means varying by less than the rounding of the values, in any unit.
     varies = deviation > np.finfo(kind).eps * np.abs(mean)
     return Standardizer(mean.astype(kind), np.where(varies, deviation, 1.0).astype(kind))
 
@@ -149,7 +149,7 @@ def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
 def scaled(splits: Splits, preprocessing: Preprocessing) -> Splits:
     """All parts scaled as a `Preprocessing` says: inputs, and targets that are numbers.
 
-    The parts' own forms say so, too.
+    The parts' `form` records it, too.
     """
     scaling, of_targets = preprocessing.scaling, preprocessing.target_scaling
     parts = [part if scaling is None else scaling.apply(part) for part in splits]
@@ -171,7 +171,7 @@ def drawn(
     test: float,
     seed: int,
 ) -> Splits:
-    """All three parts; what the data lacks is drawn from its training part."""
+    """All three parts; missing ones are drawn from the training part."""
     parts = stratified(
         train,
         validation=validation if validation_part is None else 0.0,

@@ -1,8 +1,8 @@
 """Targets of every kind: one class per example, several labels at once, or numbers.
 
-What files hold says which it is, unless the reader is told: text and whole numbers are classes;
+The values in a file determine the kind unless it is given: text and whole numbers are classes;
 lists, "cat|dog", "cat;dog" and rows of 0 and 1 that are not one-hot are labels; other numbers are
-numbers. One column of 0 and 1 that is said to be labels is one label, for a model of one logit.
+numbers. One column of 0 and 1 given as labels is one label, for a model with one logit.
 """
 
 import re
@@ -16,10 +16,10 @@ from kdtl_jax.datasets._dataset import Dataset, checked, finite_numbers, from_te
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 from kdtl_jax.datasets._tables import is_number
 
-# What the column of labels holds; auto decides by its values.
+# What the label column holds; auto decides by its values.
 Target = Literal["auto", "classes", "labels", "numbers"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-SEPARATORS = "|;"  # of several labels in one cell; "," where targets are said to be labels
+SEPARATORS = "|;"  # between labels in one cell; also "," if targets are given as labels
 MOST_LABELS = 10_000
 QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 LIST = re.compile(r"""\[((?:\s*(?:'[^']*'|"[^"]*")\s*,?)*)\s*\]""")
@@ -44,8 +44,8 @@ def from_arrays(
       targets: `[N]` or `[N, K]`: numbers, text, or lists of labels as an object array.
       target: their kind; "auto" decides by the values.
       classes: as in `checked`.
-      like: another part of the data, or a model's, whose kind and names this part follows: where
-        both have names, classes and columns find their places by them, whatever their order.
+      like: another part of the data, or a model's, whose kind and names this part follows. If
+        both have names, classes and columns are matched by name, in any order.
       names: of the classes 0..K-1, or of the K columns.
       decimal_comma: whether text writes 1,5 for 1.5.
 
@@ -99,7 +99,7 @@ def _classes(
 def _in_order_of(
     name: str, targets: np.ndarray, names: tuple[str, ...], like: Dataset | None
 ) -> np.ndarray:
-    """Columns of targets in the order of another part's, or as they are if either has no names."""
+    """Columns of targets in the order of another part's, or unchanged if either has no names."""
     if like is None or not names or not like.names or names == like.names:
         return targets
     if set(names) != set(like.names):
@@ -122,7 +122,7 @@ def _plain(found: np.ndarray) -> np.ndarray:
 
 
 def _listed(found: np.ndarray) -> np.ndarray:
-    """Lists of text that a table holds as Python writes them, "['cat', 'dog']", as lists."""
+    """Lists of text stored in a table in Python's notation, "['cat', 'dog']", as lists."""
     if found.dtype.kind != "U" or found.ndim != 1 or not len(found):
         return found
     cells = [LIST.fullmatch(cell.strip()) for cell in found.tolist()]
@@ -136,8 +136,8 @@ def _listed(found: np.ndarray) -> np.ndarray:
 def _read(
     found: np.ndarray, kind: Target, decimal_comma: bool
 ) -> tuple[np.ndarray, tuple[str, ...]] | None:
-    """Amounts such as "$1,234" as numbers, where numbers are meant, or where they have fractions;
-    and what to tell of them. None where there is nothing to read."""
+    """Amounts such as "$1,234" as numbers, if numbers are meant or they have fractions, with
+    notices about them. None if there is nothing to read."""
     if found.dtype.kind != "U" or found.ndim != 1 or kind not in ("auto", "numbers"):
         return None
     marked = next((cell for cell in found.tolist() if not is_number(cell)), None)
@@ -186,16 +186,16 @@ def _kind(name: str, found: np.ndarray, target: Target) -> Kind:
 def _labels(
     name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
-    """`[N, K]` of 0 and 1, float32, and what the labels are called."""
+    """`[N, K]` of 0 and 1, float32, and the names of the labels."""
     if found.ndim == 1 and (like is None or like.classes == 1):
-        answers = _answers(found)  # to one question: a label that an example has or lacks
+        answers = _answers(found)  # to one question: whether an example has the label
         found = found if answers is None else answers[:, None]
     if found.ndim == 2:
         return _multi_hot(name, found, like, names)
     if like is not None and not like.names:
         raise ValueError(
             f"{name}: the {like.classes} labels of the training part or of the model have no names "
-            f"by which a cell such as {found[0]!s:.80} could find its places. Give "
+            f"with which to match a cell such as {found[0]!s:.80}. Give "
             f"[N, {like.classes}] of 0 and 1."
         )
     mark = _separator(found, like.names if like is not None else names)
@@ -205,7 +205,7 @@ def _labels(
     place = {label: i for i, label in enumerate(known)}
     if not 1 < len(known) <= MOST_LABELS:
         raise ValueError(
-            f"{name}: {len(known)} different labels in {len(rows)} examples, from 2 to "
+            f"{name}: {len(known)} different labels in {len(rows)} examples; from 2 to "
             f"{MOST_LABELS:,} are possible. Is this the label column?"
         )
     hot = np.zeros((len(rows), len(known)), np.float32)
@@ -224,7 +224,7 @@ def _labels(
 
 
 def _answers(found: np.ndarray) -> np.ndarray | None:
-    """0 and 1 of one column that holds nothing else, or that says yes and no; None of others."""
+    """0 and 1 from one column that holds only these, or yes and no; None for other columns."""
     if found.dtype.kind in "iufb":
         return found if np.isin(found, (0, 1)).all() else None
     if found.dtype.kind != "U":
@@ -276,7 +276,7 @@ def _numbers(
     if found.dtype.kind not in "iufb":
         raise ValueError(f"{name}: targets must be numbers, got {found.dtype}.")
     targets = found.reshape(len(found), -1).astype(np.float64)
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused
+    with np.errstate(over="ignore"):  # what overflows float32 is refused
         wrong = np.flatnonzero(~np.isfinite(targets.astype(np.float32)).all(axis=1))
     if len(wrong):
         raise ValueError(
@@ -300,7 +300,7 @@ def _numbers(
 
 
 def _separator(found: np.ndarray, known: Sequence[str]) -> str | None:
-    """What stands between labels in a cell, and in none of those that are known."""
+    """The separator between labels in a cell, which no known label contains."""
     cells = [cell for cell in found if isinstance(cell, str)]
     for mark in f"{SEPARATORS},":
         if any(mark in cell for cell in cells) and not any(mark in label for label in known):
@@ -337,5 +337,5 @@ def _lacks(cell: Any) -> bool:
 
 
 def _in_order(label: str) -> tuple[int, int | str]:
-    """Whole numbers by size, then text."""
+    """Whole numbers in order, then text."""
     return (0, int(label)) if label.isdecimal() and len(label) < 19 else (1, label)
