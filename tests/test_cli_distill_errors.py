@@ -50,7 +50,7 @@ def teacher(run_of_kd: Path) -> Path:
         (["--methods", "at"], 2, "no method is left. at does not apply: "),
         (["--batch-size", "64"], 1, "a batch of 64 is larger than the 45 training examples"),
         (["--per-class", "2"], 1, "a batch of 8 is larger than the 6 training examples"),
-        (["--per-class", "99"], 1, "class 0 has 15 examples, 99 are needed"),
+        (["--per-class", "99"], 1, "class 0 has 15 examples, but 99 are needed"),
         (["--microbatches", "3"], 2, "does not divide into 3 microbatches"),
         (["--mesh", "data=16"], 1, "there are 8"),
         (["--mesh", "data=3"], 2, "Choose a multiple of 3"),

@@ -94,7 +94,7 @@ def test_few_labels_and_some_classes() -> None:
     few = datasets.per_class(data, 7, seed=3)
     assert np.bincount(few.labels).tolist() == [7] * 10
     np.testing.assert_array_equal(few.inputs, datasets.per_class(data, 7, seed=3).inputs)
-    with pytest.raises(ValueError, match="class 0 has 178 examples, 179 are needed"):
+    with pytest.raises(ValueError, match="class 0 has 178 examples, but 179 are needed"):
         datasets.per_class(data, 179)
     upper = datasets.only_classes(data, range(5, 10))
     assert upper.names == tuple("56789") and datasets.only_classes(data, range(5)).names == ()
