@@ -151,7 +151,7 @@ def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: C
         assert "note: the model scales inputs" in capsys.readouterr().err
     safetensors.save(tmp_path / "weights.safetensors", {"w": np.ones(2)})
     said = refused("predict", tmp_path / "weights.safetensors", more)
-    assert "does not say of which model" in said
+    assert "does not say which model they belong to" in said
 
 
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:

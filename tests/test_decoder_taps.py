@@ -236,7 +236,7 @@ def test_hostile_numbers_are_one_clear_error(tmp_path: Path, family: str, key: s
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "is not built here"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "is not supported"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"sliding_window": 4}, "sliding_window"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -247,7 +247,7 @@ def test_hostile_numbers_are_one_clear_error(tmp_path: Path, family: str, key: s
             "factor must be above",
         ),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "factor must be .* got None"),
-        ("llama", {"rope_parameters": {"rope_type": "ntk"}}, "rope type 'ntk' is not built here"),
+        ("llama", {"rope_parameters": {"rope_type": "ntk"}}, "rope type 'ntk' is not supported"),
         ("llama", {"rope_parameters": {"mscale": 1.0}}, "does not read .mscale"),
         ("llama", {"rope_parameters": [1]}, r"rope_parameters = \[1\]; expected an object"),
         ("llama", {"rope_scaling": {"rope_theta": 7.0}}, "rope_scaling and rope_parameters differ"),

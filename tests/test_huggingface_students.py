@@ -63,7 +63,7 @@ def test_what_cannot_be_a_student_is_refused():
     source = huggingface.load(FOLDERS / "t5")
     with pytest.raises(ValueError, match="layers must lie in 0..0, got \\[2\\]"):
         huggingface.student(source, layers=(2,))
-    with pytest.raises(ValueError, match="'t5' model takes no new head"):
+    with pytest.raises(ValueError, match="'t5' model cannot take a new head"):
         huggingface.student(source, layers=(0,), classes=2)
     resnet = huggingface.load(FOLDERS / "resnet_basic")
     with pytest.raises(ValueError, match="'resnet' model has no numbered layers"):

@@ -360,7 +360,7 @@ def test_a_mode_that_cannot_be_set_is_refused_and_the_call_is_shown(make: Any, t
 def test_dropout_of_a_linen_modules_own_making_has_no_randomness_in_evaluation() -> None:
     apply, v = of_linen(LinenOwnDropout())
     apply(v.params, v.model_state, X, key=KEY, train=True)
-    with pytest.raises(ValueError, match='needs PRNG for "dropout".*say how it is called: linen'):
+    with pytest.raises(ValueError, match='needs PRNG for "dropout".*say how to call it: linen'):
         apply(v.params, v.model_state, X, key=KEY)
 
 

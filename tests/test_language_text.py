@@ -254,7 +254,7 @@ def test_rows_on_disk_are_those_in_memory_in_an_order_of_key_and_step(
     assert language.write_rows(folder, [row], made_from={"text": "another"}) == 1
     assert [path.name for path in folder.glob(".*")] == [".draft.tmp"]
     (folder / "tokens.bin").write_bytes(b"short")
-    with pytest.raises(ValueError, match="no whole rows"):
+    with pytest.raises(ValueError, match="no complete rows"):
         language.open_rows(folder)
     with pytest.raises(ValueError, match="there are no rows"):
         language.write_rows(folder, iter(()), made_from={"text": "another"})

@@ -128,7 +128,10 @@ def test_simkd_predicts_through_its_connectors(tmp_path: Path) -> None:
             ),
             r"is a run folder, with students/kd\.safetensors",
         ),
-        (lambda p: safetensors.save(p, {"w": np.ones(2)}), "does not say of which model"),
+        (
+            lambda p: safetensors.save(p, {"w": np.ones(2)}),
+            "does not say which model they belong to",
+        ),
         (
             lambda p: safetensors.save(p, {"w": np.ones(2)}, metadata={"classes": "many"}),
             "metadata are damaged",

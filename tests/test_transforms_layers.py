@@ -207,7 +207,7 @@ def test_deepening_residual_blocks_by_zeroed_projections() -> None:
         (lambda p: transforms.unstack_layers(p, "encoder", keys="layer"), "must contain"),
         (
             lambda p: transforms.deepen(p, LAYERS, [0, 0], transforms.copy_with_zeros(".*")),
-            "each position once",
+            "must hold each position once",
         ),
         (lambda p: transforms.deepen(p, LAYERS, [12], transforms.copy_with_zeros(".*")), "lie in"),
         (lambda p: transforms.identity_layer("w", np.ones((2, 3))), "as many outputs"),

@@ -181,7 +181,9 @@ def test_a_square_weight_for_a_kernel_is_not_taken_for_granted():
         params, _ = transforms.transfer(source, target, rename=rename, on_mismatch=policy)
         return params["fc"]["kernel"]
 
-    with pytest.raises(ValueError, match=r"fc/kernel: source\[3, 3\] fits either way round"):
+    with pytest.raises(
+        ValueError, match=r"fc/kernel: source\[3, 3\] fits both as it is and transposed"
+    ):
         transforms.transfer(source, target, rename=rename)
     np.testing.assert_array_equal(filled(lambda leaf, shape, path: leaf.T), weight.T)
     np.testing.assert_array_equal(filled(lambda leaf, shape, path: None), weight)

@@ -71,7 +71,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     known = ", ".join(each for family in FAMILIES for each in family.model_types)
     raise ValueError(
-        f"model_type {_text.quoted(name)} is not built here; known are {known}. "
+        f"model_type {_text.quoted(name)} is not supported; expected one of {known}. "
         "Load its tensors with safetensors.load and name them with your own rules."
     )
 
@@ -104,7 +104,7 @@ def built(
         if not is_tied or set(apart) & set(own):
             raise ValueError(
                 f"the output layer of {head.architectures[0]} is not tied to the embedding "
-                f"(tie_word_embeddings, {apart[0]!r}); that is not built here."
+                f"(tie_word_embeddings, {apart[0]!r}); that is not supported."
             )
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in tensors.items()}
     module = family.build(values, Found(head, shapes, is_tied))

@@ -199,7 +199,7 @@ def choice(key: str, *allowed: Any) -> Field:
     def check(value: Any, limits: Limits) -> Any:
         if not any(type(value) is type(each) and value == each for each in allowed):
             raise ValueError(
-                f"this is not built here (only {' or '.join(map(repr, allowed))}); the outputs "
+                f"this is not supported (only {' or '.join(map(repr, allowed))}); the outputs "
                 "would be wrong"
             )
         return value
@@ -243,7 +243,7 @@ def activation_named(name: Any) -> models.Activation:
         case "sigmoid":
             return jax.nn.sigmoid
         case _:
-            raise ValueError(f"the activation {_text.quoted(name)} is not built here")
+            raise ValueError(f"the activation {_text.quoted(name)} is not supported")
 
 
 def _integer(value: Any, least: int, most: int) -> int:

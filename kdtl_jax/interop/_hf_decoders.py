@@ -61,7 +61,7 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
     name = str(config.get("model_type"))
     if name not in FAMILIES:
         raise ValueError(
-            f"model_type {_text.quoted(name)} is not a decoder that is built here; known are "
+            f"model_type {_text.quoted(name)} is not a supported decoder; expected one of "
             f"{', '.join(sorted(FAMILIES))}."
         )
     family = FAMILIES[name]
@@ -77,7 +77,7 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
     for key, allowed in family.requires.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(
-                f"{key} = {_text.quoted(config[key])} of a {name!r} model is not built here (only "
+                f"{key} = {_text.quoted(config[key])} of a {name!r} model is not supported (only "
                 f"{' or '.join(map(repr, allowed))})."
             )
     try:

@@ -78,7 +78,7 @@ def rope(
         raise ValueError(f"config.json: partial_rotary_factor must be at most 1, got {partial}.")
     if partial < 1 and config.get("model_type") != "phi3":  # elsewhere transformers ignores it
         raise ValueError(
-            f"config.json: partial_rotary_factor = {partial} is built here for phi3 alone; other "
+            f"config.json: partial_rotary_factor = {partial} is supported only for phi3; other "
             "families rotate whole heads."
         )
     head_width, width = width, int(width * partial)
@@ -90,7 +90,7 @@ def rope(
     kind = given.get("rope_type", given.get("type")) or "default"
     if not isinstance(kind, str) or kind not in _READS:
         raise ValueError(
-            f"rope type {_text.quoted(kind)} is not built here (only {', '.join(_READS)})."
+            f"rope type {_text.quoted(kind)} is not supported (only {', '.join(_READS)})."
         )
     read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_READS[kind].split()}
     if strange := sorted(map(str, given.keys() - read)):

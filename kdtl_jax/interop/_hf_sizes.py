@@ -39,9 +39,9 @@ def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
     side = math.isqrt(max(count, 0))
     if side * side != count or not side:
         raise ValueError(
-            f"config.json: image_size = {config['image_size']} has another number of patches of "
-            f"{[int(high), int(wide)]} than the {count} positions written. Give the config with "
-            "their image_size."
+            f"config.json: image_size = {config['image_size']} does not give the {count} patches "
+            f"of {[int(high), int(wide)]} that have positions. Give the config with their "
+            "image_size."
         )
     image = [int(side * high), int(side * wide)]
     return out | {"image_size": image[0] if image[0] == image[1] else image}

@@ -136,7 +136,7 @@ def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
         for kind, theta in thetas.items()
     }
     if any(table != models.Rope(table.frequencies) for table in ropes.values()):
-        raise ValueError("config.json: rope types that scale attention are not built here.")
+        raise ValueError("config.json: rope types that scale attention are not supported.")
     return models.ModernBert(
         vocabulary=v["vocab_size"],
         width=v["hidden_size"],

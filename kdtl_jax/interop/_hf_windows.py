@@ -44,7 +44,7 @@ def windows_if_used(
     whole, types = ["full_attention"] * layers, config.get("layer_types")
     if types is not None and types != whole:
         raise ValueError(
-            f"layer_types must be {len(whole)} times 'full_attention' where use_sliding_window "
+            f"layer_types must be {len(whole)} times 'full_attention' if use_sliding_window "
             f"is false, got {_text.shown(types)}."
         )
     return ()

@@ -97,7 +97,7 @@ def check(modes: Mapping[str, bool], train: bool, name: str, example: str) -> No
     raise ValueError(
         f"{name} was asked for {asked} mode, but {listed} ran in {other} mode. Its mode cannot be "
         f"set by an argument of a known name ({', '.join(TRAINING[:3])}, deterministic, ...). "
-        f"Say how it is called: {example}."
+        f"Say how to call it: {example}."
     )
 
 

@@ -107,7 +107,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = config.get("peft_type", "LORA")
     if not isinstance(kind, str) or kind not in _READ:
-        raise refused(f"peft_type {_text.quoted(kind)}", f"known are {', '.join(_READ)}")
+        raise refused(f"peft_type {_text.quoted(kind)}", f"expected one of {', '.join(_READ)}")
     allowed = _READ[kind]
     for key, value in config.items():
         if key in _HARMLESS or value is None or value is False or value in ({}, []):
@@ -117,7 +117,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         known = allowed[key]
         # 1 is not True here: for one key, a flag and a number mean different things.
         if known is not None and not any(type(value) is type(k) and value == k for k in known):
-            raise refused(f"{key} = {_text.shown(value)}", f"known are {known}")
+            raise refused(f"{key} = {_text.shown(value)}", f"expected one of {known}")
     for key, is_right in _TYPES.items():
         if config.get(key) is not None and not is_right(config[key]):
             raise refused(f"{key} = {_text.shown(config[key])}", "it has another type")

@@ -101,7 +101,7 @@ def _edits_of(
         if len(shape) != 2 or vector.size == 1:
             raise refused(
                 f"ia3_l {list(vector.shape)} of {_text.quoted(module)} {list(shape)}",
-                "it does not say which side it scales; known are kernels of two axes",
+                "it does not say which side it scales; only kernels of two axes are supported",
             )
         is_input = vector.shape[0] == 1
         sides = (vector.size, None) if not is_input else (None, vector.size)

@@ -308,7 +308,7 @@ def _entry(path: Path, name: str, info: Any, payload: int) -> Tensor:
     if not isinstance(dtype, str) or dtype not in _dtypes and dtype not in _fp8_bytes:
         raise _bad(
             path,
-            f"tensor {_text.quoted(name)} has the dtype {_text.quoted(dtype)}; known are "
+            f"tensor {_text.quoted(name)} has the dtype {_text.quoted(dtype)}; expected one of "
             f"{', '.join(_dtypes)}",
         )
     width = _fp8_bytes[dtype] if dtype in _fp8_bytes else _dtypes[dtype].itemsize

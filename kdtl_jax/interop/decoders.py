@@ -205,7 +205,7 @@ def described(
     flat = naming.from_torch(tensors, _rules(config, tensors), ignore=(*_BUFFERS, _OTHER_HEADS))
     table, down = (flat.get(n) for n in ("tokens/embedding", "layers_0/mlp/down/kernel"))
     if table is None or down is None:
-        raise ValueError("there is no embedding, or no first layer, among the tensors.")
+        raise ValueError("the tensors lack the embedding or the first layer.")
     out = dict(config)
     count = _hf_family.depth_of(flat)
     if layers is not None or count != whole.layers:

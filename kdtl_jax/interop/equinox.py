@@ -67,7 +67,7 @@ def model(
     if isinstance(module, functools.partial):
         raise TypeError(
             "module must be a module of Equinox, got functools.partial: JAX sees no arrays in it. "
-            "Give the module itself, and with call= how it is called."
+            "Give the module itself, and pass call= to say how it is called."
         )
     _modes.check_made(module, callable(module) and not isinstance(module, type), "Equinox")
     params, static = eqx.partition(module, eqx.is_inexact_array)

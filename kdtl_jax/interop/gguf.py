@@ -45,7 +45,7 @@ def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
     architecture = str(fields.get("general.architecture"))
     if architecture not in _MODEL_TYPES:
         raise ValueError(
-            f"architecture {_text.quoted(architecture)} is not built here "
+            f"architecture {_text.quoted(architecture)} is not supported "
             f"(only {', '.join(_MODEL_TYPES)})."
         )
     extra = {
@@ -199,11 +199,11 @@ def _config(
     width, heads = _count(own, "embedding_length"), _count(own, "attention.head_count")
     head_width = _count(own, "attention.key_length", width // heads)
     if _count(own, "attention.value_length", head_width) != head_width:
-        raise ValueError("keys and values of different widths are not built here.")
+        raise ValueError("keys and values of different widths are not supported.")
     turning = _count(own, "rope.dimension_count", head_width)
     if turning != head_width:
         if architecture != "phi3":
-            raise ValueError(f"rotation of {turning} of {head_width} channels is not built here.")
+            raise ValueError(f"rotation of {turning} of {head_width} channels is not supported.")
         config["partial_rotary_factor"] = turning / head_width
     if architecture in ("gemma2", "gemma3"):
         # llama.cpp recognizes the largest models, whose queries are scaled differently, by depth.
@@ -220,7 +220,7 @@ def _config(
         if _count(own, "attention.sliding_window") < _count(own, "context_length"):
             raise ValueError(
                 f"a {architecture!r} file with a sliding window of {window} positions, below its "
-                f"{own['context_length']}, is not built here: it does not say which layers have it."
+                f"{own['context_length']}, is not supported: it does not say which layers have it."
             )
         del config["sliding_window"]
     scaling = _scaling(own, factors, config)
@@ -237,13 +237,13 @@ def _scaling(
     if by_tensors:
         if by_tensors not in ({"rope_freqs"}, {"rope_factors_long", "rope_factors_short"}):
             raise ValueError(
-                "a file has rope_freqs alone, or rope_factors_long and rope_factors_short, got "
+                "a file has only rope_freqs, or rope_factors_long and rope_factors_short, got "
                 f"{' and '.join(sorted(by_tensors))}."
             )
         if kind not in ("none", "longrope"):
             raise ValueError(
                 f"rope scaling {_text.quoted(kind)} beside {' and '.join(sorted(by_tensors))} is "
-                "not built here."
+                "not supported."
             )
         original = own.get("rope.scaling.original_context_length")
         if original is None:
@@ -260,12 +260,12 @@ def _scaling(
         return scaling if attention is None else scaling | {"attention_factor": attention}
     if kind not in ("none", "linear"):
         raise ValueError(
-            f"rope scaling {_text.quoted(kind)} of GGUF files is not built here (only linear)."
+            f"rope scaling {_text.quoted(kind)} of GGUF files is not supported (only linear)."
         )
     if attention not in (None, 1.0):
         raise ValueError(
             f"rope.scaling.attn_factor = {_text.quoted(attention)} beside rope scaling {kind!r} is "
-            "not built here."
+            "not supported."
         )
     if kind == "none":
         return None

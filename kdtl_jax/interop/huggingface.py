@@ -282,7 +282,7 @@ def _classifier(family: Family) -> Head:
             return head
     able = [f.model_types[0] for f in FAMILIES if any(h.classes is not None for h in f.heads)]
     raise ValueError(
-        f"a {family.model_types[0]!r} model takes no new head here; those of {', '.join(able)} do."
+        f"a {family.model_types[0]!r} model cannot take a new head; those of {', '.join(able)} can."
     )
 
 

@@ -144,7 +144,7 @@ def _streams_told(module: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"{type(module).__name__} reads a random stream that it was not given: {said}. Pass "
             "key=, and name the streams besides dropout: linen.model(module, rngs=('dropout', "
-            f"'noise')). If it should draw nothing in this mode, say how it is called: {_CALL}."
+            f"'noise')). If it should draw nothing in this mode, say how to call it: {_CALL}."
         ) from error
 
 

@@ -213,8 +213,8 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
     metadata = safetensors.index(path).metadata
     if found.model is None or found.classes is None:
         raise ValueError(
-            f"{path} holds weights, but does not say of which model: it is not a file that kdtl "
-            "distill or kdtl transfer wrote. Name one of a run's students/*.safetensors."
+            f"{path} holds weights, but does not say which model they belong to: kdtl distill or "
+            "kdtl transfer did not write it. Name one of a run's students/*.safetensors."
         )
     if is_own(found.model) and model is None:
         raise ValueError(

@@ -105,7 +105,7 @@ def pretrained(folder: str) -> Pretrained:
     found = huggingface.load(folder)
     if not hasattr(found.module, "classes"):
         kind = _text.quoted(found.config["model_type"])
-        raise ValueError(f"{folder}: a model of the type {kind} takes no head for classes here.")
+        raise ValueError(f"{folder}: a model of the type {kind} cannot take a head for classes.")
     return found
 
 

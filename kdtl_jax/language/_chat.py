@@ -107,8 +107,8 @@ def _by_prefixes(
         if not (before.startswith(written) and after.startswith(before)):
             raise ValueError(
                 f"chat_template: the text of the first {i + 1} messages does not begin with the "
-                "prompt for the last of them, so what the assistant says cannot be told from the "
-                "rest. Mark it in the template with {% generation %}."
+                "prompt for the last of them, so the assistant's words cannot be separated from "
+                "the rest. Mark them in the template with {% generation %}."
             )
         pieces += [(before[len(written) :], False), (after[len(before) :], True)]
         written = after

@@ -84,7 +84,7 @@ def open_rows(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     known = _known(folder)
     if known is None:
-        raise ValueError(f"{folder} holds no whole rows. Write them again.")
+        raise ValueError(f"{folder} holds no complete rows. Write them again.")
     arrays: dict[str, Any] = {}
     for path, (dtype, shape) in known["arrays"].items():
         mapped = np.memmap(folder / _file(path), dtype, "r", shape=(known["rows"], *shape))

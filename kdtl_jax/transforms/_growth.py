@@ -105,7 +105,7 @@ def deepen(
     """
     count = len(layer_numbers(params, layers))
     if len(set(after)) != len(after):
-        raise ValueError(f"each position once, got {list(after)}.")
+        raise ValueError(f"after must hold each position once, got {list(after)}.")
     order = sorted([*range(count), *after])
     inserted = {i for i in range(1, len(order)) if order[i] == order[i - 1]}
     deeper = select_layers(params, layers, order)

@@ -192,10 +192,10 @@ def _refuse_either_way(
     refused = {
         decision.path: _Misfit(
             decision.path,
-            f"{decision.path}: source{list(np.shape(want[decision.path]))} fits either way round, "
-            "and a 'weight' is stored [out, in], a 'kernel' [in, out]. Turn the source around "
-            "(interop.naming.from_torch), or pass on_mismatch= a function that returns the leaf "
-            "as it should be (None: as it is).",
+            f"{decision.path}: source{list(np.shape(want[decision.path]))} fits both as it is and "
+            "transposed, and a 'weight' is stored [out, in], a 'kernel' [in, out]. Transpose the "
+            "source (interop.naming.from_torch), or pass on_mismatch= a function that returns the "
+            "leaf as it should be (None keeps it as it is).",
         )
         for decision in crossing
     }
