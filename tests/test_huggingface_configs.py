@@ -66,7 +66,11 @@ def test_hostile_numbers_are_one_clear_error(tmp_path: Path, family: str, key: s
         ("bert", {"rotary": True}, "not known to be harmless: 'rotary' = True"),
         ("bert", {"auto_map": {"AutoModel": "x.Y"}}, "'auto_map'"),
         ("bert", {"pruned_heads": {"0": [1]}}, "'pruned_heads'"),
-        ("vit", {"pooler_act": "mish"}, "pooler_act = 'mish'; the activation 'mish' is not supported"),
+        (
+            "vit",
+            {"pooler_act": "mish"},
+            "pooler_act = 'mish'; the activation 'mish' is not supported",
+        ),
         ("vit", {"image_size": [8]}, "image_size = .*expected a positive integer, or two"),
         ("vit", {"image_size": 3}, r"image_size \[3, 3\] is smaller than patch_size"),
         ("vit", {"image_size": 9}, r"positions: source\[1, 17, 12\] does not fit"),
