@@ -127,7 +127,7 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
         ("--loss", "my_loss.py:averaged", "must be one value per example, [8], got []"),
         ("--loss", "my_loss.py:wrong", "my_loss.py, line 16: AttributeError: "),
         ("--loss", "my_loss.py:nothing", "has no 'nothing'. It has squares, halves"),
-        ("--loss", "my_loss.py:kd", "there is a method called 'kd'. Rename yours"),
+        ("--loss", "my_loss.py:kd", "there is already a method called 'kd'. Rename yours"),
         ("--loss", "other.py:kd", "other.py: no such file"),
         ("--loss", "broken.py:kd", "broken.py, line 2: NameError: name 'x' is not defined"),
         ("--loss", "syntax.py:kd", "syntax.py, line 1: SyntaxError"),

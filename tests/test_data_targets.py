@@ -54,7 +54,7 @@ def test_several_labels_at_once(tmp_path: Path, form: str) -> None:
 def test_an_empty_cell_of_labels_is_an_example_without_any(tmp_path: Path, mark: str) -> None:
     cells = columns(tags=[tags.replace("|", mark) for tags in TAGS])
     path = table(tmp_path / "a.tsv", cells, "\t")
-    with pytest.raises(ValueError, match="empty one means none, say --target labels"):
+    with pytest.raises(ValueError, match="empty one means none, use --target labels"):
         datasets.read(path, label="tags")
     found = datasets.read(path, label="tags", target="labels")
     np.testing.assert_array_equal(found.labels, HOT)
@@ -239,11 +239,11 @@ def test_what_looks_wrong_is_said() -> None:
     assert not datasets.warnings(split_of(steps[:, :8, :, None], Y))
     index = np.column_stack([np.arange(N), X, np.ones(N)])
     said = "\n".join(datasets.warnings(split_of(index, Y)))
-    assert "'number 0' rises from row to row: an index?" in said
+    assert "'number 0' rises from row to row: is it an index?" in said
     assert "'number 4': the same in every training example" in said
     z = (X - X.mean(0)) / X.std(0)
     whole = split_of(z, Y, validation=0.0, test=0.0)
-    assert "inputs are standardized already" in datasets.warnings(whole)[-1]
+    assert "inputs are already standardized" in datasets.warnings(whole)[-1]
     rare = np.zeros(400, int)
     rare[:3] = 1
     many = np.random.default_rng(0).normal(size=(400, 2)) + 5
@@ -251,7 +251,7 @@ def test_what_looks_wrong_is_said() -> None:
     assert said == ["99.5% of the training examples are '0': accuracy says little"]
     parts = split_of(X, Y)
     twice = parts._replace(test=parts.train)
-    assert "36 of 36 test examples are in the training part too" in datasets.warnings(twice)[0]
+    assert "36 of 36 test examples are also in the training part" in datasets.warnings(twice)[0]
     lacking = parts._replace(train=parts.train.subset(np.flatnonzero(parts.train.labels != 1)))
     assert "no train example of '1'" in datasets.warnings(lacking)
     assert not datasets.warnings(datasets.read_splits("digits"))

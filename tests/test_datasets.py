@@ -199,7 +199,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("a.csv", raw(b"a,label\n1,4\n2,4\n"), "every label is 4: one class"),
     ("a.csv", raw(b"\xff\x00a"), "not a CSV text file"),
     ("images", raw(b""), "the file is empty"),
-    ("images", raw(idx(IMAGES)[:-1]), r"holds 87 bytes, its header \[6, 4, 3\] of uint8 asks"),
+    ("images", raw(idx(IMAGES)[:-1]), r"holds 87 bytes, but its header \[6, 4, 3\] of uint8 asks"),
     ("images", raw(idx(IMAGES)[:9]), "holds 9 bytes"),
     ("images", raw(idx(IMAGES) + b"x"), "holds 89 bytes"),
     ("images", raw(b"\x01" + idx(IMAGES)), "not an idx file: the first bytes are 01 00 00 08"),

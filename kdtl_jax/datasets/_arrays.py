@@ -1,6 +1,6 @@
-"""Arrays: those of an npz, and npy files in a folder or beside each other.
+"""Arrays: an npz, and npy files in a folder or beside each other.
 
-Nothing is ever unpickled, and nothing is unpacked that was not asked for or that its own header
+Nothing is ever unpickled, and nothing is unpacked that was not requested or that its own header
 does not announce.
 """
 
@@ -21,7 +21,7 @@ _NPY_HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 MOST_HEADER = 10_000  # bytes, of one array
-DEFLATE = 1032  # no stream of zlib unpacks to more bytes per byte than this
+DEFLATE = 1032  # no zlib stream unpacks to more bytes per byte than this
 INPUTS = ("x", "images", "image", "inputs", "input", "data", "features")
 LABELS = ("y", "labels", "label", "targets", "target", "classes", "class")
 PARTS = {
@@ -29,12 +29,12 @@ PARTS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "te"),
 }
-# What zipfile and NumPy raise on broken or foreign files; NotImplementedError is zipfile's for a
-# compression that it does not know.
+# What zipfile and NumPy raise on broken or foreign files; zipfile raises NotImplementedError
+# for an unknown compression.
 _BROKEN = (
     *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, RuntimeError),
     *(NotImplementedError, OverflowError, MemoryError, SyntaxError, UnicodeError, OSError),
-    tokenize.TokenError,  # of NumPy's reader of headers
+    tokenize.TokenError,  # from NumPy's header reader
 )
 
 
@@ -43,12 +43,12 @@ class Arrays(NamedTuple):
 
     path: Path
     names: tuple[str, ...]
-    shape: Callable[[str], tuple[int, ...]]  # as its header says; nothing else is read
+    shape: Callable[[str], tuple[int, ...]]  # from its header; nothing else is read
     load: Callable[[str], np.ndarray]
 
 
 def npz(path: Path) -> Arrays:
-    """Those of an npz; none is unpacked yet.
+    """The arrays of an npz, not yet unpacked.
 
     Raises:
       OSError: if the file does not exist or cannot be read.
@@ -67,7 +67,7 @@ def npz(path: Path) -> Arrays:
 
 
 def npy_folder(folder: Path) -> Arrays:
-    """The npy files of a folder, called without their suffix."""
+    """The npy files of a folder, named without their suffix."""
     names = sorted(path.stem for path in folder.glob("*.npy") if path.is_file())
     return Arrays(
         folder,
@@ -101,12 +101,12 @@ def pairs(
     """The names of inputs and of targets by part: "train", "validation", "test", or "whole".
 
     Args:
-      arrays: what is there.
+      arrays: the available ones.
       inputs: the array of inputs, of the training part if there are several; None: the usual names.
-      label: likewise of targets; "label": the usual names.
+      label: likewise for targets; "label" means the usual names.
 
     Raises:
-      ValueError: if an array that was asked for is not there.
+      ValueError: if a requested array does not exist.
     """
     given = None if label == "label" else label
     for name in filter(None, (inputs, given)):
@@ -126,7 +126,7 @@ def pairs(
 
 
 def described(arrays: Arrays) -> str:
-    """The arrays that are there, for messages."""
+    """The available arrays, for messages."""
     return f"it has {_listed(arrays.names)}"
 
 
@@ -146,7 +146,7 @@ def _by_part(names: Sequence[str], words: Sequence[str], given: str | None) -> d
 
 
 def _like(given: str, lower: Mapping[str, str]) -> dict[str, str]:
-    """The other parts of an array that is called by its training part: cells_train."""
+    """The other parts of an array named after its training part: cells_train."""
     for affix in PARTS["train"]:
         before, middle, after = given.lower().rpartition(affix)
         if middle and (before.endswith("_") or after.startswith("_") or not (before or after)):
@@ -179,22 +179,22 @@ def _npz_array(path: Path, name: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _readable(path: Path, kind: str) -> Iterator[None]:
-    """What broken files raise becomes one error that names the file."""
+    """Turns what broken files raise into one error that names the file."""
     try:
         yield
-    except _BROKEN as error:  # an OSError here is a seek to where a broken file points
+    except _BROKEN as error:  # an OSError here is a seek to a broken file's offset
         repair = " Save text as text, x.astype(str)." if "pickle" in str(error) else ""
         raise ValueError(f"{path}: not a readable {kind} ({error!s:.200}).{repair}") from None
 
 
 def _announced(file: Any, name: str, most: int) -> tuple[int, ...]:
-    """An array's shape; one announced larger than its bytes can hold is refused."""
+    """An array's shape; refused if larger than the file's bytes can hold."""
     version = np.lib.format.read_magic(file)
     read_header = _NPY_HEADERS.get(version)
     if read_header is None:
         raise ValueError("an unknown version of the array format")
     length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
-    if length > MOST_HEADER:  # NumPy refuses it too, once it is read
+    if length > MOST_HEADER:  # NumPy refuses it, too, after reading it
         raise ValueError(f"a header of {length} bytes")
     file.seek(np.lib.format.MAGIC_LEN)
     shape, _, dtype = read_header(file)

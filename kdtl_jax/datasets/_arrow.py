@@ -1,9 +1,9 @@
-"""Parquet and Arrow files, and folders of Hugging Face's `datasets`, read by pyarrow alone.
+"""Parquet and Arrow files, and folders of Hugging Face `datasets`, read with pyarrow alone.
 
     pip install 'kdtl_jax[data]'
 
-Names of classes come from the `datasets` features that its files carry. Images are read from the
-bytes in the file; what a file merely points to is never opened.
+Names of classes come from the `datasets` features in its files. Images are read from the bytes in
+the file; files that it only points to are never opened.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from kdtl_jax import _columnar
 from kdtl_jax._text import shown
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
-BUFFER = 2**16  # bytes of a file that are read at once
-ROWS = 2**16  # of a parquet file, where its texts are to be counted
+BUFFER = 2**16  # bytes of a file read at once
+ROWS = 2**16  # of a parquet file, if its texts have to be counted
 STARTS = (
     b"\x89PNG",
     b"\xff\xd8\xff",
@@ -35,7 +35,7 @@ BOOLEANS = ("False", "True")  # the names of their classes
 
 
 class ArrowTable(NamedTuple):
-    """The columns of a table by what they are."""
+    """The columns of a table by kind."""
 
     name: str
     scalars: dict[str, np.ndarray]  # float64 with NaN, or objects, text and None
@@ -103,7 +103,7 @@ def first_row(path: Path, columns: Sequence[str]) -> ArrowTable:
 
 
 def _columns(pa: Any, path: Path, table: Any) -> ArrowTable:
-    """What is in a table; each of its columns goes as soon as it is taken over."""
+    """The contents of a table; each column is released as soon as it is converted."""
     features = _features(table.schema.metadata or {})
     found = ArrowTable(str(path), {}, {}, {}, {}, _class_names(features))
     for name in table.column_names:
@@ -151,9 +151,9 @@ def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = Fal
                     found = _first(pa, batches, reader.schema)
                 else:
                     found = pa.Table.from_batches([*batches], reader.schema)
-        # A column's name may begin as another's: "a" asks for "a.b" as well.
+        # A column's name may be another's prefix: "a" also selects "a.b".
         found = found.select([i for i, name in enumerate(found.column_names) if name in columns])
-        found.validate(full=True)  # offsets of a damaged file point anywhere
+        found.validate(full=True)  # offsets in a damaged file may point anywhere
         return found
 
 
@@ -161,11 +161,11 @@ def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bo
     with pa.parquet.ParquetFile(path) as opened:
         about = opened.metadata
     stored = list(_columnar.chunks(about, columns))
-    values = sum(column.num_values for column in stored)  # a row of a list has many
+    values = sum(column.num_values for column in stored)  # a list row has many
     _check_announced(path, about.num_rows, len(columns), values)
     _columnar.check_unpacked(path, _columnar.parquet_bytes(path, stored))
     rows, texts = _columnar.rows_at_once(path, stored, ROWS), _columnar.texts_of(stored)
-    # Buffered: what is not decoded is not held.
+    # Buffered: data not decoded are not kept.
     with pa.parquet.ParquetFile(
         path, buffer_size=BUFFER, pre_buffer=False, read_dictionary=texts
     ) as opened:
@@ -179,13 +179,13 @@ def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bo
 
 
 def _first(pa: Any, parts: Iterator[Any], schema: Any) -> Any:
-    """A table of the first row, or of none."""
+    """A table with the first row, or none."""
     part = next((part for part in parts if len(part)), None)
     return schema.empty_table() if part is None else pa.Table.from_batches([part.slice(0, 1)])
 
 
 def _stream(pa: Any, path: Path, source: Any, places: Sequence[int] | None = None) -> Any:
-    """A reader of the columns at these places: `datasets` writes streams, Feather is a file."""
+    """A reader of the columns at these positions; `datasets` writes streams, Feather files."""
     options = pa.ipc.IpcReadOptions(included_fields=None if places is None else list(places))
     with path.open("rb") as file:
         is_file = file.read(6) == b"ARROW1"
@@ -204,7 +204,7 @@ def _batches(path: Path, parts: Iterable[Any], columns: int) -> Iterator[Any]:
 
 
 def _check_announced(path: Path, rows: int, columns: int, values: int) -> None:
-    """Refuses a table that is unpacked to thousands of times what is stored."""
+    """Refuses a table that unpacks to thousands of times its stored size."""
     asked = max(rows * columns, values)
     what = f"{rows:,} rows of {columns} columns, {asked:,} values,"
     _columnar.check_unpacked(path, 8 * asked, what)
@@ -212,7 +212,7 @@ def _check_announced(path: Path, rows: int, columns: int, values: int) -> None:
 
 @contextlib.contextmanager
 def _readable(pa: Any, path: Path) -> Iterator[None]:
-    """What pyarrow raises becomes one error that names the file."""
+    """Turns what pyarrow raises into one error that names the file."""
     try:
         yield
     except (*_broken(pa), OSError) as error:
@@ -258,7 +258,7 @@ def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
 
 
 def _cells(pa: Any, column: Any) -> list[Any]:
-    """The cells as Python has them; those that a dictionary holds once are one object."""
+    """The cells as Python objects; cells in a dictionary share one object."""
     if not pa.types.is_dictionary(column.type):
         return column.to_pylist()
     known = [*column.dictionary.to_pylist(), None]  # the last for -1, a missing one
@@ -275,7 +275,7 @@ def _is_list(types: Any, kind: Any) -> bool:
 
 
 def _unnested(pa: Any, column: Any) -> tuple[list[int], np.ndarray | None]:
-    """The lengths of nested lists and their numbers, where all are of one length."""
+    """The lengths of nested lists and their numbers, if all have the same length."""
     lengths: list[int] = []
     while _is_list(pa.types, column.type):
         count, inner = len(column), column.flatten()
@@ -292,14 +292,14 @@ def _unnested(pa: Any, column: Any) -> tuple[list[int], np.ndarray | None]:
 
 
 def objects(cells: Sequence[Any]) -> np.ndarray:
-    """`[N]` of anything, which NumPy would otherwise take apart."""
+    """`[N]` of anything, which NumPy would otherwise split up."""
     found = np.empty(len(cells), object)
     found[:] = cells
     return found
 
 
 def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
-    """What `datasets` says of the columns."""
+    """What `datasets` records about the columns."""
     try:
         found = json.loads(metadata[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):

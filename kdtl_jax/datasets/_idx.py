@@ -17,7 +17,7 @@ PIECE = 2**20
 
 
 def is_idx_folder(folder: Path) -> bool:
-    """Whether a folder has a file of images in MNIST's names."""
+    """Whether a folder has a file of images named as in MNIST."""
     return any(_files_of(folder, part, "images") for part in ("train", "t10k", "test"))
 
 
@@ -40,14 +40,14 @@ def idx_file(folder: Path, part: str, kind: str) -> Path:
 
 
 def idx_shape(path: Path) -> tuple[int, ...]:
-    """The shape that an idx file's header says; nothing else is read."""
+    """The shape in an idx file's header; nothing else is read."""
     with _opened(path) as (file, _):
         _, shape = _header(path, file)
     return tuple(shape)
 
 
 def read_idx_array(path: str | Path) -> np.ndarray:
-    """One idx file as an array in native byte order; no more is unpacked than its header says."""
+    """One idx file as an array in native byte order; unpacks no more than its header announces."""
     path = Path(path)
     with _opened(path) as (file, packed):
         most = path.stat().st_size * (DEFLATE if packed else 1)
@@ -90,7 +90,7 @@ def _header(path: Path, file: Any) -> tuple[np.dtype, list[int]]:
 
 
 def _idx_array(path: Path, file: Any, most: int, *, packed: bool) -> np.ndarray:
-    """The array in an opened file that holds at most `most` bytes."""
+    """The array in an open file of at most `most` bytes."""
     dtype, shape = _header(path, file)
     start = 4 + 4 * len(shape)
     expected = start + math.prod(shape) * dtype.itemsize
@@ -106,7 +106,7 @@ def _idx_array(path: Path, file: Any, most: int, *, packed: bool) -> np.ndarray:
         elif packed and size > expected:
             there = f"at least {size}"
         raise ValueError(
-            f"{path}: holds {there} bytes, its header {shape} of {dtype} asks for {expected}. "
+            f"{path}: holds {there} bytes, but its header {shape} of {dtype} asks for {expected}. "
             "Is the download complete?"
         )
     try:

@@ -1,7 +1,7 @@
-"""What turns files into a model's inputs and its outputs into answers, as one value.
+"""What turns files into a model's inputs, and its outputs into predictions, as one value.
 
-It is computed from the training part alone and stored in model files, so that whoever reads other
-data later reads them in the same way.
+It is computed only from the training part and stored in model files, so that other data are later
+read in the same way.
 """
 
 import json
@@ -16,7 +16,7 @@ from kdtl_jax import _text
 Kind = Literal["classes", "labels", "numbers"]
 # The values of `Kind`.
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# What JSON of another shape raises where it is read.
+# What reading malformed JSON raises.
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 
@@ -37,15 +37,15 @@ class Column(NamedTuple):
 
     name: str
     categories: tuple[str, ...] = ()  # of text; () for numbers
-    fill: float | str | None = None  # in place of a missing value; None: there may be none
-    unit: str = ""  # of numbers whose cells say it, as "5%" and dates do
+    fill: float | str | None = None  # replaces a missing value; None allows none
+    unit: str = ""  # of numbers whose cells have one, like "5%" and dates
 
 
 class Images(NamedTuple):
     """How image files become arrays; height and width are in `Preprocessing.shape`."""
 
     mode: str  # Pillow's: "L", "I;16", "F", "RGB", "RGBA"
-    resize: bool = False  # images of another size are resized; otherwise they are refused
+    resize: bool = False  # whether images of another size are resized or refused
 
 
 class Preprocessing(NamedTuple):
@@ -53,20 +53,20 @@ class Preprocessing(NamedTuple):
     predicts."""
 
     kind: Kind = "classes"  # of targets: one class, several labels at once, or numbers
-    names: tuple[str, ...] = ()  # of classes, labels or numbers; () where they have none
-    outputs: int = 0  # how many classes, labels or numbers
+    names: tuple[str, ...] = ()  # of classes, labels or numbers; () if they have none
+    outputs: int = 0  # number of classes, labels or numbers
     shape: tuple[int, ...] = ()  # of one input
     targets: tuple[str, ...] = ()  # the columns (or the array) that held targets
     columns: tuple[Column, ...] = ()  # of a table, in the order of the inputs
     images: Images | None = None
     scaling: Standardizer | None = None  # of inputs
     target_scaling: Standardizer | None = None  # of numbers; outputs are in these units
-    inputs: str | None = None  # the array or column of inputs, where the user named it
-    leaves_out: bool = False  # rows with missing values, where targets are read too
+    inputs: str | None = None  # the array or column of inputs, if the user named it
+    leaves_out: bool = False  # whether to drop rows with missing values, when targets are read, too
 
 
 def preprocessing_to_json(preprocessing: Preprocessing) -> str:
-    """As text for a model's file; numbers keep every bit."""
+    """Text for a model's file, exact to the bit."""
     known = preprocessing._asdict()
     known["columns"] = [column._asdict() for column in preprocessing.columns]
     if preprocessing.images is not None:

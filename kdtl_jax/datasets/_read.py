@@ -1,4 +1,4 @@
-"""Reading data: one entry for everything that `FORMATS` lists.
+"""Reading data: one entry point for everything that `FORMATS` lists.
 
 splits = datasets.read_splits("photos/", image_size=(64, 64))
 splits, preprocessing = datasets.prepared(splits)  # standardized by the training part
@@ -44,19 +44,20 @@ def read_splits(
 
     Args:
       text: `digits`, or a file or folder of any kind in `FORMATS`.
-      label: the column of labels, or several between commas; or the array of labels.
-      inputs: the array of inputs, or a column of images; None: the usual names.
+      label: the label column, or several separated by commas; or the array of labels.
+      inputs: the array of inputs, or a column of images; None means the usual names.
       target: what the targets are; "auto" decides by the values.
       missing: what replaces a table's missing values, measured on the training part, or "drop" to
-        leave such rows out; None: missing values are an error.
-      one_hot: turn text columns into one input per category; otherwise they are an error.
+        leave such rows out; None makes them an error.
+      one_hot: whether to turn text columns into one input per category; else they are an error.
       drop: columns of a table to leave out.
-      image_size: resize images to (height, width), whatever their proportions.
-      validation: share of the training rows (of all rows, if there is no test part either).
-      test: share of all rows, if there is no test part.
-      seed: of the rows drawn; parts keep their proportions of classes.
-      preprocessing: of a model; inputs and targets are read as it expects, and its choices replace
-        those above, but that rows may be dropped and images resized to its size. Nothing is scaled.
+      image_size: (height, width) to resize images to, regardless of aspect ratio.
+      validation: fraction of the training rows (of all rows, if there is no test part either).
+      test: fraction of all rows, if there is no test part.
+      seed: for drawing rows; parts keep the proportions of classes.
+      preprocessing: of a model; inputs and targets are read as it expects. Its choices replace
+        those above, except that rows may be dropped and images resized to its size. Nothing is
+        scaled.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
@@ -112,14 +113,14 @@ def read(
 
     Args:
       path: as for `read_splits`, or the idx file of images.
-      labels: the idx file of labels; for idx alone.
-      label: as for `read_splits`, and so are all that are not listed here.
-      inputs: likewise.
-      target: likewise.
-      missing: likewise.
-      one_hot: likewise.
-      drop: likewise.
-      image_size: likewise.
+      labels: the idx file of labels; only for idx.
+      label: as for `read_splits`.
+      inputs: as for `read_splits`.
+      target: as for `read_splits`.
+      missing: as for `read_splits`.
+      one_hot: as for `read_splits`.
+      drop: as for `read_splits`.
+      image_size: as for `read_splits`.
       classes: number of classes, as in `checked`; None numbers the labels that occur.
       preprocessing: of a model; inputs and targets are read as it expects. Nothing is scaled.
 
@@ -149,11 +150,11 @@ def read(
 
 
 def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Inputs `[N, ...]` as a model reads them, of data with or without targets. Nothing is scaled.
+    """Inputs `[N, ...]` as a model reads them, from data with or without targets, unscaled.
 
     Args:
-      path: anything that `read_splits` takes, of which columns and arrays of targets are ignored;
-        one `.npy` array, one idx file of images, one image, or a folder of images.
+      path: anything that `read_splits` takes (columns and arrays of targets are ignored), or one
+        `.npy` array, one idx file of images, one image, or a folder of images.
       preprocessing: the model's.
 
     Raises:
@@ -167,12 +168,12 @@ class Unlabeled(NamedTuple):
     """Inputs without targets."""
 
     inputs: np.ndarray  # [N, ...]
-    files: tuple[str, ...] = ()  # of every input, where each is a file of its own
-    notices: tuple[str, ...] = ()  # such as of categories that the model does not know
+    files: tuple[str, ...] = ()  # of every input, if each is its own file
+    notices: tuple[str, ...] = ()  # such as unknown categories
 
 
 def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
-    """`read_inputs`, with the files that they are from, and what to tell of them.
+    """`read_inputs`, with the files that the inputs come from, and notices.
 
     Raises:
       ValueError: if the files cannot be read, hold no examples, or do not fit what the model was
@@ -199,7 +200,7 @@ def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
 
 
 def _in_order(found: dict[str, Source]) -> list[Source]:
-    """The training part first, or what stands in its place."""
+    """The training part, or what replaces it, first."""
     return [found[part] for part in ("whole", *PARTS) if part in found]
 
 
@@ -255,7 +256,7 @@ def _idx_pair(path: Path, labels: str | Path | None) -> dict[str, Source]:
 def _numbered(
     source: Source, target: Target, like: Dataset | None, classes: int | None = None
 ) -> Dataset:
-    """The targets of a part; its inputs are rows of the source where they are yet to be encoded."""
+    """The targets of a part; its inputs are rows of the source if they still have to be encoded."""
     inputs = source.inputs
     if not isinstance(inputs, np.ndarray):
         inputs = np.zeros((inputs.size, 1), np.float32)
@@ -271,7 +272,7 @@ def _numbered(
 
 
 def _given_form(preprocessing: Preprocessing | None, choices: Choices) -> Preprocessing | None:
-    """A model's form, with what was chosen beside it: rows left out, images resized to its size."""
+    """A model's form, with the user's choices: rows left out, images resized to its size."""
     if preprocessing is None:
         return None
     images = preprocessing.images
@@ -281,7 +282,7 @@ def _given_form(preprocessing: Preprocessing | None, choices: Choices) -> Prepro
 
 
 def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessing, list[str]]:
-    """How this training part is read, but for the scaling."""
+    """How this training part is read, except for the scaling."""
     form = Preprocessing(
         train.kind, train.names, train.classes, targets=source.columns,
         inputs=choices.inputs, leaves_out=choices.missing == "drop",
@@ -300,7 +301,7 @@ def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessi
 
 
 def _encoded(source: Source, part: Dataset, form: Preprocessing) -> Dataset:
-    """A part with its inputs in the place of rows; its form says which targets were read."""
+    """A part with its inputs in place of rows; its form records which targets were read."""
     inputs = part.inputs
     if not isinstance(source.inputs, np.ndarray):
         inputs = _inputs(source, inputs, form)
@@ -324,7 +325,7 @@ def _inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.
 
 
 def _unknown(found: dict[str, Source], form: Preprocessing) -> list[str]:
-    """What to tell of inputs that a model, or the training part, may not know."""
+    """Notices about inputs that a model, or the training part, may not know."""
     inputs = [source.inputs for source in found.values()]
     notes = [
         note

@@ -1,4 +1,4 @@
-"""What is said of data before anything is trained on them: what they are, and what looks wrong."""
+"""What is printed about data before training: what they are, and what looks wrong."""
 
 import numpy as np
 
@@ -8,12 +8,12 @@ from kdtl_jax.datasets._splits import Splits
 
 SHOWN = 8  # classes, columns
 DOMINATES = 0.99  # a class with this share of the examples
-FEWEST_ROWS = 20  # for what is said of columns
+FEWEST_ROWS = 20  # for warnings about columns
 PIXELS = (1, 3, 4)  # channels of an image
 
 
 def summary(splits: Splits) -> list[str]:
-    """Inputs, targets and sizes of the parts, a line each; then notices, and warnings.
+    """Inputs, targets and sizes of the parts, one per line, then notices and warnings.
 
     Args:
       splits: as read, before scaling.
@@ -35,7 +35,7 @@ def summary(splits: Splits) -> list[str]:
 
 
 def warnings(splits: Splits) -> list[str]:
-    """What looks wrong, a line each."""
+    """What looks wrong, one line each."""
     train = splits.train
     return [
         *_of_targets(splits),
@@ -99,8 +99,8 @@ def _of_images(train: Dataset) -> list[str]:
         ]
     if last == 1 and max(first, height) > 2 * min(first, height):
         return [
-            f"inputs {first} x {height} are taken for gray images. If each is a sequence, of "
-            f"{height} numbers a step, a model of your own finds it in x[..., 0]"
+            f"inputs {first} x {height} are taken for gray images. If each is a sequence of "
+            f"{height} numbers per step, your own model finds it in x[..., 0]"
         ]
     return []
 
@@ -122,31 +122,31 @@ def _of_columns(train: Dataset) -> list[str]:
         )
     if train.kind == "classes" and (told := [names[i] for i in _giving_away(x, train.labels)]):
         said.append(
-            f"{_text.listed(told, 3)}: each of its values stands for one class: the label under "
-            "another name? Leave it out (--drop-columns)"
+            f"{_text.listed(told, 3)}: each of its values stands for one class: is it the label "
+            "under another name? Leave it out (--drop-columns)"
         )
     steps = np.diff(x, axis=0)
     whole = (x == np.floor(x)).all(axis=0)
-    # Rows keep their order: an index rises, by one where no row was drawn for another part.
+    # Rows keep their order: an index rises, by one if no row was drawn for another part.
     rises = whole & (steps > 0).all(axis=0) & (np.median(steps, axis=0) <= 2)
     for i in np.flatnonzero(rises)[:SHOWN]:
         said.append(
-            f"{_text.quoted(names[i])} rises from row to row: an index? Leave it out "
+            f"{_text.quoted(names[i])} rises from row to row: is it an index? Leave it out "
             "(--drop-columns)"
         )
     deviation = x.std(axis=0)
     if np.abs(x.mean(axis=0)).max() < 0.05 and np.abs(deviation - 1).max() < 0.05:
         said.append(
-            "inputs are standardized already: give them as they were measured, so that the model's "
+            "inputs are already standardized: give them as measured, so that the model's "
             "file knows how"
         )
     return said
 
 
 def _giving_away(x: np.ndarray, labels: np.ndarray) -> list[int]:
-    """Columns with one value for every class."""
+    """Columns with a single value for each class."""
     first = [np.flatnonzero(labels == each)[0] for each in np.unique(labels)]
-    values = x[first]  # [classes, D], what the classes would stand for
+    values = x[first]  # [classes, D], each class's value
     place = np.searchsorted(np.unique(labels), labels)
     same = (x == values[place]).all(axis=0)
     apart = np.array([len(np.unique(column)) == len(first) for column in values.T], bool)
@@ -165,6 +165,6 @@ def _of_copies(splits: Splits) -> list[str]:
     if copies < max(1, 0.01 * len(test.labels)):
         return []
     return [
-        f"{copies} of {len(test.labels)} test examples are in the training part too: the test "
+        f"{copies} of {len(test.labels)} test examples are also in the training part: the test "
         "accuracy is too optimistic"
     ]

@@ -36,11 +36,11 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def labeled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, Source]:
-    """The parts of tables; one without labels, as competitions have them, is left out.
+    """The parts of tables; one without labels, as in competitions, is left out.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
-      ValueError: if a file is damaged, or has no such column of labels.
+      ValueError: if a file is damaged or lacks the label column.
     """
     found: dict[str, Source] = {}
     for part in ("whole", "train", "validation", "test"):
@@ -74,7 +74,7 @@ def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None
         table = _inputs_alone(_csv.read_csv(path, choices.targets), choices)
         return _with_images(path, Source(str(path), table), choices)
     if not header:
-        _csv.read_csv(path)  # raises: there is nothing
+        _csv.read_csv(path)  # raises: it is empty
     if first is not None and not set(first.columns) & set(header):
         return None
     names = _label_columns(str(path), header, choices)
@@ -85,10 +85,10 @@ def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None
 
 
 def _with_images(path: Path, source: Source, choices: Choices) -> Source:
-    """The source with the images that a column of its table names, where one does.
+    """The source with the images that a column of its table names, if there is one.
 
     Raises:
-      ValueError: naming the first row whose image is not there, or the table if it must name some.
+      ValueError: naming the first row without its image, or the table if it must name images.
     """
     table = source.inputs
     assert isinstance(table, Table)
@@ -112,7 +112,7 @@ def _with_images(path: Path, source: Source, choices: Choices) -> Source:
 
 
 def image_folder(path: Path, cell: Any) -> Path | None:
-    """Where the image that a cell of a table names lies: beside the table, or one folder below."""
+    """The path of the image that a table's cell names: beside the table, or one folder below."""
     if not isinstance(cell, str) or not is_image(Path(cell)):
         return None
     below = sorted(each for each in path.parent.iterdir() if each.is_dir())
@@ -141,7 +141,7 @@ def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
 
 
 def _left_out(names: Sequence[str], choices: Choices) -> tuple[str, ...]:
-    """What to tell of columns that a model does not read."""
+    """Notices about columns that a model does not read."""
     others = [name for name in names if name not in choices.drop]
     note = f"columns that the model does not read are left out: {', '.join(others)}"
     return (f"{note:.300}",) if others else ()
@@ -191,7 +191,7 @@ def _of_arrow(paths: Sequence[Path], choices: Choices, first: Source | None) -> 
     if not choices.with_targets:
         return Source(found.name, inputs, notices=notices)
     targets, known = _targets(found, names)
-    if wide is None:  # lists of labels beside columns of numbers
+    if wide is None:  # lists of labels with columns of numbers
         columns = {name: found.scalars[name] for name in kept}
         inputs = _tables.without_index(Table(found.name, columns, np.arange(len(targets))), ())
         if choices.missing == "drop":
@@ -204,11 +204,11 @@ def _of_arrow(paths: Sequence[Path], choices: Choices, first: Source | None) -> 
 
 
 def _check_row(path: Path, asked: Sequence[str], kept: Sequence[str], choices: Choices) -> None:
-    """Refuses, before the rest is read, what a model does not take, by the first row."""
+    """Refuses, by the first row and before reading the rest, what a model does not take."""
     if choices.takes is None:
         return
     row = _arrow.first_row(path, [name for name in _arrow.wide_columns(path) if name in asked])
-    if row.lists:  # there is no row, or something is missing in it
+    if row.lists:  # no row, or one with something missing
         return
     wide = _wide(row, kept, choices)
     if wide is None:
@@ -220,7 +220,7 @@ def _check_row(path: Path, asked: Sequence[str], kept: Sequence[str], choices: C
 
 
 def _wide(found: ArrowTable, kept: Sequence[str], choices: Choices) -> str | None:
-    """The column whose images or arrays are the inputs; None: all columns of numbers are."""
+    """The column whose images or arrays are the inputs; None if all number columns are."""
     if choices.inputs is not None:
         if choices.inputs not in found.pictures and choices.inputs not in found.vectors:
             raise ValueError(
@@ -267,7 +267,7 @@ def _targets(found: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple
     column = columns[0]
     if column.ndim == 2 and (
         known or (column.dtype.kind in "iu" and not np.isin(column, (0, 1)).all())
-    ):  # lists that happen to be of one length
+    ):  # lists that happen to have one length
         column = _arrow.objects(column.tolist())
     if known and column.dtype == object:  # several classes in a list
         named = [_named(found.name, row, cell, known) for row, cell in enumerate(column)]
@@ -276,7 +276,7 @@ def _targets(found: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple
 
 
 def _named(name: str, row: int, cell: Any, known: Sequence[str]) -> list[str] | None:
-    """The names of a list of class numbers; None stays, and is refused with other empty cells."""
+    """The names of a list of class numbers; None is kept, and refused with other empty cells."""
     if cell is None or None in cell:
         return None
     if any(i not in range(len(known)) for i in cell):

@@ -1,4 +1,4 @@
-"""Tables: columns of numbers and of text, which of them are targets, and rows that lack values."""
+"""Tables: columns of numbers and text, which are targets, and rows with missing values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -8,7 +8,7 @@ import numpy as np
 from kdtl_jax import trees
 from kdtl_jax.datasets import _amounts
 
-# How an empty cell of a column of numbers is filled, or that its row is dropped.
+# How an empty cell of a number column is filled; or its row is dropped.
 Missing = Literal["mean", "median", "most_frequent", "drop"]
 MISSING: tuple[Missing, ...] = get_args(Missing)
 USUAL_LABELS = ("label", "labels", "target", "targets", "class", "y")
@@ -18,11 +18,11 @@ ANSWERS = {**FLAGS, "yes": 1.0, "no": 0.0, "y": 1.0, "n": 0.0, "t": 1.0, "f": 0.
 
 
 class Table(NamedTuple):
-    """Columns `[N]`: float64 with NaN for what is missing, or objects, text and None."""
+    """Columns `[N]`: float64 with NaN for missing values, or objects: text and None."""
 
     name: str
     columns: Mapping[str, np.ndarray]
-    rows: np.ndarray | None = None  # the line of each row in its file, where it has lines
+    rows: np.ndarray | None = None  # the line of each row in its file, if it has lines
     notices: tuple[str, ...] = ()
     decimal_comma: bool = False  # in text
 
@@ -42,12 +42,12 @@ class Table(NamedTuple):
 
 
 def label_columns(table_name: str, header: Sequence[str], label: str) -> tuple[str, ...]:
-    """The columns that `label` names: one, or several between commas.
+    """The columns that `label` names: one, or several separated by commas.
 
     The default, "label", also stands for another usual name, if there is one such column.
 
     Raises:
-      ValueError: if there is no such column (the nearest are listed) or two of them.
+      ValueError: if there is no such column (the nearest are listed) or more than one.
     """
     asked = (label,) if label in header else tuple(filter(None, map(str.strip, label.split(","))))
     if asked == ("label",) and "label" not in header:
@@ -97,7 +97,7 @@ def dropped(table: Table, names: Sequence[str]) -> Table:
 
 
 def check_there(table_name: str, names: Sequence[str], header: Sequence[str]) -> None:
-    """Refuses columns to drop that are not there, naming the nearest."""
+    """Refuses columns to drop that do not exist, naming the nearest."""
     for name in names:
         if name not in header:
             raise _no_column(table_name, name, header)
@@ -114,13 +114,13 @@ def check_read(table_name: str, names: Sequence[str], header: Sequence[str]) -> 
 def _no_column(
     table: str, name: str, columns: Sequence[str], more: str = "", repair: str = ""
 ) -> ValueError:
-    """The error that names a column which is not there, and the nearest."""
+    """The error naming a column that does not exist, and the nearest."""
     near = ", ".join(repr(found) for found in trees.nearest(name, columns))
     return ValueError(f"{table}: has no column {name!r:.80}{more}. Nearest: {near:.300}.{repair}")
 
 
 def complete(table: Table) -> Table:
-    """The rows in which nothing is missing."""
+    """The rows without missing values."""
     lacking = np.any([empty(column) for column in table.columns.values()], axis=0)
     if not lacking.any():
         return table
@@ -136,7 +136,7 @@ def targets_of(
     Args:
       table: with the columns of targets.
       names: those columns.
-      may_be_none: whether an empty cell of one column of text is an example without any label.
+      may_be_none: whether an empty cell in a single text column is an example without labels.
 
     Raises:
       ValueError: naming the first row without a target.
@@ -150,7 +150,7 @@ def targets_of(
         raise ValueError(
             f"{table.name}: {table.at(row)} has no label ({int(lacking.sum())} such rows). Fill "
             "it in, leave such rows out (--missing drop), or, if a cell lists several labels and "
-            "an empty one means none, say --target labels."
+            "an empty one means none, use --target labels."
         )
     if len(found) > 1:
         columns = [_numbers_or_text(column, table.decimal_comma) for column in found]
@@ -195,7 +195,7 @@ def _numbers_or_text(column: np.ndarray, decimal_comma: bool) -> np.ndarray:
 
 
 def is_number(cell: Any) -> bool:
-    """Whether a cell is a number or reads as one."""
+    """Whether a cell is a number or can be read as one."""
     try:
         float(cell)
     except (ValueError, TypeError):

@@ -150,7 +150,9 @@ def entries(settings: Terms) -> dict[str, Entry]:
         if not callable(function):
             raise UsageError(f"{flag} {text}: {name} is {type(function).__name__}, not a function.")
         if name in known or name in found:
-            raise UsageError(f"{flag} {text}: there is already a method {name!r}. Rename yours.")
+            raise UsageError(
+                f"{flag} {text}: there is already a method called {name!r}. Rename yours."
+            )
         build = _of_loss(text, function) if flag == "--loss" else _of_method(text, function)
         about = (inspect.getdoc(function) or name).splitlines()[0]
         applies = _applies(build)
