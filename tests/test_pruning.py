@@ -97,7 +97,7 @@ def test_fused_matrices_are_narrowed_part_by_part(config: dict[str, Any], tmp_pa
     decoders.save(tmp_path / "n", narrow.params, narrow.rules, config=narrow.config)
     np.testing.assert_array_equal(logits(decoders.load(tmp_path / "n")), logits(narrow))
     if config is GPT2:
-        with pytest.raises(ValueError, match="of a 'gpt2' model cannot say"):
+        with pytest.raises(ValueError, match="of a 'gpt2' model cannot express"):
             pruning.narrow(source, heads=2)
         both, _ = pruning.narrow(source, heads=2, width=8)
         assert both.params["layers_0"]["attention"]["qkv"]["bias"].shape == (24,)

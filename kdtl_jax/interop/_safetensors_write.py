@@ -139,7 +139,7 @@ def _size(spec: Any) -> int:
 def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         raise TypeError(
-            f"{name!r} is a {type(leaf).__name__}, not an array. Save the arrays alone, for "
+            f"{name!r} is a {type(leaf).__name__}, not an array. Save only the arrays, for "
             "example trees.partition(tree, '.*')[0]."
         )
     _header.stored_dtype(name, leaf.dtype)

@@ -272,7 +272,7 @@ def _check_layers(
         here, there = ("has", "has none") if path in chosen else ("has no", "has it")
         raise ValueError(
             f"layer {old} of this {kind!r} model {here} {match[2]!r}; layer {new} of such a model "
-            f"{there}. Layer 0 is unlike the others: keep it first, and once."
+            f"{there}. Layer 0 differs from the others: keep it first, and only once."
         )
 
 

@@ -125,7 +125,7 @@ def _arguments(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> 
             unknown.append(parameter.name)
     if unknown and unknown[0] == "params":
         raise TypeError(
-            f"{name}(params, ...) is a function of parameters and needs their start beside it. "
+            f"{name}(params, ...) is a function of parameters and needs another to make them. "
             f"Give a pair, net = (init, {name}), with init(key, inputs) -> params."
         )
     if len(unknown) == 1 and not set(given) & set(CLASSES):

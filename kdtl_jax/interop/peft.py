@@ -95,7 +95,7 @@ def to_lora(adapter: Adapter) -> dict[str, Any]:
     """
     if adapter.kind != "LORA" or adapter.replaced:
         raise ValueError(
-            f"a {adapter.kind} adapter with {sorted(adapter.replaced)} is not a LoRA alone."
+            f"a {adapter.kind} adapter with {sorted(adapter.replaced)} is not a plain LoRA."
         )
     out: dict[str, Any] = {}
     for module, parts in adapter.weights.items():

@@ -112,8 +112,8 @@ def narrow(
     sizes = {name: getattr(built, name) for name in (*asked, "head_width")}
     if sizes != {**asked, "head_width": whole.head_width}:
         raise ValueError(
-            f"the config.json of a {config['model_type']!r} model cannot say {asked} with heads of "
-            f"{whole.head_width}."
+            f"config.json of a {config['model_type']!r} model cannot express {asked} with heads "
+            f"of width {whole.head_width}."
         )
     _hf_decoders.check_heads(config)
     apart = _apart(source.params, whole)

@@ -207,6 +207,6 @@ def require_same_ids(
     if differ:
         some = ", ".join(f"{t!r} is {a} and {b}" for t, a, b in sorted(differ, key=str)[:3])
         raise ValueError(
-            f"student and teacher number {len(differ)} tokens differently: {some}. Compare them by "
+            f"{len(differ)} tokens have other ids in student and teacher: {some}. Compare them by "
             "losses.shared_vocabulary(…, *language.shared_ids(…)) or by chunks (losses.alm)."
         )

@@ -142,8 +142,8 @@ def opd(setup: Setup) -> Learner:
     The sum over the vocabulary is exact and differentiated; the tokens are constants.
 
     References:
-      Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649), whose GKD with
-      the reverse KL and samples in every step this is.
+      Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649). This is their
+      GKD with the reverse KL and samples in every step.
     """
     terms = _divergence(setup, losses.reverse_kl)
     return _on_own(setup, _step(setup, terms, {"kd": 1.0}, teacher=_teacher(setup)))

@@ -137,7 +137,7 @@ def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
     Args:
       loss: `losses.forward_kl`, `reverse_kl`, `jsd_normalized`, `skew_forward_kl`, … with its
         hyper-parameters bound by `functools.partial`.
-      chunk_size: tokens whose logits exist at a time.
+      chunk_size: number of tokens whose logits exist at a time.
 
     Raises:
       ValueError: if `chunk_size` is below 1.

@@ -1,8 +1,8 @@
 """Parameter transforms: pytree in, pytree out.
 
 Only inexact arrays are changed; counters, PRNG keys and functions pass through, and quantized
-integer codes are an error. A leaf's dtype is kept, and so is the target's structure. `where` always
-means *act here*.
+integer codes are an error. Leaves keep their dtypes, and the target keeps its structure. `where`
+always means *act here*.
 
 - One tree: `scale`, `scale_homogeneous`, `fit_alpha`.
 - From a source into a target: `transfer`, or `plan_transfer` and `apply_plan`, with renames,
@@ -14,7 +14,7 @@ means *act here*.
 - Low rank: `factor_low_rank`, `rank_for_energy`, `truncate_rank`.
 - Low precision: `fake_quantize` with `int_per_channel`, `int_by_group`, `mxfp4`, `nvfp4`.
 - Several trees: `interpolate`, `average`, `ema`, task vectors, and the merging methods.
-- Adapters: pytrees that become a change of the weights, LoRA first.
+- Adapters: pytrees that represent a change of the weights, such as LoRA.
 """
 
 from kdtl_jax.transforms._adapters import AdaptedParams as AdaptedParams

@@ -1,14 +1,15 @@
 """Adapters as pure functions of parameters: `init`, `apply`, `merge`, `combine`.
 
-An adapter turns base parameters and a few weights of its own into parameters of the base's shape,
-so no model changes: call `apply` inside the loss and differentiate with respect to the weights
+An adapter combines base parameters with a few weights of its own into parameters of the base's
+shapes, so the model does not change: call `apply` inside the loss and differentiate with respect to
+the weights
 
     base, weights = adapter.init(key, params, where=".*/kernel")
     loss = lambda weights: task_loss(adapter.apply(base, weights), batch)
 
 Weights are a flat dict `{path: arrays}`: selectors, optimizers and checkpoints see
-`"encoder/kernel/a"`. Many adapters at once are one `jax.vmap(adapter.apply, in_axes=(None, 0))`;
-kernels of scanned layers `[L, in, out]` have one adapter per layer; several kinds compose by
+`"encoder/kernel/a"`. `jax.vmap(adapter.apply, in_axes=(None, 0))` applies many adapters at once.
+Kernels of scanned layers `[L, in, out]` have one adapter per layer. Different kinds are combined by
 nesting `apply`. Dropout of the adapter's *inputs* is not a function of parameters and is left out.
 """
 
@@ -37,8 +38,8 @@ class AdaptedParams(NamedTuple):
 class AdapterInit(Protocol):
     """`(key, params, *, where, gradients) -> (base, weights)`, `apply(base, weights) == params`.
 
-    The base differs from the parameters only where a start moves part of the kernel into the
-    adapter (PiSSA, OLoRA, LoRA-GA). `gradients` is read by gradient starts alone.
+    The base differs from the parameters only if a start moves part of the kernel into the adapter
+    (PiSSA, OLoRA, LoRA-GA). Only gradient starts read `gradients`.
     """
 
     def __call__(
@@ -57,9 +58,9 @@ class Adapter(NamedTuple):
     init: AdapterInit
     apply: Callable[[Params, AdapterWeights], Params]
     merge: Callable[[Params, AdapterWeights], Params]
-    """The same numbers as `apply`, cast once to the leaves' dtypes, as plain parameters."""
+    """The same values as `apply`, cast once to the leaves' dtypes, as plain parameters."""
     combine: Callable[..., AdapterWeights]
-    """`(members, weights=None) -> AdapterWeights`; one member of weight 1 is itself."""
+    """`(members, weights=None) -> AdapterWeights`; one member of weight 1 is returned as it is."""
 
 
 def adapted_model(model: ModelFn, adapter: Adapter) -> ModelFn:
@@ -97,8 +98,8 @@ class MatrixView(NamedTuple):
 def matrix_view(path: str, leaf: Any, in_axis: AxisSpec, out_axis: AxisSpec) -> MatrixView:
     """`leaf` in float32 or wider as `[..., in, out]`; several axes on a side are flattened.
 
-    Axes that are on neither side lead: each of their entries is a matrix of its own. Which axes
-    are inputs is never guessed from a shape.
+    Axes on neither side come first: each of their entries is a separate matrix. Which axes are
+    inputs is never guessed from a shape.
     """
     ndim = jnp.ndim(leaf)
     sides = [(axis,) if isinstance(axis, int) else tuple(axis) for axis in (in_axis, out_axis)]
@@ -125,7 +126,7 @@ def matrix_view(path: str, leaf: Any, in_axis: AxisSpec, out_axis: AxisSpec) -> 
 
 
 def selected_matrices(params: Params, where: trees.Selector) -> dict[str, Any]:
-    """The inexact leaves an adapter is asked to adapt."""
+    """The inexact leaves that an adapter is to adapt."""
     flags = jax.tree.leaves(_leaves.selected(params, where))
     pairs = zip(trees.flatten(params).items(), flags, strict=True)
     found = {path: leaf for (path, leaf), is_selected in pairs if is_selected}
@@ -172,7 +173,7 @@ def fits(path: str, expected: Mapping[str, tuple[int, ...]], **arrays: Array) ->
 def members_of(
     members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None
 ) -> list[Scalar]:
-    """One weight per member, members checked to adapt the same paths."""
+    """One weight per member; checks that the members adapt the same paths."""
     if not members:
         raise ValueError("expected a non-empty list of adapters' weights.")
     _checks.same_keys(**{f"members[{i}]": member for i, member in enumerate(members)})

@@ -31,9 +31,9 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A checked transfer: one step per target leaf, in tree order, and what it will do.
+    """A checked transfer: one step per target leaf, in tree order, and a report of what it will do.
 
-    Close over it; it holds strings and functions and is not an argument of `jit`.
+    Close over it: it holds strings and functions and cannot be an argument of `jit`.
     """
 
     steps: tuple[Step, ...]
