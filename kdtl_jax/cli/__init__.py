@@ -1,9 +1,9 @@
 """`kdtl`: the library's recipes as commands.
 
-This is a door: words become a recipe's `Settings`, the recipe runs, its errors become one line.
-A command is a module with `Settings`, `EXAMPLES` and `run(settings)`, imported when it is asked
-for. Exit codes: 0 done, 1 failed (a message; `--debug` shows the traceback), 2 wrong usage, 130
-interrupted, 141 nobody reads the output any more, 143 terminated.
+Arguments become a recipe's `Settings`, the recipe runs, and its errors become one line. A command
+is a module with `Settings`, `EXAMPLES` and `run(settings)`, imported when it is called. Exit
+codes: 0 done, 1 failed (a message; `--debug` shows the traceback), 2 wrong usage, 130 interrupted,
+141 the output is no longer read, 143 terminated.
 """
 
 import hashlib
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{name}: {_plain(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except AssertionError as error:  # how JAX says that a platform it knows has no device
+    except AssertionError as error:  # how JAX reports a known platform without a device
         asked = os.environ.get("JAX_PLATFORMS", "cpu")
         if debug or "cpu" in asked or str(error):
             raise
@@ -111,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command() -> NoReturn:
     """`kdtl` as a program: runs `main`, and ends the process.
 
-    After a signal nothing is torn down: a computation that XLA still has in flight would read what
-    Python has freed, and the process would end by signal 11. What is to be kept is on the disk.
+    After a signal nothing is torn down: an XLA computation still in flight would read what Python
+    has freed, and the process would end with signal 11. What must be kept is already on disk.
     """
     code = main()
     if code in (130, 143) and not _is_one_of_several():
@@ -123,13 +123,13 @@ def command() -> NoReturn:
 
 
 def _is_one_of_several() -> bool:
-    """Whether other processes wait for this one to take its leave."""
+    """Whether other processes wait for this one to shut down."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
 def parse(argv: Sequence[str]) -> Any:
-    """The settings that words on the command line stand for.
+    """The settings given by words on the command line.
 
     Raises:
       UsageError: in one line.
@@ -169,7 +169,7 @@ def find(argv: Sequence[str]) -> tuple[str, str, Any, list[str]] | None:
 
 
 def keep_programs() -> None:
-    """Compiled programs stay in the user's cache folder, unless JAX was given one already.
+    """Keeps compiled programs in the user's cache folder, unless JAX already has one.
 
     One folder per jaxlib and kind of processor: a program is machine code.
     """
@@ -188,7 +188,7 @@ def keep_programs() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written: compile every time
+        return  # home is not writable: compile every time
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -204,7 +204,7 @@ def _overview(table: Sequence[Command], words: str) -> str:
 
 
 def _discard_output() -> None:
-    """What is still buffered goes nowhere; else Python complains about it when it exits."""
+    """Discards what is still buffered; otherwise Python complains about it at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -220,7 +220,7 @@ def _no_device(platforms: str) -> str:
 def _plain(error: BaseException) -> str:
     """An OSError as "file: reason", a missing device in one sentence, else the error's text.
 
-    One line, escaped, bounded.
+    One line, escaped and bounded.
     """
     text = str(error)
     if text.startswith("Unable to initialize backend"):

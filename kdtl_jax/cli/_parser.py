@@ -1,7 +1,7 @@
 """From words on the command line, and a YAML file, to a recipe's `Settings`.
 
-A flag on the command line wins over the file, the file over the default; `--quick` has defaults of
-its own. The file is data: no tags, no aliases, no key twice, nothing unknown.
+A flag on the command line takes precedence over the file, and the file over the default; `--quick`
+has its own defaults. The file is plain data: no tags, aliases, repeated keys or unknown keys.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from kdtl_jax.recipes import yaml_files
 from kdtl_jax.recipes.settings import INT32, UsageError, near, number
 
 LONGEST = 300  # characters of a message's line
-MOST_UNKNOWN = 8  # flags or keys that are named in one message
+MOST_UNKNOWN = 8  # flags or keys named in one message
 # What other programs call a setting.
 OTHER_WORDS = {
     "model": ("student", "teacher", "encoder"),
@@ -38,7 +38,7 @@ DEVICES = ("device", "gpu", "cuda", "tpu", "cpu", "accelerator")
 def parse(
     words: str, summary: str, module: Any, argv: Sequence[str]
 ) -> tuple[Any, argparse.Namespace]:
-    """The settings of a command, and what the door itself was told.
+    """The settings of a command, and the flags common to all commands.
 
     Args:
       words: its name, "distill" or "params scale".
@@ -72,7 +72,7 @@ def parse(
         found = vars(parser.parse_args(rest))
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise UsageError(_one_line(str(error))) from None
-    for name in repeated:  # flags replace the file's values, and are not added to them
+    for name in repeated:  # flags replace the file's values instead of adding to them
         if found[name] is None:
             found[name] = known.get(name, fields[name].metadata["default"])
     made = {name: _value(field, found[name], "--") for name, field in fields.items()}
@@ -172,7 +172,7 @@ def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
 
 
 def _type(hint: Any) -> Any:
-    """What checks a value: jsonargparse does for text, but calls `nan` no float."""
+    """The check of a value: jsonargparse does it for text, but rejects `nan` as a float."""
     known = {float: _number, int: _whole, float | None: _number_or_none, int | None: _whole_or_none}
     if chosen := _choices(hint):
         return partial(_choice, chosen, type(None) in get_args(hint))
@@ -201,7 +201,7 @@ def _whole(value: Any) -> int:
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     try:
         return value if is_whole else int(value if isinstance(value, str) else "")
-    except ValueError:  # of a text of thousands of digits, too
+    except ValueError:  # also for a text of thousands of digits
         said = f"expected a whole number, got {quoted(value)}"
         raise argparse.ArgumentTypeError(said) from None
 
@@ -222,7 +222,7 @@ def _number_or_none(value: Any) -> float | None:
 
 
 def _add_own(parser: Any) -> None:
-    """The flags that every command has; they are not settings of the recipe."""
+    """The flags that every command has, which are not settings of the recipe."""
     group = parser.add_argument_group("all commands")
     group.add_argument("--config", metavar="FILE", help="a YAML file with flags as keys")
     group.add_argument(
@@ -250,7 +250,7 @@ def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
 
 
 def _all(kind: str, unknown: Sequence[tuple[str, str]]) -> str:
-    """What was not known, each with its suggestion, the first few by name."""
+    """What is unknown, with suggestions, the first few by name."""
     if len(unknown) == 1:
         return f"{kind} {'; '.join(filter(None, unknown[0]))}"
     named = [f"{name} ({alike})" if alike else name for name, alike in unknown[:MOST_UNKNOWN]]
@@ -259,7 +259,7 @@ def _all(kind: str, unknown: Sequence[tuple[str, str]]) -> str:
 
 
 def _place(flag: str, places: Sequence[str]) -> str:
-    """What is said of a flag in the place of an argument that has none."""
+    """What to say about a positional argument that is given as a flag."""
     name = flag.removeprefix("--").replace("-", "_")
     name = "student" if name in ("weights", "checkpoint") else name
     return f"{name.upper()} is given without a flag" if name in places else ""
@@ -277,7 +277,7 @@ def _alike(name: str, known: Iterable[str]) -> str:
         if words <= {word.rstrip("s") for word in re.split("[-_]", other.strip("-_"))}
     ]
     if found:
-        # The very words first: "weights" is nearer to "loss-weights" than to "weight-decay".
+        # Whole words first: "weights" is nearer to "loss-weights" than to "weight-decay".
         found.sort(key=lambda other: not set(dashed.split("-")) <= set(re.split("[-_]", other)))
         return f"did you mean {', '.join(found[:3])}?"
     meant = [x for x in known if x.strip("-").replace("_", "-") in OTHER_WORDS.get(dashed, ())]
@@ -316,7 +316,7 @@ def _checked(
 
 
 def _value(field: Any, value: Any, where: str) -> Any:
-    """A value after its own parser and within its limits."""
+    """A value, parsed by its own parser and within its limits."""
     about, name = field.metadata, field.name
     at = _flag(name) if where == "--" else f"{where}{name}"
     if "parse" in about:
@@ -324,7 +324,7 @@ def _value(field: Any, value: Any, where: str) -> Any:
             value = about["parse"](value)
         except (ValueError, TypeError, OverflowError) as error:
             raise UsageError(f"{at}: {shown(str(error), 1000)}") from None
-        except OSError as error:  # no path is that long
+        except OSError as error:  # a path that is too long
             raise UsageError(f"{at}: {error.strerror}: {shown(value)}") from None
     if about.get("repeat") or about.get("positional") == "*":
         value = () if value is None else value
@@ -355,7 +355,7 @@ def _flag(name: str) -> str:
 
 
 def _text(default: Any) -> str:
-    """A default as it would be written."""
+    """A default as written on the command line."""
     if default is None or default is False or default in ((), {}, ""):
         return ""
     if isinstance(default, tuple):
@@ -366,7 +366,7 @@ def _text(default: Any) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A message of a library as one line that starts with the flag."""
+    """A library's message as one line that starts with the flag."""
     line = " ".join(text.split())
     for prefix in ("argument ", "Parser key "):
         line = line.removeprefix(prefix)

@@ -1,9 +1,9 @@
 """`kdtl params`: weight surgery on safetensors files, streamed, with a report first.
 
-Every action reads headers, decides on names and shapes, prints a `Report`, and stops there: writing
-needs `--write`. Values then pass through tensor by tensor; what is done entry by entry passes in
-pieces of 4 MB, and TIES over whole models reads all of them three times before it writes. A folder
-is written with the configuration and tokenizer of the first input, so that it opens.
+Every action reads headers, decides on names and shapes, prints a `Report`, and stops there unless
+`--write` is given. Values are then streamed tensor by tensor; elementwise operations use pieces of
+4 MB, and TIES over whole models reads all of them three times before it writes. A folder is written
+with the configuration and tokenizer of the first input, so that it can be loaded.
 """
 
 from kdtl_jax.cli import Command

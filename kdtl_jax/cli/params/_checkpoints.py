@@ -1,4 +1,4 @@
-"""What every action shares: checkpoints by canonical path, selectors, and writing a new one."""
+"""What all actions share: checkpoints by canonical path, selectors, and writing a new one."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ from kdtl_jax.recipes.settings import UsageError, plain, selector, setting
 from kdtl_jax.transforms import Report
 
 RECIPE = "kdtl_recipe"  # the metadata key
-# What models say of themselves that gives their entries a meaning beyond names and shapes.
+# Metadata of models that give their entries a meaning beyond names and shapes.
 MEANING = ("model", "class_names", "input_mean", "input_scale")
 BLOCK = 1 << 20  # entries of a piece: 4 MB of float32
 WIDEST = 200  # characters of a name in a printed column
@@ -37,7 +37,7 @@ A checkpoint is a .safetensors file, a *.index.json, or a folder with either.
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tensors an action is about."""
+    """Which tensors an action applies to."""
 
     where: tuple[str, ...] = setting(
         (), "only these tensors; repeat for more (default: all)", metavar="SELECTOR", repeat=True
@@ -82,13 +82,13 @@ class Opened(NamedTuple):
 class Rewrite(NamedTuple):
     """What will be written; `produce` makes a tensor, or an iterator of its pieces.
 
-    It computes in float32 or wider; what is written is rounded to its dtype once.
+    It computes in float32 or wider; the result is rounded once to its dtype.
     """
 
     specs: Mapping[str, Any]
     produce: Callable[[str], Any]
     report: Report
-    inputs: Sequence[Opened]  # the first gives the metadata, and a folder its configuration
+    inputs: Sequence[Opened]  # the first gives the metadata and, for a folder, the configuration
     names: Mapping[str, str]  # canonical path -> name in the file
     layers: Sequence[int] | None = None  # the first input's layers that were kept, in order
 
@@ -119,7 +119,7 @@ def opened(path: str | None, what: str, examples: str) -> Opened:
 
 
 def spoken(message: str) -> str:
-    """A library's message with shell patterns as they are written here."""
+    """A library's message, with shell patterns written as on the command line."""
     return re.sub(r"Glob\((?:pattern=)?'([^']*)'\)", r"'glob:\1'", message)
 
 
@@ -180,7 +180,7 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
 
     Raises:
       FileExistsError: if the output exists and `--force` was not given.
-      OSError: if the disk is full; what was there stays as it was.
+      OSError: if the disk is full; existing files stay unchanged.
     """
     print(rewrite.report)
     if command in ("average", "merge"):
@@ -197,10 +197,10 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
     metadata = rewrite.inputs[0].checkpoint.metadata | recipe
     nonfinite: list[str] = []
     named = {rewrite.names.get(path, path): spec for path, spec in specs.items()}
-    # Another command may write there meanwhile: it is looked after every piece.
+    # Another command may write there in the meantime, so check after every piece.
     look = functools.partial(_check_absent, out, settings.force)
     produce = _watched(rewrite, specs, total, nonfinite, look)
-    # Double precision stays what it is; without x64, JAX would make float32 of it.
+    # Double precision is kept; without x64, JAX would convert it to float32.
     with jax.enable_x64(True):
         if out.suffix == ".safetensors":
             safetensors.stream(out, named, produce, metadata=metadata)
@@ -217,15 +217,15 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
 
 
 def wide(array: np.ndarray) -> np.ndarray:
-    """Half precision as float32, so that results are rounded when they are written, not before."""
+    """Half precision as float32, so that results are rounded only when written."""
     is_half = trees.is_inexact(array) and array.dtype.itemsize < 4
     return array.astype(np.float32) if is_half else array
 
 
 def _tell_others(inputs: Sequence[Opened]) -> None:
-    """Warns of models whose entries are combined although they say different things of themselves.
+    """Warns if models to be combined have different metadata.
 
-    Equal names and shapes do not make two networks one: heads and classes may be in another order.
+    Equal names and shapes do not make two networks alike: heads or classes may be reordered.
     """
     first, *others = inputs
     for one in others:
@@ -241,7 +241,7 @@ def _tell_others(inputs: Sequence[Opened]) -> None:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people: `1.5 GB`."""
+    """A human-readable number of bytes: `1.5 GB`."""
     for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
         if count >= 10**power:
             return f"{count / 10**power:.1f} {unit}"
@@ -249,7 +249,7 @@ def size(count: int) -> str:
 
 
 def progress(total: int, what: str = "") -> Callable[[int], None]:
-    """Says on stderr how many of `total` bytes are done, every few seconds."""
+    """Prints to stderr how many of `total` bytes are done, every few seconds."""
     start = last = time.monotonic()
     done = 0
 
@@ -345,7 +345,7 @@ def _recipe(settings: Writing, command: str, inputs: Sequence[Opened]) -> str:
 
 
 def _data(text: str) -> Any:
-    """JSON data; what is none, because someone else wrote it, stays text."""
+    """JSON data; anything else, written by another program, stays text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

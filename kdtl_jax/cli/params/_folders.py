@@ -1,4 +1,4 @@
-"""What a folder of weights needs beside them to open: a configuration that is true, a tokenizer."""
+"""What a folder of weights needs to be loadable: a correct configuration and a tokenizer."""
 
 import json
 import re
@@ -31,11 +31,11 @@ COPIED = (
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 TABLE = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight")
 OUTPUT = re.compile(r"(.*\.)?(\w*lm_head|decoder|vocab_projector|embed_out)\.weight")
-LARGEST = 500_000_000  # bytes of a file that is copied; more are no tokenizer
+LARGEST = 500_000_000  # bytes of a copied file; a larger one is not a tokenizer
 
 
 def home(checkpoint: safetensors.Checkpoint) -> Path | None:
-    """The folder a checkpoint is the model of: one with a config.json and no second model."""
+    """The folder whose model a checkpoint is: one with a config.json and no second model."""
     folder = checkpoint.files[0].parent if checkpoint.files else None
     if folder is None or not (folder / CONFIG).is_file():
         return None
@@ -44,9 +44,9 @@ def home(checkpoint: safetensors.Checkpoint) -> Path | None:
 
 
 def layer_pattern(names: Sequence[str], depth: int) -> re.Pattern[str] | None:
-    """The names of numbered layers: one group, the number, of which there are 0..depth-1.
+    """A pattern for names of numbered layers, with one group: the number, from 0 to depth-1.
 
-    A depth of 0 is not known: the longest such row of numbers are the layers.
+    A depth of 0 means unknown: the longest such series of numbers is the layers.
     """
     found: dict[str, set[int]] = {}
     for name in names:
@@ -63,14 +63,14 @@ def layer_pattern(names: Sequence[str], depth: int) -> re.Pattern[str] | None:
 def companions(
     checkpoint: safetensors.Checkpoint, specs: Mapping[str, Any], layers: Sequence[int] | None
 ) -> Callable[[Path], Mapping[str, bytes]]:
-    """The files that belong beside weights of these specs, given the folder these were written to.
+    """The files that belong with weights of these specs, given the folder they are written to.
 
-    The configuration is the checkpoint's with what changed: dtype, number of layers and what is
-    said by layer, ties that came apart; of a model that is built here also its sizes. Where none
-    would be true it is left out, and that is said.
+    The configuration is the checkpoint's with the changes: dtype, number of layers, entries by
+    layer, broken ties and, for a supported model, its sizes. If none would be correct, it is left
+    out with a warning.
 
     Raises:
-      ValueError: if config.json is no JSON object.
+      ValueError: if config.json is not a JSON object.
     """
     folder = home(checkpoint)
     if folder is None:
@@ -85,7 +85,7 @@ def companions(
             if path.is_file() and path.stat().st_size < LARGEST
         }
         try:
-            with jax.enable_x64(False):  # models of the usual dtypes are built, for their shapes
+            with jax.enable_x64(False):  # builds models of the usual dtypes, for their shapes
                 changed = _described(config, checkpoint, specs, layers, written)
         except ValueError as error:
             print(f"warning: no {CONFIG} was written: {error}", file=sys.stderr)
@@ -102,7 +102,7 @@ def _described(
     layers: Sequence[int] | None,
     written: Path,
 ) -> dict[str, Any]:
-    """The configuration of what was written.
+    """The configuration of the written model.
 
     Raises:
       ValueError: if none can be derived.
@@ -113,7 +113,7 @@ def _described(
         changed = derive(config, specs, layers=layers, equal=_equal_in(safetensors.index(written)))
         outside = {name for name in before if pattern is None or not pattern.fullmatch(name)}
         if outside <= specs.keys() and "architectures" in config:
-            # The class has the heads it had; they may be of a task that is not built here.
+            # The class keeps its heads, which may be for an unsupported task.
             changed["architectures"] = config["architectures"]
         return changed
     if reshaped := _reshaped(before, specs, pattern, layers):
@@ -129,7 +129,7 @@ def _described(
 def _family(
     config: Mapping[str, Any], checkpoint: safetensors.Checkpoint
 ) -> Callable[..., dict[str, Any]] | None:
-    """What derives the configurations of a model that is built here; None for another."""
+    """What derives the configurations of a supported model; None for any other."""
     try:
         huggingface.family_of(config)
         derive = huggingface.described
@@ -158,7 +158,7 @@ def _reshaped(
     pattern: re.Pattern[str] | None,
     layers: Sequence[int] | None,
 ) -> list[str]:
-    """Names whose shape is not that of the tensor they come from."""
+    """Names whose shapes differ from those of the tensors they come from."""
 
     def origin(name: str) -> str:
         match = pattern.fullmatch(name) if pattern and layers is not None else None
@@ -179,7 +179,7 @@ def _layers(
     pattern: re.Pattern[str] | None,
     layers: Sequence[int] | None,
 ) -> dict[str, Any]:
-    """The number of layers written, and of every list with one item per layer the kept ones."""
+    """The number of layers written, and the kept items of every list with one item per layer."""
     count = depth(config)
     if pattern is None:
         return {}
@@ -195,7 +195,7 @@ def _layers(
         if isinstance(value, list)
         and len(value) == count
         and key != "architectures"
-        and not key.endswith("_token_id")  # several ends of a text, not one per layer
+        and not key.endswith("_token_id")  # a list of end tokens, not one item per layer
     }
     counts = {key: len(kept) for key in DEPTHS if config.get(key) == count}
     if isinstance(config.get("max_window_layers"), int):
@@ -206,7 +206,7 @@ def _layers(
 def _ties(config: Mapping[str, Any], written: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
     """A head stored beside the embedding it is tied to must be equal to it.
 
-    Without the key a family's default decides, which may be either.
+    Without the key, the family's default applies, which may be either.
     """
     said = config.get("tie_word_embeddings", None)
     heads = [name for name in specs if OUTPUT.fullmatch(name)]
@@ -223,9 +223,9 @@ def _ties(config: Mapping[str, Any], written: Path, specs: Mapping[str, Any]) ->
 
 
 def tied(tensors: Sequence[Mapping[str, safetensors.Tensor]]) -> dict[str, str]:
-    """Paths whose tensors are equal in every model, to the first of them.
+    """Maps paths whose tensors are equal in every model to the first of them.
 
-    Only tensors of one shape, dtype and beginning are read to the end.
+    Only tensors with the same shape, dtype and first bytes are read in full.
     """
     groups: dict[Any, list[str]] = {}
     for path in sorted(tensors[0]):

@@ -1,15 +1,15 @@
-"""What the methods of `kdtl params merge` are made of: `transforms` on one tensor of each model.
+"""The formulas of `kdtl params merge`: `transforms` on one tensor of each model.
 
 Random draws fold in the tensor's path and ranks are the tensor's own, so merging tensor by tensor
-gives what merging whole models gives, bit for bit. TIES over whole models ranks all tensors
+gives the same bits as merging whole models. TIES over whole models ranks all tensors
 together (`_merging.ties_of_models`).
 
-A tensor comes in blocks of rows. What an entry needs to know of the whole tensor (a cut, a norm, a
-threshold, the angles between models) is measured first, by passes over the blocks.
+A tensor comes in blocks of rows. What an entry needs from the whole tensor (a cut, a norm, a
+threshold, the angles between models) is measured first, in passes over the blocks.
 
-Methods follow their papers. `mergekit` is the same method as that program computes it: it weighs
-task vectors before it elects signs, divides by weights instead of counts, and rescales what is left
-after dropping to the L1 norm of the whole.
+Methods follow their papers. `mergekit` is the same method as computed by that program: it weights
+task vectors before electing signs, divides by weights instead of counts, and rescales what remains
+after dropping to the original L1 norm.
 """
 
 import math
@@ -26,10 +26,10 @@ Tree = dict[str, Any]  # one tensor by its path
 
 
 class Options(NamedTuple):
-    """What `--weights`, `--scale` … say, defaults filled in; shares may differ by model."""
+    """The values of `--weights`, `--scale` …, with defaults; shares may differ by model."""
 
     weights: Sequence[float] | None = None
-    normalize: bool | None = None  # None is the method's own habit
+    normalize: bool | None = None  # None means the method's default
     scale: float = 1.0
     density: float | Sequence[float] = 0.2
     epsilon: float | Sequence[float] = 0.15
@@ -48,23 +48,23 @@ class Members(NamedTuple):
     models: list[Tree]
     statistics: list[Tree]
     block: int = 0  # its number
-    found: Any = None  # what was measured of the whole tensor
+    found: Any = None  # measurements of the whole tensor
 
 
 class Read(Protocol):
-    """The tensor's blocks, from the first: of all models, or of model `i` alone."""
+    """The tensor's blocks, from the first: of all models, or only of model `i`."""
 
     def __call__(self, i: int | None = None, /) -> Iterable[Members]: ...
 
 
 class Merge(NamedTuple):
-    """What is done with a block; before that, what is measured of the whole tensor."""
+    """The merge of a block and, before it, the measurements of the whole tensor."""
 
     combine: Callable[[Members, Options], Tree]
     measure: Callable[[Read, Options], Any] | None = None
 
     def whole(self, x: Members, o: Options) -> Tree:
-        """The merge of a tensor that is all in memory."""
+        """The merge of a tensor that is entirely in memory."""
 
         def read(i: int | None = None) -> list[Members]:
             return [x if i is None else x._replace(models=x.models[i : i + 1])]
@@ -90,7 +90,7 @@ def _each(value: float | Sequence[float], x: Members) -> list[float]:
 
 
 class Sparsify(NamedTuple):
-    """What is left of every model's task vector, and what must be known of the whole for it."""
+    """The sparsified task vector of every model, and the measurements it needs."""
 
     drop: Callable[[Members, Options], list[Tree]]
     measure: Callable[[Read, Options], Any] | None = None
@@ -104,7 +104,7 @@ def _blocks(read: Read, i: int) -> Iterator[Array]:
 
 
 class _Kept(NamedTuple):
-    """The cut that keeps the largest entries, and how many of its equals come before each block."""
+    """The cut that keeps the largest entries, and the number of ties with it before each block."""
 
     cut: transforms.Cut
     before: list[Any]
@@ -130,7 +130,7 @@ def _trimmed(x: Members, o: Options) -> list[Tree]:
 
 
 def _trim_counts(least: int) -> Callable[[Read, Options], Any]:
-    """The cuts that keep each model's density, at least `least` entries where it is not 0."""
+    """The cuts that keep each model's density, with at least `least` entries if it is not 0."""
 
     def count(density: float, size: int) -> int:
         return max(math.floor(density * size), least if density > 0 else 0)
@@ -143,7 +143,7 @@ def _trim_counts(least: int) -> Callable[[Read, Options], Any]:
 
 
 def _crumbs(read: Read, o: Options) -> Any:
-    """Per model the largest entries, and of those the ones too large."""
+    """The largest entries per model, and which of them are too large."""
     first = next(iter(read()))
     rows = zip(_each(o.density, first), _each(o.outliers, first), strict=True)
 
@@ -200,7 +200,7 @@ def added(sparsify: Sparsify) -> Merge:
 
 
 def agreed(sparsify: Sparsify) -> Merge:
-    """The base and the mean (the sum, if not to `normalize`) of what has the elected sign."""
+    """The base plus the mean (the sum without `normalize`) of entries with the elected sign."""
 
     def combine(x: Members, o: Options) -> Tree:
         vectors = sparsify.drop(x, o)
@@ -234,7 +234,7 @@ def sce(*, floor: float = 0.0) -> Merge:
 
     def measure(read: Read, o: Options) -> Any:
         top = o.density
-        assert isinstance(top, (int, float))  # `merge` refuses several
+        assert isinstance(top, (int, float))  # `merge` refuses more than one
         return transforms.sce_selection(lambda: map(_leaves, read()), top=top, floor=floor)
 
     return Merge(_chosen(lambda x, o: transforms.sce_piece(_leaves(x), x.found, x.block)), measure)
@@ -254,7 +254,7 @@ RAM = Merge(
 
 
 def consensus(sparsify: Sparsify, *, normalize: bool) -> Merge:
-    """Signs of weighted task vectors; a sum, or with `normalize` over the agreeing weight."""
+    """Signs of weighted task vectors; a sum, divided with `normalize` by the agreeing weight."""
 
     def combine(x: Members, o: Options) -> Tree:
         weights = _weights(x, o)
@@ -270,7 +270,7 @@ def consensus(sparsify: Sparsify, *, normalize: bool) -> Merge:
 
 
 def rescaled(sparsify: Sparsify, *, default: bool) -> Sparsify:
-    """What is kept keeps its value, times the ratio of L1 norms if `rescale`."""
+    """Kept entries keep their values, times the ratio of L1 norms if `rescale`."""
 
     def kept(x: Members, o: Options) -> list[Tree]:
         pairs = zip(taus(x), sparsify.drop(x, o), strict=True)
@@ -303,7 +303,7 @@ def rescaled(sparsify: Sparsify, *, default: bool) -> Sparsify:
 
 
 def _vectors(x: Members) -> list[Tree]:
-    """The task vectors where there is a base, else the models."""
+    """The task vectors if there is a base, else the models."""
     return taus(x) if x.base else x.models
 
 
@@ -314,7 +314,7 @@ def pieces(read: Read) -> Iterator[list[Array]]:
 
 
 def mixed(x: Members, o: Options) -> Tree:
-    """The vectors' weighted sum, their weights measured."""
+    """The vectors' weighted sum, with measured weights."""
     if x.base:
         return transforms.apply_task_vectors(x.base, taus(x), x.found)
     return transforms.weighted_sum(x.models, x.found)
@@ -330,9 +330,9 @@ def spherical(shares: Callable[[transforms.Angles, Options], Any]) -> Merge:
 
 
 def nuslerp(found: transforms.Angles, o: Options) -> Any:
-    """The shares of SLERP at `t = w_2 / (w_1 + w_2)`, 1/2 where the weights cancel.
+    """The shares of SLERP at `t = w_2 / (w_1 + w_2)`, 1/2 if the weights cancel.
 
-    mergekit's `nuslerp`: with a base it turns task vectors; only parallel ones mix linearly.
+    mergekit's `nuslerp`: with a base, it rotates task vectors; only parallel ones mix linearly.
     """
     first, second = (1.0, 1.0) if o.weights is None else o.weights
     total = first + second
@@ -341,7 +341,7 @@ def nuslerp(found: transforms.Angles, o: Options) -> Any:
 
 
 def linear(x: Members, o: Options) -> Tree:
-    """`sum_i w_i theta_i / sum_i w_i`, weights 1 by default; the sum if not to `normalize`."""
+    """`sum_i w_i theta_i / sum_i w_i`, weights 1 by default; only the sum without `normalize`."""
     if o.normalize is False:
         return transforms.weighted_sum(x.models, _weights(x, o))
     return transforms.average(x.models, o.weights)

@@ -1,10 +1,10 @@
-"""A merge, tensor by tensor: which tensors meet in one of the result, and how they are read.
+"""A merge, tensor by tensor: which tensors are merged into each result, and how they are read.
 
-Tensors are merged one after another by `transforms`, in pieces of 4 MB: memory holds little, never
-the models. Only `regmean`, which solves equations, holds three matrices, and a vector is one piece.
+Tensors are merged one after another by `transforms`, in pieces of 4 MB, so memory never holds the
+models. Only `regmean`, which solves equations, holds three matrices, and a vector is one piece.
 
-What an input holds of NaN or infinity is told while it is read: methods that drop entries may drop
-these as well, and their result is finite.
+NaN and infinity in an input are reported while it is read: methods that drop entries may drop
+these, too, and give a finite result.
 """
 
 import functools
@@ -32,18 +32,18 @@ class Part(NamedTuple):
     options: Options
     base: Tensor | None = None
     statistics: tuple[Tensor | None, ...] = ()
-    told: set[Tensor] | None = None  # the inputs that were said to hold NaN or infinity
+    told: set[Tensor] | None = None  # the inputs reported to hold NaN or infinity
 
 
 def by_tensor(
     method: Method, merge: Merge, parts: Mapping[str, Part], copies: Mapping[str, Tensor]
 ) -> Callable[[str], Any]:
-    """`Rewrite.produce` of a merge whose tensors do not know each other; copies stay as they are.
+    """`Rewrite.produce` of a merge of independent tensors; copies stay unchanged.
 
-    `merge` is the method's or, where that differs, mergekit's.
+    `merge` is the method's or, if that differs, mergekit's.
     """
     parts = _watched(parts)
-    # Tied tensors share the draws of the first one's path, and so stay equal.
+    # Tied tensors share the draws of the first one's path, so they stay equal.
     first = _ties(parts) if "seed" in method.options else {}
 
     def produce(path: str) -> Any:
@@ -68,7 +68,7 @@ def by_tensor(
 
 
 def _measured(part: Part, name: str, merge: Merge, options: Options) -> Iterator[Tree]:
-    """The merged blocks, what they need to know of the whole measured first."""
+    """The merged blocks, after measuring what they need from the whole tensor."""
 
     def read(i: int | None = None, /) -> Iterator[Members]:
         return _rows(part if i is None else _of_model(part, i), name)
@@ -78,7 +78,7 @@ def _measured(part: Part, name: str, merge: Merge, options: Options) -> Iterator
 
 
 def _least_squares(part: Part, name: str, merge: Merge) -> Iterator[np.ndarray]:
-    """RegMean: a kernel with Gram matrices is solved for, any other tensor is averaged."""
+    """RegMean: a kernel with Gram matrices is solved for; any other tensor is averaged."""
     if None in part.statistics:
         alone = part._replace(statistics=())
         for x in _pieces(alone, name, _checkpoints.BLOCK):
@@ -126,12 +126,12 @@ def _slabs(part: Part, axis: int | None) -> Iterator[tuple[Part, int | None]]:
 
 
 def _of_model(part: Part, i: int) -> Part:
-    """What is read for one model alone."""
+    """What is read for a single model."""
     return part._replace(models=part.models[i : i + 1])
 
 
 def _row_axis(part: Part) -> int | None:
-    """The axis of the rows that spherical methods turn apart; None where a tensor is one vector."""
+    """The axis of rows that spherical methods rotate separately; None if a tensor is one vector."""
     axis, rank = part.options.axis, len(part.models[0].shape)
     if axis is None or rank < 2 or not -rank <= axis < rank:
         return None
@@ -139,10 +139,10 @@ def _row_axis(part: Part) -> int | None:
 
 
 def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> Callable[[str], Any]:
-    """`Rewrite.produce` of TIES over whole models; its passes begin with the first tensor.
+    """`Rewrite.produce` of TIES over whole models; its passes start with the first tensor.
 
-    Two passes find every model's cut, a third counts signs and how many of the cut's equals come
-    before each tensor. Writing is the fourth.
+    Two passes find every model's threshold; a third counts signs and the entries equal to the
+    threshold before each tensor. Writing is the fourth.
     """
     parts = _watched(parts)
     first = _ties(parts)
@@ -206,7 +206,7 @@ def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> C
 def _plain(
     parts: Mapping[str, Part], copies: Mapping[str, Tensor], path: str
 ) -> Iterator[np.ndarray] | None:
-    """A copied tensor, or an empty one: that has nothing to merge, and no norm. None: merge it."""
+    """A copied or empty tensor, which has nothing to merge and no norm; None to merge it."""
     tensor = copies.get(path) or parts[path].base or parts[path].models[0]
     if path in copies or not math.prod(tensor.shape):
         return safetensors.blocks(tensor, _checkpoints.BLOCK)
@@ -225,14 +225,14 @@ def _pieces(part: Part, name: str, size: int, shape: tuple[int, ...] = (-1,)) ->
 
 
 def _watched(parts: Mapping[str, Part]) -> dict[str, Part]:
-    """The parts of one merge, which tell of an input once, however often it is read."""
+    """The parts of one merge, which report an input once, however often it is read."""
     told: set[Tensor] = set()
     return {path: part._replace(told=told) for path, part in parts.items()}
 
 
 def _blocks(part: Part, tensor: Tensor, size: int) -> Iterator[np.ndarray]:
     """The tensor's entries, `size` at a time."""
-    whole = tensor._replace(shape=(), start=0, stop=0)  # it may be a slab of that
+    whole = tensor._replace(shape=(), start=0, stop=0)  # it may be a slab of it
     for x in safetensors.blocks(tensor, size):
         if part.told is not None and whole not in part.told and not np.isfinite(x).all():
             part.told.add(whole)
@@ -241,7 +241,7 @@ def _blocks(part: Part, tensor: Tensor, size: int) -> Iterator[np.ndarray]:
 
 
 def _rows(part: Part, name: str) -> Iterator[Members]:
-    """The blocks of rows in which `transforms` draws; vectors whole."""
+    """The blocks of rows in which `transforms` draws; vectors are one block."""
     shape = part.models[0].shape
     if len(shape) < 2:
         return _pieces(part, name, math.prod(shape), shape)
@@ -249,7 +249,7 @@ def _rows(part: Part, name: str) -> Iterator[Members]:
 
 
 def _ties(parts: Mapping[str, Part]) -> dict[str, str]:
-    """Tensors that are equal in every model, to the first of them."""
+    """Maps tensors that are equal in every model to the first of them."""
     rows = {path: [t for t in (p.base, *p.models) if t] for path, p in parts.items()}
     count = max(map(len, rows.values()), default=0)
     columns = [{path: row[i] for path, row in rows.items()} for i in range(count)]
@@ -260,7 +260,7 @@ def one_of(path: str, tensors: Sequence[Tensor]) -> Tensor:
     """The first of several models' tensors that are not numbers to combine.
 
     Counters differ between runs; a matrix of integers is a table of indices, equal everywhere, or
-    packed codes.
+    holds packed codes.
 
     Raises:
       ValueError: if some are floating point, or matrices of integers differ.

@@ -1,4 +1,4 @@
-"""The merging methods of `kdtl params merge`: what each is called, needs and reads."""
+"""The merging methods of `kdtl params merge`: their names, requirements and options."""
 
 from typing import Literal, NamedTuple
 
@@ -36,10 +36,10 @@ class Method(NamedTuple):
     most: int | None = None
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
-    is_elementwise: bool = False  # an entry depends on the same entry of each input alone
+    is_elementwise: bool = False  # an entry depends only on the same entry of each input
     has_statistics: bool = False
-    has_grams: bool = False  # [in, in] beside kernels [in, out], not informations by entry
-    mergekit: Merge | None = None  # where that program's number differs
+    has_grams: bool = False  # [in, in] for kernels [in, out], not information by entry
+    mergekit: Merge | None = None  # if that program's result differs
 
 
 _ADDS = ("weights", "normalize", "scale")
@@ -60,7 +60,7 @@ METHODS = {
         base="has no", fewest=2, most=2, options=("t",), required=("t",), is_elementwise=True,
     ),
     "passthrough": Method(
-        "one model, times --scale; for recipes that stack layers of several",
+        "one model, times --scale; for recipes that stack layers of several models",
         Merge(lambda x, o: transforms.scale(x.models[0], o.scale)),
         base="has no", most=1, options=("scale",), is_elementwise=True,
     ),
@@ -104,7 +104,7 @@ METHODS = {
         mergekit=consensus(rescaled(BREADCRUMBS, default=False), normalize=False),
     ),
     "sce": Method(
-        "select by variance, weigh by energy, erase minority signs; density is the share selected",
+        "select by variance, weight by energy, erase minority signs; density is the share selected",
         sce(), options=("density",), required=("density",), mergekit=sce(floor=1e-6),
     ),
     "slerp": Method(
@@ -136,7 +136,7 @@ METHODS = {
         ARCEE_FUSION, most=1,
     ),
     "ram": Method(
-        "changes that one model made alone are kept (times 1 + gain rho), shared ones averaged",
+        "changes made by one model alone are kept (times 1 + gain rho), shared ones averaged",
         RAM, options=("gain",),
     ),
     "model_stock": Method(

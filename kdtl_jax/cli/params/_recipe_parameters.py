@@ -1,4 +1,4 @@
-"""The parameters of mergekit's recipes: by model, slice and recipe, by filter and by layer."""
+"""The parameters of mergekit recipes: by model, slice and recipe, by filter and by layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "ramplus_tl": ("ram", ("r",)),
     "passthrough": ("passthrough", ("scale",)),
 }
-# A parameter that is a number -> our option, its default (None: it must be given).
+# A numeric parameter -> our option and its default (None: required).
 _BY_MODEL: dict[str, tuple[str, float | None]] = {
     "weight": ("weights", None),
     "density": ("density", 1.0),
@@ -45,11 +45,11 @@ _OF_ALL: dict[str, tuple[str, float | None]] = {
     "t": ("t", None),
     "r": ("gain", 0.1),
 }
-_OWN = (*_BY_MODEL, "scale")  # what a model may have; passthrough scales its one model
+_OWN = (*_BY_MODEL, "scale")  # what a model may have; passthrough scales its single model
 
 
 class Place(NamedTuple):
-    """A tensor of one model, which meets those of others."""
+    """A tensor of one model, to be merged with those of others."""
 
     path: str
     tensor: safetensors.Tensor
@@ -58,10 +58,10 @@ class Place(NamedTuple):
 
 
 def only(where: str, found: Any, known: Sequence[str]) -> Mapping[str, Any]:
-    """A mapping whose keys are all known; keys without a value are none.
+    """A mapping whose keys are all known; keys without a value are dropped.
 
     Raises:
-      ValueError: naming the key that is not, or what is not a mapping.
+      ValueError: naming an unknown key, or what is not a mapping.
     """
     if not isinstance(found, Mapping):
         raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(found)}.")
@@ -78,7 +78,7 @@ def parameters(
     """The `parameters` of a recipe, a slice or a model.
 
     Raises:
-      ValueError: naming one that the method does not read, or not of a model.
+      ValueError: naming one that the method does not read at all, or not for a model.
     """
     given = only(where, found.get("parameters") or {}, known)
     for key, value in given.items():
@@ -100,7 +100,7 @@ def options(
       out: the tensor's name in the result, to which filters of `common` parameters apply.
       models: the models' tensors; filters of a model's parameters apply to the name there.
       common: the parameters of the slice and of the recipe.
-      t: the place in the slice, 0 to 1.
+      t: the position in the slice, 0 to 1.
 
     Raises:
       ValueError: naming a parameter that is missing or of the wrong kind.
@@ -154,7 +154,7 @@ def options(
 
 
 def _evaluated(setting: Any, name: str, t: float) -> Any:
-    """A parameter of one tensor: a value, a gradient over layers, or the first fitting filter."""
+    """A parameter of one tensor: a value, a gradient over layers, or the first matching filter."""
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):

@@ -1,8 +1,9 @@
-"""mergekit's YAML recipes: which tensors of which models are merged how.
+"""mergekit YAML recipes: which tensors of which models are merged, and how.
 
-Read: `models` or `slices` (layers of several models one after another), `base_model`, and
-parameters by model, slice and recipe, by filter and as gradients over a slice's layers. The rest is
-refused by name. We compute in float32, mergekit in `dtype`, and write `out_dtype` or `dtype`.
+Supported: `models` or `slices` (layers of several models one after another), `base_model`, and
+parameters by model, slice and recipe, by filter and as gradients over a slice's layers. Anything
+else is refused by name. We compute in float32 (mergekit: in `dtype`) and write `out_dtype` or
+`dtype`.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ class Source(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Layers that are merged side by side."""
+    """Layers that are merged with each other."""
 
     sources: Sequence[Source]
     length: int | None  # None: all layers of every model
@@ -51,8 +52,8 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     """The merge that `settings.recipe` describes, and the settings with the recipe's dtype.
 
     Raises:
-      UsageError: if the recipe cannot be read, or models or options were given beside it.
-      ValueError: naming a key, parameter or tensor that is not understood or missing.
+      UsageError: if the recipe cannot be read, or models or options were also given.
+      ValueError: naming a key, parameter or tensor that is unknown or missing.
     """
     _refuse_others(settings)
     path = Path(str(settings.recipe))
@@ -171,7 +172,7 @@ def _slices(
         sources = [_source(source, path, keys, known) for source in _list(each, "sources")]
         lengths = {_range(source, path)[1] for source in each["sources"]}
         if len(lengths) != 1:
-            raise ValueError(f"{path}: the sources of a slice must have equally many layers.")
+            raise ValueError(f"{path}: the sources of a slice must have the same number of layers.")
         own = parameters(each, f"{path}: a slice's parameters", known)
         out.append(Slice(sources, lengths.pop(), own))
     return out
@@ -211,7 +212,7 @@ class Layout(NamedTuple):
     """How a model names its tensors."""
 
     outside: list[str]  # of the layers
-    layers: Mapping[int, list[tuple[str, str]]]  # what stands before and after a layer's number
+    layers: Mapping[int, list[tuple[str, str]]]  # what precedes and follows a layer's number
 
 
 def _layout(one: Opened) -> Layout:
@@ -231,7 +232,7 @@ def _layout(one: Opened) -> Layout:
 
 
 def _based(each: Slice, base: str | None, has_base: bool, is_first: bool) -> Slice:
-    """The slice with the base first, if it `is_first`: not a model to merge if it `has_base`."""
+    """The slice with the base first, if it `is_first`; not a model to merge if it `has_base`."""
     if base is None or not is_first:
         return each
     found = [source for source in each.sources if source.model == base]
@@ -270,9 +271,9 @@ def _layers(slices: Sequence[Slice]) -> list[int]:
 def _tensors(
     layouts: Mapping[str, Layout], slices: Sequence[Slice]
 ) -> Iterator[tuple[str, Slice, Callable[[Source], str], float]]:
-    """Every tensor of the result: its name, slice, name in a source, place in the slice, 0 to 1.
+    """Every tensor of the result: its name, slice, name in a source, and position, 0 to 1.
 
-    Whatever one of the sources has is there. Layers are numbered on from slice to slice.
+    It includes whatever any source has. Layers are numbered continuously across slices.
     """
     sources = [source.model for each in slices for source in each.sources]
     for name in _common([layouts[model].outside for model in sources]):
@@ -305,7 +306,7 @@ def _common(rows: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def _stored(one: Opened, name: str) -> str:
-    """Where a model holds a tensor: a head that is tied is the table of embeddings."""
+    """Where a model holds a tensor: a tied head is the embedding table."""
     if name in one.specs:
         return name
     tables = [table for table in one.specs if _folders.TABLE.fullmatch(table)]

@@ -16,6 +16,6 @@ class Settings(merge.Several, Selection, Writing):
 
 
 def run(settings: Settings) -> int:
-    """Reports, and writes if asked to."""
-    as_merge = merge.Settings(**vars(settings))  # whose method is linear by default
+    """Prints a report and, with `--write`, writes the result."""
+    as_merge = merge.Settings(**vars(settings))  # its default method is linear
     return _checkpoints.finish(settings, "average", merge.merged(as_merge, EXAMPLES))

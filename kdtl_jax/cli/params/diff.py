@@ -28,7 +28,7 @@ class Settings(Selection):
 
 
 class Distance(NamedTuple):
-    """Of two tensors of one shape, entries that are NaN in both counting as equal."""
+    """The difference of two tensors of one shape; entries that are NaN in both count as equal."""
 
     largest: float  # max |a - b|
     relative: float  # |a - b| / |a|, Euclidean
@@ -37,7 +37,7 @@ class Distance(NamedTuple):
 
 
 def run(settings: Settings) -> int:
-    """Prints the differences, and what is equal in one line."""
+    """Prints the differences, and one line for what is equal."""
     one = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
     other = _checkpoints.opened(settings.target, "TARGET", EXAMPLES)
     both = one.specs | other.specs
@@ -80,7 +80,7 @@ def _compared(path: str, one: Opened, other: Opened) -> list[tuple[str, str, str
 
 
 def distance(a: Tensor, b: Tensor) -> Distance:
-    """How far two tensors of one shape are apart, in float64, read in pieces."""
+    """The difference of two tensors of one shape, in float64, read in pieces."""
     largest, differing = 0.0, 0
     apart = before = after = inner = 0.0
     pairs = zip(

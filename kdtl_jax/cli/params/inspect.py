@@ -70,7 +70,7 @@ def run(settings: Settings) -> int:
 
 
 def _listing(found: Mapping[str, Tensor]) -> list[str]:
-    """One line per dtype, shape and pattern of names; numbers in names are collapsed."""
+    """One line per dtype, shape and name pattern; numbers in names are collapsed."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name, tensor in found.items():
         key = (re.sub(r"\d+", "#", name), tensor.dtype, str(list(tensor.shape)))

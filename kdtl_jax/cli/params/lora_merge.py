@@ -49,7 +49,7 @@ class Settings(Writing):
 
 
 def run(settings: Settings) -> int:
-    """Reports, and writes if asked to."""
+    """Prints a report and, with `--write`, writes the result."""
     base = _checkpoints.opened(settings.base, "BASE", EXAMPLES)
     adapter = _checkpoints.opened(settings.adapter, "ADAPTER", EXAMPLES)
     for one in (base, adapter):
@@ -90,10 +90,10 @@ def _of_peft(settings: Settings, base: Opened) -> Mapping[str, Any]:
 
 
 def _of_this_library(settings: Settings, base: Opened, adapter: Opened) -> Mapping[str, Any]:
-    """LoRA and DoRA weights as `AdaptedParams` or their adapter alone is saved.
+    """LoRA and DoRA weights, from saved `AdaptedParams` or only their adapter.
 
-    Where the file holds its base too, that must be this one: PiSSA, OLoRA and LoRA-GA start from a
-    base of their own, to which the sum belongs.
+    If the file also holds a base, it must equal this one: PiSSA, OLoRA and LoRA-GA start from a
+    base of their own, to which the adapter must be added.
     """
     parts: dict[str, dict[str, safetensors.Tensor]] = {}
     for name, tensor in adapter.tensors.items():
@@ -120,8 +120,8 @@ def _check_base(name: str, tensor: safetensors.Tensor, base: Opened) -> None:
     path = name.removeprefix("base/")
     if path not in base.tensors or not _folders.equal(base.tensors[path], tensor):
         raise ValueError(
-            f"the adapter was trained on another {path!r} than the base's (as PiSSA, OLoRA and "
-            "LoRA-GA are): merge it with the base in its own file, or with adapter.merge."
+            f"the adapter was trained on a {path!r} other than the base's (as with PiSSA, OLoRA "
+            "and LoRA-GA): merge it with the base in its own file, or with adapter.merge."
         )
 
 

@@ -1,4 +1,4 @@
-"""`kdtl params merge`: several models into one, by the published methods."""
+"""`kdtl params merge`: merges several models into one, by the published methods."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -57,13 +57,13 @@ class Several:
         None, "one per model (default: 1 each)", metavar="W,W", parse=_shares
     )
     on_mismatch: Literal["error", "keep"] = setting(
-        "error", "tensors that a model lacks or has in another shape: stop, or keep the base's"
+        "error", "if a model lacks a tensor or has it in another shape: stop, or keep the base's"
     )
 
 
 @dataclass(frozen=True)
 class Settings(Several, Selection, Writing):
-    """Several models into one."""
+    """Merges several models into one."""
 
     method: str = setting("linear", "how to merge; see below", metavar="NAME", parse=_method)
     base: str | None = setting(
@@ -84,14 +84,14 @@ class Settings(Several, Selection, Writing):
         metavar="D", parse=_shares,
     )  # fmt: skip
     rescale: bool | None = setting(
-        None, "as mergekit: restore the L1 norm after dropping (yes, no; default: "
-        "where drops are random)",
+        None, "with --as mergekit: restore the L1 norm after dropping (yes, no; "
+        "default: if drops are random)",
         metavar="YES", parse=_truth,
     )  # fmt: skip
     scope: Literal["model", "tensor"] | None = setting(
         None,
-        "ties ranks entries of the whole model (default; reads everything four times) or of each "
-        "tensor",
+        "ties: rank entries of the whole model (default; reads everything four times) or of "
+        "each tensor",
     )
     epsilon: tuple[float, ...] | None = setting(
         None, "spread of della (default: 0.15)", metavar="E", parse=_shares
@@ -105,7 +105,7 @@ class Settings(Several, Selection, Writing):
     t: float | None = setting(
         None,
         "position between first and second, 0 to 1; near_swap: the distance within which the "
-        "model's entry is taken",
+        "model's entry is used",
         metavar="T",
     )
     rule: tuple[str, ...] = setting(
@@ -117,15 +117,15 @@ class Settings(Several, Selection, Writing):
     seed: int | None = setting(None, "seed of random draws (default: 0)", metavar="N", least=0)
     statistics: tuple[str, ...] = setting(
         (),
-        "per model, in order: fisher's informations (the model's names and shapes) or regmean's "
-        "Gram matrices {kernel: [in, in]}; repeat",
+        "one per model, in order: Fisher information (the model's names and shapes) for fisher, "
+        "or Gram matrices {kernel: [in, in]} for regmean; repeat",
         metavar="FILE",
         repeat=True,
     )
 
 
 def run(settings: Settings) -> int:
-    """Reports, and writes if asked to."""
+    """Prints a report and, with `--write`, writes the result."""
     if settings.recipe is None:
         return _checkpoints.finish(settings, "merge", merged(settings, EXAMPLES))
     from kdtl_jax.cli.params import _recipes
@@ -138,8 +138,7 @@ def merged(settings: Settings, examples: str) -> Rewrite:
     """A merge of whole models, checked by name and shape.
 
     Raises:
-      UsageError: if there are too few models, or an option is missing, of no use, or not one per
-        model.
+      UsageError: if there are too few models, or an option is missing, unused or not one per model.
       ValueError: if names or shapes differ and `--on-mismatch keep` was not given, or a tensor
         holds integer codes.
     """
@@ -205,7 +204,7 @@ def _options(settings: Settings) -> Options:
     """The options given, each read by the method.
 
     Raises:
-      UsageError: naming the first that it does not read, or needs and does not have.
+      UsageError: naming the first one that it does not read, or needs and lacks.
       ValueError: if a share lies outside `[0, 1]`.
     """
     method, is_mergekit = METHODS[settings.method], settings.as_ == "mergekit"
@@ -235,7 +234,7 @@ def _options(settings: Settings) -> Options:
 
 
 def _report(settings: Any, inputs: Sequence[Opened]) -> Report:
-    """What will be merged and what stays; every difference named unless it is to be kept."""
+    """What will be merged and what is kept; names every difference, unless it is to be kept."""
     first, *others = inputs
     chosen = trees.mask(first.specs, _checkpoints.selected(settings, first.specs))
     wanted = {p: s for p, s in first.specs.items() if chosen[p] and trees.is_inexact(s)}
@@ -275,7 +274,7 @@ def _report(settings: Any, inputs: Sequence[Opened]) -> Report:
 
 
 def _check_leaves(named: Mapping[str, Any]) -> None:
-    """Raises ValueError as the library does, with the flag for what it says in Python."""
+    """Raises the library's ValueError, with the flag in place of the Python argument."""
     try:
         _checks.same_leaves(**named)
     except ValueError as error:

@@ -21,7 +21,7 @@ kdtl params scale model.safetensors --alpha 0.1 --where 'glob:**/kernel' --write
 
 @dataclass(frozen=True)
 class Factors:
-    """By what tensors are multiplied."""
+    """The factors of tensors."""
 
     alpha: float = setting(1.0, "the factor", metavar="A")
     rule: tuple[str, ...] = setting(
@@ -38,7 +38,7 @@ class Settings(Factors, Selection, Writing):
 
 
 def run(settings: Settings) -> int:
-    """Reports, and writes if asked to."""
+    """Prints a report and, with `--write`, writes the result."""
     source = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
     where = _checkpoints.selected(settings, source.specs)
     chosen = trees.mask(source.specs, where)
@@ -58,7 +58,7 @@ def alphas(settings: Factors, specs: object) -> object:
 
 
 def planned(plan: Plan, source: Opened, target: Opened) -> Callable[[str], Any]:
-    """Carries out a plan tensor by tensor: in pieces where no shape changes."""
+    """Executes a plan tensor by tensor, in pieces if no shape changes."""
     steps = {step.path: step for step in plan.steps}
 
     def produce(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""`kdtl params slice`: some layers, some units of an axis, some tensors."""
+"""`kdtl params slice`: keeps some layers, units of an axis, or tensors."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ class Settings(Selection, Writing):
     source: str | None = setting(None, "a checkpoint", positional=True)
     layers: str | None = setting(
         None,
-        r"matches the layers' tensors, its one group their number: 'layer_(\d+)/.*'",
+        r"pattern of the layers' tensors, with one group for the number: 'layer_(\d+)/.*'",
         metavar="REGEX",
     )
     keep: tuple[int, ...] | None = setting(
@@ -41,7 +41,7 @@ class Settings(Selection, Writing):
     )  # fmt: skip
     take: tuple[str, ...] = setting(
         (),
-        "of these tensors keep the entries WHICH along AXIS: 0,2,5..7, first:N or uniform:N "
+        "keep only the entries WHICH of these tensors along AXIS: 0,2,5..7, first:N or uniform:N "
         "(weight selection); repeat for more",
         metavar="SELECTOR@AXIS=WHICH",
         repeat=True,
@@ -49,7 +49,7 @@ class Settings(Selection, Writing):
 
 
 def run(settings: Settings) -> int:
-    """Reports, and writes if asked to."""
+    """Prints a report and, with `--write`, writes the result."""
     if (settings.layers is None) != (settings.keep is None):
         raise UsageError("--layers and --keep belong together")
     if not (settings.layers or settings.take or settings.where or settings.except_):
@@ -98,7 +98,7 @@ def _renaming(settings: Settings, specs: Mapping[str, Any]) -> Callable[[str], t
 
 
 def _indices(texts: Sequence[str], specs: Mapping[str, Any]) -> dict[str, dict[int, np.ndarray]]:
-    """`{path: {axis: indices}}` of what `--take` selects."""
+    """`{path: {axis: indices}}` selected by `--take`."""
     out: dict[str, dict[int, np.ndarray]] = {}
     for text in texts:
         head, equals, which = text.rpartition("=")

@@ -16,7 +16,7 @@ kdtl params transfer large.safetensors small.safetensors --rename 'encoder/(.*)=
 {_checkpoints.SELECTORS}"""
 
 POLICIES = {name.replace("_", "-"): policy for name, policy in types.POLICIES.items()}
-# What the library says in Python, and the flags for it.
+# The library's Python words, and the flags for them.
 FLAGS = (
     ("rename=, or on_missing='keep'", "--rename, or --on-missing keep"),
     (
@@ -37,8 +37,8 @@ class Settings(scale.Factors, Selection, Writing):
         None, "the checkpoint to fill: its names, shapes and dtypes", positional=True
     )
     rename: tuple[str, ...] = setting(
-        (), "source names to target names, by whole name, \\1 for groups; the first match wins; "
-        "an empty NAME drops the tensor",
+        (), "map whole source names to target names, \\1 for groups; the first match wins; an "
+        "empty NAME drops the tensor",
         metavar="'REGEX=>NAME'", repeat=True,
     )  # fmt: skip
     drop: tuple[str, ...] = setting((), "source tensors to leave out", metavar="REGEX", repeat=True)
@@ -54,14 +54,14 @@ class Settings(scale.Factors, Selection, Writing):
 
 
 def run(settings: Settings) -> int:
-    """Reports, and writes if asked to."""
+    """Prints a report and, with `--write`, writes the result."""
     source = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
     target = _checkpoints.opened(settings.target, "TARGET", EXAMPLES)
     policies = _checkpoints.rules("policy", settings.policy, POLICIES.__getitem__)
     otherwise = POLICIES[settings.on_mismatch]
     named = trees.any_of(*[selector for selector, _ in policies])
     if policies and not all(trees.mask(target.specs, named, expect=None).values()):
-        policies.append((trees.everything, otherwise))  # a rule that nothing is left for raises
+        policies.append((trees.everything, otherwise))  # a rule that matches nothing raises
     drops = [(pattern, None) for pattern in settings.drop]
     rename = [*drops, *types.renames(settings.rename)]
     try:
