@@ -75,7 +75,7 @@ def narrow(
     Args:
       source: the wide decoder.
       width: number of channels of the residual stream; None keeps all.
-      heads: number of query heads, the same for every key head.
+      heads: number of query heads, equally many for every key head.
       key_heads: number of key and value heads; None keeps all, or as many as there are heads.
       hidden: number of units of the feed-forward layers.
       tokens: int `[B, L]`, a text in B pieces without padding, on which all importances are
