@@ -81,7 +81,7 @@ def test_columns_of_targets_are_found_by_their_names(kind: Any, tmp_path: Path) 
 
 def test_labels_without_names_need_their_columns() -> None:
     like = Dataset("first", X, X, 2, form=Preprocessing("labels", (), 2))
-    with pytest.raises(ValueError, match="have no names by which a cell such as cat could find"):
+    with pytest.raises(ValueError, match="have no names with which to match a cell such as cat"):
         datasets.from_arrays("later", X[:2], np.array(["cat", "dog"]), like=like)
 
 
