@@ -1,4 +1,4 @@
-"""Training over seeds, and the intervals of what it gives."""
+"""Training over seeds, and the intervals of the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources

@@ -1,4 +1,4 @@
-"""Kills, terminations and a full disk: does a resumed run end as one that nothing disturbed?
+"""Kills, terminations and a full disk: does a resumed run end like an undisturbed one?
 
 Command:   python benchmarks/faults.py [--kills 50] [--terms 20] [--seed 1] [--json out.json]
            python benchmarks/faults.py --pairs 20
@@ -10,17 +10,17 @@ RESULT:    kill -9: 50 of 50 resumes bit-identical; 42 of the kills came during 
            0.91 s to the exit (at most 1.58)
            two processes: 20 of 20 undisturbed runs ended identical; 17 of 17 stopped by SIGTERM (to
            both or to one) exited 143 together within 16 s and resumed bit-identical; 3 of 3 whose
-           partner was killed ended by themselves and resumed bit-identical: within 2 s where
-           process 0 was killed; where process 1 was, process 0 waits for a missing heartbeat and
-           ended after 28 to 31 s
-           full disk, foreseen and not: step 8 fails with the reason, steps 0 to 7 stay whole, with
-           room again step 8 is saved and restored
+           partner was killed ended on their own and resumed bit-identical: within 2 s if process 0
+           was killed; if process 1 was, process 0 waits for a missing heartbeat and ended after 28
+           to 31 s
+           full disk, foreseen and not: step 8 fails with the reason, and steps 0 to 7 stay whole;
+           once there is space again, step 8 is saved and restored
 
 The run (tests/fault_program.py) distills an MLP with dropout, augmentation, AdamW and a running
 mean for 200 steps, saves every 20 and evaluates every 50. Every attack picks a random line of its
 metrics and a random moment after it, sends the signal, resumes to the end, and compares the whole
-state and the metrics file with a straight run's, bit by bit. With --full-disk a folder on a small
-file system is filled by checkpoints until there is no room.
+state and the metrics file with an uninterrupted run's, bit by bit. With --full-disk, checkpoints
+fill a folder on a small file system until there is no space.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Command:   python benchmarks/language.py [--parts step sampling vocabulary] [--rounds 5]
                [--busy] [--json out.json]
 Peers:     PyTorch with transformers' Llama, eager and under torch.compile; Liger's chunked loss,
-           compiled (each skipped with a line where it is missing; `pip install torch==2.13.0
+           compiled (each skipped with a line if it is missing; `pip install torch==2.13.0
            transformers==5.24.0` and `pip install --no-deps liger-kernel==0.8.5`).
 Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), nothing else running, 5 rounds; jax
            0.10.2, torch 2.13.0, transformers 5.24.0, liger-kernel 0.8.5; 333 s in all
@@ -23,17 +23,17 @@ RESULT:    step: loss and gradient equal to PyTorch's, 1e-7; PyTorch takes 0.91 
 
 step: one KD step (forward KL, AdamW) of a decoder of 12.6 million parameters taught by one of 26.7
 million, 8 x 128 tokens, vocabulary 8,192; both libraries start from the same folder of weights, and
-loss and gradient are compared before anything is timed. Beside it the share of the machine's matrix
-products: multiplications that the step needs, over its time, over those per second of one product
-of 2,048 x 2,048 matrices. sampling: 64 tokens after 16 from the same decoder, through a cache of
-keys and values, by one row and by eight; greedy continuations are compared first. vocabulary: KL
-and its gradients by hidden states and head (width 512, teacher's 1,024) in chunks of tokens, beside
-the same matrix products in the same chunks and nothing else ("products"); value and gradient are
-compared with Liger's. Memory is what the resident set grows above the inputs and the gradients, in
-a process of its own, the second time it runs.
+loss and gradient are compared before anything is timed. Also reported is the share of the machine's
+matrix-product speed: multiplications that the step needs, divided by its time and by those per
+second of one product of 2,048 x 2,048 matrices. sampling: 64 tokens after 16 from the same decoder,
+through a cache of keys and values, with one row and with eight; greedy continuations are compared
+first. vocabulary: KL and its gradients by hidden states and head (width 512, teacher's 1,024) in
+chunks of tokens, next to the same matrix products in the same chunks and nothing else ("products");
+value and gradient are compared with Liger's. Memory is the growth of the resident set above the
+inputs and the gradients, in a separate process, the second time it runs.
 
 A round runs every form once; ratios are medians over the rounds' own ratios. On an accelerator the
-decoders compute in bfloat16 and the peers, which are there for processors, are left out.
+decoders compute in bfloat16, and the peers, which are for CPUs, are left out.
 """
 
 import argparse

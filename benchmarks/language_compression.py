@@ -4,11 +4,12 @@
     python benchmarks/language_compression.py quantized
     python benchmarks/language_compression.py converged --steps 200
 
-A teacher of four layers learns the text that the package carries, in bytes, for every seed.
+A teacher of four layers learns the package's text, in bytes, for every seed.
 
-- pruned: two of its layers distilled, the same two fine-tuned, two new ones trained; equal steps.
-- quantized: its kernels in 4 and 3 bits, a scale for 32 inputs each: learning from the teacher with
-  the rounding in place (QAD), learning from the text so (QAT), and only rounded. KL to the teacher.
+- pruned: two of its layers distilled, the same two fine-tuned, and two new ones trained, all for
+  the same number of steps.
+- quantized: its kernels in 4 and 3 bits, with a scale per 32 inputs: trained with rounding on the
+  teacher (QAD) or on the text (QAT), or only rounded. KL to the teacher.
 
 Intervals are 95% over seeds; differences are paired. Obtained on two CPU cores, jax 0.10.2:
 
@@ -20,27 +21,28 @@ Intervals are 95% over seeds; differences are paired. Obtained on two CPU cores,
     fine-tuned above distilled   0.083 ± 0.045       -0.119 ± 0.088
     from nothing above pruned    0.524 ± 0.430       1.033 ± 0.530
 
-Distilled is nearest to the teacher, and pruned beats new layers. In bits per byte fine-tuning is
-ahead: this teacher still learns, and its pruned layers, trained as long again, pass it.
+Distilled is nearest to the teacher, and pruned beats new layers. In bits per byte,
+fine-tuning is ahead: this teacher is still learning, and its pruned layers, trained as long again,
+surpass it.
 
 quantized, KL(T||S) of two seeds (a third was not run):
 
     4 bits: QAD .0010 .0002; rounding .0094 .0090; QAT .0164 .0161
     3 bits: QAD .0045 .0009; rounding .0489 .0234; QAT .0204 .0166
 
-QAD is nearest by far, but at 4 bits QAT is further off than rounding: the text pulls the weights of
-a teacher that still learns away from it, by more than 4 bits do. `converged` (--steps 200) lets it
-learn a fiftieth of the text for up to 110 epochs. KL on the text that was learned, by seed, beside
-the bits per byte that the teacher, rounded, reached there:
+QAD is nearest by far, but at 4 bits QAT is farther away than rounding: with a teacher that is still
+learning, the text moves the weights farther from it than 4 bits do. `converged` (--steps 200) lets
+it learn a fiftieth of the text for up to 110 epochs. KL on the learned text, by seed, and the bits
+per byte that the rounded teacher reached there:
 
     seed    bits per byte    QAD       QAT       rounding    QAT over rounding
     0       0.06             0.0004    0.0015    0.0022      0.68
     2       2.00             0.0021    0.0611    0.0510      1.20
     1       3.51             0.0002    0.0174    0.0119      1.47
 
-QAD beats QAT beats rounding where the teacher has nothing left to learn: one of these three. On
-held-out text the KL is .002 to .23 for QAD, .04 to .18 for QAT and .01 to .16 for rounding; of a
-teacher that knows its text by heart (seed 0) rounding is nearest there.
+QAD beats QAT, which beats rounding, if the teacher has nothing left to learn: one of these three.
+On held-out text the KL is .002 to .23 for QAD, .04 to .18 for QAT and .01 to .16 for rounding; for
+a teacher that knows its text by heart (seed 0), rounding is nearest there.
 """
 
 import argparse

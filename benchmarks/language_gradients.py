@@ -3,7 +3,7 @@
     python benchmarks/language_gradients.py gradients   # on the student's own samples
     python benchmarks/language_gradients.py sampling    # from a teacher's stored draws or top k
 
-Everything at one position of random logits, 256 classes; relative to the exact gradient's norm.
+All at one position of random logits with 256 classes, relative to the exact gradient's norm.
 Obtained on two CPU cores, jax 0.10.2, 5 seeds, 20,000 samples each, 95 % intervals over seeds:
 
     gradients
@@ -22,11 +22,11 @@ Obtained on two CPU cores, jax 0.10.2, 5 seeds, 20,000 samples each, 95 % interv
       renormalized top-12: bias, relative: 0.8958 ± 0.6277
 
 The exact sum, the sampled loss and the sum over the student's top k with the rest sampled
-(`losses.top_k_reverse_kl_sampled_tail`) have one expectation, and variances of 0, most, and
-between. The top k with all other classes in one bucket
-(`losses.student_top_k_reverse_kl`, what papers call a tail) has no variance and another gradient:
-it bounds the reverse KL from below and is equal to it only where both models agree on the shape of
-the tail.
+(`losses.top_k_reverse_kl_sampled_tail`) have the same expectation; their variances are zero,
+largest, and in between. The top k with all other classes in one bucket
+(`losses.student_top_k_reverse_kl`, what papers call a tail) has no variance but a different
+gradient: it bounds the reverse KL from below and equals it only where both models agree on the
+shape of the tail.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""A short task, five ways to learn it: who answers right, and who models the answers best.
+"""A short task and five ways to learn it: which answers correctly, and which models answers best.
 
     python benchmarks/language_on_policy.py
 
-Digits are to be written backwards. A teacher learns it from its rules; students of one layer are
+The task is to write digits backwards. A teacher learns it from its rules. Students of one layer are
 warmed up on 256 answers, then learn from a second set of prompts by fine-tuning on noisy answers,
-from the teacher's answers, from the teacher's distribution on the noisy answers, and on their own.
-Exact match is of greedy and of sampled answers, bits per byte (a digit is a byte) of right ones,
-each on 512 new prompts. Intervals are 95% over seeds of the students.
+from the teacher's answers, or from the teacher's distribution on the noisy answers or on their own.
+Exact match is for greedy and for sampled answers, and bits per byte (a digit is a byte) for correct
+ones, each on 512 new prompts. Intervals are 95% over seeds of the students.
 
-Obtained on two CPU cores, jax 0.10.2, in two minutes; greedily, every method answers all right:
+Obtained on two CPU cores, jax 0.10.2, in two minutes; decoded greedily, every method answers all
+correctly:
 
                     exact match, sampled, %   bits per byte
     teacher                  99.8             0.001
@@ -18,8 +19,9 @@ Obtained on two CPU cores, jax 0.10.2, in two minutes; greedily, every method an
     GKD                      77.9 ± 5.1       0.041 ± 0.016
     on-policy                78.9 ± 5.0       0.039 ± 0.014
 
-The means are in the expected order. Three seeds tell fine-tuning from the rest, not the other four
-from each other. With six digits and students of 24 channels all but fine-tuning came to 99%.
+The means are in the expected order. Three seeds distinguish fine-tuning from the rest, but not the
+other four from each other. With six digits and students of 24 channels, all but fine-tuning reached
+99%.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""MNIST: a CNN teacher, students twenty times smaller alone and distilled, and PyTorch's time.
+"""MNIST: a CNN teacher, students twenty times smaller, alone and distilled, and PyTorch's time.
 
 Command:   python benchmarks/mnist_kd.py mnist.npz [--json out.json]
 Data:      an .npz with train_x [60000, 28, 28], train_y, test_x, test_y (or x_train ... as Keras
-           names them). Without a path, or where there is no such file, a line says so.
-Peer:      PyTorch eager, the same steps (skipped with a line where torch is not installed;
+           names them). Without a path, or if there is no such file, a line says so.
+Peer:      PyTorch eager, the same steps (skipped with a line if torch is not installed;
            `pip install torch==2.13.0`).
 Machine:   2 cores of an AMD EPYC virtual machine, Linux 6.18; jax 0.10.2, torch 2.13.0, Python 3.11
 RESULT:    test accuracy in %, 5 seeds (the table was made on the machine busy with other work):
@@ -17,16 +17,16 @@ RESULT:    test accuracy in %, 5 seeds (the table was made on the machine busy w
              teacher               21.7     22.4  1.00 (0.94 to 1.16)   37.3  1.70 (1.59 to 1.79)
              KD, live teacher       9.0     12.3  1.33 (1.21 to 1.71)   20.6  2.29 (1.96 to 2.50)
              KD, cached teacher     3.7      3.5  0.98 (0.88 to 1.02)    5.3  1.46 (1.31 to 1.49)
-           Where both cores were taken by others, PyTorch's two threads waited for each other and
-           took 5 to 30 times as long; with one thread it took 0.7, 1.4 and 1.0 times our time.
+           When both cores were busy with other work, PyTorch's two threads waited for each other
+           and took 5 to 30 times as long; with one thread it took 0.7, 1.4 and 1.0 times our time.
 
-No setting was chosen by a test score. (A first run, whose validation part was one digit because
-the file is sorted, showed the teacher's 99.28; after it the split was repaired, and the students'
-epochs cut from 8 to 6 to save time.) 55,000 images train, 5,000, the same share of every digit,
-validate; the state after the last epoch is tested. Every image is shifted by up to two pixels, in
-another way each epoch; the teacher's outputs for those views are computed once and shared by the
-students. One teacher; five students of each kind, which differ in initialization and batch order;
-"alone" and "distilled" students of one seed share both.
+No setting was chosen by a test score. (In a first run, the validation part was a single digit
+because the file is sorted, and the teacher had 99.28; then the split was repaired, and the
+students' epochs were cut from 8 to 6 to save time.) 55,000 images are for training and 5,000, the
+same share of every digit, for validation; the state after the last epoch is tested. Every image is
+shifted by up to two pixels, differently in each epoch; the teacher's outputs for those views are
+computed once and shared by the students. One teacher; five students of each kind, which differ in
+initialization and batch order; "alone" and "distilled" students of one seed share both.
 """
 
 import argparse

@@ -4,17 +4,17 @@ Command:   python benchmarks/params_memory.py [--gigabytes 1] [--json out.json]
 Machine:   Intel Xeon 2.5 GHz, virtual, 2 cores, other jobs running; jax 0.10.2, numpy 2.4.6,
            Python 3.11.7
 RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in each), and seconds:
-           scale 47 MB 12 s, average of two 118 MB 22 s, merge of two by ties 311 MB 108 s. Of
+           scale 47 MB 12 s, average of two 118 MB 22 s, merge of two by ties 311 MB 108 s. For
            checkpoints with little else than that tensor: dare 192 MB 15 s, della 294 MB 134 s.
-           Of checkpoints of 0.49 GB whose largest tensor has 123 MB: slerp 167 MB, karcher 198 MB,
+           For checkpoints of 0.49 GB whose largest tensor has 123 MB: slerp 167 MB, karcher 198 MB,
            model_stock 212 MB, multi_slerp 227 MB, dare as mergekit 257 MB, breadcrumbs 322 MB, ram
            249 MB, arcee_fusion 194 MB, sce 294 MB (2.4 of that tensor), slerp of columns 184 MB.
            regmean of a kernel of 250 MB, which factors a matrix: 922 MB (3.7 of it). All others
-           pass in pieces
+           are streamed in pieces
 
 Checkpoints of one structure are written to a temporary folder: an embedding of a quarter of the
 size, the rest kernels of 16 MB, float32 (for regmean one square kernel as large as the embedding,
-and its Gram matrices). Every command runs in a process of its own, first on a checkpoint of a few
+and its Gram matrices). Every command runs in its own process, first on a checkpoint of a few
 numbers (imports and compilation), then on the large ones; the growth of the peak resident set
 between the two is what the large one costs. `average` reads two checkpoints, `ties` three, several
 times each.

@@ -1,12 +1,12 @@
 """KD train step: this library against a hand-written JAX step and PyTorch, interleaved, as ratios.
 
 Command:   python benchmarks/step_time.py [--rounds 15] [--json out.json]
-Peers:     PyTorch eager and torch.compile (skipped with a line where torch is not installed;
+Peers:     PyTorch eager and torch.compile (skipped with a line if torch is not installed;
            `pip install torch==2.13.0`).
 Machine:   Intel Xeon 2.5 GHz (AVX-512), virtual, 2 cores, nothing else running; jax 0.10.2, torch
            2.13.0, Python 3.11.7; OMP_WAIT_POLICY=PASSIVE, 15 rounds.
-RESULT:    median us per step (least), times faster than torch eager on two threads, speed in
-           the hand-written step's (both medians of paired rounds)
+RESULT:    median us per step (least), times faster than torch eager on two threads, speed
+           relative to the hand-written step (both medians of paired rounds)
            MLP  hand-written JAX step            343 (231)     6.0   1.00
                 the same, this library's KL      327 (230)     6.3   1.01
                 jit_step, plain KL               344 (227)     6.1   0.97
@@ -24,7 +24,7 @@ RESULT:    median us per step (least), times faster than torch eager on two thre
                 torch.compile, two / one       30894 (24487) / 51276 (42852)
            Against torch eager on one thread, the better count for the MLP, jit_epoch is 6.6 times
            faster (ratio of the medians). It takes a sixth of the better torch.compile's time. The
-           CNN is level with torch eager and 1.7 times faster than torch.compile. On an AMD EPYC
+           CNN is on par with torch eager and 1.7 times faster than torch.compile. On an AMD EPYC
            (AVX-512, 2 cores) the CNN's jit_step was 1.2 times faster than torch eager, with
            models.Conv3x3 1.31 times, and 1.7 times faster than torch.compile.
 

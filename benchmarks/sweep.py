@@ -1,8 +1,8 @@
-"""A sweep of students as one program, against the same students one after another, as ratios.
+"""A sweep of students as one program, compared with the same students one after another, as ratios.
 
 Command:   python benchmarks/sweep.py [--rounds 5] [--model mlp] [--json out.json]
 Peers:     PyTorch on one and on all threads: all MLP students by `torch.func.vmap` under
-           `torch.compile`, and eager students one after another (skipped with a line where torch is
+           `torch.compile`, and eager students one after another (skipped with a line if torch is
            not installed; `pip install torch==2.13.0`).
 Machine:   Intel Xeon 2.5 GHz (AVX-512), virtual, 2 cores, nothing else running; jax 0.10.2, torch
            2.13.0, Python 3.11.7; OMP_WAIT_POLICY=PASSIVE, 5 rounds.
@@ -14,7 +14,7 @@ RESULT:    us per student-step (and times faster than this library one after ano
            CNN, cached teacher: one after another 8764, vmap of 16 8784 (0.88x), lax.map 8794
                                 (0.93x), one program per student 7390 (1.09x); torch 9191 on one
                                 thread, 8161 on two
-           `sweep.fastest` took vmap for the MLP and one program per student for the CNN: never
+           `sweep.fastest` chose vmap for the MLP and one program per student for the CNN: never
            slower than one after another. Against PyTorch one after another (its better thread
            count): MLP 27x with a live teacher, 22x with a cached one; CNN 1.1x.
            On an AMD EPYC (AVX-512, 2 cores) the MLP sweep with a live teacher ran 7.5 to 9.6
@@ -27,9 +27,9 @@ RESULT:    us per student-step (and times faster than this library one after ano
 
 64 MLP students (8 seeds x 8 temperatures; 64-32-10 taught by 64-256-256-10, batch 64, 50 steps),
 and 16 CNN students (8 seeds x 2 temperatures, 28x28, about 20k parameters taught by 200k, 5 steps).
-"One after another" is this library's own compiled epoch, one call per student; all students read
-one batch order. With a live teacher the sweep runs its forward once for all students, which is
-most of what it gains; with cached outputs there is nothing of that kind left to save.
+"One after another" is this library's own compiled epoch, one call per student; all students use
+the same batch order. With a live teacher, the sweep runs the teacher's forward pass once for all
+students, which is most of its gain; cached outputs leave nothing of that kind to save.
 """
 
 import argparse

@@ -13,16 +13,16 @@ RESULT:    21 rounds; paired median (of the fastest rounds) against the student 
            Above the goal of 1.1 are the MLPs: what is left of a step of 47 us beside the loss is
            little, and a KL written by hand costs most of it too.
 
-1. The KD step with cached outputs against the student's own step (cross-entropy alone), the same
-   with a KL written by hand (what of the difference is the loss, not the cache), and with a live
-   teacher. MLPs 64-256-256-10 teaching 64-32-10, and 784-1200-1200-10 teaching 784-128-10; on 28x28
-   images a CNN with 32, 64 channels teaching one with 8, 16. Batch 64, float32, SGD with momentum,
-   temperature 4. A round runs every form once over the same batches, on the device (epochs) and,
-   for the CNN, fed from disk (`data.stream`, memory-mapped cache). Ratios are medians of paired
-   rounds.
-2. Reading: microseconds per shuffled batch of 64 from a cache of 60,000 examples on disk, against
-   the time of the CNN student's KD step that consumes it.
-3. Bytes on disk: 32 of 32,000 classes against dense float32.
+1. The KD step with cached outputs relative to the student's own step (cross-entropy alone); the
+   same with a KL written by hand (the part of the difference that is the loss, not the cache) and
+   with a live teacher. MLPs 64-256-256-10 teaching 64-32-10, and 784-1200-1200-10 teaching
+   784-128-10; on 28x28 images a CNN with 32, 64 channels teaching one with 8, 16. Batch 64,
+   float32, SGD with momentum, temperature 4. A round runs every form once over the same batches, on
+   the device (epochs) and, for the CNN, fed from disk (`data.stream`, memory-mapped cache). Ratios
+   are medians of paired rounds.
+2. Reading: microseconds per shuffled batch of 64 from a cache of 60,000 examples on disk, relative
+   to the time of the CNN student's KD step that consumes it.
+3. Bytes on disk: 32 of 32,000 classes compared with dense float32.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Parameter transforms against the machine's own NumPy copy, and the cost of planning.
+"""Parameter transforms compared with the machine's own NumPy copy, and the cost of planning.
 
 Command:   python benchmarks/transforms_bandwidth.py [--rounds 9] [--millions 100] [--json out.json]
 Machine:   Intel Xeon 2.5 GHz, virtual, 2 cores, nothing else running; jax 0.10.2, numpy 2.4.6,
@@ -8,10 +8,10 @@ RESULT:    GB/s and ratio to numpy copy (one thread, 9.9 GB/s): scale 28.7 2.85,
            59 ms renamed, 70 ms adapted; of 70 billion parameters in 560 leaves 41 ms
 
 100 million float32 in 400 leaves. `scale`, `interpolate` and `average` (of two and of four models)
-run under `jit` with the first tree donated, so the result takes its memory. Bandwidth counts
+run under `jit` with the first tree donated, so the result reuses its memory. Bandwidth counts
 each byte that must be read or written once: 2, 3, 3 and 5 times the size of a tree, 2 for
-`numpy.copyto`. Every round runs all forms one after another, so that ratios are taken between
-neighbors in time; medians over rounds. Planning is timed on abstract trees: 1,000 leaves, equal,
+`numpy.copyto`. Every round runs all forms one after another, so that ratios compare adjacent
+timings; medians over rounds. Planning is timed on abstract trees: 1,000 leaves, equal,
 renamed and with every leaf adapted, and a model of 70 billion parameters made half as wide.
 """
 

@@ -3,9 +3,9 @@
     python examples/minilm_linen.py all-MiniLM-L6-v2/ examples.npz student/
 
 The folder is a Hugging Face checkpoint of the BERT kind; `examples.npz` holds token ids `inputs`
-[N, L] and `labels` [N] (0 or 1). Take 3 of 6 layers, replace the head and say what came from where;
-train the head alone, then everything with learning rates by layer, then a LoRA that is merged; and
-export safetensors that PyTorch reads.
+[N, L] and `labels` [N] (0 or 1). It takes 3 of 6 layers, replaces the head and reports what came
+from where; trains only the head, then everything with layer-wise learning rates, then a LoRA, which
+is merged; and exports safetensors that PyTorch can read.
 """
 
 import sys

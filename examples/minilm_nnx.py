@@ -2,8 +2,8 @@
 
     python examples/minilm_nnx.py all-MiniLM-L6-v2/ examples.npz student/
 
-As minilm_linen.py, for a model of one's own (`nnx_encoder.py`) that names its layers otherwise:
-`layers/0` for `layers_0`, renamed on the way in and on the way out.
+Like minilm_linen.py, but for your own model (`nnx_encoder.py`), which names its layers differently:
+`layers/0` for `layers_0`, renamed on import and on export.
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
-"""A BERT-like encoder with a classification head in Flax NNX: the model one already has.
+"""A BERT-like encoder with a classification head in Flax NNX: a model you already have.
 
-Nothing here knows of kdtl_jax. `shape` is anything with the sizes as attributes.
+Nothing here depends on kdtl_jax. `shape` is anything with the sizes as attributes.
 """
 
 from typing import Any

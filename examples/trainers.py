@@ -1,10 +1,10 @@
-"""Distillation of language models in other people's training loops: each a few lines.
+"""Distillation of language models in other libraries' training loops, in a few lines each.
 
-A loss has a sum over the tokens that count and their number, apart, so that accumulated steps and
-padded rows are exact. Tunix, MaxText, Flax NNX and Equinox models are used as they are.
+A loss returns its sum over the counted tokens and their number separately, so that accumulated
+steps and padded rows are exact. Tunix, MaxText, Flax NNX and Equinox models are used unchanged.
 """
 
-# Models are whatever those frameworks take.
+# Models are whatever those frameworks accept.
 # pyright: reportMissingParameterType=false
 
 import equinox as eqx
@@ -26,7 +26,7 @@ def tunix_loss(teacher):
         student, told = model(*inputs)[0], jax.lax.stop_gradient(teacher(*inputs)[0])
         values = losses.forward_kl(student[:, :-1], told[:, :-1])
         kd = reduce("kd", Masked(values, input_mask[:, 1:] > 0))
-        if hasattr(utils, "LossOutput"):  # sums and weights are accumulated apart
+        if hasattr(utils, "LossOutput"):  # sums and weights are accumulated separately
             return utils.LossOutput(utils.WeightedMetric(kd.total, kd.weight), {})
         return kd.value()
 
@@ -34,9 +34,9 @@ def tunix_loss(teacher):
 
 
 def maxtext_loss(apply, params, teacher_params, data):
-    """Of MaxText's batch keys; `apply(params, tokens, positions, segments)` gives logits.
+    """With MaxText's batch keys; `apply(params, tokens, positions, segments)` gives logits.
 
-    `language.maxtext_batch` makes such a batch of this library's rows. Targets are shifted there.
+    `language.maxtext_batch` makes such a batch from this library's rows; its targets are shifted.
     """
     inputs = (data["inputs"], data["inputs_position"], data["inputs_segmentation"])
     logits = apply(params, *inputs)

@@ -2,7 +2,7 @@
 Published methods with few examples
 ===================================
 
-A student of 32 and 16 hidden units trains alone and by three published methods, on 50 to 400
+A student with 32 and 16 hidden units is trained alone and by three published methods, on 50 to 400
 examples, with the weights that the methods' authors (or their code) used.
 """
 
@@ -64,7 +64,7 @@ for name, build in METHODS.items():
 # -----------------------------
 #
 # For each method, all seeds and all numbers of examples are one program. All methods start from the
-# same weights and see the same batches, which are therefore made once, outside of it.
+# same weights and see the same batches, which are therefore made once, outside the program.
 
 starts = jax.jit(jax.vmap(lambda key: small.init(key, data["inputs"][:1]).params))(
     jax.random.split(jax.random.key(1), SEEDS)
@@ -102,5 +102,5 @@ plt.legend()
 plt.show()
 
 # %%
-# KD helps most where examples are few. The hint's weight of 100 was chosen for other networks and
-# other data: choose weights by validation, as ``kdtl sweep`` does.
+# KD helps most when examples are few. The hint's weight of 100 was chosen for other networks and
+# other data. Choose weights by validation, as ``kdtl sweep`` does.

@@ -2,8 +2,8 @@
 Between a model and its fine-tuned version
 ==========================================
 
-A network for digits is fine-tuned on the same digits, moved two pixels to the right. What do the
-models on the straight line between the two sets of weights know of the old task and of the new one?
+A network for digits is fine-tuned on the same digits, moved two pixels to the right. How well do
+the models on the straight line between the two sets of weights solve the old and the new task?
 """
 
 import jax
@@ -45,8 +45,8 @@ plt.show()
 # Train, fine-tune, interpolate
 # -----------------------------
 #
-# ``transforms.interpolate`` is a pure function of the place on the line, so it goes through
-# ``jax.lax.map`` inside an experiment that itself runs for all seeds at once.
+# ``transforms.interpolate`` is a pure function of the position on the line, so ``jax.lax.map`` can
+# map it inside an experiment that itself runs for all seeds at once.
 
 model = linen.model(models.mlp([64, 64], classes=10))
 tx, places = optax.adam(1e-3), jnp.linspace(0.0, 1.0, 11)
@@ -87,10 +87,10 @@ for name, values in found.items():
     intervals = [report.interval(seeds) for seeds in values.T]
     plt.plot(places, [x.mean for x in intervals], marker="o", label=name)
     plt.fill_between(places, [x.low for x in intervals], [x.high for x in intervals], alpha=0.25)
-plt.xlabel("place between the source (0) and the fine-tuned model (1)")
+plt.xlabel("position between the source (0) and the fine-tuned model (1)")
 plt.ylabel("test accuracy, %")
 plt.legend()
 plt.show()
 
 # %%
-# The old task is forgotten as the new one is learned; here, no place in between keeps both.
+# The old task is forgotten as the new one is learned; here, no point in between keeps both.

@@ -3,8 +3,8 @@ A student that starts from scaled weights
 =========================================
 
 Sixteen of the teacher's 64 units per layer are selected and multiplied by α; the student then
-trains on labels alone. How much do the selected weights know by themselves, and how much of it is
-left after training?
+trains on labels alone. How accurate are the selected weights on their own, and how much does the
+start matter after training?
 """
 
 import jax

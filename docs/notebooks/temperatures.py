@@ -2,8 +2,8 @@
 Distillation temperature
 ========================
 
-Students of 12 hidden units learn from a teacher of 128 and 64, at seven temperatures and with eight
-seeds each. A temperature is an array like any other, so all 56 runs are one compiled program.
+Students with 12 hidden units learn from a teacher with 128 and 64, at seven temperatures and with
+eight seeds each. A temperature is an array like any other, so all 56 runs are one compiled program.
 """
 
 import jax
@@ -24,7 +24,7 @@ SEEDS, EPOCHS, EXAMPLES = 8, 30, 300
 # Data and teacher
 # ----------------
 #
-# The student sees few examples, so that there is something left for the teacher to add.
+# The student sees few examples, so the teacher has something to add.
 
 splits = datasets.standardized(datasets.stratified(datasets.digits()))
 data = {
