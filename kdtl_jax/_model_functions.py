@@ -29,8 +29,8 @@ def model_function(**models: Any) -> None:
                 continue
         raise TypeError(
             f"{name} must be a model function {PROTOCOL}, got {described(model)}. Take the .apply "
-            "of interop.linen.model(module), nnx, equinox or haiku likewise, or "
-            "interop.function(f) of a plain f(params, inputs)."
+            "of interop.linen.model(module) (likewise nnx, equinox and haiku), or "
+            "interop.function(f) for a plain f(params, inputs)."
         )
 
 

@@ -216,7 +216,7 @@ def _classes(
     if predicted.shape != labels.shape or predicted.dtype.kind not in "iu":
         raise ValueError(
             f"predictions must be classes [{len(labels)}], whole numbers, got {predicted.dtype}"
-            f"{list(predicted.shape)}: of scores take the argmax over the last axis"
+            f"{list(predicted.shape)}: for scores, take the argmax over the last axis"
         )
     if classes is not None and predicted.max() >= classes:
         raise ValueError(f"predictions must lie in 0..{classes - 1}, got {predicted.max()}")
@@ -229,14 +229,14 @@ def _probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"probabilities must be [{len(labels)}, classes], got {list(p.shape)}")
     if p.shape[1] == 1:
         raise ValueError(
-            f"probabilities of one class are always 1, got {list(p.shape)}: of a sigmoid's p make "
+            f"probabilities of one class are always 1, got {list(p.shape)}: for a sigmoid's p, use "
             "np.concatenate([1 - p, p], axis=1)"
         )
     _labels(p, labels, p.shape[-1])
     if np.any((p < 0) | (p > 1 + 1e-3)):  # allows for rounding in half precision
         raise ValueError(
-            f"probabilities must lie in 0..1, got {p.min():.3g}..{p.max():.3g}: of logits take the "
-            "softmax"
+            f"probabilities must lie in 0..1, got {p.min():.3g}..{p.max():.3g}: for logits, "
+            "take the softmax"
         )
     return p.astype(np.float64), labels
 

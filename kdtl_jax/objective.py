@@ -158,7 +158,7 @@ def reduce(
         raise ValueError(
             f"the term {name!r} must be [B] or [B, L] with B = {batch_size}, the "
             f"batch's, or [] for a penalty, got {list(values.shape)}. Return one value per "
-            "example, or a Mean of what was summed already."
+            "example, or a Mean of values summed already."
         )
     weights = jnp.ones((), values.dtype)
     if values.ndim and example_weights is not None:
@@ -185,7 +185,7 @@ def reduce_all(
     """
     if not isinstance(terms, Mapping):
         raise TypeError(
-            "terms must be a dict {name: values} (or with it the memory, in a tuple), "
+            "terms must be a dict {name: values} (or a tuple of it and the memory), "
             f"got {type(terms).__name__}. Return for example {{'kd': values}}."
         )
     return {

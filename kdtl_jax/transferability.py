@@ -313,8 +313,8 @@ def _several(**probabilities: Array) -> None:
     for name, rows in probabilities.items():
         if jnp.shape(rows)[-1:] == (1,):
             raise ValueError(
-                f"{name} of one class are always 1, got {_checks.described(**{name: rows})}. Of a "
-                "sigmoid's p make jnp.concatenate([1 - p, p], axis=-1)."
+                f"{name} of one class are always 1, got {_checks.described(**{name: rows})}. For a "
+                "sigmoid's p, use jnp.concatenate([1 - p, p], axis=-1)."
             )
 
 

@@ -71,8 +71,8 @@ def flatten(tree: PyTree) -> dict[str, Any]:
         leaves = jax.tree.leaves(tree)
     except ValueError as error:
         raise ValueError(
-            "a dict's keys must be of one type, because JAX sorts them; ints beside "
-            f"strings, as after a checkpoint, cannot be. Make them all strings ({error})"
+            "a dict's keys must be of one type, because JAX sorts them; ints with "
+            f"strings, as after a checkpoint, cannot be sorted. Make them all strings ({error})"
         ) from None
     for path, leaf in zip(leaf_paths(tree), leaves, strict=True):
         if path in flat:

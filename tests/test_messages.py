@@ -86,7 +86,7 @@ SLIPS = {
         r"'weights' must be \[B\] = \[4\].*got \[3\]",
     ),
     "no microbatch": (lambda: one_step(microbatches=0), "microbatches must be at least 1, got 0"),
-    "no memory": (lambda: one_step(remembering), r"terms return another memory.*shape \[3\]"),
+    "no memory": (lambda: one_step(remembering), r"terms return a different memory.*shape \[3\]"),
     "another memory": (
         lambda: one_step(remembering, memory=jnp.ones(4)),
         r"shape \[3\], was an array of shape \[4\]",

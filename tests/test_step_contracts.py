@@ -112,7 +112,7 @@ def test_a_donated_state_is_not_used_twice() -> None:
     step = train.jit_step(step_of(LINEAR))
     first = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
     second, _ = step(first, BATCH)
-    with pytest.raises(RuntimeError, match="was given to a jitted step before.*state, metrics = "):
+    with pytest.raises(RuntimeError, match="already given to a jitted step.*state, metrics = "):
         step(first, BATCH)
     with pytest.raises(TypeError, match="a dict with 'inputs'"):
         step(second, (1, 2))  # pyright: ignore[reportArgumentType]  # wrong on purpose

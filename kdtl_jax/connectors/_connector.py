@@ -150,7 +150,7 @@ def fold_batch_norm(params: Params, statistics: PyTree) -> Params:
     if isinstance(statistics, Statistics):
         raise ValueError(
             "a batch_norm can be folded only into a linear or conv just before it in the same "
-            f"chain; here is one of {statistics.mean.shape[0]} channels without."
+            f"chain, but one of {statistics.mean.shape[0]} channels has none."
         )
     return params
 

@@ -308,7 +308,7 @@ def ofd(setup: Setup) -> Method:
     missing = [t for s, t in _layers.every(setup) if (s, t) not in setup.before_activation]
     if missing:
         raise ValueError(
-            f"needs the teacher's features before the activation, not known for {missing}: give "
+            f"needs the teacher's features before the activation, unknown for {missing}: give "
             f"setup a teacher_layout with before_activation={{{missing[0]!r}: TAP}}, where TAP is "
             "the tap of the same layer before its ReLU"
         )

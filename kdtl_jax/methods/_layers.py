@@ -81,7 +81,7 @@ def every(setup: Setup, *, at_least: int = 1) -> Sequence[Pair]:
       ValueError: if there are fewer than `at_least`.
     """
     if len(setup.pairs) < at_least:
-        said = f"needs {at_least} matched layers, this pair of models has {len(setup.pairs)}"
+        said = f"needs {at_least} matched layers, but this pair of models has {len(setup.pairs)}"
         both = {"student": setup.student, "teacher": setup.teacher}
         if bare := [name for name, outputs in both.items() if {*outputs} <= {"logits"}]:
             said += (
@@ -112,7 +112,7 @@ def layers(setup: Setup, pairs: Sequence[Pair], view: View = same_positions) -> 
         student, teacher = setup.student[of_student].shape, setup.teacher[of_teacher].shape
         if len(student) == len(teacher) == 3 and student[1] != teacher[1]:
             raise ValueError(
-                f"needs as many tokens on both sides, {of_student!r} has {student[1]} and "
+                f"needs equally many tokens on both sides, but {of_student!r} has {student[1]} and "
                 f"{of_teacher!r} {teacher[1]}"
             )
 

@@ -338,9 +338,9 @@ def binary_kd(
     A binary head with one logit is the case of one label.
     """
     if setup.exclusive:
-        raise ValueError("needs sigmoid heads (exclusive=False), these classes exclude each other")
+        raise ValueError("needs sigmoid heads (exclusive=False), but classes exclude each other")
     if setup.task is regression:
-        raise ValueError("needs sigmoid heads, these outputs are numbers")
+        raise ValueError("needs sigmoid heads, but the outputs are numbers")
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         values = losses.binary_kl(

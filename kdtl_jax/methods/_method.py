@@ -108,7 +108,7 @@ def needs_teacher_head(setup: Setup) -> Head:
 def no_head(side: str) -> str:
     """Why a method refuses a "teacher" or a "student" whose classifier is unknown."""
     return (
-        f"needs the {side}'s classifier and what it reads, weights called 'head' and the output "
+        f"needs the {side}'s classifier and its input, weights called 'head' and the output "
         f"'pooled': give setup a {side}_layout with head= and last= if they have other names"
     )
 

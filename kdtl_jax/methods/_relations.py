@@ -140,7 +140,7 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
     """
     n = setup.examples
     if n < 2:
-        raise ValueError(f"needs at least 2 training examples to tell apart, there are {n}")
+        raise ValueError(f"needs at least 2 training examples to distinguish, got {n}")
     negatives = min(NEGATIVES, n - 1)
 
     def side(

@@ -299,7 +299,7 @@ def _check_logits(name: str, outputs: Shapes, classes: int | None) -> None:
     width = outputs["logits"].shape[-1] if "logits" in outputs else None
     if width is None or (classes is not None and width != classes):
         has = "no logits" if width is None else f"{width} outputs"
-        wanted = "" if classes is None else f", the data has {classes} classes"
+        wanted = "" if classes is None else f", but the data has {classes} classes"
         raise ValueError(f"the {name} has {has}{wanted}. Give it one output per class.")
 
 
@@ -316,7 +316,7 @@ def _tap_pairs(layers: Any) -> tuple[Pair, ...]:
         if isinstance(pair, str) or len(pair) != 2:
             raise ValueError(
                 f"layers must be pairs (student tap, teacher tap), got {pair!r}. Write "
-                "layers=[('stage2', 'stage2')], say."
+                "for example layers=[('stage2', 'stage2')]."
             )
     return tuple((s, t) for s, t in pairs)
 

@@ -35,7 +35,7 @@ def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
     """Matched attention modules; their named parts must be tapped."""
     if not setup.attention:
         raise ValueError(
-            "needs matched attention modules, this pair of models has none: let outputs be called "
+            "needs matched attention modules, but this pair of models has none: name outputs "
             "PATH/query, PATH/key, PATH/value and PATH/probs"
         )
     for of_student, of_teacher in setup.attention:
@@ -54,7 +54,7 @@ def _same_heads(setup: Setup, *parts: str) -> Sequence[Pair]:
         teacher = setup.teacher[f"{of_teacher}/probs"].shape
         if student != teacher:
             raise ValueError(
-                f"needs as many heads and tokens on both sides, attention is "
+                f"needs equally many heads and tokens on both sides, but attention is "
                 f"{list(student[1:])} and {list(teacher[1:])}"
             )
     return pairs
@@ -214,7 +214,7 @@ def _last_attention(setup: Setup) -> Pair:
     teacher = setup.teacher[f"{of_teacher}/query"].shape
     if student[1] != teacher[1]:
         raise ValueError(
-            f"needs as many tokens on both sides, there are {student[1]} and {teacher[1]}"
+            f"needs equally many tokens on both sides, got {student[1]} and {teacher[1]}"
         )
     return of_student, of_teacher
 

@@ -45,7 +45,7 @@ def carried(**states: tuple[PyTree, PyTree]) -> None:
             )
             source = "the terms return" if name == "memory" else "the model returns"
             raise ValueError(
-                f"{source} another {name} than the state holds: {path!r} is {came}, was {held}. "
+                f"{source} a different {name} from the state's: {path!r} is {came}, was {held}. "
                 f"Give init_state({name}=) what a step carries: the same structure and shapes."
             )
 

@@ -192,7 +192,7 @@ def jit_step(step: Step) -> Step:
             if "deleted" not in str(error) or not _contracts.donated(state):
                 raise
             raise RuntimeError(
-                "this state was given to a jitted step before, which reuses its arrays. Go on "
+                "this state was already given to a jitted step, which reuses its arrays. Go on "
                 "with the state that the step returned: state, metrics = step(state, batch)."
             ) from error
 

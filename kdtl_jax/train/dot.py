@@ -83,9 +83,9 @@ def scale_by_dot(
     ) -> tuple[PyTree, Any]:
         if distill_gradient is None:
             raise ValueError(
-                "scale_by_dot needs distill_gradient= beside the other terms' gradient. "
-                "train.make_step passes it, but not everything around scale_by_dot passes it on: "
-                "in place of optax.MultiSteps take make_step(microbatches=)."
+                "scale_by_dot needs distill_gradient= besides the other terms' gradient. "
+                "train.make_step passes it, but some wrappers of scale_by_dot do not pass it on: "
+                "use make_step(microbatches=) instead of optax.MultiSteps."
             )
 
         nodes = jax.tree.leaves(updates, is_leaf=_is_masked)
@@ -98,8 +98,8 @@ def scale_by_dot(
 
         if jax.tree.structure(updates) != jax.tree.structure(distill_gradient):
             raise ValueError(
-                "scale_by_dot got another structure of parameters than the step has: what stands "
-                "around it, such as optax.flatten, changes it. Leave that out."
+                "scale_by_dot got a different parameter structure from the step's: a wrapper "
+                "around it, such as optax.flatten, changes it. Remove that wrapper."
             )
 
         def moved(gradient: PyTree, velocity: PyTree, decay: float) -> PyTree:

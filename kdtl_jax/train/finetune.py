@@ -346,7 +346,7 @@ def carry_opt_state(old: PyTree, new: PyTree) -> Carried:
     shared = [path for path in after if path in before]
     if not shared and after:
         raise ValueError(
-            "the two states share no path; were they made by one optimizer? "
+            "the two states share no path; were they made by the same optimizer? "
             f"Old: {list(before)[:4]}, new: {list(after)[:4]}."
         )
     _checks.same_leaves(old={p: before[p] for p in shared}, new={p: after[p] for p in shared})

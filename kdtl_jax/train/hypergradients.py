@@ -119,7 +119,7 @@ def hypergradient(
         known = _checks.concrete(leaf)
         if known is not None and not jnp.isfinite(known).all():
             raise FloatingPointError(
-                f"the gradient by {path!r} is {known}. If the optimizer divides by "
+                f"the gradient for {path!r} is {known}. If the optimizer divides by "
                 "a square root (Adam, RMSProp), pass it eps_root, for example "
                 "optax.adam(rate, eps_root=1e-8); otherwise train fewer steps or more slowly."
             )

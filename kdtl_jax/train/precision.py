@@ -154,7 +154,7 @@ def loss_scale(opt_state: PyTree) -> Array | None:
     leaves = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, LossScaleState))
     if any(isinstance(leaf, LossScaleState) for leaf in leaves):
         raise ValueError(
-            "loss_scaling must be the outermost transformation, used once: what stands around it "
+            "loss_scaling must be the outermost transformation, used once: any wrapper around it "
             "would see scaled gradients. Write loss_scaling(optax.chain(...))."
         )
     return opt_state.scale if isinstance(opt_state, LossScaleState) else None

@@ -67,6 +67,6 @@ def chunk_for_memory(experiment: Experiment, points: Points, *shared: Any, bytes
     if chunk < 1:
         raise ValueError(
             f"one point needs about {int(fixed + per_point)} bytes, "
-            f"{bytes} are allowed. Use smaller batches."
+            f"but {bytes} are allowed. Use smaller batches."
         )
     return min(chunk, size(points))

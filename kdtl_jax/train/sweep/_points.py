@@ -54,7 +54,7 @@ def size(points: Points) -> int:
     if numbers:
         raise ValueError(
             f"points must be columns, arrays [N, ...], got single values at {numbers[:6]}. "
-            "JAX takes a list for a tree, not for an array: give jnp.asarray(values)."
+            "JAX treats a list as a tree, not as an array: pass jnp.asarray(values)."
         )
     lengths = {name: len(leaf) for name, leaf in leaves.items()}
     if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
@@ -146,8 +146,8 @@ def _column(name: str, values: Sequence[Any]) -> Array:
     column = np.asarray(values)
     if column.dtype.kind not in "iufb":
         raise ValueError(
-            f"axis {name!r} holds {column.dtype}, not numbers. What is not a number "
-            "is static: loop over it in Python, one run each."
+            f"axis {name!r} holds {column.dtype}, not numbers. Other values are "
+            "static: loop over them in Python, one run each."
         )
     known = np.iinfo(np.int32)
     if column.dtype.kind in "iu" and (column.min() < known.min or column.max() > known.max):
