@@ -319,8 +319,7 @@ def _several(**probabilities: Array) -> None:
 
 
 class _Labeled(NamedTuple):
-    """Features and one-hot labels with 0 in masked rows; `known` gives NaN for labels out of
-    range."""
+    """Features and one-hot labels with 0 in masked rows; `known` is NaN for bad labels."""
 
     features: Array
     labels: Array

@@ -159,7 +159,7 @@ def _scaled_terms(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Ar
     safe_weight = jnp.where(some, weight, 1)
     p, q = _logspace.probabilities(log_p), _logspace.probabilities(log_q)
     d = jnp.where(both, -ratio, 0)
-    # w exp(d), without overflow of exp(d): beyond e^1 the terms are far whatever y is.
+    # w exp(d), without overflow of exp(d): beyond e^1 the terms are far for any y.
     moderate = d < math.log(float(jnp.finfo(p.dtype).max)) / 2
     grown = jnp.where(moderate, 0, jnp.minimum(jnp.log(safe_weight) + d, 1))
     y = jnp.where(moderate, weight * jnp.expm1(jnp.where(moderate, d, 0)), jnp.exp(grown))

@@ -86,7 +86,7 @@ def every(setup: Setup, *, at_least: int = 1) -> Sequence[Pair]:
         if bare := [name for name, outputs in both.items() if {*outputs} <= {"logits"}]:
             said += (
                 f" (the {' and the '.join(bare)} {'returns' if len(bare) == 1 else 'return'} "
-                "logits alone: let it return features beside them, in a dict or a tuple)"
+                "logits alone: let it return features too, in a dict or a tuple)"
             )
         raise ValueError(said)
     return setup.pairs
