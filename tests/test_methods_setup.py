@@ -87,9 +87,9 @@ def test_weights_that_change_say_how() -> None:
 
 
 def test_what_does_not_fit_is_told() -> None:
-    with pytest.raises(ValueError, match="student has 3 outputs, the data has 4 classes"):
+    with pytest.raises(ValueError, match="student has 3 outputs, but the data has 4 classes"):
         made(params(2, 6, 3), params(2, 6, 4))
-    with pytest.raises(ValueError, match="teacher has 3 outputs, the data has 4 classes"):
+    with pytest.raises(ValueError, match="teacher has 3 outputs, but the data has 4 classes"):
         made(params(2, 6, 4), params(2, 6, 3), classes=4)
     with pytest.raises(ValueError, match="teacher has no tap 'f4'. It has f1, f2, logits"):
         made(params(2, 6, 3), params(2, 7, 5, 3), layers=[("f1", "f4")])

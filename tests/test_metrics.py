@@ -103,7 +103,7 @@ def test_numbers() -> None:
         (metrics.brier, [[0.5, 0.5]] * 2, [[0], [1]], "one class per example"),
         (metrics.brier, [0.5, 0.5], [0, 1], r"must be \[2, classes\]"),
         (metrics.calibration, [[2.0, -3.0]], [0], "take the softmax"),
-        (metrics.brier, [[0.9], [0.8]], [0, 0], r"one class are always 1, got \[2, 1\]: of a sig"),
+        (metrics.brier, [[0.9], [0.8]], [0, 0], r"one class are always 1, got \[2, 1\]: for a sig"),
         (metrics.per_label, [[1, 0]], [[1, -1]], "targets must be 0 or 1, got -1"),
         (metrics.per_label, [[1, 0]], [[1]], "one shape"),
         (metrics.micro_f1, [[0.7, 0.2]], [[1, 0]], "predicted must be 0 or 1, got 0.7: compare"),

@@ -96,7 +96,7 @@ def test_bad_sweeps_say_what_to_do() -> None:
             sweep.grid(seed=[seed])
     with pytest.raises(ValueError, match=r"single values at \['x/0', 'x/1'\].*jnp.asarray"):
         sweep.vmap(lambda p: p["x"])({"x": [1.0, 2.0]})
-    with pytest.raises(ValueError, match="loop over it in Python"):
+    with pytest.raises(ValueError, match="loop over them in Python"):
         sweep.grid(method=["kd", "dkd"])
     with pytest.raises(ValueError, match="equally long"):
         sweep.vmap(lambda p: p["a"])({"a": jnp.ones(2), "b": jnp.ones(3)})
