@@ -197,7 +197,7 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     assert set(found) == {"logits"}
     np.testing.assert_allclose(found["logits"], LIVE["logits"], atol=1e-5)
     # Otherwise the message names the flag.
-    assert "holds logits, and hint read" in said(plain, hint)
+    assert "holds logits, but hint read" in said(plain, hint)
     assert "kdtl cache --taps all" in said(plain, hint)
     assert "without --top-k" in said(cut, kd)
     assert "--teacher-weights" in said(plain, kd, given=None)
@@ -209,7 +209,7 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     assert _cache(half, weights, "--dtype", "float16") == 0
     for folder in (plain, more, half):
         (folder / "manifest.json").unlink()
-    assert "holds logits, and hint read" in said(plain, hint)
+    assert "holds logits, but hint read" in said(plain, hint)
     assert "teacher weights differ" in said(plain, kd, given=other)
     assert "complete it with kdtl cache" in said(half, kd) and "float16" in said(half, kd)
     _caching.check(more, pair, kd)
