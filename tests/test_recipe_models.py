@@ -233,7 +233,9 @@ def test_a_file_of_something_else_is_refused(
             read(teacher, changed(lambda x, f=factor: x * f), monkeypatch)
     inputs = np.random.default_rng(0).normal(size=(_agreement.FEW, 4)) * [1, 1, 1e-3, 1]
     assert _agreement.other_units(inputs) is None  # without names, as pixels: some may be dark
-    assert "the column 'c' has a scaled dev" in str(_agreement.other_units(inputs, ["a", "b", "c", "d"]))
+    assert "the column 'c' has a scaled dev" in str(
+        _agreement.other_units(inputs, ["a", "b", "c", "d"])
+    )
     inputs[:, 2] = np.arange(_agreement.FEW) == 3  # rare
     inputs[:, 2] *= 1e-3
     assert _agreement.other_units(inputs, ["a", "b", "c", "d"]) is None
