@@ -187,11 +187,11 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     (0, 3, 6, 9, 12)
 
     Args:
-      student_layers: M, a Python int.
-      teacher_layers: N, a Python int.
+      student_layers: M, a Python int (`[]`).
+      teacher_layers: N, a Python int (`[]`).
 
     Returns:
-      `(g(0), ..., g(M))`, M + 1 Python ints from 0 to N.
+      `(g(0), ..., g(M))`: `[M + 1]` Python ints from 0 to N.
 
     Raises:
       TypeError: if either is not an integer.

@@ -155,6 +155,7 @@ def _of_sum_one(weights: Sequence[Scalar] | None, like: Sequence[Array]) -> list
 
 
 def mixed(vectors: Sequence[Array], shares: Sequence[Array]) -> Array:
+    """`sum_i share_i v_i` of vectors of one shape, and of that shape."""
     return _total([share * vector for share, vector in zip(shares, vectors, strict=True)])
 
 

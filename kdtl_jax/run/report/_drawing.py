@@ -7,7 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
@@ -40,9 +40,15 @@ def shown(text: str) -> str:
 
 
 def axes(
-    height: float, *, left: float, right: float, top: float, bottom: float, grid: str = ""
+    height: float,
+    *,
+    left: float,
+    right: float,
+    top: float,
+    bottom: float,
+    grid: Literal["x", "y", "both"] | None = None,
 ) -> Axes:
-    """Axes of a new figure within margins in pixels, without a frame; `grid` is x, y or both."""
+    """Axes of a new figure within margins in pixels, without a frame."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor="none")
     size = (WIDTH - left - right) / WIDTH, (height - top - bottom) / height
     ax = figure.add_axes((left / WIDTH, bottom / height, *size), facecolor="none")
@@ -54,8 +60,8 @@ def axes(
     ax.margins(0.03)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
-    if grid:
-        ax.grid(axis=grid, color=RULE, linewidth=1, clip_on=False)  # pyright: ignore[reportArgumentType]  # axis is a Literal in the stub, grid a str
+    if grid is not None:
+        ax.grid(axis=grid, color=RULE, linewidth=1, clip_on=False)
     return ax
 
 
