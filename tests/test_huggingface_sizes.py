@@ -72,7 +72,7 @@ def test_channels_patches_and_images(family: str) -> None:
         axis = 0 if name.endswith("embedding") else 1
         return narrowed(made, name, axis, made[name].shape[axis] - 1)
 
-    with pytest.raises(ValueError, match="image_size = .* does not give"):
+    with pytest.raises(ValueError, match="image_size = .* does not give the .* patches"):
         described(family, one_more)
 
 

@@ -179,11 +179,27 @@ def test_shares_and_differences_are_covered_as_often_as_claimed(seeds: int, coun
     assert np.mean(np.abs(ours.mean(axis=(1, 2)) - true) <= half) < 0.85
 
 
+@pytest.mark.parametrize(("seeds", "spread_of_seeds"), [(3, 0.1), (3, 1.0), (5, 0.2)])
+def test_tables_of_equal_methods_rarely_claim_a_difference(
+    seeds: int, spread_of_seeds: float
+) -> None:
+    """Three methods against one baseline, all as good as another, corrected as a page corrects."""
+    rng, tables, count = np.random.default_rng(11), 2000, 100
+    ease = 1 + rng.normal(0, 1.4, (tables, 1, 1, count)) + rng.normal(0, 0.5, (tables, 4, 1, count))
+    ease = ease + rng.normal(0, spread_of_seeds, (tables, 4, seeds, 1))
+    right = rng.random(ease.shape) < 1 / (1 + np.exp(-ease))
+    difference = right[:, 1:].astype(float) - right[:, :1]
+    found = spread(difference)
+    t = np.abs(difference.mean((-2, -1))) / np.sqrt(found.variance)
+    smallest = (2 * scipy.stats.t.sf(t, found.df)).min(axis=1)
+    assert np.mean(smallest * 3 <= 0.05) <= 0.06
+
+
 @pytest.mark.parametrize(
     ("seeds", "spread_of_seeds", "methods", "count", "chance"),
     [(3, 0.1, 3, 100, 1.0), (3, 1.0, 3, 100, 1.0), (3, 0.25, 10, 300, 0.2)],
 )
-def test_tables_of_equal_methods_rarely_claim_a_difference(
+def test_many_methods_of_few_seeds_rarely_claim_a_difference(
     seeds: int, spread_of_seeds: float, methods: int, count: int, chance: float
 ) -> None:
     """Methods against one baseline, all as good as another, corrected as a page corrects."""

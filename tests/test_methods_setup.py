@@ -64,7 +64,9 @@ def test_a_head_on_the_inputs_shows_no_features() -> None:
     assert setup.pairs == () and setup.last == ("logits", "f1")
     assert setup.student_head is None
     assert methods.table()[0].applies(setup) is None
-    said = "matched layers, but this pair of models has 0 (the student returns logits alone: "
+    said = (
+        "needs 1 matched layers, but this pair of models has 0 (the student returns logits alone: "
+    )
     assert said in str(refusal(methods.hint, setup))
     setup = made(params(2, 3), params(2, 3))
     assert "the student and the teacher return logits alone" in str(refusal(methods.hint, setup))

@@ -175,6 +175,8 @@ def test_a_skipped_step_leaves_batch_statistics_and_memory_alone(tx: Any) -> Non
     np.testing.assert_array_equal(state.model_state["mean"], np.ones(2))
     after, _ = step(state, {"inputs": jnp.full((3, 2), jnp.inf)})
     assert after.model_state["steps"] == 3
+    if isinstance(after.opt_state, precision.LossScaleState):
+        assert after.opt_state.skipped == 1
     for one, other in ((after.params, state.params), (after.memory, state.memory)):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(after.model_state["mean"], np.ones(2))

@@ -53,6 +53,7 @@ def columns_of(
                 f"{table.name}: column {name!r:.80} has no value in the training part. Drop it "
                 f"(--drop-columns)."
             )
+        # Text whose cells are all plain numbers is text by its file's type, such as codes.
         if (read := _numbers_in(table, column)) is not None and (
             column.dtype == np.float64 or not all(map(is_number, column[~lacking]))
         ):

@@ -51,6 +51,7 @@ from kdtl_jax.language._records import Record as Record
 from kdtl_jax.language._records import records as records
 from kdtl_jax.language._records import text_files as text_files
 from kdtl_jax.language._rollouts import Rollout as Rollout
+from kdtl_jax.language._rollouts import last_text as last_text
 from kdtl_jax.language._rollouts import of_data as of_data
 from kdtl_jax.language._rollouts import of_student as of_student
 from kdtl_jax.language._rollouts import of_teacher as of_teacher

@@ -62,7 +62,7 @@ def rollout(
         prompts = jnp.asarray(tokens["tokens"])[:, :prompt]
         mask = jnp.ones(prompts.shape, jnp.bool_)
         if "segments" in tokens:
-            mask = _last_text(jnp.asarray(tokens["segments"])[:, :prompt])
+            mask = last_text(jnp.asarray(tokens["segments"])[:, :prompt])
         is_row = jnp.any(mask, axis=1, keepdims=True)
         # A row of only padding still needs a token to run.
         mask = mask.at[:, -1].set(mask[:, -1] | ~is_row[:, 0])
@@ -93,7 +93,7 @@ def rollout(
             told = _told(tokens["privileged"])
             drawn["privileged"] = {
                 **told,
-                "segments": _last_text(told["segments"]).astype(jnp.int32),
+                "segments": last_text(told["segments"]).astype(jnp.int32),
             }
         return jax.lax.stop_gradient(drawn)
 
@@ -169,8 +169,12 @@ def _told(privileged: Any) -> Tokens:
     return {name: jnp.asarray(array, jnp.int32) for name, array in privileged.items()}
 
 
-def _last_text(segments: Array) -> Array:
-    """The positions of the last text of each row: bool `[B, P]`."""
+def last_text(segments: Array) -> Array:
+    """Which columns of each row are of its last text: bool `[B, L]`.
+
+    Args:
+      segments: int `[B, L]`, 0 is padding; a row of padding alone has no text.
+    """
     place = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
     last = jnp.max(jnp.where(segments > 0, place, 0), axis=1, keepdims=True)
     return (segments > 0) & (segments == jnp.take_along_axis(segments, last, axis=1))

@@ -235,10 +235,9 @@ def _in_order(rows: Rows, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]
 
 
 def prompts(rows: Rows, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the first rows' prompts, and which belong to the last text that begins there."""
-    segments = np.asarray(rows.inputs["segments"][:count, :length])
-    of_last = (segments > 0) & (segments == segments.max(axis=1, keepdims=True))
-    return np.asarray(rows.inputs["tokens"][:count, :length]), of_last
+    """Tokens of the first rows' prompts, and which of them belong to the last text in it."""
+    tokens, segments = (np.asarray(rows.inputs[n][:count, :length]) for n in ("tokens", "segments"))
+    return tokens, np.asarray(language.last_text(jnp.asarray(segments)))
 
 
 def continuing(

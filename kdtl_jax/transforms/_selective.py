@@ -193,12 +193,11 @@ def _changed(pieces: Sequence[Array], epsilon: Scalar) -> list[tuple[Array, Arra
 def _importance(before: Array, after: Array) -> Array:
     """`|after - before| KL(softmax(after) || softmax(before))`, the divergence of each row."""
     before, after = (jnp.atleast_1d(x) for x in (before, after))
-    log_p, log_q = _softmax.log_softmax(after), _softmax.log_softmax(before)
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    p, q = (jnp.exp(_softmax.log_softmax(x)) for x in (after, before))
     # Weights change little: the plain sum of `p log(p / q)` would be mostly rounding error.
     ratio = _softmax.log_ratio(after, before)
     near = jnp.abs(ratio) < 1
     apart = jnp.where(near, q * jnp.expm1(jnp.where(near, ratio, 0)), p - q)
-    log_p, log_q, ratio = jnp.log(p + _ADDED), jnp.log(q + _ADDED), jnp.log1p(apart / (q + _ADDED))
-    terms = _softmax.kl_terms(log_p, log_q, ratio)
+    log_p, log_q = jnp.log(p + _ADDED), jnp.log(q + _ADDED)
+    terms = _softmax.kl_terms(log_p, log_q, jnp.log1p(apart / (q + _ADDED)))
     return jnp.abs(after - before) * jnp.sum(terms, axis=-1, keepdims=True)
