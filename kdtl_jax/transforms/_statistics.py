@@ -83,7 +83,7 @@ def regmean(
 ) -> Params:
     """`(sum_i G_i)^-1 sum_i G_i W_i`: the least-squares fit to all models' linear outputs.
 
-    `G_i = X_i^T X_i` of the inputs `X_i` to a kernel `[..., in, out]` in model i, with off-diagonal
+    `G_i = X_i^T X_i` of the inputs to a kernel `[..., in, out]` in model i, with off-diagonal
     entries multiplied by `shrink`. Every other leaf is averaged.
 
     Args:
