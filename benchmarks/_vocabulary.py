@@ -31,7 +31,7 @@ class Scale(NamedTuple):
 SCALES = Scale(32_768, 1024, 256), Scale(131_072, 1024, 256)
 FEW = 32  # tokens of a chunk where memory is what counts
 LIGER_CHUNKS = {32_768: 1024, 131_072: 256}  # the faster of 256 and 1,024
-# Of these XLA's own account of temporary memory is printed; nothing runs.
+# For these, XLA's own figure for temporary memory is printed; nothing runs.
 ACCOUNTED = (
     ("dense", Scale(32_768, 2048, 2048)),
     ("chunked", Scale(32_768, 2048, 256)),

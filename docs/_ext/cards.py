@@ -7,7 +7,7 @@ from sphinx.transforms import SphinxTransform
 
 
 class Cards(SphinxTransform):
-    """Labels the cells with their columns' names, which site.css shows on narrow screens alone."""
+    """Labels the cells with their columns' names, which site.css shows only on narrow screens."""
 
     default_priority = 500
 

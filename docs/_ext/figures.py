@@ -1,4 +1,4 @@
-"""How the gallery's plots are saved: SVG without a ground, in colors for light and dark pages."""
+"""How the gallery's plots are saved: SVG with a transparent background, in colors that suit light and dark pages."""
 
 from typing import Any
 

@@ -36,7 +36,7 @@ def _row(tokens: list[str], i: int, closing: str = "") -> tuple[str, int]:
         i += 1
         if token.isspace():
             beside = {tokens[i - 2] if i > 1 else "", tokens[i] if i < len(tokens) else ""}
-            # Scripts are set closely, and operators bring their own space.
+            # Scripts are set tight; operators bring their own space.
             out += [] if closing or beside & SPACED else ['<mspace width="0.25em"/>']
         elif token in "_^":
             script, i = _script(tokens, i)

@@ -13,7 +13,7 @@ def everything(root: Path) -> dict[str, str]:
 
 
 def write(folder: Path, made: Mapping[str, str]) -> None:
-    """Writes pages that changed, so that a second build is short; deletes those no longer made."""
+    """Writes the pages that changed, so that a second build is short; deletes stale ones."""
     for name, text in made.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)

@@ -114,7 +114,7 @@ def page(name: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """A docstring in Markdown: sections become bold heads, names of arguments list items."""
+    """A docstring in Markdown: section titles become bold, argument names become list items."""
     blocks: list[str] = []
     section = ""
     for chunk in filter(str.strip, re.split(r"\n[ \t]*\n", inspect.cleandoc(text))):
@@ -126,7 +126,7 @@ def markdown(text: str) -> str:
             blocks.append(
                 _items(chunk) if section in ("Args", "Raises", "Attributes") else _escape(chunk)
             )
-        elif all(line.startswith("|") for line in chunk.splitlines()):  # a table is one already
+        elif all(line.startswith("|") for line in chunk.splitlines()):  # already a Markdown table
             blocks.append(chunk)
         elif chunk.lstrip().startswith(">>> "):
             blocks.append(f"```pycon\n{textwrap.dedent(chunk)}\n```")
@@ -138,7 +138,7 @@ def markdown(text: str) -> str:
 
 
 def _items(chunk: str) -> str:
-    """`name: text` lines, with what is indented below them, as a list."""
+    """`name: text` lines, each with the lines indented below it, as a list."""
     lines = []
     for line in chunk.splitlines():
         named = re.match(r"(\*{0,2}\w[\w., ]*?): (.*)", line)
