@@ -1,4 +1,4 @@
-"""How the gallery's plots are saved: SVG with a transparent background, in colors that suit light and dark pages."""
+"""How plots of the gallery are saved: transparent SVG, in colors that suit light and dark pages."""
 
 from typing import Any
 
