@@ -6,6 +6,7 @@ check is free under `jit`.
 """
 
 import difflib
+import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,21 +21,37 @@ def described(**arrays: Any) -> str:
     return ", ".join(f"{name}{list(np.shape(array))}" for name, array in arrays.items())
 
 
-def same_shape(**arrays: Any) -> None:
+def arrays(**given: Any) -> None:
+    """Raises TypeError for what has no dtype: None, text, a model's dict of outputs, an object."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"{name} must be an array, got a mapping with the keys {list(value)[:4]}. "
+                f'Pass one of its entries, e.g. {name}["logits"].'
+            )
+        if not (hasattr(value, "dtype") or isinstance(value, (numbers.Number, list, tuple))):
+            raise TypeError(f"{name} must be an array, got {type(value).__name__}.")
+
+
+def same_shape(**given: Any) -> None:
     """Raises ValueError unless all arrays have one shape; nothing is ever broadcast."""
-    if len({np.shape(array) for array in arrays.values()}) > 1:
+    arrays(**given)
+    if len({np.shape(array) for array in given.values()}) > 1:
         raise ValueError(
-            f"arguments must have one shape, got {described(**arrays)}. "
+            f"arguments must have one shape, got {described(**given)}. "
             "Nothing is broadcast: reshape, pool or project one side first."
         )
 
 
-def floating(**arrays: Any) -> None:
+def floating(**given: Any) -> None:
     """Raises TypeError unless every array is real floating point."""
-    for name, array in arrays.items():
-        if array is None or isinstance(array, (list, tuple, str)):
-            repair = "" if array is None else f" Use jnp.asarray({name}) of numbers."
-            raise TypeError(f"{name} must be an array, got {type(array).__name__}.{repair}")
+    arrays(**given)
+    for name, array in given.items():
+        if isinstance(array, (list, tuple)):
+            raise TypeError(
+                f"{name} must be an array, got {type(array).__name__}. "
+                f"Use jnp.asarray({name}) of numbers."
+            )
         dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -43,9 +60,10 @@ def floating(**arrays: Any) -> None:
             )
 
 
-def rank(at_least: int, at_most: int | None = None, **arrays: Any) -> None:
+def rank(at_least: int, at_most: int | None = None, **given: Any) -> None:
     """Raises ValueError unless `at_least <= ndim <= at_most` (no upper bound if None)."""
-    for name, array in arrays.items():
+    arrays(**given)
+    for name, array in given.items():
         ndim = np.ndim(array)
         if ndim < at_least or (at_most is not None and ndim > at_most):
             if at_most is None:
@@ -66,11 +84,12 @@ def nonempty(**arrays: Any) -> None:
             )
 
 
-def same_batch(**arrays: Any) -> None:
+def same_batch(**given: Any) -> None:
     """Raises ValueError unless all leading dimensions agree."""
-    if len({np.shape(array)[:1] for array in arrays.values()}) > 1:
+    arrays(**given)
+    if len({np.shape(array)[:1] for array in given.values()}) > 1:
         raise ValueError(
-            f"arguments must have one batch size (leading dimension), got {described(**arrays)}."
+            f"arguments must have one batch size (leading dimension), got {described(**given)}."
         )
 
 
@@ -184,9 +203,10 @@ def no_text(**labels: Any) -> None:
             )
 
 
-def integers(**arrays: Any) -> None:
+def integers(**given: Any) -> None:
     """Raises TypeError unless every array has an integer dtype."""
-    for name, array in arrays.items():
+    arrays(**given)
+    for name, array in given.items():
         dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(
@@ -286,6 +306,9 @@ def mask(where: Any, shape: Sequence[int]) -> None:
 
 def same_keys(**mappings: Mapping[str, Any]) -> None:
     """Raises ValueError unless all mappings have the same keys; names the differences."""
+    for name, mapping in mappings.items():
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{name} must be a mapping, got {type(mapping).__name__}.")
     (first, left), *others = mappings.items()
     for second, right in others:
         if left.keys() != right.keys():

@@ -152,3 +152,30 @@ BAD_HYPER: dict[str, Callable[[], Any]] = {
 def test_bad_hyperparameters_are_refused(says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"^{says}"):
         BAD_HYPER[says]()
+
+
+OF_THE_PACKAGE = [
+    name for name, case in LOSS_CASES.items() if getattr(losses, case.fn.__name__, None) is case.fn
+]
+
+
+@pytest.mark.parametrize("name", OF_THE_PACKAGE)
+def test_what_is_no_array_is_named(name: str) -> None:
+    """A model's dict of outputs, None, text or an object: the message names the argument."""
+    case = LOSS_CASES[name]
+    args = case.example(np.random.default_rng(0), 4)
+    names = list(inspect.signature(case.fn).parameters)
+    for i, argument in enumerate(names[: len(args)]):
+        for wrong in (None, "logits", object(), {"logits": args[i]}):
+            with pytest.raises((TypeError, ValueError), match=argument):
+                case.fn(*args[:i], wrong, *args[i + 1 :], **case.hyper)
+
+
+def test_float32_students_of_float64_teachers(x64: None) -> None:
+    student = jnp.asarray([[1.0, 2.0, 0.5]], jnp.float32)
+    cost = jnp.ones((3, 3), jnp.float32) - jnp.eye(3, dtype=jnp.float32)
+    mixed = losses.sinkhorn_cost(student, jnp.asarray([[0.0, 1.0, 2.0]]), cost, iterations=2)
+    wide = losses.sinkhorn_cost(
+        student.astype(jnp.float64), jnp.asarray([[0.0, 1.0, 2.0]]), cost, iterations=2
+    )
+    np.testing.assert_array_equal(mixed, wide)

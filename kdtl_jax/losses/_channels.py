@@ -145,6 +145,7 @@ def fsp(
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
+    _sides.several(2, 2, student=student, teacher=teacher)
     for maps in zip(student, teacher, strict=True):
         _sides.same_channels(*maps)
     apart = flow_matrix(*student, where=where) - flow_matrix(*teacher, where=where)
@@ -206,11 +207,7 @@ def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> 
       Lee, Kim and Song, Self-supervised Knowledge Distillation Using Singular Value
       Decomposition, 2018 (1807.06819).
     """
-    if len(student) != len(teacher) or len(student) < 2:
-        raise ValueError(
-            "student and teacher need the same number of maps, two or more, got "
-            f"{len(student)} and {len(teacher)}."
-        )
+    _sides.several(2, student=student, teacher=teacher)
     _checks.count(1, k=k)
     layers = []
     for maps in zip(student, teacher, strict=True):

@@ -40,7 +40,7 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
     References:
       Tian, Krishnan and Isola, Contrastive Representation Distillation, 2020 (1910.10699).
     """
-    log_scores = _sides.one(log_scores, at_least=2, at_most=2)
+    log_scores = _sides.one(log_scores, "log_scores", at_least=2, at_most=2)
     _checks.scalar(num_data=num_data)
     _checks.positive(num_data=num_data)
     negatives = log_scores.shape[1] - 1
@@ -150,6 +150,7 @@ def rrd(
         student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
     student, teacher = _sides.real(where, *_sides.same_shape(student, teacher, at_most=2))
+    _checks.floating(queue=queue)
     if jnp.ndim(queue) != 2 or jnp.shape(queue)[1:] != student.shape[1:]:
         raise ValueError(
             "queue must have shape [K, D] with the embeddings' D, got "
@@ -193,7 +194,9 @@ def bi_tuning_classifier(
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its contrastive
       cross-entropy.
     """
-    features = _sides.one(features, at_least=2, at_most=2)
+    features = _sides.one(features, "features", at_least=2, at_most=2)
+    _checks.floating(class_weights=class_weights, class_bias=class_bias)
+    _checks.rank(1, 1, class_bias=class_bias)
     width, classes = features.shape[1], jnp.shape(class_bias)[0]
     if jnp.shape(class_weights) != (width, classes):
         raise ValueError(
@@ -232,6 +235,8 @@ def bi_tuning_projection(
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its categorical
       contrastive learning.
     """
+    _checks.same_shape(queries=queries, keys=keys)
+    _checks.floating(queries=queries, keys=keys)
     queries, keys = _sides.real(where, *_sides.same_shape(queries, keys, at_most=2))
     any_class = jnp.iinfo(jnp.int32).max  # only a negative label is certainly invalid
     as_logits = jax.ShapeDtypeStruct((len(queries), any_class), queries.dtype)
@@ -264,7 +269,7 @@ def uniform_contrast(
     Returns:
       `[B]`, nats.
     """
-    scores = _sides.one(scores, at_least=2, at_most=2)
+    scores = _sides.one(scores, "scores", at_least=2, at_most=2)
     _checks.mask(positives, scores.shape)
     _checks.positive(temperature=temperature)
     _checks.mask(where, scores.shape)
@@ -280,7 +285,7 @@ def uniform_contrast(
 
 def unit_features(features: Array) -> Array:
     """`[h, 1] / ||[h, 1]||`, `[B, D] -> [B, D + 1]`: features as the head's bias sees them."""
-    features = _sides.one(features, at_least=2, at_most=2)
+    features = _sides.one(features, "features", at_least=2, at_most=2)
     ones = jnp.ones((features.shape[0], 1), features.dtype)
     return _numerics.normalize(jnp.concatenate([features, ones], axis=-1))
 

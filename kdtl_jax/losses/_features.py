@@ -162,8 +162,8 @@ def teacher_bounded(
       2017.
     """
     _checks.non_negative(margin=margin)
-    _checks.same_shape(student=student, targets=targets)
-    _checks.floating(targets=targets)
+    _checks.same_shape(student=student, teacher=teacher, targets=targets)
+    _checks.floating(student=student, teacher=teacher, targets=targets)
     own, of_teacher = mse(student, targets, where=where), mse(teacher, targets, where=where)
     is_near = own + _numerics.scalar(margin, own, "margin") <= of_teacher
     return jnp.where(is_near, 0, jnp.where(jnp.isnan(of_teacher), of_teacher, own))

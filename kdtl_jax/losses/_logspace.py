@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks, _numerics, _softmax
@@ -53,6 +54,8 @@ def softened(
     _checks.per_example(leading, temperature=temperature, **per_example)
     _checks.mask(where, jnp.shape(student_logits))
     student, teacher = _numerics.upcast(student_logits), _numerics.upcast(teacher_logits)
+    wide = np.promote_types(student.dtype, teacher.dtype)  # one float64 side widens the other
+    student, teacher = student.astype(wide), teacher.astype(wide)
     return (
         student / _numerics.per_example(temperature, student, "temperature"),
         teacher / _numerics.per_example(temperature, teacher, "temperature"),

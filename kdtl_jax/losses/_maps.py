@@ -31,7 +31,7 @@ def attention_map(x: Array, *, power: int | float = 2) -> Array:
     References:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928).
     """
-    x = _sides.one(x, at_least=3)
+    x = _sides.one(x, "x", at_least=3)
     _checks.scalar(power=power)
     _checks.positive(power=power)
     return _numerics.normalize(_numerics.batch_flat(jnp.mean(_power(x, power), axis=-1)))

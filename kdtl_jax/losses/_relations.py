@@ -100,7 +100,7 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802).
     """
-    x = _sides.one(x, at_least=2, at_most=2)
+    x = _sides.one(x, "x", at_least=2, at_most=2)
     _checks.positive(gamma=gamma)
     _checks.count(0, order=order)
     scaled = 2 * _numerics.scalar(gamma, x, "gamma") * _numerics.gram(x, x)

@@ -3,6 +3,8 @@
 The function that a loss calls here determines which axes of student and teacher must agree.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jax import Array
 
@@ -66,9 +68,23 @@ def same_batch(
     return sides[0], sides[1]
 
 
-def one(x: Array, *, at_least: int, at_most: int | None = None) -> Array:
-    """A single array `[B, ...]`, with `at_least` to `at_most` axes."""
-    return _arrays(at_least, at_most, x=x)[0]
+def one(x: Array, name: str, *, at_least: int, at_most: int | None = None) -> Array:
+    """A single array `[B, ...]`, the argument `name`, with `at_least` to `at_most` axes."""
+    return _arrays(at_least, at_most, **{name: x})[0]
+
+
+def several(at_least: int, at_most: int | None = None, **sides: Sequence[Array]) -> None:
+    """Both sides are sequences of equally many arrays, `at_least` to `at_most`."""
+    for name, side in sides.items():
+        if not isinstance(side, Sequence) or isinstance(side, str):
+            raise TypeError(f"{name} must be a sequence of arrays, got {type(side).__name__}.")
+    lengths = [len(side) for side in sides.values()]
+    low, high = min(lengths), max(lengths)
+    if low != high or low < at_least or (at_most is not None and high > at_most):
+        wanted = "two arrays each" if at_most == 2 else "equally many arrays, two or more"
+        raise ValueError(
+            f"{' and '.join(sides)} must hold {wanted}, got {' and '.join(map(str, lengths))}."
+        )
 
 
 def real(where: Array | None, *arrays: Array) -> tuple[Array, ...]:

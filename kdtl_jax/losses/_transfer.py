@@ -33,6 +33,8 @@ def delta(student: Array, source: Array, *, channel_weights: Array | None = None
       Li et al., DELTA: DEep Learning Transfer using Feature Map with Attention, 2019
       (1901.09229).
     """
+    _checks.same_shape(student=student, source=source)
+    _checks.floating(student=student, source=source)
     student, source = _sides.same_shape(student, source)
     channels = student.shape[-1]
     if channel_weights is None:
@@ -57,7 +59,7 @@ def delta_attention(damage: Array, *, temperature: Scalar = 5.0) -> Array:
     Returns:
       `[C]`, sum 1. The deviation has divisor `C - 1`, as in TLL; equal damage gives 1/C.
     """
-    damage = _sides.one(damage, at_least=1, at_most=1)
+    damage = _sides.one(damage, "damage", at_least=1, at_most=1)
     _checks.positive(temperature=temperature)
     centered = damage - jnp.mean(damage)
     deviation = _numerics.safe_sqrt(jnp.sum(jnp.square(centered)) / max(damage.shape[0] - 1, 1))
@@ -79,6 +81,8 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
     References:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020.
     """
+    _checks.same_shape(student_logits=student_logits, target=target)
+    _checks.floating(student_logits=student_logits, target=target)
     student_logits, target = _sides.same_shape(student_logits, target)
     _checks.several_classes(student_logits=student_logits)
     log_p = _softmax.log_softmax(student_logits)
@@ -101,7 +105,7 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
     References:
       Xu et al., Larger Norm More Transferable, 2019 (1811.07456), its stepwise form.
     """
-    features = _sides.one(features, at_least=2, at_most=2)
+    features = _sides.one(features, "features", at_least=2, at_most=2)
     _checks.floating(norms=norms)
     if jnp.shape(norms) != features.shape[:1]:
         raise ValueError(
@@ -113,7 +117,7 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
 
 def feature_norms(features: Array) -> Array:
     """`||f||`, `[B, D] -> [B]`, with gradient 0 at 0."""
-    return _numerics.safe_norm(_sides.one(features, at_least=2, at_most=2))
+    return _numerics.safe_norm(_sides.one(features, "features", at_least=2, at_most=2))
 
 
 # Matching derivatives needs models rather than outputs, as functions of a batch whose examples do
@@ -142,7 +146,7 @@ def jacobian_matching(student: BatchFn, teacher: BatchFn, inputs: Array, probes:
       Czarnecki et al., Sobolev Training for Neural Networks, 2017 (1706.04859); Srinivas and
       Fleuret, Knowledge Transfer with Jacobian Matching, 2018 (1803.00443).
     """
-    inputs = _sides.one(inputs, at_least=1)
+    inputs = _sides.one(inputs, "inputs", at_least=1)
 
     def difference(x: Array) -> Array:
         sides = student(x), teacher(x)

@@ -167,7 +167,7 @@ def sorted_l1(student_probs: Array, teacher_probs: Array) -> Array:
     Returns:
       `[...]`.
     """
-    student, teacher = _checked(student_probs, teacher_probs)
+    student, teacher = _checked(student_probs=student_probs, teacher_probs=teacher_probs)
     return jnp.sum(jnp.abs(_sorted_gaps(student, teacher)), axis=-1)
 
 
@@ -179,14 +179,15 @@ def _plus(x: Array, y: Array) -> Array:
     )
 
 
-def _checked(student: Array, teacher: Array) -> tuple[Array, Array]:
-    _checks.floating(student=student, teacher=teacher)
-    _checks.rank(1, student=student, teacher=teacher)
-    _checks.nonempty(student=student, teacher=teacher)
+def _checked(**sides: Array) -> tuple[Array, Array]:
+    """The student and the teacher under their arguments' names, float32 or wider."""
+    _checks.floating(**sides)
+    _checks.rank(1, None, **sides)
+    _checks.nonempty(**sides)
+    student, teacher = sides.values()
     if jnp.shape(student)[:-1] != jnp.shape(teacher)[:-1]:
         raise ValueError(
-            f"all dimensions but the vocabulary must be equal, got "
-            f"{_checks.described(student=student, teacher=teacher)}. "
+            f"all dimensions but the vocabulary must be equal, got {_checks.described(**sides)}. "
             "Align the positions first (answers_first, align_tokens)."
         )
     return _numerics.upcast(student), _numerics.upcast(teacher)
@@ -198,7 +199,7 @@ def _probabilities(
     student_temperature: Scalar,
     teacher_temperature: Scalar,
 ) -> tuple[Array, Array]:
-    student, teacher = _checked(student_logits, teacher_logits)
+    student, teacher = _checked(student_logits=student_logits, teacher_logits=teacher_logits)
     _checks.several_classes(student_logits=student, teacher_logits=teacher)
     temperatures = {
         "student_temperature": student_temperature,
