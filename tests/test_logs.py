@@ -26,13 +26,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def run_of(folder: Path) -> _seeds.Run:
+    none = Dataset("none", np.zeros((0, 1)), np.zeros(0), 2)
+    return _seeds.Run(folder, "", False, 1, {}, Splits(none, none, none), _logs.begun(folder))
+
+
 def test_a_table_has_a_row_per_line(folder: Path) -> None:
     _logs.write(folder, ["csv"])
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["loss"] for row in rows] == ["2.0", "", "nan"]
     assert rows[1]["eval/validation_accuracy"] == "0.75" and rows[0]["learning_rate"] == "0.1"
-    assert _logs.curves(folder, "kd") == {"loss": [2.0], "learning_rate": [0.1]}
+    assert _logs.curves(_logs.begun(folder)["kd"]) == {"loss": [2.0], "learning_rate": [0.1]}
 
 
 def test_lines_of_other_programs_stand_there_for_others(folder: Path) -> None:
@@ -40,18 +45,35 @@ def test_lines_of_other_programs_stand_there_for_others(folder: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.writelines(f"{json.dumps(line)}\n" for line in theirs)
     assert _logs.of_methods(folder) == LINES
-    assert _logs.curves(folder, "kd") == {"loss": [2.0], "learning_rate": [0.1]}
+    assert _logs.curves(_logs.begun(folder)["kd"]) == {"loss": [2.0], "learning_rate": [0.1]}
     _logs.write_curves(folder, {"dkd": {"epoch": [1], "loss": [0.5]}}, ["csv"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == [*LINES[:2], *theirs, {"step": 1, "method": "dkd", "loss": 0.5}]
-    none = Dataset("none", np.zeros((0, 1)), np.zeros(0), 2)
-    run = _seeds.Run(folder, "", False, 1, {}, Splits(none, none, none))
+    run = run_of(folder)
     assert _seeds._skipped(run, "kd", 1) == []
     with _seeds._log(run, "kd", 0, 1, []) as log:
         assert log is not None
         log({"step": 1})
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == theirs[0] and lines[1] == theirs[2], "theirs stay when a run is taken up"
+
+
+def test_the_file_is_read_once_for_all_methods(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, plain = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or plain(path))
+    run = run_of(folder)
+    assert [*run.lines] == ["kd", "dkd"]
+    before = len(reads)
+    for name in ("dkd", "hint", "sp"):  # one was finished before the run was taken up
+        with _seeds._log(run, name, 5, 1, []) as log:
+            assert log is not None
+            log({"step": 6, "loss": [np.float32(2), np.nan], "skipped": [0.5, 0.0]})
+        assert _seeds._skipped(run, name, 4) == [2, 0]
+        assert _logs.curves(run.lines[name])["loss"][-1:] == pytest.approx([np.nan], nan_ok=True)
+    assert len(reads) == before, "it grows with the square of the methods otherwise"
+    assert _logs.begun(folder) == run.lines, "what is remembered is what is written"
 
 
 def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from kdtl_jax import language, models, train
 from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.objective import Inputs, Metrics
-from kdtl_jax.recipes import _progress, _saves
+from kdtl_jax.recipes import _logs, _progress, _saves
 from kdtl_jax.recipes._language_text import Rows
 from kdtl_jax.run import checkpoint, data, loop, sharding, teacher_cache
 from kdtl_jax.run.measure import step_times
@@ -35,6 +35,7 @@ class Run(NamedTuple):
     save_every: int | None
     checks: int
     say: _progress.Say
+    lines: _logs.Lines  # of the metrics file so far
     moved: _progress.Moved = lambda done, total: None
 
 
@@ -111,7 +112,7 @@ def trained(
     said = clock(run.batch_size * rows.inputs["tokens"].shape[1], steps)
 
     def log(line: dict[str, Any]) -> None:
-        write({"method": name, **line})
+        write(line)
         if "loss" in line:
             run.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
                     f"{said(line['step'])}")  # fmt: skip
@@ -120,11 +121,11 @@ def trained(
             run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
     def stays(line: dict[str, Any]) -> bool:
-        return line.get("method") != name or line["step"] <= saves.step
+        return line["step"] <= saves.step
 
     with (
         _saves.opened(saves, checkpoint.newest(1)) as save,
-        loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as write,
+        _logs.of_method(run.folder, run.lines, name, stays) as write,
     ):
         result = loop.run(
             step,

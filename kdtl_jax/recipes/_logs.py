@@ -1,19 +1,21 @@
 """`metrics.jsonl` for other tools: a CSV table, and TensorBoard's event files by tensorboardX.
 
-Both are rewritten from the run's own file after each method, so that a resumed run has every line
-once. Values by seed are averaged.
+Both are rewritten from the run's own file at its end, so that a resumed run has every line once.
+Values by seed are averaged.
 """
 
+import contextlib
 import csv
 import importlib.util
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from kdtl_jax import _files
@@ -22,6 +24,8 @@ from kdtl_jax.run import loop
 
 KINDS = ("tensorboard", "csv")
 KEYS = ("method", "step")
+
+Lines = dict[str, list[dict[str, Any]]]  # of a metrics file, by method
 
 
 def kinds(value: Any) -> tuple[str, ...]:
@@ -120,12 +124,45 @@ def of_methods(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def curves(folder: Path, method: str) -> dict[str, list[float]]:
-    """A method's mean loss over seeds and its learning rate, by epoch."""
-    own = [
-        _averaged(line)
-        for line in of_methods(folder)
-        if line["method"] == method and "loss" in line
-    ]
+def begun(folder: Path) -> Lines:
+    """The lines that a run's file has already; `of_method` adds those of the methods that follow.
+
+    The file is read once here, not once per method. Lines that cannot be read are dropped from it.
+    """
+    file, lines = folder / "metrics.jsonl", Lines()
+    if jax.process_index() == 0 and file.exists():  # one process writes it
+        with loop.metrics_file(file, stays=lambda line: True):
+            pass
+        for line in of_methods(folder):
+            lines.setdefault(line["method"], []).append(line)
+    return lines
+
+
+@contextlib.contextmanager
+def of_method(
+    folder: Path, lines: Lines, name: str, stays: Callable[[dict[str, Any]], bool]
+) -> Iterator[loop.Log]:
+    """Opens a run's file for one method, without those of its lines that do not stay."""
+    own = lines.setdefault(name, [])
+    before, own[:] = len(own), [line for line in own if stays(line)]
+
+    def kept(line: dict[str, Any]) -> bool:
+        return line.get("method") != name or stays(line)
+
+    # The file is read again only where some of its lines do not stay.
+    asked = kept if len(own) < before else None
+    with loop.metrics_file(folder / "metrics.jsonl", resume_at=None, stays=asked) as log:
+
+        def write(line: dict[str, Any]) -> None:
+            whole = _files.as_json({"method": name, **line})
+            own.append(whole)
+            log(whole)
+
+        yield write
+
+
+def curves(own: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """A method's mean loss over seeds and its learning rate, by epoch, from its lines."""
+    own = [_averaged(line) for line in own if "loss" in line]
     found = {name: [float(x[name]) for x in own if name in x] for name in ("loss", "learning_rate")}
     return {name: values for name, values in found.items() if len(values) == len(own)}

@@ -45,6 +45,7 @@ class Run(NamedTuple):
     batch_size: int
     arrays: Mapping[str, Any]  # [N, ...]: "inputs", "labels", "index", cached outputs as "teacher"
     splits: Splits  # accuracy is measured on the last two
+    lines: _logs.Lines  # of the metrics file so far
     rows: np.ndarray | None = None  # [S, n], what each seed sees; None: everything
     mesh: Mesh | None = None
     one_by_one: bool = False  # even if seeds could advance together
@@ -344,26 +345,21 @@ def _log(
         return
 
     def stays(line: dict[str, Any]) -> bool:
-        if line.get("method") != name:
-            return True
         step = line["step"] * calls
         checked = any(name.startswith(EVALUATION) for name in line)
         return step in evaluated if checked else step <= at
 
-    with loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as log:
+    with _logs.of_method(run.folder, run.lines, name, stays) as log:
 
         def write(line: dict[str, Any]) -> None:
             step = line["step"] // calls
             now = {"learning_rate": run.rate(step - 1)} if run.rate and "loss" in line else {}
-            log({"method": name, **line, **now, "step": step})
+            log({**line, **now, "step": step})
 
         yield write
 
 
 def _skipped(run: Run, name: str, per_epoch: int) -> list[int]:
     """Updates skipped per seed because they were not finite, from the metrics file."""
-    if jax.process_index() != 0:
-        return []
-    lines = _logs.of_methods(run.folder)
-    shares = [x["skipped"] for x in lines if x["method"] == name and "skipped" in x]
+    shares = [line["skipped"] for line in run.lines.get(name, []) if "skipped" in line]
     return np.round(np.sum(shares, axis=0) * per_epoch).astype(int).tolist() if shares else []

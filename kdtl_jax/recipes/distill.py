@@ -188,7 +188,8 @@ def run(settings: Settings) -> int:
         folder, identity, say, programs = running
         common = _seeds.Run(
             folder=folder, identity=identity, resume=settings.resume, batch_size=batch_size,
-            arrays=pair.arrays, splits=pair.splits, measure=pair.measure, mesh=mesh,
+            arrays=pair.arrays, splits=pair.splits, lines=_logs.begun(folder),
+            measure=pair.measure, mesh=mesh,
             one_by_one=settings.one_by_one, patience=settings.early_stopping,
             save_every=settings.save_every, say=_progress.seldom(say),
         )  # fmt: skip
@@ -266,8 +267,7 @@ def run(settings: Settings) -> int:
                 f"validation_{pair.measure.score_name.key}": trained.curve.mean(axis=1).tolist(),
             }
             if jax.process_index() == 0:
-                learning[name] |= _logs.curves(folder, name)
-                _logs.write(folder, settings.log)
+                learning[name] |= _logs.curves(common.lines.pop(name, []))
             if any(trained.skipped):
                 notes.append(
                     f"{name}: updates that were not finite were left out, per seed "
@@ -278,6 +278,7 @@ def run(settings: Settings) -> int:
         if jax.process_index() != 0:
             return 1 if failed else 0
         _pair.write(folder, pair, settings, frozen, students, setup)
+        _logs.write(folder, settings.log)
         notes = [*notes, programs()]
         found = _distill_report.results(fixed, pair, table, learning, named, notes)
         _output.finish(folder, found)

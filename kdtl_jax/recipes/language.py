@@ -204,7 +204,7 @@ def run(settings: Settings) -> int:
             )
         common = training.Run(
             folder, who, settings.resume, mesh, settings.batch_size, settings.save_every,
-            settings.checks, say,
+            settings.checks, say, _logs.begun(folder),
         )  # fmt: skip
         keys = steps.Keys(*jax.random.split(jax.random.key(settings.seed), 4))
         work = steps.Work(
@@ -261,6 +261,7 @@ def write(
     work: steps.Work, rows: Sequence[of_report.Row], samples: Sequence[of_report.Sample]
 ) -> None:
     """The report and its files."""
+    _logs.write(work.folder, work.settings.log)
     text = work.text
     cut, notes = text.train.cut + text.held_out.cut, [*work.notes]
     if cut:

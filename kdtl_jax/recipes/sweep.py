@@ -180,6 +180,7 @@ def run(settings: Settings) -> None:
         common = _seeds.Run(
             folder=folder, identity=run, resume=settings.resume,
             batch_size=batch_size, arrays=pair.arrays, splits=pair.splits,
+            lines=_logs.begun(folder),
             measure=pair.measure, patience=settings.early_stopping,
         )  # fmt: skip
         tx = tx_of({}, settings.teacher_epochs * (size // batch_size))

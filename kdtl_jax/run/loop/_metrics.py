@@ -28,7 +28,7 @@ Stop = Callable[[list[dict[str, Any]]], bool]  # all evaluations so far -> wheth
 def metrics_file(
     path: str | Path,
     *,
-    resume_at: int = 0,
+    resume_at: int | None = 0,
     stays: Callable[[dict[str, Any]], bool] | None = None,
 ) -> Iterator[Log]:
     """Opens a `.jsonl` file for `run(log=...)`; a missing one is created.
@@ -37,7 +37,7 @@ def metrics_file(
       path: appended to; a link is replaced by a file, and its target is unchanged. Lines of steps
         after `resume_at` are dropped first, as they will be written again. Lines that cannot be
         read (truncated by a kill or a full disk) are dropped with a warning.
-      resume_at: the step that the run starts from.
+      resume_at: the step that the run starts from; None keeps all lines, without reading them.
       stays: which lines of an older run to keep, if runs share the file; by default those up to
         `resume_at`.
 
@@ -48,8 +48,8 @@ def metrics_file(
     path = Path(path)
     if path.is_symlink() and not path.exists():
         path.unlink()
-    if path.exists():
-        keep = stays or (lambda line: line["step"] <= resume_at)
+    if path.exists() and (resume_at is not None or stays is not None or path.is_symlink()):
+        keep = stays or (lambda line: resume_at is None or line["step"] <= resume_at)
         old = _files.regular(path).read_bytes()
         kept = b"".join(text + b"\n" for text, line in _lines(path, old) if _stays(line, keep))
         if kept != old or path.is_symlink():
