@@ -257,7 +257,7 @@ def described(
         if prefix + name not in tensors:
             out[key] = False
     if head is not None and head.classes is not None:
-        _set_labels(out, int(tensors[head.classes].shape[0]))
+        set_labels(out, int(tensors[head.classes].shape[0]))
     if family.depth is not None:
         _set_depth(out, family, flat)
     return out
@@ -310,7 +310,8 @@ def _set_architecture(
         out["architectures"] = [head.architectures[0] if head and is_tied else family.base]
 
 
-def _set_labels(out: dict[str, Any], classes: int) -> None:
+def set_labels(out: dict[str, Any], classes: int) -> None:
+    """Names the classes by number, unless there are as many names as classes."""
     labels = out.get("id2label")
     if not isinstance(labels, dict) or len(labels) != classes:
         if labels is None and classes == 2:

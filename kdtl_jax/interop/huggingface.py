@@ -189,6 +189,8 @@ def save(
     """Writes `model.safetensors` and `config.json` that PyTorch libraries read.
 
     The config describes what is written (see `described`) and is checked before anything is stored.
+    Some classes of transformers draw a pooler at random if the file has none: let them open a body
+    without one with add_pooling_layer=False.
 
     Args:
       folder: created if needed; the two files are replaced atomically, the weights last.

@@ -20,6 +20,8 @@ from kdtl_jax.models._decoder import init_cache as init_cache
 from kdtl_jax.models._decoder import segment_positions as segment_positions
 from kdtl_jax.models._decoder import tap_names as tap_names
 from kdtl_jax.models._decoder import unit_names as unit_names
+from kdtl_jax.models._decoder_classifiers import text_classifier as text_classifier
+from kdtl_jax.models._decoder_classifiers import token_classifier as token_classifier
 from kdtl_jax.models._decoder_config import Cache as Cache
 from kdtl_jax.models._decoder_config import DecoderConfig as DecoderConfig
 from kdtl_jax.models._decoder_config import Norm as Norm

@@ -1,0 +1,179 @@
+"""Hugging Face folders of decoders that classify texts or tokens, in and out.
+
+    source = classifiers.load("reward-model")
+    outputs, _ = source.model(source.params, None, {"tokens": ids, "mask": mask})
+    small = classifiers.student(source, layers=range(0, 28, 4))
+    classifiers.save("small", small.params, small.rules, config=small.config)
+
+These are the classes `…ForSequenceClassification` and `…ForTokenClassification` of the families of
+`interop.decoders`; encoders that classify are in `interop.huggingface`. A text is classified by its
+last token that is not the config's `pad_token_id`. Heads that mark answers in a text are refused.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _text, models, transforms
+from kdtl_jax._files import read_json
+from kdtl_jax._types import ModelFn, Params
+from kdtl_jax.interop import _hf_family, _hf_folder, decoders, naming, safetensors
+from kdtl_jax.interop.decoders import PretrainedDecoder
+from kdtl_jax.interop.naming import Rule, linear
+from kdtl_jax.transforms import Report
+
+_CLASS = re.compile(r"(\w+)For(Sequence|Token)Classification")
+_SCORE = re.compile(r"(score|classifier)\.(weight|bias)")
+# What transformers takes for padding where a config does not say.
+_PADDING = {"gemma": 0, "gemma2": 0, "gemma3_text": 0, "phi3": 32000, "smollm3": 128004, "olmo2": 1}
+
+
+class Classifier(NamedTuple):
+    """A checkpoint as a model of `{"tokens": …, "mask": …}`, with the decoder below it.
+
+    `params` are the decoder's with `score`: `kernel` `[width, classes]` and maybe `bias`.
+    """
+
+    model: ModelFn
+    params: Params
+    decoder: PretrainedDecoder
+    rules: tuple[Rule, ...]
+    config: dict[str, Any]
+    report: Report
+
+
+def load(folder: str | Path, *, dtype: Any = None) -> Classifier:
+    """Imports a folder with config.json and `*.safetensors`.
+
+    Args:
+      folder: the folder.
+      dtype: floating dtype of the parameters; None keeps each tensor's.
+
+    Returns:
+      The classifier. Its report lists a language head under `extra`.
+
+    Raises:
+      FileNotFoundError: if there is no such folder, config.json or safetensors file.
+      ValueError: if `architectures` does not name a class that classifies texts or tokens, its
+        tensors are missing or of another shape, or the decoder is refused (see `decoders.load`).
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    tensors = safetensors.views(safetensors.index(folder).tensors)
+    _task(config)
+    of_score = {name: x for name, x in tensors.items() if _SCORE.fullmatch(name)}
+    heads = ["lm_head.weight"] if "lm_head.weight" in tensors else []
+    rest = {name: x for name, x in tensors.items() if name not in {*of_score, *heads}}
+    body = decoders.from_tensors(_of_body(config), rest, dtype=dtype)
+    rules = _rules(of_score)
+    found = naming.from_torch(of_score, rules)
+    if "score/kernel" not in found:
+        raise ValueError(
+            f"{folder} has neither score.weight nor classifier.weight, a classifier's."
+        )
+    classes = found["score/kernel"].shape[-1]
+    shapes = {"score/kernel": (body.model.config.width, classes), "score/bias": (classes,)}
+    score = {path: jax.ShapeDtypeStruct(shapes[path], jnp.float32) for path in found}
+    head, told = transforms.transfer(found, _hf_family.with_dtypes(score, found, dtype))
+    report = body.report
+    report = report._replace(
+        copied=(*report.copied, *told.copied),
+        extra=(*report.extra, *heads),
+        cast=(*report.cast, *told.cast),
+        shapes={**report.shapes, **told.shapes},
+        sizes={**report.sizes, **told.sizes},
+    )
+    score = {path.removeprefix("score/"): leaf for path, leaf in head.items()}
+    return _made(body, score, rules, config, report)
+
+
+def student(source: Classifier, *, layers: Sequence[int]) -> Classifier:
+    """Makes a new classifier from some layers of another, with its head.
+
+    Raises:
+      ValueError: as `decoders.student`.
+    """
+    small = decoders.student(source.decoder, layers=layers)
+    rules = [rule for rule in source.rules if rule.jax.startswith("score/")]
+    config = _like(source.config, small.config)
+    return _made(small, source.params["score"], rules, config, small.report)
+
+
+def save(
+    folder: str | Path, params: Params, rules: Sequence[Rule], *, config: Mapping[str, Any]
+) -> None:
+    """Writes `model.safetensors` and `config.json` that transformers can open.
+
+    Sizes, layers, labels and the dtype of the config are those of the parameters.
+
+    Args:
+      folder: created if needed; the two files are replaced atomically, the weights last.
+      params: the parameters, with separate layers.
+      rules: the rules of a `Classifier`.
+      config: its config.
+
+    Raises:
+      ValueError: if a parameter has no rule, or the parameters do not match the config.
+    """
+    _task(config)
+    tensors = naming.to_torch(params, rules)
+    out = _like(config, decoders.described(_of_body(config), tensors))
+    _hf_family.set_labels(out, int(params["score"]["kernel"].shape[1]))
+    _hf_folder.write(Path(folder), out, tensors)
+
+
+def _made(
+    body: PretrainedDecoder,
+    score: Params,
+    rules: Sequence[Rule],
+    config: dict[str, Any],
+    report: Report,
+) -> Classifier:
+    if _task(config) == "Token":
+        model = models.token_classifier(body.model)
+    else:
+        padding = config.get("pad_token_id", _PADDING.get(config["model_type"]))
+        if padding is not None and type(padding) is not int:
+            raise ValueError(
+                f"config.json: pad_token_id = {_text.shown(padding)}; expected an integer or null."
+            )
+        model = models.text_classifier(body.model, padding=padding)
+    params = {**body.params, "score": score}
+    return Classifier(model, params, body, (*body.rules, *rules), config, report)
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """`"Sequence"` or `"Token"`, as the class is named."""
+    named = config.get("architectures") or []
+    found = _CLASS.fullmatch(str(named[0])) if isinstance(named, list) and named else None
+    if found is None:
+        raise ValueError(
+            f"config.json: architectures = {_text.shown(named)}; expected one class named "
+            "…ForSequenceClassification or …ForTokenClassification. decoders.load reads language "
+            "models."
+        )
+    return found[2]
+
+
+def _of_body(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the decoder alone, which has no head of its own."""
+    rest = {k: x for k, x in config.items() if k != "token_classification_bias"}
+    return {**rest, "tie_word_embeddings": True}
+
+
+def _like(config: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's config with the keys that concern the head from the classifier's."""
+    own = ("architectures", "tie_word_embeddings", "token_classification_bias")
+    rest = {key: value for key, value in body.items() if key not in own}
+    return rest | {key: config[key] for key in own if key in config}
+
+
+def _rules(names: Mapping[str, Any]) -> tuple[Rule, ...]:
+    return tuple(
+        Rule(name, "score/kernel", linear) if name.endswith("weight") else Rule(name, "score/bias")
+        for name in names
+    )
