@@ -34,11 +34,12 @@ KEY = jax.random.key(0)
 TX = optax.adamw(5e-3, eps=1e-4)
 
 
-def _init(key: jax.Array, hidden: int) -> Any:
-    a, b = jax.random.split(key)
+def _init(seed: int, hidden: int) -> Any:
+    rng = np.random.default_rng(seed)
+    kernels = rng.normal(size=(4, hidden)), rng.normal(size=(hidden, 3)) / 8
     return {
-        "in": {"kernel": jax.random.normal(a, (4, hidden)), "bias": jnp.zeros((hidden,))},
-        "out": {"kernel": jax.random.normal(b, (hidden, 3)) / 8, "bias": jnp.zeros((3,))},
+        name: {"kernel": np.float32(kernel), "bias": np.zeros(kernel.shape[1], np.float32)}
+        for name, kernel in zip(("in", "out"), kernels, strict=True)
     }
 
 
@@ -50,9 +51,9 @@ def _model(
     return {"logits": logits, "hidden": hidden}, model_state
 
 
-TEACHER, STUDENT = _init(jax.random.key(1), 64), _init(jax.random.key(2), 64)
+TEACHER, STUDENT = _init(1, 64), _init(2, 64)
 BATCH = {
-    "inputs": np.asarray(jax.random.normal(KEY, (16, 4))),
+    "inputs": np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32),
     "labels": np.arange(16, dtype=np.int32) % 3,
     "row": np.arange(16, dtype=np.int32) * 3 + 1,
 }
@@ -116,7 +117,11 @@ STEPS = {
 
 @functools.cache
 def _start() -> dict[str, train.TrainState]:
-    """One state per objective, on the first device."""
+    """One state per objective, on the first device, from one program."""
+    return jax.jit(_starts)()
+
+
+def _starts() -> dict[str, train.TrainState]:
     base, adapter = ADAPTER.init(KEY, STUDENT, where=r"(in|out)/kernel")
     banks = {
         who: memory.bank_init(key, SIZE, 8)
@@ -130,13 +135,21 @@ def _start() -> dict[str, train.TrainState]:
     }
 
 
-@jax.jit
-def _all(states: Any, teacher: Any, batch: Any) -> Any:
-    """A step of every objective, as one program."""
-    return {
-        name: STEPS[name](state, batch, None if name == "lora" else teacher)[0]
-        for name, state in states.items()
-    }
+@functools.cache
+def _program(mesh: Any, objectives: tuple[str, ...]) -> Any:
+    """A step of every objective, as one program that keeps what a mesh was given in its place."""
+    steps = {name: STEPS[name] for name in objectives}
+    if mesh is not None:
+        for name, step in steps.items():
+            steps[name] = sharding.keep_placement(step, sharding.place(_start()[name], mesh))
+
+    def each(states: Any, teacher: Any, batch: Any) -> Any:
+        return {
+            name: step(states[name], batch, None if name == "lora" else teacher)[0]
+            for name, step in steps.items()
+        }
+
+    return jax.jit(each)
 
 
 def _run(mesh: Any, steps: int = 20, states: Any = None) -> dict[str, train.TrainState]:
@@ -144,8 +157,9 @@ def _run(mesh: Any, steps: int = 20, states: Any = None) -> dict[str, train.Trai
     if mesh is not None:
         states, teacher = sharding.place(states, mesh), sharding.place(teacher, mesh)
         batch = sharding.place_batch(batch, mesh)
+    program = _program(mesh, tuple(states))
     for _ in range(steps):
-        states = _all(states, teacher, batch)
+        states = program(states, teacher, batch)
     return states
 
 
@@ -224,7 +238,7 @@ def test_a_placed_step_compiles_once_and_transfers_nothing(
 
 
 def test_state_bytes_fall_as_one_over_n() -> None:
-    state = train.init_state(_init(KEY, 1024), TX, key=KEY)
+    state = jax.jit(lambda: train.init_state(_init(0, 1024), TX, key=KEY))()
     whole = sum(sharding.bytes_per_device(state).values())
     for n in (2, 4, 8):
         mesh = sharding.make_mesh(data=1, fsdp=n)
@@ -309,10 +323,8 @@ PROCESS = """
     from kdtl_jax.run import checkpoint, processes, sharding
     rank = int(sys.argv[1])
     processes.initialize(coordinator="localhost:{port}", processes=2, process=rank)
-    # The module's arrays are made as in the test's own process, to the last bit.
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)  # as in the test's own process
     import test_sharding as t
-    jax.config.update("jax_disable_most_optimizations", False)
     from jax.experimental import multihost_utils
     t.BATCH = {{k: v[8 * rank : 8 * rank + 8] for k, v in t.BATCH.items()}}
     mesh = sharding.make_mesh(data=2, fsdp=2)
