@@ -14,49 +14,61 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import LOSS_CASES
-from loss_cases import LossCase
 
 from kdtl_jax import losses, testing
+from kdtl_jax.testing._subject import double, float64_values
 
 
-def subject_arguments(case: LossCase) -> dict[str, Any]:
-    """The row as arguments of `testing.check_loss`."""
+@functools.lru_cache(maxsize=2)
+def subject_of(name: str) -> testing.Subject:
+    """The row as checks take it, with the programs that its tests share."""
+    case = LOSS_CASES[name]
     student = case.example(np.random.default_rng(0), 4)[0]
-    rank = case.where_rank or (np.ndim(student) if case.has_where else 0)
-    return {
-        "hyper": case.hyper,
-        "oracle": case.oracle,
-        "relational": case.relational,
-        "zero_at_equality": case.zero_at_equality,
-        "nonnegative": case.nonnegative,
-        "where_rank": rank,
-        "twice_differentiable": case.twice_differentiable,
-        "frozen": case.frozen,
-        "extreme": case.extreme,
-        "rtol": case.rtol,
-    }
+    return testing.Subject(
+        loss=case.fn,
+        example=case.example,
+        hyper=case.hyper,
+        oracle=case.oracle,
+        relational=case.relational,
+        zero_at_equality=case.zero_at_equality,
+        nonnegative=case.nonnegative,
+        where_rank=case.where_rank or (np.ndim(student) if case.has_where else 0),
+        twice_differentiable=case.twice_differentiable,
+        frozen=case.frozen,
+        extreme=case.extreme,
+        batch=4,
+        rtol=case.rtol,
+        programs={},
+    )
 
 
-@pytest.mark.parametrize("name", LOSS_CASES)
+# By loss, then by test: the tests of one loss follow each other and find its programs compiled.
+of_every_loss = pytest.mark.parametrize("name", LOSS_CASES, scope="module")
+
+
+@of_every_loss
 def test_contract(name: str) -> None:
     """The whole battery in one go, since its checks share their programs."""
-    case = LOSS_CASES[name]
+    subject = subject_of(name)
     # Compositions leave bad arguments to what they are made of.
-    of_the_package = hasattr(losses, case.fn.__name__)
+    of_the_package = hasattr(losses, LOSS_CASES[name].fn.__name__)
     at_the_door = (testing.errors, testing.hyperparameters)
     checks = [check for check in testing.ALL if of_the_package or check not in at_the_door]
-    testing.check_loss(case.fn, case.example, **subject_arguments(case), checks=checks)
+    failures = [f"{check.__name__}: {text}" for check in checks for text in check(subject)]
+    assert not failures, "\n  ".join([name, *failures])
 
 
-@functools.cache
-def compiled(name: str, batch: int) -> Callable[..., Any]:
-    """One program per loss and batch size, whatever the values."""
-    case = LOSS_CASES[name]
-    args = case.example(np.random.default_rng(0), batch)
-    return testing.compiled(functools.partial(case.fn, **case.hyper), *args)
+def values_of(name: str, args: tuple[Any, ...], batch: int) -> np.ndarray:
+    """The loss's values in float64, by a program that the battery has compiled already."""
+    subject = subject_of(name)
+    if batch == subject.batch:
+        return float64_values(subject, args)(*args)
+    if "few" not in subject.programs:
+        subject.programs["few"] = testing.compiled(double(subject), *args)
+    return np.asarray(subject.programs["few"](*args))
 
 
-@pytest.mark.parametrize("name", LOSS_CASES)
+@of_every_loss
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(
     batch=st.sampled_from((1, 4)),
@@ -82,7 +94,7 @@ def test_oracle_over_shapes_and_values(
         ]:
             others[0] = jax.tree.map(lambda s, t: near * s + (1 - near) * t, student, others[0])
     with jax.enable_x64(True):
-        got = np.asarray(compiled(name, batch)(student, *others))
+        got = values_of(name, (student, *others), batch)
     want = np.asarray(case.oracle(student, *others, **case.hyper))
     # The oracle subtracts nearly equal numbers where the loss does not: 1e-6, and a floor.
     np.testing.assert_allclose(got, want, rtol=max(case.rtol, 1e-6), atol=1e-10)

@@ -18,8 +18,7 @@ def values(subject: Subject) -> Iterator[str]:
     """Shape, oracle, zero at equality, sign, equivariance, independence; in float64."""
     with jax.enable_x64(True):
         args = _subject.arguments(subject, np.float64)
-        hyper = _subject.hyper_of(subject, np.float64)
-        shape = jax.eval_shape(partial(subject.loss, **hyper), *args).shape
+        shape = jax.eval_shape(_subject.double(subject), *args).shape
         if not shape or shape[0] != subject.batch:
             yield (
                 f"must return one value per example, [{subject.batch}] or [{subject.batch}, L], "
@@ -39,9 +38,7 @@ def values(subject: Subject) -> Iterator[str]:
             if _subject.alike(args):
                 equal = loss(*equals)
             else:
-                equal = np.asarray(
-                    _subject.compiled(partial(subject.loss, **hyper), *equals)(*equals)
-                )
+                equal = np.asarray(_subject.compiled(_subject.double(subject), *equals)(*equals))
             if np.max(np.abs(equal)) > 1e-10 * typical or np.isnan(equal).any():
                 yield f"must be 0 where teacher = student, got {equal.ravel()[:4]}"
         order = np.roll(np.arange(subject.batch), 1)
@@ -114,11 +111,11 @@ def transformations(subject: Subject) -> Iterator[str]:
     with jax.enable_x64(True):
         args, other = (_subject.arguments(subject, np.float64, seed=seed) for seed in (0, 1))
         loss = partial(subject.loss, **_subject.hyper_of(subject, np.float64))
-        known = jax.tree.map(jnp.asarray, args)
+        known = jax.device_put(args)
         stacked = jax.tree.map(lambda a, b: np.stack([a, b]), args, other)
-        mapped, eager = _subject.compiled(lambda s: (jax.vmap(loss)(*s), loss(*known)), stacked)(
-            stacked
-        )
+        mapped, eager = _subject.compiled(
+            lambda s: (jax.vmap(_subject.double(subject))(*s), loss(*known)), stacked
+        )(stacked)
         jitted = _subject.float64_values(subject, args)
         yield from _subject.unequal("jit must equal eager", jitted(*args), eager, 1e-9)
         looped = np.stack([jitted(*args), jitted(*other)])
@@ -171,17 +168,17 @@ def extremes(subject: Subject) -> Iterator[str]:
             program = _subject.compiled(
                 _subject.value_and_gradient(subject, given, np.float32, {}), *given
             )
-        value, gradient = program(*given)
+        value, gradient = jax.device_get(program(*given))
         if not np.isfinite(value).all():
-            yield f"{name}: value {np.asarray(value).ravel()[:4]} is not finite"
+            yield f"{name}: value {value.ravel()[:4]} is not finite"
         elif subject.nonnegative and np.min(value) < -1e-5 * max(1.0, float(np.max(value))):
             yield f"{name}: negative, {np.min(value)}"
         for g in jax.tree.leaves(gradient):
             if not np.isfinite(g).all():
-                yield f"{name}: the gradient is not finite (value {np.asarray(value).ravel()[:4]})"
+                yield f"{name}: the gradient is not finite (value {value.ravel()[:4]})"
                 break
         if name == "duplicate rows":
-            in_a_batch = np.asarray(value)[:1]
+            in_a_batch = value[:1]
         if name == "batch of one" and not subject.relational:
             yield from _subject.unequal("an example alone", value, in_a_batch, 1e-4)
         if name == "ordinary arguments":
@@ -253,7 +250,6 @@ def masks(subject: Subject) -> Iterator[str]:
         where = np.broadcast_to(
             (np.arange(size) < keep).reshape((1,) * axis + (size,)), leading
         ).copy()
-        hyper = _subject.hyper_of(subject, np.float64)
         program = _subject.compiled(
             lambda a, w: _subject.value_and_gradient(subject, a, np.float64, {"where": w})(*a),
             args,
@@ -263,10 +259,9 @@ def masks(subject: Subject) -> Iterator[str]:
             lambda a: np.take(a, np.arange(keep), axis) if a.shape[: axis + 1] == leading else a,
             args,
         )
-        want = _subject.compiled(partial(subject.loss, **hyper), *sliced)(*sliced)
+        want = _subject.compiled(_subject.double(subject), *sliced)(*sliced)
         for fill in (0.0, 1e4, -np.inf):
-            value, gradient = program(masked(args, fill), where)
-            value = np.asarray(value)
+            value, gradient = jax.device_get(program(masked(args, fill), where))
             seen = np.take(value, np.arange(keep), axis) if value.ndim > axis else value
             yield from _subject.unequal(
                 f"where must equal slicing ({fill} where masked)", seen, want, 1e-9
@@ -296,19 +291,21 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
         defaults = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY} | hyper
         numbers = {name: x for name, x in defaults.items() if isinstance(x, float)}
         sizes = {name: x for name, x in defaults.items() if type(x) is int}
-        plain = jax.eval_shape(partial(subject.loss, **hyper), *args)
+        plain = jax.eval_shape(_subject.double(subject), *args)
         for name, size in sizes.items():
             several = hyper | {name: np.full((1,), size)}
             with contextlib.suppress(ValueError, TypeError), jax.numpy_dtype_promotion("standard"):
                 jax.eval_shape(partial(subject.loss, **several), *args)
                 yield f"{name}[1]: must raise, it is a size"
 
-        def outcome(name: str, *shape: int, dtype: Any = np.float64) -> Any:
-            def loss(x: Any) -> Any:
-                return subject.loss(*args, **hyper | {name: x})
+        given_as = {
+            name: jax.jit(lambda x, name=name: subject.loss(*args, **hyper | {name: x}))
+            for name in numbers
+        }
 
+        def outcome(name: str, *shape: int, dtype: Any = np.float64) -> Any:
             try:
-                return jax.eval_shape(loss, jax.ShapeDtypeStruct(shape, dtype))
+                return jax.eval_shape(given_as[name], jax.ShapeDtypeStruct(shape, dtype))
             except Exception as error:
                 return error
 
@@ -332,11 +329,9 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
                 yield f"{name}{[batch]}: must raise ValueError, got {_subject.summary(each)}"
         if not accepted:
             return
-        run = _subject.compiled(
-            lambda x: {n: subject.loss(*args, **hyper | {n: x[n]}) for n in x}, accepted
-        )
+        run = _subject.compiled(lambda x: {n: given_as[n](x[n]) for n in x}, accepted)
         want = _subject.float64_values(subject, args)(*args)
-        for name, got in run(accepted).items():
+        for name, got in jax.device_get(run(accepted)).items():
             yield from _subject.unequal(f"{name} per example", got[0], want[0], 1e-9)
 
 

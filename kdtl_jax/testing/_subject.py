@@ -1,6 +1,7 @@
 """The loss under test, and the small tools that every check uses."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ class Subject(NamedTuple):
     extreme: bool
     batch: int
     rtol: float
-    programs: dict[str, Callable[..., Any]]  # compiled once, keyed by what they compute
+    programs: dict[str, Callable[..., Any]]  # traced or compiled once, keyed by what they compute
 
 
 Check = Callable[[Subject], Iterator[str]]  # yields one line per failure
@@ -50,6 +51,14 @@ def program(subject: Subject, name: str, fn: Callable[..., Any], *args: Any) -> 
     if name not in subject.programs:
         subject.programs[name] = compiled(fn, *args)
     return subject.programs[name]
+
+
+def double(subject: Subject) -> Callable[..., Any]:
+    """The loss with its hyper-parameters in float64: traced once, whatever it becomes part of."""
+    if "double" not in subject.programs:
+        loss = partial(subject.loss, **hyper_of(subject, np.float64))
+        subject.programs["double"] = jax.jit(loss)
+    return subject.programs["double"]
 
 
 def arguments(subject: Subject, dtype: Any, *, seed: int = 0) -> tuple[Any, ...]:
@@ -94,22 +103,17 @@ def differentiable(args: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def along(
-    subject: Subject,
-    args: tuple[Any, ...],
-    at: tuple[int, ...],
-    dtype: Any,
-    extra: Mapping[str, Any],
+    loss: Callable[..., Any], args: tuple[Any, ...], at: tuple[int, ...]
 ) -> Callable[..., Any]:
     """The loss as a function of only the arguments at positions `at`."""
-    hyper = hyper_of(subject, dtype) | dict(extra)
 
-    def loss(*x: Any) -> Any:
+    def of_some(*x: Any) -> Any:
         given = list(args)
         for i, value in zip(at, x, strict=True):
             given[i] = value
-        return subject.loss(*given, **hyper)
+        return loss(*given)
 
-    return loss
+    return of_some
 
 
 def value_and_gradient(
@@ -117,10 +121,10 @@ def value_and_gradient(
 ) -> Callable[..., Any]:
     """The loss and its gradient for student and teacher, as one function of all arguments."""
     at = differentiable(example)
+    loss = partial(subject.loss, **hyper_of(subject, dtype) | dict(extra))
 
     def both(*args: Any) -> Any:
-        loss = along(subject, args, at, dtype, extra)
-        value, pull = jax.vjp(loss, *(args[i] for i in at))
+        value, pull = jax.vjp(along(loss, args, at), *(args[i] for i in at))
         return value, pull(jnp.ones_like(value))
 
     return both
@@ -135,26 +139,25 @@ def derivatives(
     of values and derivatives; the derivatives along v are None for a loss that is only once
     differentiable.
     """
-    at = differentiable(args)
+    at, loss = differentiable(args), double(subject)
 
     def run(args: tuple[Any, ...], c: Any, v: Any) -> tuple[Any, Any]:
         def pulled(*x: Any) -> tuple[Any, Any]:
-            value, pull = jax.vjp(along(subject, args, at, np.float64, {}), *x)
+            value, pull = jax.vjp(along(loss, args, at), *x)
             return value, pull(jnp.asarray(c))
 
         x = tuple(args[i] for i in at)
         return jax.jvp(pulled, x, v) if subject.twice_differentiable else (pulled(*x), None)
 
     x = tuple(args[i] for i in at)
-    c = np.ones(jax.eval_shape(along(subject, args, at, np.float64, {}), *x).shape)
+    c = np.ones(jax.eval_shape(loss, *args).shape)
     return program(subject, "derivatives", run, args, c, x)
 
 
 def float64_values(subject: Subject, args: tuple[Any, ...]) -> Callable[..., np.ndarray]:
     """The loss's values as a function of arguments of these shapes."""
     run, at = derivatives(subject, args), differentiable(args)
-    x = tuple(args[i] for i in at)
-    c = np.ones(jax.eval_shape(along(subject, args, at, np.float64, {}), *x).shape)
+    c = np.ones(jax.eval_shape(double(subject), *args).shape)
     return lambda *args: np.asarray(run(args, c, tuple(args[i] for i in at))[0][0])
 
 
