@@ -93,13 +93,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     A killed process leaves the old file unchanged, and a temporary file that may be deleted.
 
     Raises:
-      OSError: naming `path`, if the disk is full; the old file is then unchanged.
+      OSError: naming `path`, if the disk is full or read-only; the old file is then unchanged.
       FileNotFoundError, FileExistsError: as `check_place`.
     """
     check_place(path)
-    handle, temporary = tempfile.mkstemp(
-        prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent
-    )
+    prefix = f".{path.name[:100]}."
+    with _named(path):
+        handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -121,14 +121,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
       FileExistsError: if `folder` exists and is not empty; its content is never touched.
+      OSError: naming `folder`, if the disk is full or read-only.
     """
     taken_already = f"{folder} exists and is not empty. Choose a new folder."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(taken_already)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(
-        tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=TEMPORARY, dir=folder.parent)
-    )
+    prefix = f".{folder.name[:100]}."
+    with _named(folder):
+        part = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=folder.parent))
     try:
         yield part
         os.chmod(part, _usual_mode() | 0o111)
@@ -293,6 +294,16 @@ def remove(folder: Path, kind: str) -> bool:
         return False
     shutil.rmtree(folder)
     return True
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors name what is to be written, not the temporary name beside it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _usual_mode() -> int:

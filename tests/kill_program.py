@@ -298,14 +298,14 @@ def attack(home: Path, case: Case, number: int, moment: float, whole: dict[str, 
     if code not in allowed[known]:
         wrong.append(f"it ended with {code}: {log.read_text()[-300:]}")
     for name, was in before.items():
-        if not _written(name) and after.get(name) != was:
+        if not is_written(name) and after.get(name) != was:
             wrong.append(f"{name} of another was changed or lost")
-        if case.old is not None and _written(name) and name not in after:
+        if case.old is not None and is_written(name) and name not in after:
             wrong.append(f"the old {name} is lost")
     for name, now in after.items():
-        if _written(name) and not is_whole(name, now, [before, whole]):
+        if is_written(name) and not is_whole(name, now, [before, whole]):
             wrong.append(f"{name} is neither the old nor the new one")
-        if not _written(name) and name not in before:
+        if not is_written(name) and name not in before:
             wrong.append(f"{name} was left behind")
     if case.again:
         again = case.again
@@ -330,7 +330,7 @@ def attack(home: Path, case: Case, number: int, moment: float, whole: dict[str, 
             "seconds": round(seconds, 2), "wrong": wrong}  # fmt: skip
 
 
-def _written(name: str) -> bool:
+def is_written(name: str) -> bool:
     """Whether a command writes it: what lies in RUN, but for the files of another there."""
     return name.startswith(RUN) and Path(name).name not in ("notes.txt", "weights.bin")
 

@@ -1,14 +1,14 @@
 """Two processes that train together, and a driver that leaves them alone, stops or kills them.
 
-    python pair_program.py FOLDER --undisturbed 3 --stopped 3 --killed 1 --seed 0
+    python pair_program.py FOLDER --undisturbed 3 --stopped 3 --killed 1 --lost 1 --seed 0
 
 prints one JSON object. A run trains two models, one after the other as the methods of a command,
 on a mesh of both processes, and saves every third step while older steps are dropped. A stopped
 run gets SIGTERM in both processes or in one of them at a random moment and is resumed to its end;
-of a killed one a process dies without a word and the other must end by itself. Everything is
-imported once, and a child is forked per process before any JAX back end starts; it leaves through
-the interpreter's own exit, as any process does. Shared by tests/test_faults.py and
-benchmarks/faults.py.
+of a killed one a process dies without a word and the other must end by itself; of a lost one both
+die. Everything is imported once, and a child is forked per process before any JAX back end starts;
+it leaves through the interpreter's own exit, as any process does. Shared by tests/test_faults.py
+and benchmarks/faults.py.
 """
 
 import argparse
@@ -163,9 +163,11 @@ def disturbed(
     time.sleep(delay)
     if kind == "killed":
         victims = [dice.randrange(2)]
+    if kind == "lost":
+        victims = [0, 1]
     for rank in victims:
         if pair[rank].poll() is None:
-            pair[rank].send_signal(signal.SIGKILL if kind == "killed" else signal.SIGTERM)
+            pair[rank].send_signal(signal.SIGTERM if kind == "stopped" else signal.SIGKILL)
     codes, _, seconds = end(folder, pair)
     again, digests, _ = end(folder, start(folder, steps))
     return {
@@ -174,7 +176,7 @@ def disturbed(
         "delay": round(delay, 2),
         "codes": codes,
         "seconds": round(seconds, 1),
-        "ended": -99 not in codes and (kind != "killed" or seconds < SECONDS),
+        "ended": -99 not in codes and (kind == "stopped" or seconds < SECONDS),
         "identical": again == [0, 0] and digests == [wanted, wanted],
         "total": round(time.monotonic() - begun, 1),
     }
@@ -186,12 +188,13 @@ def main() -> None:
     parser.add_argument("--undisturbed", type=int, default=2)
     parser.add_argument("--stopped", type=int, default=2)
     parser.add_argument("--killed", type=int, default=1)
+    parser.add_argument("--lost", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--within", type=float, default=6, help="seconds, the latest signal")
     args = parser.parse_args()
     dice, wanted = random.Random(args.seed), ""
-    kinds = ["stopped"] * args.stopped + ["killed"] * args.killed
+    kinds = ["stopped"] * args.stopped + ["killed"] * args.killed + ["lost"] * args.lost
     found: list[dict[str, Any]] = []
     straight: Path = args.folder / "straight"
     for _ in range(max(1, args.undisturbed)):

@@ -1,5 +1,6 @@
 """Files that appear whole, folders that are marked and locked, records that never refuse."""
 
+import errno
 import json
 import os
 import warnings
@@ -131,6 +132,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     long = tmp_path / ("n" * 250)
     _files.write_atomic(long, b"x")
     assert long.read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("writer", [_files.atomic_file, _files.new_folder])
+def test_what_cannot_be_written_is_named_by_its_own_name(
+    tmp_path: Path, writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: str, *args: Any) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    for name in ("open", "mkdir"):  # of a temporary file, of a folder
+        monkeypatch.setattr(os, name, refused)
+    with pytest.raises(OSError) as caught, writer(tmp_path / "mine"):
+        pass
+    assert caught.value.filename == str(tmp_path / "mine")
 
 
 ODD: list[tuple[Any, Any]] = [

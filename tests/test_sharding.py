@@ -4,6 +4,8 @@ KD, DKD, RKD (relations over the whole batch), CRD (banks in the state) and LoRA
 one program, so that a placement costs one compilation.
 """
 
+import contextlib
+import errno
 import functools
 import itertools
 import re
@@ -11,14 +13,17 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from kdtl_jax import Variables, _numerics, losses, memory, train, transforms
@@ -332,6 +337,8 @@ PROCESS = """
     states = t._run(mesh, steps=12)
     with checkpoint.open_folder({two!r}) as checkpoints:
         checkpoint.save(checkpoints, 12, states, {{"by": 2}})
+    for part, victim in (("async_save", 1), ("finalize", 0)):
+        t.cannot_write({full!r}, states, part, rank == victim)
     template = sharding.place(t._start(), mesh)
     restored = checkpoint.restore({one!r}, template)
     assert (restored.step, restored.meta) == (12, {{"by": 1}}), restored
@@ -342,15 +349,47 @@ PROCESS = """
 """
 
 
+class _Refused:
+    """A write in progress on a full disk."""
+
+    def result(self, timeout: float | None = None) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def cannot_write(folder: str, states: Any, part: str, is_victim: bool) -> None:
+    """In two processes: what Orbax cannot write in one ends the save in both, not in 20 minutes."""
+    handler = ocp.PyTreeCheckpointHandler
+    save = handler.async_save
+
+    async def async_save(*args: Any, **kwargs: Any) -> list[Any]:
+        return [*(await save(*args, **kwargs) or []), _Refused()]
+
+    def finalize(*args: Any) -> None:
+        _Refused().result()
+
+    broken = {"async_save": async_save, "finalize": finalize}[part]
+    said, start = "No space left" if is_victim else "process [01] could not", time.monotonic()
+    with contextlib.ExitStack() as stack:
+        if is_victim:
+            stack.enter_context(mock.patch.object(handler, part, broken))
+        with pytest.raises(OSError, match=said), checkpoint.open_folder(folder) as checkpoints:
+            checkpoint.save(checkpoints, 1, states)
+    assert time.monotonic() - start < 90
+    assert not checkpoint.steps(folder), "neither process may take the step for whole"
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_one_device_result(tmp_path: Path, one_device: Any) -> None:
-    """Also what N processes save and M restore: 1 to 2 within the run, 2 to 1 after it."""
+    """Also what N processes save and M restore: 1 to 2 within the run, 2 to 1 after it.
+
+    And that a step which one of them cannot write ends the save in both.
+    """
     with checkpoint.open_folder(tmp_path / "one") as checkpoints:
         checkpoint.save(checkpoints, 12, _run(None, steps=12), {"by": 1})
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    paths = {name: str(tmp_path / name) for name in ("one", "two")}
+    paths = {name: str(tmp_path / name) for name in ("one", "two", "full")}
     out, tests = str(tmp_path / "learned.npz"), str(Path(__file__).parent)
     paths["cache"] = jax.config.values["jax_compilation_cache_dir"]
     code = textwrap.dedent(PROCESS).format(port=port, out=out, tests=tests, **paths)

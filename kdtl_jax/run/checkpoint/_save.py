@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from kdtl_jax import _checks, _files, _locks
 from kdtl_jax._types import PyTree
 from kdtl_jax.run import processes, scores
-from kdtl_jax.run.checkpoint import _history, _quiet, _restore
+from kdtl_jax.run.checkpoint import _barriers, _history, _quiet, _restore
 from kdtl_jax.run.checkpoint._restore import FORMAT, KIND, MANIFEST, STATE
 
 STORABLE = (np.number, np.bool_, jax.dtypes.prng_key)
@@ -41,6 +41,7 @@ class Checkpoints(NamedTuple):
     identity: str  # in the folder's mark
     owner: dict[str, str]
     writer: ocp.AsyncCheckpointer
+    barriers: _barriers.Barriers
     worker: ThreadPoolExecutor
     pending: list[Future[None]]
     keep: Keep
@@ -109,11 +110,13 @@ def open_folder(
         identity = processes.decide(lambda: _begin(folder, stack))
         stack.enter_context(_quiet.logs())
         _quiet.late_writes()
-        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        barriers = _barriers.begin()
+        options = ocp.AsyncOptions(timeout_secs=_barriers.SECONDS, barrier_sync_fn=barriers.meet)
+        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
         worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         saved, history = _whole(folder) if jax.process_index() == 0 else ({}, _history.History())
         checkpoints = Checkpoints(
-            folder, identity, dict(owner or {}), writer, worker, [], keep, saved, history
+            folder, identity, dict(owner or {}), writer, barriers, worker, [], keep, saved, history
         )
         try:
             yield checkpoints
@@ -161,6 +164,7 @@ def save(
     ]
     stored = _stored(list(flat.values()))
     history = processes.decide(lambda: _make_room(checkpoints, step, stored, lines))
+    _barriers.next_save(checkpoints.barriers)
     try:
         home = checkpoints.folder / f"{SAVING}{step}" / STATE
         checkpoints.writer.save(home, args=ocp.args.PyTreeSave(stored))
@@ -306,6 +310,7 @@ def _finish(checkpoints: Checkpoints, step: int, manifest: dict[str, Any]) -> No
         part.rename(home)
         _files.sync_folder(folder)
     except Exception as error:
+        checkpoints.barriers.fail()
         if jax.process_index() == 0:
             shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
         raise _failed(folder, step, error) from error
