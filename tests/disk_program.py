@@ -78,7 +78,7 @@ def peak(home: Path, case: Case, small: Path, log: Path) -> tuple[int, Times, di
 
 def attack(home: Path, case: Case, space: int | None, moment: float, whole: dict[str, bytes],
            log: Path, small: Path) -> dict[str, Any]:  # fmt: skip
-    """One run with so much space, or that loses its right to write; what was wrong is in `wrong`."""
+    """One run with so much space (None: it becomes read-only); what was wrong is in `wrong`."""
     mounted(small, f"size={SPARE}")
     try:
         work, wrong = small / "work", []
@@ -87,10 +87,8 @@ def attack(home: Path, case: Case, space: int | None, moment: float, whole: dict
         if space is not None:
             mounted(small, "remount", f"size={used(small) + space}")
         pid, begun = start(work, case.words, log), time.monotonic()
-        is_shut = False
-        if space is None:
-            time.sleep(moment)
-            is_shut = _shut(small, pid)
+        time.sleep(moment)
+        is_shut = space is None and _shut(small, pid)
         code = end(pid)
         seconds, said = time.monotonic() - begun, log.read_text(errors="replace")
         after = content(work)
