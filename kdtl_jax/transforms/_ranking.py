@@ -102,6 +102,7 @@ def _histogram(x: Array, threshold: Array, shift: int, bits: int) -> Array:
     return jnp.bincount(part, length=_BINS + 1)[:_BINS].astype(int)
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def _last(counts: Array, threshold: Array, wanted: Array, shift: int) -> tuple[Array, Array]:
     """Adds the bits of the bin with the last entry taken, and returns how many it must supply."""
     falling = counts[::-1]

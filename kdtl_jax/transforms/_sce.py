@@ -8,6 +8,7 @@ equal blocks of rows `[rows, ...]` in one dtype: the base's, then one per model.
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics
@@ -74,10 +75,10 @@ def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Sele
     sums: list[Array] = []
     size, before = 0, [0]
     for pieces in read():
-        deltas, seen = _sce_deltas(pieces, cut, before[-1])
+        mask, seen = _taken(pieces, cut, before[-1])
+        found = _squares(pieces, mask)
         before.append(seen)
         size += pieces[0].size
-        found = [jnp.sum(jnp.square(delta)) for delta in deltas]
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
     energies = [total / size for total in sums]
     whole = sum(energies[1:], energies[0])
@@ -89,12 +90,17 @@ def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Sele
 
 def sce_piece(pieces: Sequence[Array], found: Selection, number: int) -> Array:
     """`sce` of the piece that `read()` yielded at this number, counted from 0."""
-    start = pieces[0]
-    deltas, _ = _sce_deltas(pieces, found.cut, found.before[number])
+    mask, _ = _taken(pieces, found.cut, found.before[number])
+    return _merged(pieces, mask, found.shares)
+
+
+@jax.jit
+def _merged(pieces: Sequence[Array], mask: Array | None, weights: Sequence[Array]) -> Array:
+    start, deltas = pieces[0], _deltas(pieces, mask)
     total = sum(deltas[1:], deltas[0])
     sign = jnp.where(total >= 0, 1, -1).astype(start.dtype)
     agrees = [(jnp.sign(delta) == sign).astype(start.dtype) for delta in deltas]
-    shares = [agree * share for agree, share in zip(agrees, found.shares, strict=True)]
+    shares = [agree * share for agree, share in zip(agrees, weights, strict=True)]
     weight = sum(shares[1:], shares[0])
     terms = [share * delta for share, delta in zip(shares, deltas, strict=True)]
     return start + sum(terms[1:], terms[0]) / jnp.where(weight != 0, weight, 1)
@@ -118,18 +124,30 @@ def _most_varying(read: Read, top: Scalar) -> _ranking.Cut:
     return _ranking.largest(variances, kept, dtype)
 
 
-def _sce_deltas(
+def _taken(
     pieces: Sequence[Array], cut: _ranking.Cut | None, before: Any
-) -> tuple[list[Array], Any]:
-    """The changes, 0 where the cut does not take an entry, and `before` for the next piece."""
+) -> tuple[Array | None, Any]:
+    """Which entries the cut takes, None for all, and `before` for the next piece.
+
+    Variances have a program of their own: only the same one gives the bits that were ranked.
+    """
+    return (None, before) if cut is None else _ranking.taken(_variance(pieces), cut, before)
+
+
+def _deltas(pieces: Sequence[Array], mask: Array | None) -> list[Array]:
+    """The changes, 0 where the mask is False."""
     start, *leaves = pieces
     deltas = [leaf - start for leaf in leaves]
-    if cut is None:
-        return deltas, before
-    taken, before = _ranking.taken(_variance(pieces), cut, before)
-    return [jnp.where(taken, delta, 0) for delta in deltas], before
+    return deltas if mask is None else [jnp.where(mask, delta, 0) for delta in deltas]
 
 
+@jax.jit
+def _squares(pieces: Sequence[Array], mask: Array | None) -> list[Array]:
+    """The sum of every model's squared changes."""
+    return [jnp.sum(jnp.square(delta)) for delta in _deltas(pieces, mask)]
+
+
+@jax.jit
 def _variance(pieces: Sequence[Array]) -> Array:
     start, *leaves = pieces
     return jnp.var(jnp.stack([leaf - start for leaf in leaves]), axis=0)

@@ -156,11 +156,7 @@ def ram_boosts(
     """The factor `[]` for each model's own changes, `1 + gain min(rho_i, limit)`."""
     totals: list[list[Array]] = []  # per model, entries changed with others and alone
     for pieces in read():
-        start = pieces[0]
-        found = [
-            [jnp.sum(mask).astype(start.dtype) for mask in (shared, alone)]
-            for shared, alone in _changed(pieces, epsilon)
-        ]
+        found = _counts(pieces, epsilon)
         totals = jax.tree.map(jnp.add, totals, found) if totals else found
 
     def boost(shared: Array, alone: Array) -> Array:
@@ -170,6 +166,7 @@ def ram_boosts(
     return [boost(*pair) for pair in totals]
 
 
+@jax.jit
 def ram_piece(pieces: Sequence[Array], boosts: Sequence[Array], *, epsilon: Scalar = 1e-5) -> Array:
     """`ram` of one piece of base and models."""
     start, *leaves = pieces
@@ -182,6 +179,15 @@ def ram_piece(pieces: Sequence[Array], boosts: Sequence[Array], *, epsilon: Scal
     return start + out
 
 
+@jax.jit
+def _counts(pieces: Sequence[Array], epsilon: Scalar) -> list[list[Array]]:
+    """For each model, how many entries it changed with others, and how many alone."""
+    return [
+        [jnp.sum(mask).astype(pieces[0].dtype) for mask in masks]
+        for masks in _changed(pieces, epsilon)
+    ]
+
+
 def _changed(pieces: Sequence[Array], epsilon: Scalar) -> list[tuple[Array, Array]]:
     """For each model, which entries it changed with others, and which alone."""
     start, *leaves = pieces
@@ -190,6 +196,7 @@ def _changed(pieces: Sequence[Array], epsilon: Scalar) -> list[tuple[Array, Arra
     return [(mask & (count > 1), mask & (count == 1)) for mask in masks]
 
 
+@jax.jit
 def _importance(before: Array, after: Array) -> Array:
     """`|after - before| KL(softmax(after) || softmax(before))`, the divergence of each row."""
     before, after = (jnp.atleast_1d(x) for x in (before, after))
