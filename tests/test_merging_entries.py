@@ -1,5 +1,6 @@
 """Merging that ranks, draws or chooses entries: ties, densities, scales, and two of mergekit's."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -254,3 +255,50 @@ KEY = jax.random.key(0)
 )
 def test_leaves_without_entries_stay(merged: Callable[[], Any]) -> None:
     assert merged()["w"].shape == (0, 3)
+
+
+DIVIDED: dict[str, Callable[[list[Any], list[float]], Any]] = {
+    "average": transforms.average,
+    "multi_slerp": lambda models, weights: transforms.multi_slerp(None, models, weights),
+    "karcher_mean": transforms.karcher_mean,
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("weights", [[0.1, 0.2, -0.3], [0.3, -0.1, -0.2]])
+def test_weights_that_cancel_up_to_rounding_do_not_divide(name: str, weights: list[float]) -> None:
+    models = [{"w": leaf(seed, 4)} for seed in range(3)]
+    with pytest.raises(ValueError, match="must have a finite sum other than 0"):
+        DIVIDED[name](models, weights)
+    divisor = transforms.agreeing_weight(weights)
+    np.testing.assert_allclose(divisor(jnp.asarray([[True], [True], [True]])), [0])
+    np.testing.assert_allclose(divisor(jnp.asarray([[True], [True], [False]])), sum(weights[:2]))
+
+
+def test_a_share_means_the_same_in_every_precision() -> None:
+    tau = {"w": jnp.arange(1.0, 11.0)}
+    for density in (0.7, np.float32(0.7), jnp.float32(0.7)):
+        assert int(jnp.count_nonzero(transforms.trim(tau, density=density)["w"])) == 7
+
+
+def test_nan_of_one_model_stays_visible_and_spoils_no_election() -> None:
+    taus = [{"w": jnp.asarray([1.0, 2.0])}, {"w": jnp.asarray([jnp.nan, 4.0])}]
+    merged = transforms.disjoint_merge(taus, transforms.elect_sign(taus))["w"]
+    np.testing.assert_array_equal(merged, [np.nan, 3.0])
+
+
+COEFFICIENTS: dict[str, Callable[[Any, Any], Any]] = {
+    "alpha": lambda x, value: transforms.interpolate(x, x, value),
+    "t": lambda x, value: transforms.slerp(x, x, value),
+    "scale": lambda x, value: transforms.apply_task_vectors(x, [x], scale=value),
+    "density": lambda x, value: transforms.dare(jax.random.key(0), x, density=value),
+    "weights[1]": lambda x, value: transforms.weighted_sum([x, x], [1.0, value]),
+    "weights": lambda x, value: transforms.average([x, x], value),
+}
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_coefficients_are_named_and_finite(name: str) -> None:
+    for value in (float("nan"), np.float32(np.inf), "0.5", None if name != "weights" else 0.5):
+        with pytest.raises((ValueError, TypeError), match=f"^{re.escape(name)}[, ]"):
+            COEFFICIENTS[name]({"w": jnp.ones(3)}, value)

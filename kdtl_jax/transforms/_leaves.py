@@ -44,15 +44,15 @@ def is_rules(value: Any) -> TypeGuard[trees.Rules]:
 
 
 def coefficients(
-    alpha: Coefficient, tree: PyTree, chosen: Sequence[bool] | None = None
+    alpha: Coefficient, tree: PyTree, chosen: Sequence[bool] | None = None, *, name: str = "alpha"
 ) -> list[Any]:
     """One coefficient per leaf; None if a leaf is not chosen or matches no rule.
 
-    `chosen` defaults to the inexact leaves.
+    `chosen` defaults to the inexact leaves; `name` is the caller's argument.
 
     Raises:
       ValueError: if a rule is unused, a prefix does not fit the tree, or a coefficient is neither
-        a scalar nor broadcastable to its leaf.
+        a scalar nor broadcastable to its leaf, or known not to be finite.
       TypeError: if a coefficient is not a real number.
     """
     flat = trees.flatten(tree)
@@ -65,13 +65,13 @@ def coefficients(
     elif _is_number(alpha):
         values = [alpha] * len(flat)
     else:
-        values = _from_prefix(alpha, tree)
+        values = _from_prefix(alpha, tree, name)
     out: list[Any] = []
     for (path, leaf), value, is_chosen in zip(flat.items(), values, chosen, strict=True):
         if not is_chosen or value is None:
             out.append(None)
             continue
-        _check_coefficient(path, leaf, value)
+        _check_coefficient(path, leaf, value, name)
         out.append(value)
     return out
 
@@ -176,9 +176,11 @@ def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[l
     """
     if weights is None:
         weights = [1.0] * count
+    if not isinstance(weights, (list, tuple)) and np.ndim(weights) != 1:
+        raise ValueError(f"weights must be {count} numbers, one per tree, got {weights!r:.80}.")
     if len(weights) != count:
         raise ValueError(f"expected {count} weights, one per tree, got {len(weights)}.")
-    columns = [coefficients(weights[i], tree) for i in range(count)]
+    columns = [coefficients(weights[i], tree, name=f"weights[{i}]") for i in range(count)]
     flat = trees.flatten(tree)
     for path, leaf, *row in zip(flat, flat.values(), *columns, strict=True):
         if trees.is_inexact(leaf) and any(weight is None for weight in row):
@@ -189,12 +191,16 @@ def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[l
 
 
 def nonzero_total(path: str, weights: Sequence[Any]) -> None:
-    """Raises ValueError if the (concrete) weights of a leaf, whose sum divides it, sum to 0."""
+    """Raises ValueError if the (concrete) weights of a leaf, whose sum divides it, sum to 0.
+
+    Weights such as .3, -.1, -.2 sum to 0 up to rounding: what is left is noise, and divides too.
+    """
     known = [w for weight in weights if (w := _checks.concrete(weight)) is not None]
     if len(known) < len(weights):
         return
-    total = sum(known)
-    if not np.all(np.isfinite(total) & (total != 0)):
+    total, size = sum(known), sum(map(np.abs, known))
+    noise = np.finfo(np.float32).eps * size
+    if not np.all(np.isfinite(total) & (np.abs(total) > noise)):
         raise ValueError(
             f"the weights of {path!r} must have a finite sum other than 0, which divides "
             f"them, got {[w.tolist() for w in known]}. weighted_sum does not divide."
@@ -258,19 +264,19 @@ def _is_selector(value: Any) -> bool:
     return bool(leaves) and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves)
 
 
-def _from_prefix(alpha: PyTree, tree: PyTree) -> list[Any]:
+def _from_prefix(alpha: PyTree, tree: PyTree, name: str) -> list[Any]:
     # A tree of all the parameters' structure may hold one array per leaf; a shorter prefix
     # repeats its values over whole subtrees.
     try:
         return jax.tree.leaves(jax.tree.broadcast(alpha, tree))
     except ValueError as error:
         raise ValueError(
-            f"alpha must be a number, (path) -> number, rules [(selector, number)] or a "
+            f"{name} must be a number, (path) -> number, rules [(selector, number)] or a "
             f"pytree prefix of the parameters, got {type(alpha).__name__}: {error}"
         ) from None
 
 
-def _check_coefficient(path: str, leaf: Any, value: Any) -> None:
+def _check_coefficient(path: str, leaf: Any, value: Any, name: str) -> None:
     is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
     dtype = jnp.result_type(value) if is_number else None
     real = dtype is not None and (
@@ -278,7 +284,7 @@ def _check_coefficient(path: str, leaf: Any, value: Any) -> None:
     )
     if not real:
         raise TypeError(
-            f"the coefficient of {path!r} must be a real number, got "
+            f"{name}, the coefficient of {path!r}, must be a real number, got "
             f"{type(value).__name__ if dtype is None else dtype}."
         )
     shape, target = np.shape(value), np.shape(leaf)
@@ -287,6 +293,9 @@ def _check_coefficient(path: str, leaf: Any, value: Any) -> None:
     )
     if shape != () and not within:
         raise ValueError(
-            f"the coefficient of {path!r} must be a scalar, or have the leaf's rank with "
-            f"lengths 1 or the leaf's own, got alpha{list(shape)} for a leaf{list(target)}."
+            f"{name}, the coefficient of {path!r}, must be a scalar, or have the leaf's rank with "
+            f"lengths 1 or the leaf's own, got {name}{list(shape)} for a leaf{list(target)}."
         )
+    known = _checks.concrete(value)
+    if known is not None and not np.isfinite(known).all():
+        raise ValueError(f"{name}, the coefficient of {path!r}, must be finite, got {value!r:.80}.")

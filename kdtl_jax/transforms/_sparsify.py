@@ -26,8 +26,8 @@ from kdtl_jax.transforms._leaves import Coefficient
 def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
     """Keeps the `floor(density n)` entries of largest magnitude of every leaf; zeroes the rest.
 
-    Equal magnitudes are kept in storage order, so the count is exact. A bias of 3 entries at
-    density 0.2 keeps none; `trim_global` ranks all leaves together instead.
+    Equal magnitudes are kept in storage order, so the count is exact; NaN counts as smallest. A
+    bias of 3 entries at density 0.2 keeps none; `trim_global` ranks all leaves together instead.
 
     Args:
       task_vector: any pytree.
@@ -43,7 +43,7 @@ def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
     References:
       PEFT's `magnitude_prune`, which is the first step of PEFT's and mergekit's TIES.
     """
-    values = _leaves.coefficients(density, task_vector)
+    values = _leaves.coefficients(density, task_vector, name="density")
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
@@ -154,8 +154,8 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
       Davari and Belilovsky, Model Breadcrumbs, 2023 (2312.06795). mergekit before 0.1.5
       dropped *every* entry of a leaf where `outliers n < 1`.
     """
-    densities = _leaves.coefficients(density, task_vector)
-    tops = _leaves.coefficients(outliers, task_vector)
+    densities = _leaves.coefficients(density, task_vector, name="density")
+    tops = _leaves.coefficients(outliers, task_vector, name="outliers")
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if densities[i] is None or tops[i] is None:
@@ -197,7 +197,10 @@ def dare(
       Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales like this;
       mergekit by L1 norms: `rescale_l1(keep(task_vector, mask), task_vector)`.
     """
-    values, first = _leaves.coefficients(density, task_vector), _leaves.equal_paths(task_vector)
+    values, first = (
+        _leaves.coefficients(density, task_vector, name="density"),
+        _leaves.equal_paths(task_vector),
+    )
     _checks.scalar(block=block)
     _checks.integers(block=block)
 
@@ -236,7 +239,7 @@ def della_probabilities(
     References:
       Deep et al., DELLA-Merging, 2024 (2406.11617), MagPrune.
     """
-    values = _leaves.coefficients(density, task_vector)
+    values = _leaves.coefficients(density, task_vector, name="density")
     _checks.scalar(epsilon=epsilon)
     _checks.non_negative(epsilon=epsilon)
 
@@ -385,10 +388,11 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
 
 
 def floor_share(size: int, **named: Scalar) -> Scalar:
-    """`floor(share size)`; in Python if the share is known, so that 0.3 of 10 is 3."""
+    """`floor(share size)`; in the share's own precision if it is known, so that 0.7 of 10 is 7."""
     _checks.within(0, 1, **named)
     (share,) = named.values()
     known = _checks.concrete(share)
     if known is None:
         return jnp.floor(jnp.asarray(share) * size).astype(jnp.int32)
-    return math.floor(float(known) * size)
+    single = known.dtype.itemsize == 4 and known.dtype.kind == "f"
+    return math.floor(known * np.float32(size)) if single else math.floor(float(known) * size)

@@ -57,7 +57,7 @@ def slerp(
     """
     _checks.scalar(threshold=threshold)
     _checks.finite(threshold=threshold)
-    values = _leaves.coefficients(t, source)
+    values = _leaves.coefficients(t, source, name="t")
 
     def formula(i: int, path: str, a: Array, b: Array) -> Array:
         if values[i] is None:

@@ -70,7 +70,7 @@ def apply_task_vectors(
     References:
       Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).
     """
-    scales = _leaves.coefficients(scale, base)
+    scales = _leaves.coefficients(scale, base, name="scale")
     by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), base)
 
     def formula(i: int, path: str, start: Array, *taus: Array) -> Array:

@@ -139,7 +139,8 @@ def disjoint_merge(
     by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), task_vectors[0])
 
     def formula(i: int, path: str, elected: Array, *leaves: Array) -> Array:
-        agrees = [(jnp.sign(x) == elected) & (x != 0) for x in leaves]
+        # NaN agrees, so that it stays visible: it also spoils the election.
+        agrees = [((jnp.sign(x) == elected) & (x != 0)) | jnp.isnan(x) for x in leaves]
         terms = zip(by_leaf[i], leaves, agrees, strict=True)
         total = _total([jnp.where(agree, _leaves.scaled(w, x), 0) for w, x, agree in terms])
         by = (divisor or agreeing_count)(jnp.stack(agrees)).astype(total.dtype)
@@ -159,7 +160,10 @@ def agreeing_weight(weights: Sequence[Scalar] | Array) -> Divisor:
     def divisor(agrees: Array) -> Array:
         like = jnp.zeros((), float)
         pairs = zip(weights, agrees, strict=True)
-        return _total([jnp.where(agree, _numerics.scalar(w, like), 0) for w, agree in pairs])
+        shares = [jnp.where(agree, _numerics.scalar(w, like), 0) for w, agree in pairs]
+        total, size = _total(shares), _total([jnp.abs(share) for share in shares])
+        # Weights of both signs may cancel up to rounding, which must not divide.
+        return jnp.where(jnp.abs(total) > 2 * jnp.finfo(like.dtype).eps * size, total, 0)
 
     return divisor
 
