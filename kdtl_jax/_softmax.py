@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from kdtl_jax import _numerics
@@ -38,6 +39,17 @@ def log_softmax(logits: Array, *, where: Array | None = None) -> Array:
 def softmax(logits: Array) -> Array:
     """`softmax` over the last axis in float32 or wider; -inf gives 0, an empty row zeros."""
     return _softmax_parts(_numerics.upcast(logits))[2]
+
+
+def cross_entropy(logits: Array, labels: Array, where: Array | None = None) -> Array:
+    """`-log softmax(z)_y`, `[..., classes]` and int `[...]` -> `[...]`, float32 or wider.
+
+    0 where `where` masks the label, NaN where it is out of range; both with gradient 0. (optax
+    counts a negative label from the last class.)
+    """
+    labels, usable = _numerics.usable_labels(labels, logits.shape[-1], where)
+    values = optax.softmax_cross_entropy_with_integer_labels(_numerics.upcast(logits), labels)
+    return _numerics.at_usable(values, usable, where)
 
 
 def finite_difference(p_logits: Array, q_logits: Array) -> Array:

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Mean as Mean
 from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
 
@@ -113,7 +112,8 @@ class TermsFn(Protocol):
 def classification(inputs: Inputs) -> dict[str, Array]:
     """The plain task as a `TermsFn`: `{"task": cross-entropy of "logits" with "labels"}`.
 
-    `[..., classes]` logits and int `[...]` labels give `[...]`, nats.
+    `[..., classes]` logits and int `[...]` labels give `[...]`, nats, float32 or wider; NaN where a
+    traced label is out of range, 0 in rows of weight 0.
 
     Raises:
       TypeError, ValueError: if labels are not class indices, or the head has a single logit.
@@ -125,7 +125,7 @@ def classification(inputs: Inputs) -> dict[str, Array]:
         real = jnp.broadcast_to(real, jnp.shape(labels))
     _checks.several_classes(logits=logits)
     _checks.labels(labels, logits, real)
-    return {"task": optax.softmax_cross_entropy_with_integer_labels(logits, labels)}
+    return {"task": _softmax.cross_entropy(logits, labels, real)}
 
 
 def reduce(

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from kdtl_jax import discrepancies, losses, objective, temperatures
+from kdtl_jax.train import online
 
 LOGITS = jnp.asarray(2 * np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
 BEST = jnp.argmax(LOGITS, axis=-1).astype(jnp.int32)
@@ -81,6 +82,13 @@ def test_standardized_logits_forget_scale_and_shift() -> None:
 
 
 STUDENT = LOGITS[::-1]
+
+
+def inputs(logits: jax.Array, labels: jax.Array, where: Any = None) -> objective.Inputs:
+    batch = {"labels": labels} | ({} if where is None else {"weights": jnp.float32(where)})
+    return objective.Inputs(student={"logits": logits}, teacher={}, batch=batch)
+
+
 IGNORED = jnp.asarray([0, 1, -100, 255, -1, 4], jnp.int32)
 KNOWN = (IGNORED >= 0) & (IGNORED < 5)
 # Each way to a value per example from (student, teacher, labels).
@@ -89,6 +97,8 @@ LABELLED: dict[str, Any] = {
     "nckd": losses.nckd,
     "target_cross_entropy": losses.target_cross_entropy,
     "token_log_probs": lambda s, t, y, **k: losses.token_log_probs(s, y, **k),
+    "classification": lambda s, t, y, **k: objective.classification(inputs(s, y, **k))["task"],
+    "mutual": lambda s, t, y, **k: online.mutual_terms(jnp.stack([s, t]), y, **k)["task"],
 }
 # And those through a teacher or a weight made from the labels, which let a row be.
 THROUGH_PIECES: dict[str, Any] = {
@@ -276,3 +286,10 @@ def test_labels_of_tokens_are_those_of_rows() -> None:
     for loss in LABELLED.values():
         want = loss(STUDENT, LOGITS, IGNORED, where=KNOWN).reshape(2, 3)
         np.testing.assert_allclose(loss(tokens, other, labels, where=where), want, rtol=1e-6)
+
+
+def test_the_task_of_half_precision_logits_is_computed_in_float32() -> None:
+    half = LOGITS.astype(jnp.bfloat16)
+    got = objective.classification(inputs(half, LABELS))["task"]
+    want = objective.classification(inputs(half.astype(jnp.float32), LABELS))["task"]
+    np.testing.assert_array_equal(got, want)

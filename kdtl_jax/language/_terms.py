@@ -22,10 +22,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
-from kdtl_jax import _checks, losses, models, trees
+from kdtl_jax import _checks, _softmax, losses, models, trees
 from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree
 from kdtl_jax.models import Decoder
 from kdtl_jax.objective import Inputs, TermsFn
@@ -117,7 +116,7 @@ def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
     def terms(inputs: Inputs) -> dict[str, Mean]:
         targets, where = counted(inputs)
         task = losses.chunked_loss(
-            optax.softmax_cross_entropy_with_integer_labels,
+            _softmax.cross_entropy,
             inputs.student["hidden"],
             _head(inputs.student),
             jnp.where(where, targets, 0),

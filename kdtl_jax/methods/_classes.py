@@ -8,10 +8,9 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-import optax
 from jax import Array
 
-from kdtl_jax import connectors, losses
+from kdtl_jax import _softmax, connectors, losses
 from kdtl_jax._types import Scalar
 from kdtl_jax.methods import _layers
 from kdtl_jax.methods._logits import Logits, logits, of_logits
@@ -178,7 +177,7 @@ def uskd(setup: Setup) -> Method:
         smooth = losses.virtual_teacher(
             x.labels, setup.classes, correct_probability=0.9 + 0.1 / setup.classes
         )
-        hard = optax.softmax_cross_entropy_with_integer_labels(x.student, x.labels)
+        hard = _softmax.cross_entropy(x.student, x.labels, x.where)
         return {
             "target": jax.lax.stop_gradient(weight) * hard,
             "others": losses.soft_cross_entropy(student, zipf.astype(student.dtype)),

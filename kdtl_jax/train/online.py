@@ -25,10 +25,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
-from kdtl_jax import _checks, _numerics, losses
+from kdtl_jax import _checks, _numerics, _softmax, losses
 from kdtl_jax._types import Params, Scalar
 from kdtl_jax.train import ensembles
 
@@ -223,9 +222,8 @@ def _cross_entropies(logits: Array, labels: Array, where: Array | None) -> Array
     _checks.floating(logits=logits)
     _checks.several_classes(logits=logits)
     _checks.labels(labels, logits[0], where)
-    labels = _numerics.kept(labels, where)
-    ce = optax.softmax_cross_entropy_with_integer_labels
-    return jnp.sum(jax.vmap(ce, in_axes=(0, None))(_numerics.upcast(logits), labels), axis=0)
+    ce = jax.vmap(_softmax.cross_entropy, in_axes=(0, None, None))
+    return jnp.sum(ce(logits, labels, where), axis=0)
 
 
 def _squared_distance(feature: Array, target: Array) -> Array:

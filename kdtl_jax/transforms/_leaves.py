@@ -176,7 +176,7 @@ def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[l
     """
     if weights is None:
         weights = [1.0] * count
-    if not isinstance(weights, (list, tuple)) and np.ndim(weights) != 1:
+    if not isinstance(weights, (list, tuple)) and len(getattr(weights, "shape", ())) != 1:
         raise ValueError(f"weights must be {count} numbers, one per tree, got {weights!r:.80}.")
     if len(weights) != count:
         raise ValueError(f"expected {count} weights, one per tree, got {len(weights)}.")
