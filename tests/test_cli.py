@@ -241,6 +241,7 @@ from kdtl_jax.recipes import _programs, env
 
 def run(settings):
     import jax, jax.numpy as jnp
+    assert "matplotlib" not in sys.modules, "only what draws waits for its import"
     with _programs.counted() as said:
         jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
         print(said())

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from kdtl_jax import methods, trees
 from kdtl_jax.interop import model_files, networks
@@ -19,7 +19,7 @@ def check_layers(settings: Any) -> None:
     Other models, and images of a size that a model does not take, are checked with the data.
     """
     teacher = settings.teacher or (None if settings.teacher_weights else _pair.DEFAULT_TEACHER)
-    example = jnp.zeros((1, 32, 32, 3))
+    example = np.zeros((1, 32, 32, 3), np.float32)
     for i, (role, text) in enumerate((("student", settings.student), ("teacher", teacher))):
         if text is None or model_files.is_own(text) or not settings.layers:
             continue
@@ -52,7 +52,7 @@ def terms(entries: Sequence[Entry], settings: Any) -> dict[str, Collection[str]]
 @functools.cache
 def _small() -> tuple[Setup, ...]:
     """A pair of networks for every method of the table."""
-    example, found = jnp.zeros((2, 8, 8, 3)), []
+    example, found = np.zeros((2, 8, 8, 3), np.float32), []
     vit = "vit:patch=4,width=8,layers=2,heads=2"
     pairs = [("cnn:4,4", _measures.CLASSES), (vit, _measures.CLASSES)]
     for text, measure in [*pairs, *(("mlp:4", measure) for measure in _measures.EVERY)]:

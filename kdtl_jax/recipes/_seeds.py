@@ -93,14 +93,19 @@ def train_seeds(
     """
     begun, seeds = time.perf_counter(), len(points["seed"])
     per_epoch = examples(run) // run.batch_size
-    state = jax.jit(jax.vmap(experiment.start, in_axes=(0, None)))(points, shared)
-    state = state._replace(step=jnp.zeros((), jnp.int32))
+
+    def start(points: Point, shared: Any) -> TrainState:
+        state = jax.vmap(experiment.start, in_axes=(0, None))(points, shared)
+        return state._replace(step=jnp.zeros((), jnp.int32))
+
+    state = jax.jit(start)(points, shared)
     single = loop.skip_nonfinite(
         lambda state, batch, teacher_params=None: experiment.step(state, batch, *teacher_params)
     )
+    single = jax.jit(single, inline=True)  # traced once, though the shapes are asked first
     in_turn = not epochs or run.one_by_one or _convolves(single, state, points, shared, run)
     step = _in_turn(single, seeds) if in_turn else _together(single)
-    order = jax.vmap(lambda seed: keys(seed).order)(points["seed"])
+    order = _orders(points["seed"])
     source = _source_in_turn(run, order) if in_turn else _source_together(run, order)
     given, mesh = (points, shared), run.mesh
 
@@ -194,6 +199,11 @@ def train_seeds(
         spent,
         None if best is None else evaluations[best]["step"] // calls // per_epoch,
     )
+
+
+@jax.jit
+def _orders(seeds: Array) -> Array:
+    return jax.vmap(lambda seed: keys(seed).order)(seeds)
 
 
 def examples(run: Run) -> int:

@@ -8,6 +8,7 @@ Both shuffle alike: a seed's batches are those of its `Keys.order`.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,7 @@ def keys(seed: Any) -> Keys:
 
 def points(seeds: int) -> dict[str, Array]:
     """One point per seed."""
-    return {"seed": jnp.arange(seeds, dtype=jnp.int32)}
+    return {"seed": jnp.asarray(np.arange(seeds, dtype=np.int32))}
 
 
 def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, Array, Any], Batch]:
@@ -106,7 +107,16 @@ def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, 
 
 
 def pick(tree: PyTree, at: Any) -> PyTree:
-    """One or more parts of a stacked tree."""
+    """One or more parts of a stacked tree; one program if it is on the device."""
+    leaves = jax.tree.leaves(tree)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, at])
+    if traced or not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return jax.tree.map(lambda leaf: leaf[at], tree)
+    return _picked(tree, at)
+
+
+@jax.jit
+def _picked(tree: PyTree, at: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[at], tree)
 
 
@@ -116,7 +126,7 @@ def in_chunks(fn: Callable[[Any], PyTree], inputs: PyTree, size: int) -> PyTree:
     All calls have one shape: the last is padded with the last row.
     """
     count, parts = len(jax.tree.leaves(inputs)[0]), []
-    size = min(size, count)
+    size = min(size, 1 << (count - 1).bit_length())  # data of a similar size share a program
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
         found = jax.device_get(fn(pick(inputs, rows)))
@@ -265,15 +275,24 @@ def one_by_one(
     def judge(state: TrainState, part: Any, shared: Any) -> tuple[Any, Any]:
         return experiment.judged(experiment.logits(state, part["inputs"], shared), part["labels"])
 
+    @partial(jax.jit, static_argnums=2)
+    def rows_of(seed: Array, epoch: Any, size: int) -> Array:
+        order = keys(seed).order
+        return train.epoch_index(order, epoch, size, min(batch_size, size))[:steps]
+
+    @jax.jit
+    def mean_loss(metrics: train.Metrics) -> Array:
+        return jnp.mean(metrics["loss"].value())
+
     def of_one(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
         arrays, state = experiment.data(point, shared), start(point, shared)
-        order, size = keys(point["seed"]).order, arrays["labels"].shape[0]
+        size = arrays["labels"].shape[0]
         losses, curve, waited = [], [], 0
         best, score, at = state, jnp.float32(-jnp.inf), 0
         for number in range(epochs):
-            index = train.epoch_index(order, number, size, min(batch_size, size))[:steps]
+            index = rows_of(point["seed"], number, size)
             state, metrics = epoch(state, arrays, index, (point, shared))
-            losses.append(jnp.mean(metrics["loss"].value()))
+            losses.append(mean_loss(metrics))
             if (number + 1) % every:
                 continue
             now = used(state)._replace(opt_state=None)

@@ -64,8 +64,8 @@ def epoch_path(
     step: Step, state: TrainState, data: Batch, batch_size: int = 1, teacher_params: Any = None
 ) -> str:
     """`step_path` for batches of `batch_size` rows of `data`: what `jit_epoch` does."""
-    rows = jnp.zeros((batch_size,), jnp.int32)
-    batch = jax.eval_shape(lambda d: take(d, rows), dict(data))
+    rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    batch = jax.eval_shape(take, dict(data), rows)
     return step_path(step, state, batch, teacher_params)
 
 
@@ -76,6 +76,7 @@ def jit_epoch(step: Step) -> Epoch:
       `epoch(state, data, index, teacher_params=None)` as in `scan_epoch`, with equal results on
       either path; `epoch_path` returns the path that it takes.
     """
+    step = jax.jit(step, inline=True)  # one trace for the path and for the program
     scanned = jax.jit(scan_epoch(step), donate_argnums=0)
 
     def single_step(state: TrainState, data: Batch, rows: Array, teacher_params: Any) -> Any:

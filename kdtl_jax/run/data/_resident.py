@@ -168,6 +168,7 @@ def _augmented(
     return (jax.vmap(of_one) if key.ndim else of_one)(key, rows, batch)
 
 
+@jax.jit
 def _split(key: Array) -> tuple[Array, Array]:
     """The keys of the order and of the views, for every run."""
     keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)

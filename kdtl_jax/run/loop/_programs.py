@@ -74,6 +74,7 @@ def opened(
             f"batches, got {described(source)}. data.iterate(batches) makes one of any iterable."
         )
     at = int(jax.device_get(state.step))
+    step = jax.jit(step, inline=True)  # one trace for its shapes, its path and its programs
     measures = any(trees.is_inexact(leaf) for leaf in jax.tree.leaves(state.model_state))
     if isinstance(source, data.Resident):
         batch_at = _batch_at(source, padded=not measures)

@@ -3,7 +3,6 @@
 import collections
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -178,7 +177,7 @@ def run(
     ):
         sums = carry.window.sums
         on = sums.sharding if sums.committed else None  # as in a call's result: one program
-        empty = jax.jit(partial(jnp.zeros_like, sums), out_shardings=on)
+        empty = jax.jit(jnp.zeros_like, out_shardings=on)
 
         def store() -> None:
             nonlocal saved
@@ -229,7 +228,7 @@ def run(
             # 3. The window's line, fetched while later steps run.
             if at % log_every == 0:
                 window = carry.window
-                carry = carry._replace(window=Metrics(window.names, empty()))
+                carry = carry._replace(window=Metrics(window.names, empty(window.sums)))
                 if _metrics.push(pending, at, window, last):
                     break
         _metrics.drain(pending)

@@ -7,17 +7,12 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
-import matplotlib
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
-from matplotlib.ticker import LogLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
+if TYPE_CHECKING:  # imported where something is drawn: it takes a fifth of a command's start
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
 
 WIDTH, FONT = 640, 14  # pixels of a drawing, which the page scales
 COLORS = 8  # --series-0 ... --series-7
@@ -47,8 +42,10 @@ def axes(
     top: float,
     bottom: float,
     grid: Literal["x", "y", "both"] | None = None,
-) -> Axes:
+) -> "Axes":
     """Axes of a new figure within margins in pixels, without a frame."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor="none")
     size = (WIDTH - left - right) / WIDTH, (height - top - bottom) / height
     ax = figure.add_axes((left / WIDTH, bottom / height, *size), facecolor="none")
@@ -65,8 +62,10 @@ def axes(
     return ax
 
 
-def logarithmic(ax: Axes, *, both: bool = False) -> None:
+def logarithmic(ax: "Axes", *, both: bool = False) -> None:
     """Makes the horizontal axis (or both) logarithmic, with a few plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ax.set_xscale("log")
     if both:
         ax.set_yscale("log")
@@ -76,13 +75,13 @@ def logarithmic(ax: Axes, *, both: bool = False) -> None:
         axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def titled(artist: Artist, title: str) -> None:
+def titled(artist: "Artist", title: str) -> None:
     """Gives a mark the words that browsers show on hover."""
     artist.set_gid(_TITLE + shown(title))
 
 
 def line(
-    ax: Axes,
+    ax: "Axes",
     x: Sequence[float],
     y: Sequence[float],
     color: str,
@@ -100,7 +99,7 @@ def line(
 
 
 def dot(
-    ax: Axes,
+    ax: "Axes",
     x: float,
     y: float,
     color: str,
@@ -110,6 +109,9 @@ def dot(
     edge: str = SURFACE,
 ) -> None:
     """A filled circle."""
+    from matplotlib.patches import Circle
+    from matplotlib.transforms import ScaledTranslation
+
     # A circle in pixels around the point; a marker would be drawn by reference.
     circle = Circle(
         (0, 0),
@@ -124,8 +126,24 @@ def dot(
     titled(ax.add_artist(circle), title)
 
 
+def box(
+    ax: "Axes",
+    corner: tuple[float, float],
+    size: tuple[float, float],
+    color: str,
+    title: str,
+    *,
+    opacity: float,
+) -> None:
+    """A filled rectangle."""
+    from matplotlib.patches import Rectangle
+
+    drawn = Rectangle(corner, *size, facecolor=color, alpha=opacity, clip_on=False)
+    titled(ax.add_patch(drawn), title)
+
+
 def text(
-    ax: Axes,
+    ax: "Axes",
     x: float,
     y: float,
     words: str,
@@ -151,18 +169,22 @@ def text(
         drawn.set_gid(_HALO)
 
 
-def label_x(ax: Axes, words: str) -> None:
+def label_x(ax: "Axes", words: str) -> None:
     """The name of the horizontal axis."""
     ax.set_xlabel(shown(words), color=LABEL, fontsize=FONT, parse_math=False)
 
 
-def svg(ax: Axes, label: str) -> str:
+def svg(ax: "Axes", label: str) -> str:
     """The figure of the axes as SVG for a page.
 
     Args:
       ax: the axes.
       label: what the drawing shows, for screen readers.
     """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     out = io.BytesIO()
     figure = ax.figure
     assert isinstance(figure, Figure)

@@ -7,13 +7,13 @@ the reader's light or dark setting. Every mark has a `<title>`, which browsers s
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdtl_jax.run.report import _drawing
 from kdtl_jax.run.report._drawing import INK, SURFACE, dot, line, series, svg, text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LETTER, _LONGEST_LABEL = 7.4, 30  # pixels per letter, letters per line beside a row
 _LEANING: tuple[dict[str, Any], ...] = (
@@ -118,7 +118,7 @@ def spans(found: Sequence[Span], *, unit: str, axis: str) -> Chart:
     return Chart(svg(ax, axis))
 
 
-def _rows(labels: Sequence[str], axis: str) -> Axes:
+def _rows(labels: Sequence[str], axis: str) -> "Axes":
     """Axes with a row at every integer, the first on top, and room for labels on the left."""
     longest = max((len(part) for label in labels for part in _folded(label)), default=0)
     tall = 46 if any(len(_folded(label)) > 1 for label in labels) else 30
@@ -136,7 +136,7 @@ def _folded(label: str) -> list[str]:
     return textwrap.wrap(_short(label), _LONGEST_LABEL, break_on_hyphens=False) or [""]
 
 
-def _row_labels(ax: Axes, row: int, label: str, value: str) -> None:
+def _row_labels(ax: "Axes", row: int, label: str, value: str) -> None:
     across, parts = ax.get_yaxis_transform(), _folded(label)  # x in fractions of the axes
     for i, part in enumerate(parts):
         lift = 8 * (len(parts) - 1) - 16 * i
@@ -274,10 +274,7 @@ def heat_map(
             number = _percent(value) if percent else f"{value:.3g}"
             words = f"{row_axis} {rows[i]}, {column_axis} {columns[j]}: {number}"
             opacity = _LOW_SHARE + (_HIGH_SHARE - _LOW_SHARE) * share
-            box = Rectangle(
-                (j + 0.01, i + 0.03), 0.98, 0.94, facecolor=series(0), alpha=opacity, clip_on=False
-            )
-            _drawing.titled(ax.add_patch(box), words)
+            _drawing.box(ax, (j + 0.01, i + 0.03), (0.98, 0.94), series(0), words, opacity=opacity)
             text(ax, j + 0.5, i + 0.5, number, color=INK, ha="center", va="center")
     for j, label in enumerate(columns):
         place, lower = (0.6, -6) if leaning else (0.5, -18)
