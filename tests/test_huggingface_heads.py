@@ -5,6 +5,7 @@ Expected outputs are those of transformers for the folder without the change.
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from model_folders import edited, retensored
@@ -76,3 +77,32 @@ def test_the_encoder_below_a_t5_classifier_is_read_as_the_encoder(copy: bool, tm
     huggingface.save(tmp_path, source.params, source.rules, config=source.config)
     again = huggingface.load(tmp_path)
     assert again.config["architectures"] == ["T5EncoderModel"] and again.module == source.module
+
+
+@pytest.mark.parametrize(
+    ("family", "table", "copy"),
+    [
+        ("t5", "shared.weight", "encoder.embed_tokens.weight"),
+        (
+            "bert_language",
+            "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.weight",
+        ),
+    ],
+)
+def test_a_tied_table_may_have_the_name_of_its_copy_alone(
+    family: str, table: str, copy: str, tmp_path: Path
+):
+    """A writer of shared tensors keeps one of their names."""
+
+    def renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {copy if name == table else name: x for name, x in tensors.items()}
+
+    folder, known = edited(FOLDERS / family, tmp_path), huggingface.load(FOLDERS / family)
+    source = huggingface.load(retensored(folder, renamed))
+    assert source.module == known.module
+    assert not source.report.extra and not source.report.unused
+    jax.tree.map(np.testing.assert_array_equal, source.params, known.params)
+    huggingface.save(tmp_path, source.params, source.rules, config=source.config)
+    assert safetensors.load(tmp_path).keys() == safetensors.load(folder).keys()
+    huggingface.load(tmp_path)

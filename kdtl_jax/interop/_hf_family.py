@@ -147,6 +147,15 @@ def rules_of(
     rules += () if head is None else (*head.rules, *head.optional)
     if is_tied:
         rules = [rule for rule in rules if rule.torch not in family.copies]
+    # A tied table may be stored under the name of its copy alone.
+    names, ruled = set(stored), {rule.torch for rule in rules}
+    alone = {path: name for name, path in family.copies.items() if name in names - ruled}
+    rules = [
+        rule._replace(torch=alone[rule.jax])
+        if rule.jax in alone and rule.torch not in names
+        else rule
+        for rule in rules
+    ]
     # If a parameter has more than one name, the file decides which is meant.
     paths = [rule.jax for rule in rules]
     rules = [
@@ -211,7 +220,7 @@ def own_copies(
     """
     named = {rule.jax: rule.torch for rule in rules}
     sources = {name: named.get(path) for name, path in family.copies.items() if name in tensors}
-    copies = [name for name, of in sources.items() if of in tensors and equal(name, str(of))]
+    copies = [name for name, of in sources.items() if of not in tensors or equal(name, str(of))]
     return copies, [name for name in sources if name not in copies]
 
 
