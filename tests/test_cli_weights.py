@@ -178,6 +178,8 @@ def test_a_body_without_a_head_gets_one() -> None:
     net = _models.described(f"huggingface:{folder}", 3, jnp.zeros((1, *sides, 3)))
     head = networks.abstract(net, jnp.zeros((1, *sides, 3))).params["head"]
     assert head["kernel"].shape[-1] == 3
+    with pytest.raises(ValueError, match="type 'bert' reads text, not images or tables"):
+        _models.described(f"huggingface:{VIT.parent / 'bert'}", 3, jnp.zeros((1, *sides, 3)))
 
 
 def _refusal(student: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> str:

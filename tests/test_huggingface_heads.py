@@ -106,3 +106,46 @@ def test_a_tied_table_may_have_the_name_of_its_copy_alone(
     huggingface.save(tmp_path, source.params, source.rules, config=source.config)
     assert safetensors.load(tmp_path).keys() == safetensors.load(folder).keys()
     huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "decoder", "table"),
+    [
+        ("bert_language", "cls.predictions.decoder", "bert.embeddings.word_embeddings.weight"),
+        ("camembert_language", "lm_head.decoder", "roberta.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_an_output_layer_that_is_not_the_embedding_has_its_own_bias(
+    family: str, decoder: str, table: str, tmp_path: Path
+):
+    """The head's bias beside it is read by nothing, in transformers as here."""
+
+    def untied(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = tensors[table].shape[0]
+        bias = np.arange(rows, dtype=np.float32)
+        return tensors | {f"{decoder}.weight": 2 * tensors[table], f"{decoder}.bias": bias}
+
+    known = huggingface.load(FOLDERS / family)
+    folder = edited(FOLDERS / family, tmp_path, tie_word_embeddings=False)
+    source = huggingface.load(retensored(folder, untied))
+    assert not source.report.extra and not source.report.unused
+    tokens = {"tokens": np.array([[5, 6, 7]]), "mask": np.ones((1, 3), bool)}
+    before, after = (
+        np.asarray(x.model(x.params, None, tokens)[0]["logits"]) for x in (known, source)
+    )
+    plain = before - np.asarray(known.params["language"]["bias"])
+    np.testing.assert_allclose(after, 2 * plain + np.arange(before.shape[-1]), atol=1e-4)
+    huggingface.save(tmp_path, source.params, source.rules, config=source.config)
+    assert safetensors.load(tmp_path).keys() == safetensors.load(folder).keys()
+    config = huggingface.load(tmp_path).config
+    assert (
+        not config["tie_word_embeddings"]
+        and config["architectures"] == known.config["architectures"]
+    )
+
+    def other_bias(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: x for name, x in tensors.items() if name != f"{decoder}.weight"}
+
+    tied = edited(folder, tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=f"its bias '{decoder}.bias' is not the head's"):
+        huggingface.load(retensored(tied, other_bias))

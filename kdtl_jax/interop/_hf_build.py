@@ -96,15 +96,21 @@ def built(
     named = {rule.jax: rule.torch for rule in untied}
     equal = _hf_family.equal_in(tensors) if equal is None else equal
     copies, own = _hf_family.own_copies(family, untied, tensors, equal)
-    is_tied = _hf_family.says_tied(family, config) and not (set(own) & set(named.values()))
+    biases = _hf_family.own_biases(head)
+    is_tied = _hf_family.says_tied(family, config) and not (
+        set(own).difference(biases) & set(named.values())
+    )
     rules = rules_of(is_tied)
-    # A copy without a rule of its own is the bias of an output layer.
-    apart = [name for name in family.copies if name not in named.values()]
-    if head is not None and head.task == "language" and apart:
-        if not is_tied or set(apart) & set(own):
+    for name in biases:
+        # Versions of transformers disagree on the bias that takes its place.
+        if name in own if is_tied else name not in tensors:
+            kind = head.architectures[0] if head is not None else ""
             raise ValueError(
-                f"the output layer of {head.architectures[0]} is not tied to the embedding "
-                f"(tie_word_embeddings, {apart[0]!r}); that is not supported."
+                f"the output layer of {kind} is tied to the embedding, but its bias {name!r} is "
+                "not the head's."
+                if is_tied
+                else f"the output layer of {kind} is not tied to the embedding "
+                f"(tie_word_embeddings), and the file lacks its bias {name!r}."
             )
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in tensors.items()}
     module = family.build(values, Found(head, shapes, is_tied))

@@ -17,6 +17,7 @@ from kdtl_jax.interop._hf_config import (
     share,
 )
 from kdtl_jax.interop._hf_family import (
+    OWN_BIAS,
     POOLER_PATHS,
     UNUSED_POOLER,
     Family,
@@ -70,7 +71,8 @@ def _roberta_language(stem: str) -> Head:
     rules = _language_rules(
         "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder.weight", "lm_head.bias"
     )
-    return Head("language", (f"{stem}ForMaskedLM",), rules)
+    optional = (Rule("lm_head.decoder.bias", OWN_BIAS),)
+    return Head("language", (f"{stem}ForMaskedLM",), rules, optional=optional)
 
 
 _ROBERTA_COPIES = {
@@ -149,6 +151,7 @@ def _bert(v: dict[str, Any], found: Found) -> models.Bert:
         positions=v["max_position_embeddings"],
         types=v.get("type_vocab_size", 0),
         **found.text_heads(),
+        has_own_bias=found.has_own_bias(),
         has_pooler=found.has_pooler(),
         activation=v["hidden_act"],
         language_activation=v["hidden_act"],
@@ -229,6 +232,7 @@ bert = Family(
                 "cls.predictions.decoder.weight",
                 "cls.predictions.bias",
             ),
+            optional=(Rule("cls.predictions.decoder.bias", OWN_BIAS),),
         ),
     ),
     copies={

@@ -23,6 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of the checkpoint's tensors, by torch 
 Shaped = Mapping[str, Any]  # arrays by canonical path
 Equal = Callable[[str, str], bool]  # whether two tensors of a checkpoint hold the same numbers
 POOLER, POOLER_PATHS = "pooler.dense.weight", "pooler/.*"
+OWN_BIAS = "language/decoder/bias"  # of an output layer that is not the embedding
 UNUSED_POOLER = r"(.*\.)?pooler\.dense\..*"  # below a head that does not read it
 # Files converted from TensorFlow use these names for a norm's tensors.
 _OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -69,6 +70,10 @@ class Found(NamedTuple):
             return None
         return self.shapes[self.head.classes][0]
 
+    def has_own_bias(self) -> bool:
+        """Whether the language head has an output layer of its own, with its own bias."""
+        return not self.is_tied and any(name in self.shapes for name in own_biases(self.head))
+
     def text_heads(self) -> dict[str, Any]:
         """The heads of a text encoder, as fields of its module."""
         return {
@@ -110,6 +115,11 @@ class Family(NamedTuple):
     by_layers: tuple[str, ...] = ()
     presence: Mapping[str, str] = {}
     sizes: Callable[[Shaped, Config], dict[str, Any]] | None = None
+
+
+def own_biases(head: Head | None) -> list[str]:
+    """The torch name of the bias of a head's own output layer, if its class has one."""
+    return [] if head is None else [r.torch for r in head.optional if r.jax == OWN_BIAS]
 
 
 def dense(torch: str, jax: str, axes: Axes = linear) -> tuple[Rule, Rule]:
@@ -247,7 +257,7 @@ def described(
     head = head_of(family, config, tensors, prefix)
     rules = rules_of(family, head, tensors, is_tied=False, prefix=prefix)
     copies, own = own_copies(family, rules, tensors, equal)
-    is_tied = not own
+    is_tied = not set(own).difference(own_biases(head))
     rules = rules_of(family, head, tensors, is_tied=is_tied, prefix=prefix)
     known = {k: x for k, x in tensors.items() if k not in copies and naming.covers(rules, k)}
     flat = naming.from_torch(known, rules)

@@ -17,7 +17,7 @@ from kdtl_jax.interop._hf_config import (
     share,
 )
 from kdtl_jax.interop._hf_encoders import check_heads, tokens
-from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_family import OWN_BIAS, Family, Found, Head, dense, embedding, norm
 from kdtl_jax.interop._hf_rope import rope
 from kdtl_jax.interop.naming import Rule, conv1d, linear
 
@@ -285,6 +285,7 @@ def _deberta(v: dict[str, Any], found: Found) -> models.Deberta:
         window_groups=v["conv_groups"],
         embedding_width=v["embedding_size"],
         **found.text_heads(),
+        has_own_bias=found.has_own_bias(),
         activation=v["hidden_act"],
         pooled_activation=v["pooler_hidden_act"],
         norm_epsilon=v["layer_norm_eps"],
@@ -376,6 +377,7 @@ deberta = Family(
                 _kernel("cls.predictions.decoder", "language/decoder"),
                 Rule("cls.predictions.bias", "language/bias"),
             ),
+            optional=(Rule("cls.predictions.decoder.bias", OWN_BIAS),),
         ),
     ),
     copies={

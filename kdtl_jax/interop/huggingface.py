@@ -31,6 +31,7 @@ from kdtl_jax._files import read_json
 from kdtl_jax._types import ModelFn, Params, PyTree
 from kdtl_jax.interop import (
     _hf_build,
+    _hf_encoders,
     _hf_family,
     _hf_folder,
     _hf_towers,
@@ -104,6 +105,11 @@ def load(
     report = report._replace(extra=(*built.extra, *others), unused=built.unused)
     run = linen.model(built.module, taps=taps).apply
     return Pretrained(run, params, state, built.module, built.rules, config, report)
+
+
+def reads_text(config: Mapping[str, Any]) -> bool:
+    """Whether the model of a config.json reads tokens; raises ValueError if its type is unknown."""
+    return family_of(config).example is _hf_encoders.tokens
 
 
 def student(

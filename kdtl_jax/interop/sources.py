@@ -100,11 +100,13 @@ def pretrained(folder: str) -> Pretrained:
     """The model of a Hugging Face folder.
 
     Raises:
-      ValueError: if the model cannot take a new head for classes.
+      ValueError: if the model reads text, or cannot take a new head for classes.
     """
     found = huggingface.load(folder)
+    kind = _text.quoted(found.config["model_type"])
+    if huggingface.reads_text(found.config):
+        raise ValueError(f"{folder}: a model of the type {kind} reads text, not images or tables.")
     if not hasattr(found.module, "classes"):
-        kind = _text.quoted(found.config["model_type"])
         raise ValueError(f"{folder}: a model of the type {kind} cannot take a head for classes.")
     return found
 

@@ -78,6 +78,7 @@ class Deberta(nn.Module):
     token_classes: int | None = None
     has_language_head: bool = False
     is_tied: bool = True
+    has_own_bias: bool = False  # as of `Bert`
     activation: Activation = gelu
     pooled_activation: Activation = gelu
     norm_epsilon: float = 1e-7
@@ -143,7 +144,11 @@ class Deberta(nn.Module):
             outputs["logits"] = nn.Dense(self.token_classes, name="head")(drop(self.dropout, x))
         if self.has_language_head:
             language = LanguageHead(
-                self.activation, self.norm_epsilon, self.is_tied, name="language"
+                self.activation,
+                self.norm_epsilon,
+                self.is_tied,
+                has_own_bias=self.has_own_bias,
+                name="language",
             )
             outputs["logits"] = language(x, table)
         return outputs

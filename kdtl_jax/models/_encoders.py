@@ -81,6 +81,7 @@ class LanguageHead(nn.Module):
     has_bias: bool = True
     dense_bias: bool = True
     norm_bias: bool = True
+    has_own_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array, table: nn.Embed) -> Array:
@@ -91,10 +92,11 @@ class LanguageHead(nn.Module):
         if self.is_tied:
             logits = table.attend(x)
         else:
-            logits = nn.Dense(table.num_embeddings, False, name="decoder")(x)
+            logits = nn.Dense(table.num_embeddings, self.has_own_bias, name="decoder")(x)
         if self.has_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (table.num_embeddings,))
-            logits = logits + bias[None, None]
+            # PyTorch's class keeps it beside an output layer with its own bias, and leaves it out.
+            logits = logits if self.has_own_bias else logits + bias[None, None]
         return logits.astype(jnp.float32)
 
 
@@ -116,6 +118,8 @@ class Bert(nn.Module):
       embedding_width: width of the tables, if it is not `width` (ELECTRA projects).
       relative_buckets: number of buckets of relative positions, each with its own bias (MPNet).
       is_tied: whether the language head multiplies by the token embeddings.
+      has_own_bias: whether a language head that does not adds the bias of its own output layer, in
+        place of the head's.
     """
 
     vocabulary: int
@@ -141,6 +145,7 @@ class Bert(nn.Module):
     embedding_width: int | None = None
     relative_buckets: int | None = None
     is_tied: bool = True
+    has_own_bias: bool = False
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
@@ -191,7 +196,11 @@ class Bert(nn.Module):
             outputs["logits"] = nn.Dense(self.token_classes, name="head")(drop(rate, x))
         if self.has_language_head:
             language = LanguageHead(
-                self.language_activation, self.norm_epsilon, self.is_tied, name="language"
+                self.language_activation,
+                self.norm_epsilon,
+                self.is_tied,
+                has_own_bias=self.has_own_bias,
+                name="language",
             )
             outputs["logits"] = language(x, embeddings.tokens)
         return outputs
