@@ -117,7 +117,7 @@ THROUGH_PIECES: dict[str, Any] = {
 @pytest.mark.parametrize("name", LABELLED | THROUGH_PIECES)
 def test_ignored_labels_leave_no_nan_under_a_mask_applied_later(name: str) -> None:
     """As optax's cross-entropy behaves under jit: the mean and gradient of the real rows alone."""
-    loss = (LABELLED | THROUGH_PIECES)[name]
+    loss, known = (LABELLED | THROUGH_PIECES)[name], np.asarray(KNOWN)
 
     def masked(student: jax.Array, labels: jax.Array) -> jax.Array:
         return objective.reduce("x", objective.Masked(loss(student, LOGITS, labels), KNOWN)).value()
@@ -125,12 +125,14 @@ def test_ignored_labels_leave_no_nan_under_a_mask_applied_later(name: str) -> No
     value, gradient = jax.jit(jax.value_and_grad(masked))(STUDENT, IGNORED)
 
     def alone(student: jax.Array) -> jax.Array:
-        return jnp.mean(loss(student, LOGITS[KNOWN], IGNORED[KNOWN]))
+        return jnp.mean(
+            loss(student, *(jnp.asarray(np.asarray(x)[known]) for x in (LOGITS, IGNORED)))
+        )
 
-    want, by_hand = jax.value_and_grad(alone)(STUDENT[KNOWN])
+    want, by_hand = jax.jit(jax.value_and_grad(alone))(np.asarray(STUDENT)[known])
     np.testing.assert_allclose(value, want, rtol=1e-5)
-    np.testing.assert_allclose(gradient[KNOWN], by_hand, rtol=1e-4, atol=1e-6)
-    assert not np.asarray(gradient)[~np.asarray(KNOWN)].any()
+    np.testing.assert_allclose(np.asarray(gradient)[known], by_hand, rtol=1e-4, atol=1e-6)
+    assert not np.asarray(gradient)[~known].any()
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -284,8 +286,13 @@ def test_labels_of_tokens_are_those_of_rows() -> None:
         x.reshape(2, 3, *x.shape[1:]) for x in (STUDENT, LOGITS, IGNORED, KNOWN)
     )
     for loss in LABELLED.values():
-        want = loss(STUDENT, LOGITS, IGNORED, where=KNOWN).reshape(2, 3)
-        np.testing.assert_allclose(loss(tokens, other, labels, where=where), want, rtol=1e-6)
+        want, got = jax.jit(
+            lambda loss=loss: (
+                loss(STUDENT, LOGITS, IGNORED, where=KNOWN).reshape(2, 3),
+                loss(tokens, other, labels, where=where),
+            )
+        )()
+        np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_the_task_of_half_precision_logits_is_computed_in_float32() -> None:

@@ -22,10 +22,12 @@ close = partial(np.testing.assert_allclose, atol=1e-4)
 def expected_gradient(loss: Any) -> jax.Array:
     """Of a loss of one token's log-probabilities, over all tokens that the student may sample."""
 
-    def one(z: jax.Array, token: int) -> jax.Array:
+    @jax.jit
+    def one(z: jax.Array, token: jax.Array) -> jax.Array:
         return loss(jax.nn.log_softmax(z)[token][None], jnp.log(Q[token])[None])[0]
 
-    return jnp.sum(jnp.stack([P[y] * jax.grad(one)(jnp.log(P), y) for y in range(3)]), axis=0)
+    found = jax.jit(jax.vmap(jax.grad(one), (None, 0)))(jnp.log(P), jnp.arange(3))
+    return jnp.sum(P[:, None] * found, axis=0)
 
 
 def test_expected_gradients_of_sampled_losses() -> None:
@@ -120,9 +122,14 @@ def test_chunks_see_the_models_own_logits() -> None:
     close(logits, 30 * np.tanh(wide * 3 / 30), rtol=1e-6, atol=1e-6)
     other = Head(kernel)
     jsd = partial(losses.jsd_gkd, beta=0.5)
-    found = losses.chunked_divergence(jsd, hidden, head, hidden, other, chunk_size=4).value()
-    close(found, jnp.mean(jsd(logits, losses.head_logits(hidden, other))), rtol=1e-6, atol=1e-6)
-    same = losses.chunked_divergence(jsd, hidden, head, hidden, head, chunk_size=4)
+
+    @jax.jit
+    def chunked(against: Head) -> Any:
+        return losses.chunked_divergence(jsd, hidden, head, hidden, against, chunk_size=4)
+
+    want = jax.jit(lambda: jnp.mean(jsd(logits, losses.head_logits(hidden, other))))()
+    close(chunked(other).value(), want, rtol=1e-6, atol=1e-6)
+    same = chunked(head)
     assert abs(float(same.total)) < 1e-9
 
 
@@ -170,7 +177,7 @@ def test_answers_and_teachers_are_aligned() -> None:
         )
         return reduce("opd", Masked(values, shifted.where)).value()
 
-    value, gradient = jax.value_and_grad(loss)(logits)
+    value, gradient = jax.device_get(jax.jit(jax.value_and_grad(loss))(logits))
     assert np.isfinite(value)
     np.testing.assert_array_equal(np.any(gradient != 0, axis=-1), [[False, True, False, False]])
     assert np.isfinite(gradient).all()
@@ -370,20 +377,22 @@ def test_one_teacher_per_example_in_chunks_or_dense() -> None:
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
     kernels = jnp.asarray(rng.normal(size=(3, 4, 6)), jnp.float32)
-    student, teachers, owner = Head(kernels[0]), kernels[1:], jnp.asarray([1, 0, 1])
-    parts = [
-        losses.chunked_divergence(
-            losses.reverse_kl,
-            hidden,
-            student,
-            hidden,
-            Head(kernel),
-            where=jnp.broadcast_to(owner[:, None] == k, (3, 2)),
+    teachers, owner = kernels[1:], np.asarray([1, 0, 1])
+
+    @jax.jit
+    def of_one(kernel: jax.Array, where: jax.Array) -> Any:
+        student = Head(kernels[0])
+        return losses.chunked_divergence(
+            losses.reverse_kl, hidden, student, hidden, Head(kernel), where=where
         )
+
+    parts = [
+        of_one(kernel, np.broadcast_to(owner[:, None] == k, (3, 2)))
         for k, kernel in enumerate(teachers)
     ]
     own = jnp.stack([hidden @ kernel for kernel in teachers])
-    one_hot = (owner[None] == jnp.arange(2)[:, None]).astype(jnp.float32)
-    dense = ensembles.over_teachers(losses.reverse_kl, weights=one_hot)(hidden @ kernels[0], own)
+    one_hot = (owner[None] == np.arange(2)[:, None]).astype(np.float32)
+    over = ensembles.over_teachers(losses.reverse_kl, weights=one_hot)
+    dense = jax.jit(over)(hidden @ kernels[0], own)
     close(sum(p.total for p in parts), jnp.sum(dense), rtol=1e-5)
     assert sum(p.weight for p in parts) == 6

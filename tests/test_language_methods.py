@@ -66,6 +66,22 @@ def test_the_terminating_token_is_learned_though_padding_has_its_number():
     assert where.tolist() == [[True, True, False, False, False]]
 
 
+@cache
+def by_definition() -> Any:
+    """Of one batch: loss, both means, and the loss's gradient."""
+    inputs = batch()["inputs"]
+
+    def loss(params: Any) -> Any:
+        targets, where = language.next_tokens(jax.tree.map(jnp.asarray, inputs))
+        ours, theirs = dense(inputs, params), dense(inputs, TEACHER)
+        task = optax.softmax_cross_entropy_with_integer_labels(ours, targets)
+        kd = losses.reverse_kl(ours, theirs)
+        means = [jnp.sum(jnp.where(where, x, 0)) / jnp.sum(where) for x in (task, kd)]
+        return means[0] + 0.5 * means[1], means
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(STUDENT)
+
+
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_terms_are_means_over_learned_tokens_whatever_the_parts(microbatches: int):
     terms = language.together(
@@ -78,15 +94,7 @@ def test_terms_are_means_over_learned_tokens_whatever_the_parts(microbatches: in
     state = train.init_state(STUDENT, TX, key=jax.random.key(0))
     new, metrics = jax.jit(step)(state, given, TEACHER)
 
-    def loss(params: Any) -> Any:
-        targets, where = language.next_tokens(jax.tree.map(jnp.asarray, given["inputs"]))
-        ours, theirs = dense(given["inputs"], params), dense(given["inputs"], TEACHER)
-        task = optax.softmax_cross_entropy_with_integer_labels(ours, targets)
-        kd = losses.reverse_kl(ours, theirs)
-        means = [jnp.sum(jnp.where(where, x, 0)) / jnp.sum(where) for x in (task, kd)]
-        return means[0] + 0.5 * means[1], means
-
-    (value, means), gradient = jax.value_and_grad(loss, has_aux=True)(STUDENT)
+    (value, means), gradient = by_definition()
     np.testing.assert_allclose(train.values(metrics)["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(train.values(metrics)["kd"], means[1], rtol=1e-5)
     for a, b, g in zip(*map(jax.tree.leaves, (new.params, STUDENT, gradient)), strict=True):
@@ -241,8 +249,8 @@ def test_a_row_of_padding_alone_is_not_learned():
     given = prompts()["inputs"]
     padded = given["segments"].copy()
     padded[1] = 0
-    drawn = language.rollout(DECODER, prompt=3)(
-        STUDENT, {**given, "segments": padded}, jax.random.key(3)
+    drawn = jax.jit(language.rollout(DECODER, prompt=3))(
+        STUDENT, {**given, "segments": padded}, KEY
     )
     assert not np.any(drawn["learned"][1]) and np.all(drawn["learned"][0, 3:])
     assert not np.any(drawn["segments"][1]) and not np.any(drawn["log_probs"][1])
