@@ -97,6 +97,9 @@ LABELLED: dict[str, Any] = {
     "nckd": losses.nckd,
     "target_cross_entropy": losses.target_cross_entropy,
     "token_log_probs": lambda s, t, y, **k: losses.token_log_probs(s, y, **k),
+}
+# Tasks, whose weights are of whole rows.
+TASKS: dict[str, Any] = {
     "classification": lambda s, t, y, **k: objective.classification(inputs(s, y, **k))["task"],
     "mutual": lambda s, t, y, **k: online.mutual_terms(jnp.stack([s, t]), y, **k)["task"],
 }
@@ -114,10 +117,10 @@ THROUGH_PIECES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", LABELLED | THROUGH_PIECES)
+@pytest.mark.parametrize("name", LABELLED | TASKS | THROUGH_PIECES)
 def test_ignored_labels_leave_no_nan_under_a_mask_applied_later(name: str) -> None:
     """As optax's cross-entropy behaves under jit: the mean and gradient of the real rows alone."""
-    loss, known = (LABELLED | THROUGH_PIECES)[name], np.asarray(KNOWN)
+    loss, known = (LABELLED | TASKS | THROUGH_PIECES)[name], np.asarray(KNOWN)
 
     def masked(student: jax.Array, labels: jax.Array) -> jax.Array:
         return objective.reduce("x", objective.Masked(loss(student, LOGITS, labels), KNOWN)).value()
@@ -135,9 +138,9 @@ def test_ignored_labels_leave_no_nan_under_a_mask_applied_later(name: str) -> No
     assert not np.asarray(gradient)[~known].any()
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", LABELLED | TASKS)
 def test_a_label_out_of_range_is_nan_and_a_masked_one_is_zero(name: str) -> None:
-    loss = LABELLED[name]
+    loss = (LABELLED | TASKS)[name]
     unmasked = np.asarray(jax.jit(loss)(STUDENT, LOGITS, IGNORED))
     np.testing.assert_array_equal(np.isnan(unmasked), ~np.asarray(KNOWN))
     # Eagerly the labels are seen: refused without the mask, looked at only where it holds.
