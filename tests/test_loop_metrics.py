@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
 
 from kdtl_jax import objective, train
 from kdtl_jax.run import data, loop, processes
@@ -224,6 +226,28 @@ def test_signals_outside_a_loop_end_one_process_and_are_shared_within() -> None:
     with processes.signals() as found, found.polled():
         os.kill(os.getpid(), signal.SIGINT)
         assert found.asked() and found.number == signal.SIGINT
+
+
+def test_processes_meet_before_they_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their first collective waits 30 seconds for the others, who may be busy for longer."""
+    happened: list[str] = []
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        assert timeout_ms >= 3_600_000
+        happened.append(key)
+
+    def collective(value: Any) -> Any:
+        happened.append("collective")
+        return np.asarray(value)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(ocp.multihost, "get_barrier_sync_fn", lambda: barrier)
+    for name in ("broadcast_one_to_all", "process_allgather"):
+        monkeypatch.setattr(multihost_utils, name, collective)
+    assert processes.broadcast({"a": 1}) == {"a": 1} and processes.largest(3) == 3
+    first, *_, second, last = happened
+    assert first != second and {first, second}.isdisjoint({"collective"}), happened
+    assert last == "collective"
 
 
 def test_one_process_decides_by_itself() -> None:

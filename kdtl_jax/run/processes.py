@@ -7,6 +7,7 @@ other. With one process, all of this is a plain function call.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ import jax
 import numpy as np
 
 HEARTBEAT_SECONDS = 30  # when a process dies, the others end within about twice this time
+LONGEST_SECONDS = 24 * 3600  # that the processes wait while one of them works
+_meetings = itertools.count()  # all processes come to every meeting, in one order
 # The type of an error in the other processes: the first one that it is an instance of.
 KINDS: tuple[type[Exception], ...] = (
     *(FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, OSError),
@@ -64,11 +67,23 @@ def broadcast(value: Any) -> Any:
         return value
     from jax.experimental import multihost_utils
 
+    _meet()
     text = json.dumps(value).encode() if jax.process_index() == 0 else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     buffer = np.zeros(size, np.uint8)
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+
+
+def _meet() -> None:
+    """Waits for all processes, however long one of them works; a dead one ends the others.
+
+    The first collective of a group of CPU devices connects them, and gives up after 30 seconds.
+    """
+    import orbax.checkpoint as ocp
+
+    wait = ocp.multihost.get_barrier_sync_fn()
+    wait(key=f"kdtl_jax/meeting/{next(_meetings)}", timeout_ms=LONGEST_SECONDS * 1000)
 
 
 def decide(choose: Callable[[], Any]) -> Any:
@@ -104,6 +119,7 @@ def largest(number: int) -> int:
         return number
     from jax.experimental import multihost_utils
 
+    _meet()
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
