@@ -136,3 +136,16 @@ def test_loss_scaling_within_another_transformation_is_refused(tx: Any) -> None:
     state = train.init_state(START, tx, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"outermost.*loss_scaling\(optax.chain"):
         jax.eval_shape(step, state, BATCH)
+
+
+@pytest.mark.parametrize("opaque", [True, False])
+def test_sam_climbs_before_it_descends(opaque: bool) -> None:
+    """optax's SAM takes `grad_fn` and no other extra argument."""
+    tx = contrib.sam(optax.sgd(0.5), optax.sgd(0.1), opaque_mode=opaque)
+    step = train.make_step(model, objective.classification, {"task": 2.0}, tx)
+    state = train.init_state(START, tx, key=jax.random.key(0))
+    for _ in range(1 if opaque else 2):
+        state, _ = step(state, BATCH)
+    climbed = jax.tree.map(lambda w, g: w + 0.1 * g, START, jax.grad(loss)(START))
+    want = START["w"] - 0.5 * jax.grad(loss)(climbed)["w"]
+    np.testing.assert_allclose(state.params["w"], want, rtol=1e-5, atol=1e-7)

@@ -1,6 +1,7 @@
 """The training step and the evaluation step."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ def make_step(
     The batch is a dict with `"inputs"`, which both models read, usually `"labels"`, and optionally
     `"weights"` `[B]` (0 marks padding). The optimizer receives the extra arguments `value`, `grad`
     and `value_fn` of the loss if it takes any, so line searches, Polyak steps, MoMo and
-    `reduce_on_plateau` work without changes.
+    `reduce_on_plateau` work without changes; SAM receives `grad_fn`, unless it is in a chain.
 
     Args:
       model: the model function to train.
@@ -238,6 +239,11 @@ def _updates(
     extra: dict[str, Any] = {"value": found.loss, "grad": whole, "value_fn": value_fn}
     if apart:
         extra["distill_gradient"] = apart[0]
+    taken = inspect.signature(tx.update).parameters
+    if not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        # optax's SAM takes grad_fn alone; line searches refuse what value_fn does not read.
+        extra["grad_fn"] = lambda params, _: jax.grad(value_fn)(params)
+        extra = {name: value for name, value in extra.items() if name in taken}
     structure = jax.tree.structure(opt_state)
     raised: Exception | None = None
     try:
