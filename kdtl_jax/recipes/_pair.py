@@ -146,7 +146,7 @@ def setup(
     )
 
 
-def blank(net: Network, example: Array) -> Variables:
+def blank(net: Network, example: Any) -> Variables:
     """Zeros in the shapes of a network's variables."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), networks.abstract(net, example))
 

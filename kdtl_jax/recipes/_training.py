@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 
 from kdtl_jax import augment, objective, train
 from kdtl_jax._types import PyTree, Variables
@@ -109,7 +110,7 @@ def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, 
 def pick(tree: PyTree, at: Any) -> PyTree:
     """One or more parts of a stacked tree; one program if it is on the device."""
     leaves = jax.tree.leaves(tree)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, at])
+    traced = any(isinstance(leaf, Tracer) for leaf in [*leaves, at])
     if traced or not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return jax.tree.map(lambda leaf: leaf[at], tree)
     return _picked(tree, at)
