@@ -35,11 +35,15 @@ from kdtl_jax.run import checkpoint, data, loop
 STEPS, SAVE_EVERY, LOG_EVERY, EVALUATE_EVERY = 200, 20, 7, 50
 
 
-def init(key: jax.Array, widths: list[int]) -> Any:
-    keys = jax.random.split(key, len(widths) - 1)
+def init(seed: int, widths: list[int]) -> Any:
+    """On the host, so that a child compiles nothing for it."""
+    rng = np.random.default_rng(seed)
     return [
-        {"kernel": jax.random.normal(k, (i, o)) / i**0.5, "bias": jnp.zeros((o,))}
-        for k, i, o in zip(keys, widths, widths[1:], strict=False)
+        {
+            "kernel": np.float32(rng.normal(size=(i, o)) / i**0.5),
+            "bias": np.zeros(o, np.float32),
+        }
+        for i, o in zip(widths, widths[1:], strict=False)
     ]
 
 
@@ -76,10 +80,10 @@ def train_once(folder: Path, wrote_line: Callable[[], None] = lambda: None) -> s
     }
     source = data.resident(arrays, 32, key=key, drop_remainder=False, augment=views)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-3, STEPS))
-    frozen = Variables(init(key, [64, 128, 10]), {"mean": jnp.zeros(())})
+    frozen = jax.device_put(Variables(init(1, [64, 128, 10]), {"mean": np.float32(0)}))
     step = train.make_step(model, terms, {"kd": 0.9, "task": 0.1}, tx, teacher=model)
-    params = init(jax.random.key(1), [64, 32, 10])
-    state = train.init_state(params, tx, key=key, model_state={"mean": jnp.zeros(())})
+    params, model_state = init(2, [64, 32, 10]), {"mean": np.float32(0)}
+    state = jax.jit(partial(train.init_state, params, tx, model_state=model_state))(key=key)
     measure = train.make_eval_step(
         model, lambda x: {"error": (jnp.argmax(x.student["logits"], -1) != x.batch["labels"]) * 1.0}
     )
