@@ -16,7 +16,7 @@ from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Column, Dataset, Images, Preprocessing, Splits, Standardizer
 from kdtl_jax.interop import model_files, safetensors, sources
 from kdtl_jax.interop.model_files import About
-from kdtl_jax.recipes import _agreement, _models
+from kdtl_jax.recipes import _data, _models
 from kdtl_jax.recipes.settings import Data, UsageError
 
 X = np.random.default_rng(0).normal(size=(40, 2))
@@ -110,19 +110,19 @@ def splits_of(names: tuple[str, ...], classes: int = 3) -> Splits:
 
 def test_a_sources_classes_in_another_order(capsys: Captured) -> None:
     about = About("mlp:2", 3, names=("ape", "bee", "cat"))
-    found = _agreement.in_classes_of("t", about, splits_of(("cat", "Ape", "bee ")))
+    found = _data.in_classes_of("t", about, splits_of(("cat", "Ape", "bee ")))
     assert found.train.names == about.names and found.test.labels.tolist() == [2, 0, 1]
     # A Hugging Face folder says names alone.
     folder = about._replace(classes=None)
-    found = _agreement.in_classes_of("t", folder, splits_of(("cat", "ape", "bee")))
+    found = _data.in_classes_of("t", folder, splits_of(("cat", "ape", "bee")))
     assert found.validation.labels.tolist() == [2, 0, 1]
-    assert _agreement.in_classes_of("t", folder, splits_of(())).train.names == ()
+    assert _data.in_classes_of("t", folder, splits_of(())).train.names == ()
     assert "note: classes 0..2 are t's ape, bee, cat" in capsys.readouterr().err
     for names in (("cat", "ape", "dog"), ()):
         with pytest.raises(ValueError, match="was trained on the classes ape, bee, cat"):
-            _agreement.in_classes_of("t", about, splits_of(names))
+            _data.in_classes_of("t", about, splits_of(names))
     with pytest.raises(ValueError, match=r"remove id2label from its config\.json"):
-        _agreement.in_classes_of("t", folder, splits_of(("n01", "n02", "n03")))
+        _data.in_classes_of("t", folder, splits_of(("n01", "n02", "n03")))
 
 
 def test_a_folders_names_of_classes(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_choices_that_the_model_has_made_otherwise() -> None:
         (drawn, Data(image_size=(8, 8)), "--image-size 8x8: t takes images of 16x16"),
     ):
         with pytest.raises(UsageError, match=words):
-            _agreement.check_choices(chosen, "t", About("mlp:2", preprocessing=form))
+            _data.check_choices(chosen, "t", About("mlp:2", preprocessing=form))
     filled = read._replace(columns=(Column("u", (), 0.5), Column("v")))
     for form, chosen in (
         (read, Data(drop_columns=("w",), missing="drop")),
@@ -155,7 +155,7 @@ def test_choices_that_the_model_has_made_otherwise() -> None:
         (drawn, Data(image_size=(16, 16))),
         (None, Data(drop_columns=("v",))),
     ):
-        _agreement.check_choices(chosen, "t", About("mlp:2", preprocessing=form))
+        _data.check_choices(chosen, "t", About("mlp:2", preprocessing=form))
 
 
 def test_rows_are_left_out_and_images_resized_for_a_model(tmp_path: Path) -> None:
@@ -195,23 +195,23 @@ def test_columns_that_a_model_does_not_read_and_inputs_without_names_are_told(
 
 def test_numbers_in_other_units() -> None:
     targets = np.random.default_rng(0).normal(size=(30, 2))
-    assert _agreement.other_targets(targets, ("a", "b")) is None
+    assert _data.other_target_units(targets, ("a", "b")) is None
     for wrong in (targets * [1, 100], targets / [1, 100], targets + [0, 27]):
-        assert "the target 'b' has" in str(_agreement.other_targets(wrong, ("a", "b")))
-    assert "the targets have" in str(_agreement.other_targets(100 * targets, ()))
+        assert "the target 'b' has" in str(_data.other_target_units(wrong, ("a", "b")))
+    assert "the targets have" in str(_data.other_target_units(100 * targets, ()))
 
 
 def test_inputs_from_another_zero() -> None:
-    inputs = np.random.default_rng(0).normal(size=(_agreement.FEW, 4))
+    inputs = np.random.default_rng(0).normal(size=(_data.FEW, 4))
     kelvins = inputs + [0, 27, 0, 0]
     assert "half of the column 'b', scaled, lies between 2" in str(
-        _agreement.other_units(kelvins, "abcd")
+        _data.other_units(kelvins, "abcd")
     )
-    assert _agreement.other_units(kelvins) is None  # a pixel may be dark in most images
-    assert "half of the data, scaled," in str(_agreement.other_units(kelvins - [30, 0, 30, 30]))
-    assert _agreement.other_units(kelvins[:10], "abcd") is None
-    inputs[:, 1] = np.where(np.arange(_agreement.FEW) == 3, 0.0, 31.0)  # a category
-    assert _agreement.other_units(inputs, "abcd") is None
+    assert _data.other_units(kelvins) is None  # a pixel may be dark in most images
+    assert "half of the data, scaled," in str(_data.other_units(kelvins - [30, 0, 30, 30]))
+    assert _data.other_units(kelvins[:10], "abcd") is None
+    inputs[:, 1] = np.where(np.arange(_data.FEW) == 3, 0.0, 31.0)  # a category
+    assert _data.other_units(inputs, "abcd") is None
 
 
 def test_a_changed_source_is_told(tmp_path: Path, capsys: Captured) -> None:

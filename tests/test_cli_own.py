@@ -12,7 +12,7 @@ from tiny import SHORT, kdtl, results, write_data
 
 from kdtl_jax import datasets
 from kdtl_jax.interop import model_files
-from kdtl_jax.recipes import _models, _own, _tried
+from kdtl_jax.recipes import _imports, _models, _own
 
 Captured = pytest.CaptureFixture[str]
 MODEL = """
@@ -102,7 +102,7 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
     wanted = row["test_accuracy"]["values"][row["settings"]["file_seed"]]
     assert json.loads(scores.read_text())["accuracy"] == pytest.approx(wanted)
     test = datasets.read_splits(str(room / "small.npz")).test
-    model = model_files.load(student, model=_own.imported(source))
+    model = model_files.load(student, model=_imports.imported(source))
     assert np.mean(model.predict(test.inputs).argmax(-1) == test.labels) == pytest.approx(wanted)
     capsys.readouterr()
     assert kdtl("predict", student, room / "small.npz") == 1
@@ -265,7 +265,7 @@ def test_what_a_last_layer_says(
     )
     net = _models.described(text, 2, jax.numpy.asarray(inputs[:1]))
     data = datasets.Dataset("x", inputs, inputs, 2, form=datasets.Preprocessing(kind))
-    _tried.logits("--teacher", text, net, data)
+    _own.check_logits("--teacher", text, net, data)
     told = capsys.readouterr().err
     assert re.search(says, told) and bool(told) == bool(says)
     assert not says or told.startswith(f"note: --teacher {text}: ")

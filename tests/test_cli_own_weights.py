@@ -14,7 +14,7 @@ from tiny import kdtl, write_data
 
 from kdtl_jax import datasets
 from kdtl_jax.interop import own, safetensors
-from kdtl_jax.recipes import _own
+from kdtl_jax.recipes import _imports
 from kdtl_jax.run import teacher_cache
 
 Captured = pytest.CaptureFixture[str]
@@ -90,7 +90,7 @@ def test_weights_as_they_are_kept(name: str, form: str, tmp_path: Path, capsys: 
     file.write_text(MODELS)
     train = datasets.prepared(datasets.read_splits(str(data)))[0].train
     inputs, labels = train.inputs, train.labels
-    net = own.network(_own.imported(f"{file}:{name}"), classes=3, example=inputs[:1])
+    net = own.network(_imports.imported(f"{file}:{name}"), classes=3, example=inputs[:1])
     variables = net.init(jax.random.key(7), inputs[:1])
     logits = net.apply(*variables, jnp.asarray(inputs))[0]["logits"]
     weights = tmp_path / "weights"

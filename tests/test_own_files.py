@@ -47,7 +47,7 @@ def written(folder: Path, value: int) -> str:
 
 
 def digest(text: str) -> str:
-    return record.made_from({"": _own.files_of(text)}).files[""]
+    return record.made_from({"": _imports.files_of(text)}).files[""]
 
 
 def same_size_and_date(path: Path, old: str, new: str) -> None:
@@ -60,7 +60,7 @@ def same_size_and_date(path: Path, old: str, new: str) -> None:
 
 def test_all_that_a_file_imports_is_part_of_it(tmp_path: Path) -> None:
     text = written(tmp_path, 1)
-    paths = _own.files_of(text)
+    paths = _imports.files_of(text)
     assert {path.relative_to(tmp_path.resolve()).as_posix() for path in paths} == {
         "own_file.py", *BESIDE,
     }  # fmt: skip
@@ -85,26 +85,26 @@ def test_an_edited_neighbor_runs_anew_whatever_python_has_cached(tmp_path: Path)
     text = written(tmp_path, 1)
     for name in BESIDE:
         py_compile.compile(str(tmp_path / name))
-    assert _own.imported(text) == (1, 1, 1)
+    assert _imports.imported(text) == (1, 1, 1)
     for i, name in enumerate(("own_shared.py", "own_parts/inner.py", "own_named.py")):
         same_size_and_date(tmp_path / name, "VALUE = 1", f"VALUE = {i + 2}")
-    assert _own.imported(text) == (2, 3, 4)
+    assert _imports.imported(text) == (2, 3, 4)
 
 
 def test_two_files_of_one_name_have_their_own_neighbors(tmp_path: Path) -> None:
     one, two = written(tmp_path / "a", 1), written(tmp_path / "b", 2)
-    assert _own.imported(one) == (1, 1, 1)
-    assert _own.imported(two) == (2, 2, 2)
-    assert _own.imported(one) == (1, 1, 1)
+    assert _imports.imported(one) == (1, 1, 1)
+    assert _imports.imported(two) == (2, 2, 2)
+    assert _imports.imported(one) == (1, 1, 1)
     (tmp_path / "c").mkdir()
     alone = tmp_path / "c/own_file.py"
     alone.write_text("import own_shared\n")
     with pytest.raises(ValueError, match="line 1: ModuleNotFoundError: No module named 'own_sha"):
-        _own.imported(f"{alone}:value")
+        _imports.imported(f"{alone}:value")
     # Neighbors of one folder are one module for all its files.
     (tmp_path / "b/own_second.py").write_text("import own_shared\n")
-    shared = _own.imported(f"{tmp_path}/b/own_second.py:own_shared")
-    assert _own.imported(f"{tmp_path}/b/own_second.py:own_shared") is shared
+    shared = _imports.imported(f"{tmp_path}/b/own_second.py:own_shared")
+    assert _imports.imported(f"{tmp_path}/b/own_second.py:own_shared") is shared
 
 
 CALLED = """
@@ -129,7 +129,7 @@ def test_a_called_function_finds_what_an_import_statement_names(tmp_path: Path) 
         (tmp_path / folder / "own_called.py").write_text(CALLED)
         (tmp_path / folder / "own_computed.py").write_text(f"VALUE = {value}.0")
     texts = [f"{tmp_path}/{folder}/own_called.py:named" for folder in "ab"]
-    calls = [_own.neighborly(text, _own.imported(text)) for text in texts]
+    calls = [_imports.neighborly(text, _imports.imported(text)) for text in texts]
     # Each file's own, in turns: the other's is in sys.modules under the same name.
     assert [call() for call in [*calls, *calls]] == [1, 2, 1, 2]
     path = tmp_path / "a/own_called.py"
@@ -150,10 +150,10 @@ def test_a_called_function_finds_what_an_import_statement_names(tmp_path: Path) 
 
 def test_nothing_is_left_on_the_path(tmp_path: Path) -> None:
     path, hooks = list(sys.path), list(sys.path_hooks)
-    _own.imported(written(tmp_path, 1))
+    _imports.imported(written(tmp_path, 1))
     (tmp_path / "own_bad.py").write_text("import own_shared\n1 / 0\n")
     with pytest.raises(ValueError, match=r"own_bad.py, line 2: ZeroDivisionError"):
-        _own.imported(f"{tmp_path}/own_bad.py:x")
+        _imports.imported(f"{tmp_path}/own_bad.py:x")
     assert (sys.path, sys.path_hooks) == (path, hooks)
     assert not list(tmp_path.rglob("__pycache__"))
     with pytest.raises(ModuleNotFoundError):
@@ -174,15 +174,15 @@ def test_what_is_wrong_beside_a_file_is_named(tmp_path: Path, beside: str, messa
     (tmp_path / "own_first.py").write_text("\n\nimport own_broken\n")
     (tmp_path / "own_broken.py").write_text(beside)
     with pytest.raises(ValueError, match=message) as raised:
-        _own.imported(f"{tmp_path}/own_first.py:x")
+        _imports.imported(f"{tmp_path}/own_first.py:x")
     assert not isinstance(raised.value, UsageError) and str(raised.value).count("\n") == 0
     (tmp_path / "own_broken.py").write_text("")
     (tmp_path / "own_first.py").write_text("import own_broken as x\n1 / 0\n")
     with pytest.raises(ValueError, match="line 2: ZeroDivisionError"):
-        _own.imported(f"{tmp_path}/own_first.py:x")
+        _imports.imported(f"{tmp_path}/own_first.py:x")
     (tmp_path / "own_first.py").write_text("from own_broken import value\n")
     (tmp_path / "own_broken.py").write_text("value = 1\n")  # what ran before is not believed
-    assert _own.imported(f"{tmp_path}/own_first.py:value") == 1
+    assert _imports.imported(f"{tmp_path}/own_first.py:value") == 1
 
 
 def test_installed_packages_are_not_a_files_own() -> None:

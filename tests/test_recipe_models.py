@@ -16,7 +16,7 @@ from kdtl_jax.interop import model_files, networks, safetensors, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.interop.sources import Source
-from kdtl_jax.recipes import _agreement, _models
+from kdtl_jax.recipes import _data, _models
 from kdtl_jax.recipes.settings import Data, UsageError
 
 EXAMPLE = jnp.zeros((1, 8, 8, 1), jnp.float32)
@@ -193,9 +193,9 @@ def teacher(tmp_path: Path) -> str:
 
 
 def read(path: str, splits: Splits, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Any:
-    monkeypatch.setattr(_models, "read_splits", lambda *args, **kwargs: splits)
+    monkeypatch.setattr(_data, "read_splits", lambda *args, **kwargs: splits)
     source = _models.opened(path, given.get("text"), "mlp:1")
-    found, form = _models.read_data(Data(), source)
+    found, form = _data.read(Data(), source)
     return source.about.model, found, form.scaling
 
 
@@ -231,14 +231,12 @@ def test_a_file_of_something_else_is_refused(
     for factor in (255, 1 / 255):
         with pytest.raises(ValueError, match="Are the data in other units"):
             read(teacher, changed(lambda x, f=factor: x * f), monkeypatch)
-    inputs = np.random.default_rng(0).normal(size=(_agreement.FEW, 4)) * [1, 1, 1e-3, 1]
-    assert _agreement.other_units(inputs) is None  # without names, as pixels: some may be dark
-    assert "the column 'c' has a scaled dev" in str(
-        _agreement.other_units(inputs, ["a", "b", "c", "d"])
-    )
-    inputs[:, 2] = np.arange(_agreement.FEW) == 3  # rare
+    inputs = np.random.default_rng(0).normal(size=(_data.FEW, 4)) * [1, 1, 1e-3, 1]
+    assert _data.other_units(inputs) is None  # without names, as pixels: some may be dark
+    assert "the column 'c' has a scaled dev" in str(_data.other_units(inputs, ["a", "b", "c", "d"]))
+    inputs[:, 2] = np.arange(_data.FEW) == 3  # rare
     inputs[:, 2] *= 1e-3
-    assert _agreement.other_units(inputs, ["a", "b", "c", "d"]) is None
+    assert _data.other_units(inputs, ["a", "b", "c", "d"]) is None
     with pytest.raises(ValueError, match="no such file"):
         _models.opened(str(tmp_path / "nowhere"), None, "mlp:1")
     broken = tmp_path / "broken.safetensors"
@@ -253,10 +251,10 @@ def test_images_of_another_size_are_refused_and_unknown_scaling_is_said(
     """A convolution with pooling would run on them."""
     part = Dataset("x", np.random.default_rng(0).random((6, 4, 4, 1), np.float32),
                    np.arange(6, dtype=np.int32) % 2, 2)  # fmt: skip
-    monkeypatch.setattr(_models, "read_splits", lambda *args, **kwargs: Splits(part, part, part))
+    monkeypatch.setattr(_data, "read_splits", lambda *args, **kwargs: Splits(part, part, part))
     with pytest.raises(ValueError, match=r"takes inputs \[8, 8, 1\], .* are \[4, 4, 1\]"):
-        _models.read_data(Data(), Source("teacher", About("cnn:2", 2, None, (), (8, 8, 1))))
-    _models.read_data(Data(), Source("teacher", About("cnn:2", 2)))
+        _data.read(Data(), Source("teacher", About("cnn:2", 2, None, (), (8, 8, 1))))
+    _data.read(Data(), Source("teacher", About("cnn:2", 2)))
     assert "teacher does not say how its inputs were scaled" in capsys.readouterr().err
 
 
@@ -267,7 +265,7 @@ def test_a_table_s_classes_are_numbered_as_its_teacher_s(tmp_path: Path) -> None
         (tmp_path / f"{name}.csv").write_text("x,y,label\n" + "\n".join(lines))
 
     def read_csv(name: str, about: About, path: str | None) -> Any:
-        return _models.read_data(Data(data=str(tmp_path / f"{name}.csv")), Source(path, about))
+        return _data.read(Data(data=str(tmp_path / f"{name}.csv")), Source(path, about))
 
     for taught, given in (("numbers", "numbers"), ("words", "order")):
         splits, form = read_csv(taught, About(), None)

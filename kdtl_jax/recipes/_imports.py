@@ -1,4 +1,4 @@
-"""A Python file that the user names, run as a module, and the modules that it imports.
+"""A Python file that the user names as `FILE.py:NAME`, run as a module, and what it imports.
 
 Modules beside the file are found first, as with `python FILE.py`, and each file has its own: a
 module of the same name beside another file is a different module. All are compiled from their text,
@@ -8,20 +8,25 @@ statement may also be imported when a function of the file is called; others may
 
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
 import kdtl_jax
 from kdtl_jax import _files
+from kdtl_jax.recipes.settings import UsageError
 
+FORM = "FILE.py:NAME, as in my_model.py:Net"
 OWN = "_kdtl_own_"  # prefix of the module name of a user's file
 READ = "__kdtl_files__"  # in a module: the digest of every file that it consists of
 # Installed packages are identified by their versions.
@@ -40,7 +45,108 @@ class FromText(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def module(path: Path) -> ModuleType:
+def file_of(text: str) -> Path:
+    """The file of `file.py:name`."""
+    return Path(text.rpartition(":")[0])
+
+
+def checked(value: Any) -> str | None:
+    """`parse=` of a setting: the text itself, if it has the form `file.py:name`."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not re.fullmatch(r".+\.py:[A-Za-z_]\w*", value):
+        raise ValueError(f"expected {FORM}, got {value!r:.80}")
+    return value
+
+
+def several(value: Any) -> tuple[str, ...]:
+    """`parse=` of a setting that may be repeated."""
+    parts = [value] if isinstance(value, str) else list(value or ())
+    return tuple(text for part in parts if (text := checked(part)) is not None)
+
+
+def imported(text: str) -> Any:
+    """The object that `file.py:name` names; the file is run once per process and content.
+
+    Raises:
+      UsageError: if there is no such file, or no such name in it (its names are listed).
+      ValueError: if the file cannot be imported, with the line at fault.
+    """
+    path, name = file_of(text), text.rpartition(":")[2]
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file.")
+    module = _module(text)
+    if not hasattr(module, name):
+        names = [n for n, x in vars(module).items() if callable(x) and n[0] != "_"]
+        raise UsageError(f"{path} has no {name!r}. It has {', '.join(names) or 'nothing'}.")
+    return getattr(module, name)
+
+
+def files_of(text: str) -> list[Path]:
+    """The file of `file.py:name` and those it imports that are in no installed package.
+
+    Raises:
+      ValueError: as `imported`.
+    """
+    path = file_of(text).resolve()
+    return [path, *sorted(getattr(_module(text), READ).keys() - {path})]
+
+
+@contextlib.contextmanager
+def at_work(text: str) -> Iterator[None]:
+    """A context in which the object `imported(text)` finds the modules beside its file.
+
+    Importing a file below its folder raises ImportError, with the repair, if the file is not in
+    `files_of`: those identify the run, and this one could change unnoticed.
+    """
+    path = file_of(text).resolve()
+    _forget(path.parent, set())
+    with _beside(path.parent, getattr(sys.modules[f"{OWN}{path}"], READ)):
+        yield
+
+
+def neighborly(text: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the file `text`, or one that calls its functions, run in its folder."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **named: Any) -> Any:
+        with at_work(text):
+            return function(*args, **named)
+
+    return run
+
+
+def at_fault(text: str, error: BaseException) -> str:
+    """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's files.
+
+    Only the message if none of their lines is involved.
+    """
+    inner = [
+        (frame.filename, frame.lineno)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if is_own(Path(frame.filename))
+    ]
+    inner += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
+    file, line = inner[-1] if inner else (None, None)
+    path = file_of(text)
+    at = path if file is None or Path(file).resolve() == path.resolve() else file
+    said = " ".join(str(error).split())
+    if line is None:
+        return f"{said or type(error).__name__:.500}"
+    return f"{at}, line {line}: {type(error).__name__}: {said:.300}"
+
+
+def _module(text: str) -> ModuleType:
+    try:
+        return _run(file_of(text))
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        said = at_fault(text, error)
+        if ", line " not in said:
+            said = f"{file_of(text)}: {type(error).__name__}: {said}"
+        raise ValueError(said) from error
+
+
+def _run(path: Path) -> ModuleType:
     """The module of a file, run once per process and content.
 
     Raises:
@@ -68,29 +174,6 @@ def module(path: Path) -> ModuleType:
     read |= {file: _digest(file) for file in _new(before).values() if file.is_file()}
     setattr(made, READ, read)
     return made
-
-
-def files(path: Path) -> list[Path]:
-    """The file and those it imports that do not belong to an installed package.
-
-    Raises:
-      Exception: as `module`.
-    """
-    path = path.resolve()
-    return [path, *sorted(getattr(module(path), READ).keys() - {path})]
-
-
-@contextlib.contextmanager
-def at_work(path: Path) -> Iterator[None]:
-    """A context in which functions of a file that `module` ran find the modules beside it.
-
-    Importing a file below its folder raises ImportError, with the repair, if the file is not in
-    `files`: those identify the run, and this one could change unnoticed.
-    """
-    path = path.resolve()
-    _forget(path.parent, set())
-    with _beside(path.parent, getattr(sys.modules[f"{OWN}{path}"], READ)):
-        yield
 
 
 def _digest(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from kdtl_jax import _files, _text, datasets
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import model_files, sources
 from kdtl_jax.interop.model_files import Model
-from kdtl_jax.recipes import _agreement, _models, _own
+from kdtl_jax.recipes import _data, _imports, _models
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import record
 
@@ -25,7 +25,7 @@ LOOKED_AT = 4096  # examples from which units are inferred
 def source(value: Any) -> str | None:
     """`parse=` of a setting: a Python file with a name in it, or a Hugging Face folder."""
     is_folder = isinstance(value, str) and sources.is_hugging_face(value)
-    return value if is_folder else _own.checked(value)
+    return value if is_folder else _imports.checked(value)
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,11 @@ def model_of(settings: Any) -> Model:
         model, text = sources.pretrained(text).module, f"{model_files.HUGGING_FACE}{text}"
         found = model_files.load(settings.student, model=model)
     else:
-        model = _own.imported(text)
-        with _own.at_work(text):
+        model = _imports.imported(text)
+        with _imports.at_work(text):
             found = model_files.load(settings.student, model=model)
-        predict, outputs = (_own.neighborly(text, use) for use in (found.predict, found.outputs))
+        uses = (found.predict, found.outputs)
+        predict, outputs = (_imports.neighborly(text, use) for use in uses)
         found = found._replace(predict=predict, outputs=outputs)
     _models.tell_changed(text, found.metadata)
     return found
@@ -187,9 +188,9 @@ def read(
         raise ValueError(f"{data}: the model {why}")
     labels = np.concatenate([each.labels if form else in_classes_of(model, each) for each in found])
     scaling = None if form is None else form.target_scaling
-    if scaling is not None and len(labels) >= _agreement.FEW:
+    if scaling is not None and len(labels) >= _data.FEW:
         scaled = (labels - scaling.mean) / scaling.scale
-        if why := _agreement.other_targets(scaled, model.about.names):
+        if why := _data.other_target_units(scaled, model.about.names):
             raise ValueError(f"{data}: the model {why}")
     said = f"{len(inputs)} examples" if chosen == "all" else f"{len(inputs)} {chosen} examples"
     if seen:
@@ -242,12 +243,12 @@ def checked_shape(data: str, inputs: np.ndarray, model: Model) -> None:
 
 
 def _in_other_units(inputs: np.ndarray, model: Model) -> str | None:
-    """`_agreement.other_units` of the first examples; not checked for a table of few rows."""
+    """`_data.other_units` of the first examples; not checked for a table of few rows."""
     scaling, form = model.about.scaling, model.about.preprocessing
-    if scaling is None or (inputs.ndim == 2 and len(inputs) < _agreement.FEW):
+    if scaling is None or (inputs.ndim == 2 and len(inputs) < _data.FEW):
         return None
     columns = [] if form is None else [column.name for column in form.columns]
-    return _agreement.other_units((inputs[:LOOKED_AT] - scaling.mean) / scaling.scale, columns)
+    return _data.other_units((inputs[:LOOKED_AT] - scaling.mean) / scaling.scale, columns)
 
 
 def in_classes_of(model: Model, data: Dataset) -> np.ndarray:

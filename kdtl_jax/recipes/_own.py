@@ -1,102 +1,37 @@
-"""The user's own models, losses and methods, from a Python file named as `file.py:name`.
+"""The user's own losses and methods, and what is tried of the user's code before training.
 
 Only files named on the command line or in the settings are imported, with what they import. The
-digests of all these files are part of the run's identity.
+digests of all these files are part of the run's identity. Steps are traced on shapes, not run,
+which shows errors at once, with their lines.
 """
 
-import contextlib
-import functools
 import inspect
-import re
-import traceback
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
 
-from kdtl_jax import methods
+from kdtl_jax import methods, train
+from kdtl_jax.datasets import Dataset
+from kdtl_jax.interop import model_files
+from kdtl_jax.interop.networks import Network
 from kdtl_jax.methods import Entry, Method, Setup
-from kdtl_jax.objective import Inputs
+from kdtl_jax.objective import Inputs, TermsFn
 from kdtl_jax.recipes import _imports
+from kdtl_jax.recipes._training import Experiment
 from kdtl_jax.recipes.settings import UsageError, setting
 
-FORM = "FILE.py:NAME, as in my_model.py:Net"
 EXAMPLES, CLASSES = 8, 3  # shapes on which a loss is tried before the data are known
-
-
-def file_of(text: str) -> str:
-    """The file of `file.py:name`."""
-    return text.rpartition(":")[0]
-
-
-def checked(value: Any) -> str | None:
-    """`parse=` of a setting: the text itself, if it has the form `file.py:name`."""
-    if value is None:
-        return None
-    if not isinstance(value, str) or not re.fullmatch(r".+\.py:[A-Za-z_]\w*", value):
-        raise ValueError(f"expected {FORM}, got {value!r:.80}")
-    return value
-
-
-def several(value: Any) -> tuple[str, ...]:
-    """`parse=` of a setting that may be repeated."""
-    parts = [value] if isinstance(value, str) else list(value or ())
-    return tuple(text for part in parts if (text := checked(part)) is not None)
-
-
-def imported(text: str) -> Any:
-    """The object that `file.py:name` names; the file is run once per process and content.
-
-    Raises:
-      UsageError: if there is no such file, or no such name in it (its names are listed).
-      ValueError: if the file cannot be imported, with the line at fault.
-    """
-    path, name = Path(file_of(text)), text.rpartition(":")[2]
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file.")
-    module = _module(path)
-    if not hasattr(module, name):
-        names = [n for n, x in vars(module).items() if callable(x) and n[0] != "_"]
-        raise UsageError(f"{path} has no {name!r}. It has {', '.join(names) or 'nothing'}.")
-    return getattr(module, name)
-
-
-def files_of(text: str) -> list[Path]:
-    """The file of `file.py:name` and the user's files that it imports; raises as `imported`."""
-    path = Path(file_of(text))
-    _module(path)
-    return _imports.files(path)
-
-
-def at_work(text: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which the object `imported(text)` finds the modules beside its file."""
-    return _imports.at_work(Path(file_of(text)))
-
-
-def neighborly(text: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the file `text`, or one that calls its functions, run in its folder."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **named: Any) -> Any:
-        with at_work(text):
-            return function(*args, **named)
-
-    return run
-
-
-def _module(path: Path) -> ModuleType:
-    try:
-        return _imports.module(path)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        said = at_fault(path, error)
-        if ", line " not in said:
-            said = f"{path}: {type(error).__name__}: {said}"
-        raise ValueError(said) from error
+FEW = 8  # examples that a model is run on
+FRESH = 16  # initializations: one label's logits are positive for all of them once in 65,536 times
 
 
 @dataclass(frozen=True)
@@ -107,12 +42,12 @@ class Terms:
         (), "a loss of your own to compare with the methods: fn(student_logits, teacher_logits) "
         "-> one value per example, or fn(inputs) -> a dict of these; only this file and its "
         "imports run; repeat for more", metavar="FILE.py:NAME",
-        parse=several, repeat=True, group="losses",
+        parse=_imports.several, repeat=True, group="losses",
     )  # fmt: skip
     method: tuple[str, ...] = setting(
         (), "a method of your own: build(setup) -> methods.Method; only this file and its "
         "imports run; repeat for more", metavar="FILE.py:NAME",
-        parse=several, repeat=True, group="losses",
+        parse=_imports.several, repeat=True, group="losses",
     )  # fmt: skip
 
 
@@ -120,7 +55,7 @@ def files(settings: Terms) -> dict[str, list[Path]]:
     """The files of losses and methods, and those that they import, by role."""
     both = {"loss": settings.loss, "method": settings.method}
     return {
-        f"{role} {text.rpartition(':')[2]}": files_of(text)
+        f"{role} {text.rpartition(':')[2]}": _imports.files_of(text)
         for role, texts in both.items()
         for text in texts
     }
@@ -146,7 +81,7 @@ def entries(settings: Terms) -> dict[str, Entry]:
     known = {entry.name for entry in methods.table()}
     found: dict[str, Entry] = {}
     for flag, text in _given(settings):
-        function, name = imported(text), text.rpartition(":")[2]
+        function, name = _imports.imported(text), text.rpartition(":")[2]
         if not callable(function):
             raise UsageError(f"{flag} {text}: {name} is {type(function).__name__}, not a function.")
         if name in known or name in found:
@@ -156,7 +91,8 @@ def entries(settings: Terms) -> dict[str, Entry]:
         build = _of_loss(text, function) if flag == "--loss" else _of_method(text, function)
         about = (inspect.getdoc(function) or name).splitlines()[0]
         applies = _applies(build)
-        found[name] = Entry(name, about, Path(file_of(text)).name, "logits", False, build, applies)
+        paper = _imports.file_of(text).name
+        found[name] = Entry(name, about, paper, "logits", False, build, applies)
     return found
 
 
@@ -177,7 +113,7 @@ def _of_loss(text: str, function: Callable[..., Any]) -> Callable[[Setup], Metho
     name = text.rpartition(":")[2]
 
     def terms(inputs: Inputs) -> Mapping[str, Any]:
-        with at_work(text):
+        with _imports.at_work(text):
             if len(needed) == 1:
                 return function(inputs)
             return {name: function(inputs.student["logits"], inputs.teacher["logits"])}
@@ -199,10 +135,10 @@ def _of_method(text: str, function: Callable[..., Any]) -> Callable[[Setup], Met
 
     def build(setup: Setup) -> Method:
         try:
-            with at_work(text):
+            with _imports.at_work(text):
                 made = function(setup)
         except Exception as error:  # whatever the user's code raises
-            raise ValueError(f"--method {text}: {at_fault(Path(file_of(text)), error)}") from error
+            raise ValueError(f"--method {text}: {_imports.at_fault(text, error)}") from error
         if not isinstance(made, Method):
             raise TypeError(
                 f"--method {text}: expected a methods.Method, got {type(made).__name__}. Return "
@@ -212,7 +148,7 @@ def _of_method(text: str, function: Callable[..., Any]) -> Callable[[Setup], Met
         return Method(*(part(x) for x in made._replace(weights=weights)))
 
     def part(of: Any) -> Any:
-        return neighborly(text, of) if callable(of) else of
+        return _imports.neighborly(text, of) if callable(of) else of
 
     return build
 
@@ -237,7 +173,7 @@ def _terms_of(text: str, terms: Callable[[Inputs], Any], setup: Setup) -> list[s
             of, setup.params, dict(setup.student), dict(setup.teacher), batch, step, key
         )
     except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"--loss {text}: {at_fault(Path(file_of(text)), error)}") from error
+        raise ValueError(f"--loss {text}: {_imports.at_fault(text, error)}") from error
     return _checked_terms(text, found, size)
 
 
@@ -252,7 +188,7 @@ def _try(text: str, terms: Callable[[Inputs], Any]) -> None:
             error.obj, (types.ModuleType, Inputs)
         )
         if of_any:
-            said = at_fault(Path(file_of(text)), error)
+            said = _imports.at_fault(text, error)
             raise ValueError(f"--loss {text}: {said}") from error
     except Exception:  # these shapes may be at fault: the data's own are tried before training
         return
@@ -286,20 +222,92 @@ def _applies(build: Callable[[Setup], Method]) -> Callable[[Setup], str | None]:
     return applies
 
 
-def at_fault(path: Path, error: BaseException) -> str:
-    """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's files.
+# On the shapes of the data and the networks, before anything is trained.
 
-    Only the message if none of their lines is involved.
+
+def try_model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping[str, Any]) -> None:
+    """Traces a training step of a user's model, on a few examples of `arrays`.
+
+    Raises:
+      ValueError: naming the model and, if it is in its file, the line at fault.
     """
-    inner = [
-        (frame.filename, frame.lineno)
-        for frame in traceback.extract_tb(error.__traceback__)
-        if _imports.is_own(Path(frame.filename))
-    ]
-    inner += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
-    file, line = inner[-1] if inner else (None, None)
-    at = path if file is None or Path(file).resolve() == path.resolve() else file
-    said = " ".join(str(error).split())
-    if line is None:
-        return f"{said or type(error).__name__:.500}"
-    return f"{at}, line {line}: {type(error).__name__}: {said:.300}"
+    if not model_files.is_own(text):
+        return
+    tx = optax.sgd(0.1)  # any optimizer will do
+    step = train.make_step(net.apply, task, {"task": 1.0}, tx)
+
+    def trained(batch: Any) -> Any:
+        key = jax.random.key(0)
+        first = net.init(key, batch["inputs"][:1])
+        state = train.init_state(first.params, tx, key=key, model_state=first.model_state)
+        return step(state, batch)
+
+    _traced(f"{flag} {text}", text, trained, shapes(arrays, min(4, len(arrays["labels"]))))
+
+
+def check_logits(flag: str, text: str, net: Network, data: Dataset) -> None:
+    """Warns if a user's model ends in a softmax or a sigmoid.
+
+    That holds for any weights, so a few examples are run through newly initialized ones.
+    """
+    if not model_files.is_own(text):
+        return
+
+    @jax.jit
+    def of_fresh(seed: int, inputs: Array) -> Array:
+        fresh = net.init(jax.random.key(seed), inputs[:1])
+        return net.apply(fresh.params, fresh.model_state, inputs)[0]["logits"]
+
+    inputs, sums = jnp.asarray(data.inputs[:FEW]), True
+    for seed in range(FRESH):
+        found = np.asarray(of_fresh(seed, inputs), np.float32)
+        if not ((found >= 0) & (found <= 1)).all() or not found.any():
+            return
+        sums = sums and found.shape[-1] > 1 and np.allclose(found.sum(axis=-1), 1, atol=0.01)
+    said = "its logits are probabilities: none is negative, and "
+    said += "every row sums to 1." if sums else "none is above 1."
+    inner = "sigmoid" if data.kind == "labels" else "softmax"
+    repair = f"Losses and temperatures apply a {inner} themselves: return what is before the "
+    repair += "model's own."
+    if data.kind == "numbers":
+        said = "its outputs lie between 0 and 1."
+        repair = "Targets are standardized, to both sides of 0: return what is before the model's "
+        repair += "last activation."
+    print(f"note: {flag} {text}: {said} {repair}", file=sys.stderr)
+
+
+def try_method(said: str, learner: Experiment, batch: Mapping[str, Any], frozen: Any) -> None:
+    """Traces a student's step with a user's loss or method, and its prediction.
+
+    Args:
+      said: `--loss FILE.py:NAME` or `--method FILE.py:NAME`.
+      learner: the student.
+      batch: shapes of what it reads; `"teacher"` with its outputs, unless the teacher is live.
+      frozen: shapes of the variables of a live teacher.
+
+    Raises:
+      ValueError: naming the loss or method and, if it is in its file, the line at fault.
+    """
+
+    def trained(point: Any, batch: Any, frozen: Any) -> Array:
+        state, _ = learner.step(learner.start(point, frozen), batch, point, frozen)
+        return learner.logits(state, batch["inputs"], frozen)
+
+    point = {"seed": jax.ShapeDtypeStruct((), jnp.int32)}
+    found = _traced(said, said.partition(" ")[2], trained, point, dict(batch), frozen)
+    if getattr(found, "ndim", None) != 2 or found.shape[0] != batch["inputs"].shape[0]:
+        raise ValueError(f"{said}: its predictions must be logits [B, classes], got {found}.")
+
+
+def shapes(arrays: Mapping[str, Any], examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of this many examples."""
+    return {
+        name: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype) for name, x in arrays.items()
+    }
+
+
+def _traced(said: str, text: str, run: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return jax.eval_shape(run, *args)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"{said}: {_imports.at_fault(text, error)}") from error

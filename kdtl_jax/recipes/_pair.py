@@ -21,6 +21,7 @@ from kdtl_jax.interop.model_files import About
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.methods import Entry, Method, Setup
 from kdtl_jax.recipes import (
+    _data,
     _measures,
     _models,
     _optimizers,
@@ -28,7 +29,6 @@ from kdtl_jax.recipes import (
     _seeds,
     _students,
     _training,
-    _tried,
 )
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._training import Experiment, Point
@@ -87,8 +87,8 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     """
     source = _models.opened(settings.teacher_weights, settings.teacher, DEFAULT_TEACHER)
     _models.check(settings.student)
-    splits, form = _models.read_data(settings, source, kinds=kinds)
-    _models.check_parts(splits)
+    splits, form = _data.read(settings, source, kinds=kinds)
+    _data.check_parts(splits)
     part = splits.train
     index = np.arange(len(part.labels), dtype=np.int32)
     arrays = {"inputs": part.inputs, "labels": part.labels, "index": index}
@@ -107,12 +107,12 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
     measure = _measures.of_data(form, settings, part)
     if given is None:
-        _tried.model("--teacher", named["teacher"], large, measure.task, arrays)
-    _tried.model("--student", named["student"], small, measure.task, arrays)
+        _own.try_model("--teacher", named["teacher"], large, measure.task, arrays)
+    _own.try_model("--student", named["student"], small, measure.task, arrays)
     for flag, text, net in zip(
         ("--teacher", "--student"), named.values(), (large, small), strict=True
     ):
-        _tried.logits(flag, text, net, part)
+        _own.check_logits(flag, text, net, part)
     return Pair(
         splits, about, arrays, named["teacher"], large, small, given, files, example, measure
     )
@@ -164,7 +164,7 @@ def check_own(
     Raises:
       ValueError: with the line at fault.
     """
-    arrays = _tried.shapes(pair.arrays, batch_size)
+    arrays = _own.shapes(pair.arrays, batch_size)
     teacher = networks.abstract(pair.teacher, pair.example)
     for name, said in _own.named(settings).items():
         if name in built:
@@ -177,7 +177,7 @@ def check_own(
                 microbatches=settings.microbatches,
                 view=view,
             )
-            _tried.method(said, learner, arrays, teacher)
+            _own.try_method(said, learner, arrays, teacher)
 
 
 def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[Entry]:

@@ -24,6 +24,7 @@ from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_
 from kdtl_jax.interop import model_files, networks, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes import (
+    _data,
     _finished,
     _folders,
     _logs,
@@ -31,12 +32,12 @@ from kdtl_jax.recipes import (
     _models,
     _optimizers,
     _output,
+    _own,
     _progress,
     _students,
     _tables,
     _targets,
     _transfer_report,
-    _tried,
 )
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
@@ -167,8 +168,8 @@ def run(settings: Settings) -> int | None:
         chosen = [method for method in chosen if not method.needs_source_head]
     _targets.check(net, example, copied_from, chosen, surgery)
     arrays = {"inputs": target.train.inputs, "labels": target.train.labels}
-    _tried.model("--model", text, net, measure.task, arrays)
-    _tried.logits("--model", text, net, target.train)
+    _own.try_model("--model", text, net, measure.task, arrays)
+    _own.check_logits("--model", text, net, target.train)
     read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
     files: dict[str, record.Paths] = {"data": read_now}
     files |= {} if path is None else {"source_weights": path}
@@ -271,8 +272,8 @@ def read(settings: Settings, source: sources.Source) -> tuple[Preprocessing, Dat
     """
     # A file's classes and image sizes are the source's; the target's may differ.
     own = source._replace(about=source.about._replace(classes=None, names=(), shape=None))
-    ready, form = _models.read_data(settings, own, kinds=KINDS, other_targets=True)
-    _models.check_parts(ready)
+    ready, form = _data.read(settings, own, kinds=KINDS, other_targets=True)
+    _data.check_parts(ready)
     if ready.train.kind != "classes":
         given = settings.source_classes or settings.target_classes or settings.canvas
         if settings.source_weights is None or given:

@@ -1,17 +1,149 @@
-"""Whether data match what a model's file was made for: its classes, columns and units."""
+"""Data read as a model's file says, and whether they match it: its classes, columns and units."""
 
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from kdtl_jax.datasets import Dataset, Splits
+from kdtl_jax.datasets import (
+    Dataset,
+    Kind,
+    Preprocessing,
+    Splits,
+    Standardizer,
+    prepared,
+    read_splits,
+    scaled,
+    summary,
+)
 from kdtl_jax.interop import sources
 from kdtl_jax.interop.model_files import About
+from kdtl_jax.interop.sources import Source
 from kdtl_jax.recipes.settings import Data, UsageError
 
 UNITS = 20.0  # a scaled deviation off by this factor means other units
 FEW = 20  # rows, too few to judge the units of one column
+
+
+def read(
+    settings: Data,
+    source: Source,
+    *,
+    kinds: Sequence[Kind] = ("classes",),
+    other_targets: bool = False,
+) -> tuple[Splits, Preprocessing]:
+    """The data, read and scaled as the source says or by their training part, and how.
+
+    Prints what they are and what looks wrong.
+
+    Args:
+      settings: what names the data.
+      source: of the model.
+      kinds: of targets that the caller can learn.
+      other_targets: whether the data's targets may differ; inputs are read as the source says.
+
+    Raises:
+      UsageError: if targets are of an unsupported kind, or settings contradict the source.
+      ValueError: if the source has other classes, inputs or units.
+    """
+    path, about = source.path, source.about
+    check_choices(settings, path, about)
+    known = read_so = about.preprocessing
+    if known is not None and (other_targets or known.kind == "classes"):
+        read_so = known._replace(outputs=0, names=())  # its classes are compared below
+    if read_so is not None and other_targets:
+        read_so = read_so._replace(target_scaling=None)
+    raw = read_splits(
+        settings.data,
+        label=settings.label,
+        inputs=settings.inputs,
+        target=settings.target,
+        missing=settings.missing,
+        one_hot=settings.text_columns is not None,
+        drop=settings.drop_columns,
+        image_size=settings.image_size,
+        validation=settings.validation,
+        test=settings.test,
+        seed=settings.split_seed,
+        preprocessing=read_so,
+    )
+    for line in summary(raw):
+        print(line, file=sys.stderr)
+    _check_kind(settings.data, raw.train.kind, kinds)
+    if known is not None and known.kind != raw.train.kind and not other_targets:
+        raise ValueError(
+            f"{path} learned {known.kind}, but the targets of the data are {raw.train.kind}."
+        )
+    if path is not None and sources.is_hugging_face(path):
+        check_folder(path, raw.train, other_targets=other_targets)
+    raw = in_classes_of(path, about, raw)
+    if about.shape not in (None, raw.train.inputs.shape[1:]):
+        raise ValueError(
+            f"{path} takes inputs {list(about.shape or ())}, but the data's examples are "
+            f"{list(raw.train.inputs.shape[1:])}."
+        )
+    if path is not None and about.scaling is None:
+        print(
+            f"note: {path} does not say how its inputs were scaled: they are standardized by the "
+            "data's own mean and deviation.",
+            file=sys.stderr,
+        )
+    _, form = prepared(raw)
+    form = form._replace(scaling=about.scaling or form.scaling)
+    if known is not None and not other_targets:
+        form = form._replace(target_scaling=known.target_scaling)
+    _check_scaling(path, form.scaling, raw.train.inputs.shape)
+    splits = scaled(raw, form)
+    columns = [column.name for column in form.columns]
+    if about.scaling is not None and (why := other_units(splits.train.inputs, columns)):
+        raise ValueError(f"{path} {why}")
+    if raw.train.kind == "numbers" and path is not None and not other_targets:
+        if known is None:
+            print(
+                f"note: {path} does not say the units of its numbers: targets are standardized by "
+                "the data's own mean and deviation.",
+                file=sys.stderr,
+            )
+        elif why := other_target_units(splits.train.labels, raw.train.names):
+            raise ValueError(f"{path} {why}")
+    return splits, form
+
+
+def _check_kind(data: str, kind: Kind, kinds: Sequence[Kind]) -> None:
+    """Raises UsageError if a command cannot learn targets of that kind."""
+    if kind in kinds:
+        return
+    meant = {"labels": "several labels per example", "numbers": "numbers (regression)"}
+    raise UsageError(
+        f"--data {data}: targets are {meant.get(kind, 'classes')}, and this "
+        f"command learns {' or '.join(meant.get(each, 'one class each') for each in kinds)}. "
+        "Choose what they are with --target."
+    )
+
+
+def _check_scaling(path: str | None, scaling: Standardizer | None, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if inputs `[N, ...]` cannot be scaled as a model's file says."""
+    assert scaling is not None
+    try:
+        fits = np.broadcast_shapes(shape, scaling.mean.shape, scaling.scale.shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{path} scales inputs of shape {list(scaling.mean.shape)}, but the data's examples "
+            f"are {list(shape[1:])}."
+        )
+
+
+def check_parts(splits: Splits) -> None:
+    """Refuses data with nothing held out for validation or for the test.
+
+    Raises:
+      UsageError: naming the flag.
+    """
+    for name in ("validation", "test"):
+        if not len(getattr(splits, name).labels):
+            raise UsageError(f"--{name} 0 leaves no {name} examples. Give a share above 0.")
 
 
 def check_choices(settings: Data, path: str | None, about: About) -> None:
@@ -156,7 +288,7 @@ def _far_away(inputs: np.ndarray, columns: Sequence[str]) -> str | None:
     )
 
 
-def other_targets(targets: np.ndarray, names: Sequence[str]) -> str | None:
+def other_target_units(targets: np.ndarray, names: Sequence[str]) -> str | None:
     """What is wrong with targets whose deviation, scaled as the file says, is far from 1.
 
     Args:
