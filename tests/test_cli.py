@@ -237,12 +237,12 @@ def test_env_names_versions_and_devices(capsys: Captured) -> None:
 PROGRAM = """
 import sys
 from kdtl_jax import cli
-from kdtl_jax.recipes import _programs, env
+from kdtl_jax.recipes import _output, env
 
 def run(settings):
     import jax, jax.numpy as jnp
     assert "matplotlib" not in sys.modules, "only what draws waits for its import"
-    with _programs.counted() as said:
+    with _output.counted_programs() as said:
         jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
         print(said())
 

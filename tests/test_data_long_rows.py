@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kdtl_jax import datasets, language, trees
 from kdtl_jax.datasets import _csv
 from kdtl_jax.language import _records
-from kdtl_jax.recipes import _lines
+from kdtl_jax.recipes import sentences
 
 MANY = 10_000_000  # characters
 
@@ -76,14 +76,14 @@ def test_lines_of_json(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatc
 def test_lines_of_sentences(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one sentence\x0cand another \n\r\nshort\nthis is the last one", newline="")
-    assert _lines.read_lines(path, at_least=10) == [
+    assert sentences.read_lines(path, at_least=10) == [
         "one sentence",
         "and another",
         "this is the last one",
     ]
     path.write_text("a sentence of some words\n" + "x " * (MANY // 2))
     with bounded(1.0, megabytes=30), pytest.raises(ValueError, match="more than 1,048,576 char"):
-        _lines.read_lines(path)
+        sentences.read_lines(path)
 
 
 @given(st.text(st.sampled_from(',;\t|"\n\r 1a\0é'), max_size=200), st.booleans())

@@ -14,7 +14,7 @@ from teacher_caches import LIVE, ROWS, expected, write
 from test_foreign_files import edited, edits, read_or_refused
 
 from kdtl_jax import _files, language
-from kdtl_jax.recipes import _lines
+from kdtl_jax.recipes import sentences
 from kdtl_jax.run import record
 from kdtl_jax.run import teacher_cache as tc
 
@@ -129,6 +129,6 @@ def test_any_text_of_sentences(
     whole = b"one sentence of words\r\nanother \x0c sentence\x85\n" * 3
     path.write_bytes(edited(whole + text, edit))
     with read_or_refused():
-        found = _lines.read_lines(path)
+        found = sentences.read_lines(path)
         assert len({*found}) == len(found) and all(len(line) >= 15 for line in found)
         assert not any("\n" in line or "\r" in line for line in found)

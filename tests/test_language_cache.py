@@ -15,7 +15,7 @@ from test_language_methods import DECODER, STUDENT, TEACHER, batch
 from kdtl_jax import language, losses, train, transforms
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _language_cache as of_cache
+from kdtl_jax.recipes import _language_training as training
 from kdtl_jax.recipes._language_text import Rows
 from kdtl_jax.run import teacher_cache
 
@@ -33,7 +33,9 @@ def written(folder: Path, rows: Any = None, **changed: Any) -> teacher_cache.Cac
         DECODER, params, (), {"architectures": ["Tiny"]}, transforms.Report()
     )
     rows = Rows(batch()["inputs"] if rows is None else rows)
-    return of_cache.written(str(folder), teacher, tokenizer, rows, say=lambda _: None, **given)
+    return training.written_cache(
+        str(folder), teacher, tokenizer, rows, say=lambda _: None, **given
+    )
 
 
 @cache

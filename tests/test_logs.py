@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax.datasets import Dataset, Splits
-from kdtl_jax.recipes import _logs, _programs, _seeds
+from kdtl_jax.recipes import _logs, _output, _seeds
 
 LINES = [
     {"method": "kd", "step": 5, "loss": [1.0, 3.0], "learning_rate": 0.1},
@@ -96,7 +96,7 @@ def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_programs_are_listed_by_name_with_their_number_and_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with _programs.counted() as said:
+    with _output.counted_programs() as said:
 
         @jax.jit
         def doubled(x: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ def test_programs_are_listed_by_name_with_their_number_and_seconds(
             doubled(np.ones(size, np.float32))
         once = said()
         jax.jit(lambda x: x - 1)(np.ones(3, np.float32))
-        monkeypatch.setattr(_programs, "NAMED", 1)
+        monkeypatch.setattr(_output, "NAMED", 1)
         summed = said()
     seconds = r"\d+\.\d s"
     total = rf"\d compiled, \d from the compilation cache, {seconds} in all"

@@ -15,8 +15,8 @@ import pytest
 from kdtl_jax import cli, language, models, train
 from kdtl_jax.interop import _hf_encoders, huggingface, linen, naming, safetensors
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _lines, sentences
 from kdtl_jax.recipes import _sentence_training as training
+from kdtl_jax.recipes import sentences
 from kdtl_jax.run import checkpoint
 
 WORDS = ("cat", "dog", "sun", "moon", "runs", "sees", "loves", "quickly", "house", "river")
@@ -66,26 +66,26 @@ def write_text(path: Path, count: int = 200) -> Path:
 def test_lines_are_distinct_and_not_tiny(tmp_path: Path):
     path = tmp_path / "text.txt"
     path.write_text("  a line of some words \n\nshort\na line of some words\nanother line of it\n")
-    assert _lines.read_lines(path) == ["a line of some words", "another line of it"]
+    assert sentences.read_lines(path) == ["a line of some words", "another line of it"]
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8 text"):
-        _lines.read_lines(path)
+        sentences.read_lines(path)
 
 
 def test_parts_are_disjoint_padded_and_reproducible():
     ids = [[1, 10 + i, 2][: 2 + i % 2] for i in range(40)]
     sizes = {"validation": 8, "test": 12, "batch_size": 16, "padding": 7}
-    parts = _lines.split(ids, **sizes)
+    parts = sentences.split(ids, **sizes)
     assert [len(part["tokens"]) for part in parts] == [20, 8, 12]
     seen = sorted(int(row[1]) for part in parts for row in part["tokens"])
     assert seen == list(range(10, 50))
     for part in parts:
         np.testing.assert_array_equal(part["tokens"][~part["mask"]], 7)
         assert part["mask"].sum() == sum(2 + int(row[1]) % 2 for row in part["tokens"])
-    again = _lines.split(ids, **sizes)
+    again = sentences.split(ids, **sizes)
     np.testing.assert_array_equal(again.test["tokens"], parts.test["tokens"])
     with pytest.raises(ValueError, match="40 distinct lines, but 20 are held out.*needs 21"):
-        _lines.split(ids, **{**sizes, "batch_size": 21})
+        sentences.split(ids, **{**sizes, "batch_size": 21})
 
 
 def test_fidelity_by_hand(monkeypatch: pytest.MonkeyPatch):
@@ -169,7 +169,7 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     tokens = np.random.default_rng(0).integers(0, 9, (20, 3)).astype(np.int32)
-    lines = _lines.Lines({"tokens": tokens}, {}, {})
+    lines = {"tokens": tokens}
     settings = sentences.Settings(steps=8, batch_size=4, checks=2, save_every=2)
 
     def model(

@@ -186,15 +186,3 @@ def rounding(bits: int, group: int = 32) -> Callable[[Params], Params]:
     """Kernels of the layers as integers of some bits with a scale per group of inputs, and back."""
     quantizer = partial(transforms.int_by_group, bits=bits, group=group)
     return partial(transforms.fake_quantize, quantizer=quantizer, where=KERNELS)
-
-
-def same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
-    """Refuses a student whose token ids mean different text from its teacher's.
-
-    Raises:
-      UsageError: if they do, naming some of them.
-    """
-    try:
-        language.require_same_ids(ours, theirs)
-    except ValueError as error:
-        raise UsageError(f"--student has a different tokenizer from --teacher: {error}") from None

@@ -17,7 +17,6 @@ from kdtl_jax import language, losses, train, trees
 from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.interop import decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
-from kdtl_jax.recipes import _language_cache as of_cache
 from kdtl_jax.recipes import _language_models as of_models
 from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_text as text_rows
@@ -160,7 +159,7 @@ def cache(work: Work, taught: Taught) -> teacher_cache.Cache | None:
     settings = work.settings
     if not settings.teacher_cache:
         return None
-    return of_cache.written(
+    return training.written_cache(
         settings.teacher_cache, taught.given, work.tokenizer, work.text.train,
         form=settings.cached, batch_size=settings.batch_size, seed=settings.seed, say=work.say,
     )  # fmt: skip
@@ -192,7 +191,7 @@ def students(
         if method.teaches_itself:
             itself = jax.jit(student.weights)(begin)
             shared = None if method.name == "self_ema" else training.place(itself, work.run.mesh)
-        kept = cache if method.name in of_cache.METHODS else None
+        kept = cache if method.name in training.CACHED else None
         if kept is None:
             learner = method.build(setup)
         else:  # the cache has only the tokenizer's ids, whatever the tables have

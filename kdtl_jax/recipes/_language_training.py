@@ -1,4 +1,7 @@
-"""One model's training in `kdtl language`: logged, measured along the way, saved, resumed."""
+"""One model's training in `kdtl language`: logged, measured along the way, saved, resumed.
+
+Its teacher runs at every step, or its distributions on the rows are read from a cache.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +15,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from kdtl_jax import language, models, train
+from kdtl_jax import _files, language, models, train
 from kdtl_jax._types import ModelFn, Params, Variables
+from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.objective import Inputs, Metrics
 from kdtl_jax.recipes import _logs, _progress, _saves
 from kdtl_jax.recipes._language_text import Rows
@@ -22,6 +26,8 @@ from kdtl_jax.run.measure import step_times
 from kdtl_jax.train import Batch, TrainState
 
 TEMPERATURE = 0.8  # of the continuations in the report
+CACHED = ("kd", "qad")  # methods that learn from a teacher only on the data
+FORMS = "dense, top_k=N or draws=N"
 
 
 class Run(NamedTuple):
@@ -53,6 +59,67 @@ Measure = Callable[[Params], Mapping[str, float]]
 def place(tree: Any, mesh: Mesh | None) -> Any:
     """On the mesh if there is one, else unchanged."""
     return tree if mesh is None else sharding.place(tree, mesh, tensor=models.TENSOR_AXES)
+
+
+def cache_form(value: Any) -> str:
+    """`dense`, `top_k=64` or `draws=50`."""
+    name, _, size = str(value).partition("=")
+    if value != "dense" and not (
+        name in ("top_k", "draws") and size.isdecimal() and 0 < int(size) < 10**5
+    ):
+        raise ValueError(f"expected {FORMS}, got {value!r}")
+    return str(value)
+
+
+def written_cache(
+    folder: str,
+    teacher: PretrainedDecoder,
+    tokenizer: language.Tokenizer,
+    rows: Rows,
+    *,
+    form: str,
+    batch_size: int,
+    seed: int,
+    say: _progress.Say,
+) -> teacher_cache.Cache:
+    """The cache in a folder, completed if necessary.
+
+    Raises:
+      ValueError: if it was made from other weights, text or tokenizer, or in another form, naming
+        which; or if the teacher's outputs are NaN.
+    """
+    name, _, size = form.partition("=")
+    stored: dict[str, int] = {name: int(size)} if size else {}
+    outputs = language.stored_outputs(
+        teacher.model,
+        **stored,
+        key=jax.random.key(seed) if "draws" in stored else None,
+        vocabulary=tokenizer.size,
+    )
+    inputs = {n: rows.inputs[n] for n in ("tokens", "segments", "learned")}
+    if "draws" in stored:
+        inputs["row"] = np.arange(len(inputs["tokens"]), dtype=np.int32)
+    names = teacher.config.get("architectures") or ["decoder"]
+    about = {"stored": form, "tokenizer": tokenizer.fingerprint[:12]}
+    made: dict[str, Any] = {
+        "model": f"{names[0]} {_files.digest(_files.as_json(teacher.config))[:12]}",
+        "preprocessing": about | ({"seed": seed} if "draws" in stored else {}),
+        "taps": language.stored_names(**stored),
+        "dtype": "float32",
+    }
+    expect = teacher_cache.fingerprint(teacher.params, {"inputs": inputs}, **made)
+    seldom = _progress.seldom(say, 5.0)
+    teacher_cache.write(
+        folder,
+        outputs,
+        teacher.params,
+        {"inputs": inputs},
+        batch_size=batch_size,
+        weights=expect.teacher,
+        progress=lambda done, total: seldom(f"cache: {done:,} of {total:,} rows", done == total),
+        **made,
+    )
+    return teacher_cache.open_cache(folder, expect=expect, contents=False)
 
 
 def batches(

@@ -1,4 +1,4 @@
-"""A command at work, and what it writes and prints at the end."""
+"""A command at work, the programs it compiles, and what it writes and prints at the end."""
 
 import contextlib
 import sys
@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 
 from kdtl_jax import _files
-from kdtl_jax.recipes import _folders, _programs, _progress, _tables
+from kdtl_jax.recipes import _folders, _progress, _tables
 from kdtl_jax.run import record, report
+
+NAMED = 8  # programs listed by name; the others, mostly single operations, are summed up
+COMPILED = "/jax/core/compile/backend_compile_duration"
+HIT = "/jax/compilation_cache/cache_hits"
 
 
 class Running(NamedTuple):
@@ -34,7 +39,7 @@ def running(
     """A run's folder and terminal; after a signal, prints how to resume the run."""
     with (
         _folders.run_folder(settings, command, files, saves=saves, models=models) as where,
-        _programs.counted() as programs,
+        counted_programs() as programs,
         _hint_of_resuming(command, where.path),
         _progress.shown() as say,
     ):
@@ -52,6 +57,55 @@ def _hint_of_resuming(command: str, folder: Path) -> Iterator[None]:
             file=sys.stderr,
         )
         raise
+
+
+@contextlib.contextmanager
+def counted_programs() -> Iterator[Callable[[], str]]:
+    """`said()`: how many programs were compiled or came from the cache, and which cost the most.
+
+    A program has the name of the jitted function. Its seconds are those of compiling it, or of
+    reading it from the cache.
+    """
+    cached = 0
+    found: dict[str, tuple[int, float]] = {}  # by name
+
+    def hit(event: str, **_: Any) -> None:
+        nonlocal cached
+        cached += event == HIT
+
+    def compiled(event: str, duration_secs: float, **about: str | int) -> None:
+        if event == COMPILED:
+            called = str(about.get("fun_name", ""))
+            name = called.removeprefix("jit(").removesuffix(")") or "unnamed"
+            count, before = found.get(name, (0, 0.0))
+            found[name] = count + 1, before + duration_secs
+
+    jax.monitoring.register_event_listener(hit)
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    try:
+        yield lambda: _said(found, cached)
+    finally:
+        jax.monitoring.unregister_event_listener(hit)
+        jax.monitoring.unregister_event_duration_listener(compiled)
+
+
+def _said(found: dict[str, tuple[int, float]], cached: int) -> str:
+    slowest = sorted(found.items(), key=lambda item: -item[1][1])
+    requests = sum(count for count, _ in found.values())
+    seconds = sum(spent for _, spent in found.values())
+    listed = [_counted(name, count, spent) for name, (count, spent) in slowest[:NAMED]]
+    if others := [known for _, known in slowest[NAMED:]]:
+        counts, spent = zip(*others, strict=True)
+        listed.append(_counted(f"{len(others)} other names", sum(counts), sum(spent)))
+    by_name = f": {', '.join(listed)}" if listed else ""
+    return (
+        f"Programs: {requests - cached} compiled, {cached} from the compilation cache, "
+        f"{seconds:.1f} s in all{by_name}."
+    )
+
+
+def _counted(name: str, count: int, seconds: float) -> str:
+    return f"{name} {seconds:.1f} s" if count == 1 else f"{name} ({count}) {seconds:.1f} s"
 
 
 def finish(folder: Path, results: report.Results, table: str | None = None) -> None:

@@ -15,7 +15,6 @@ from kdtl_jax._types import Params, Variables
 from kdtl_jax.models import sentence_embedding
 from kdtl_jax.objective import Inputs, Masked
 from kdtl_jax.recipes import _progress, _saves
-from kdtl_jax.recipes._lines import Lines
 from kdtl_jax.recipes._training import warmed_up
 from kdtl_jax.run import checkpoint, data, loop
 
@@ -74,7 +73,7 @@ def distilled(
     step: train.Step,
     start: Params,
     teacher: Params,
-    lines: Lines,
+    lines: Mapping[str, Any],
     key: Array,
     agreement: Callable[[Params], float],
     run: Run,
@@ -83,7 +82,7 @@ def distilled(
     met: list[loop.Nonfinite] = []
     begun, settings = time.perf_counter(), run.settings
     key_order, key_steps = jax.random.split(key)
-    batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key_order)
+    batches = data.resident({"inputs": lines}, settings.batch_size, key=key_order)
     state = train.init_state(start, optimizer(settings), key=key_steps)
     saves = _saves.taken_up(
         run.folder, run.identity, run.name, state, resume=settings.resume, begun=begun

@@ -27,7 +27,6 @@ from typing import Literal
 import jax
 
 from kdtl_jax import language
-from kdtl_jax.recipes import _language_cache as of_cache
 from kdtl_jax.recipes import _language_models as of_models
 from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_steps as steps
@@ -101,7 +100,7 @@ class Settings(_logs.Logged, types.Resumable):
     )  # fmt: skip
     cached: str = setting(
         "top_k=64", "what --teacher-cache keeps: the N most likely tokens and the mass of the "
-        "rest, N draws, or all", metavar="dense|top_k=N|draws=N", parse=of_cache.form,
+        "rest, N draws, or all", metavar="dense|top_k=N|draws=N", parse=training.cache_form,
         group="models",
     )  # fmt: skip
     lora: int | None = setting(
@@ -238,7 +237,7 @@ def check(settings: Settings, methods: Sequence[str]) -> None:
         raise UsageError("give one of --student, --layers and --shape.")
     if settings.pruned and settings.shape is None:
         raise UsageError("--pruned needs the --shape to prune to.")
-    if settings.teacher_cache and not {*methods} & {*of_cache.METHODS}:
+    if settings.teacher_cache and not {*methods} & {*training.CACHED}:
         raise UsageError("--teacher-cache serves kd and qad: others ask about samples, or nothing.")
 
 
@@ -253,7 +252,13 @@ def tokenizer_of(teacher: str | None, student: str | None) -> language.Tokenizer
         return language.byte_tokenizer()
     found = language.tokenizer(source)
     if teacher and student:
-        of_models.same_tokens(language.tokenizer(student).vocabulary, found.vocabulary)
+        own = language.tokenizer(student).vocabulary
+        try:
+            language.require_same_ids(own, found.vocabulary)
+        except ValueError as error:
+            raise UsageError(
+                f"--student has a different tokenizer from --teacher: {error}"
+            ) from None
     return found
 
 

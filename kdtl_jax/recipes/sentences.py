@@ -37,13 +37,13 @@ from kdtl_jax.models import sentence_embedding
 from kdtl_jax.recipes import _logs, _output, _progress, _tables
 from kdtl_jax.recipes import _sentence_training as training
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._lines import Lines, read_lines, split
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import report
 
 FAMILY, DISTILLED, BASELINE = "sentences", "copied_distilled", "random_distilled"
 NEIGHBORS = 10
+LONGEST = 2**20  # characters of a line
 LABELS = {
     "teacher": "Teacher",
     "copied_untrained": "Teacher's layers, untrained",
@@ -89,6 +89,14 @@ class Settings(_logs.Logged, types.Resumable):
     save_every: int | None = setting(
         None, "steps between saves; default: at the end of each student", metavar="N", least=1
     )
+
+
+class Lines(NamedTuple):
+    """Token ids `[N, L]` and the mask of tokens, for three disjoint sets of lines."""
+
+    train: dict[str, np.ndarray]
+    validation: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
 
 
 class Fidelity(NamedTuple):
@@ -155,7 +163,7 @@ def run(settings: Settings) -> int:
             moved = _progress.part(say, said, i, len(learners))
             place = training.Run(folder, identity, f"{name}_{seed}", settings, say, moved)
             found = training.distilled(
-                step, starts[name](key_start), teacher.params, lines, key, agreement, place
+                step, starts[name](key_start), teacher.params, lines.train, key, agreement, place
             )
             if found.diverged:
                 notes.append(f"{said} diverged and is ranked last: {found.diverged}.")
@@ -218,6 +226,52 @@ def read(settings: Settings, encoder: Path, text: Path) -> Lines:
         batch_size=settings.batch_size,
         padding=words.pad or 0,
     )
+
+
+def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
+    """The distinct lines of a text of at least `at_least` characters, in order.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: if it is not UTF-8 text, or a line is longer than any sentence.
+    """
+    found: dict[str, None] = {}
+    try:
+        with _files.regular(Path(path)).open(encoding="utf-8") as file:
+            while text := file.readline(LONGEST + 1):
+                if len(text) > LONGEST:
+                    raise ValueError(f"{path}: a line has more than {LONGEST:,} characters.")
+                lines = map(str.strip, text.splitlines())
+                found |= dict.fromkeys(line for line in lines if len(line) >= at_least)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}).") from None
+    return list(found)
+
+
+def split(
+    ids: Sequence[Sequence[int]], *, validation: int, test: int, batch_size: int, padding: int
+) -> Lines:
+    """Padded token ids in three parts, drawn with a fixed seed.
+
+    Raises:
+      ValueError: if there are too few lines.
+    """
+    held = validation + test
+    if len(ids) < held + batch_size:
+        raise ValueError(
+            f"{len(ids)} distinct lines, but {held} are held out and a batch needs "
+            f"{batch_size}. Give more text, or hold out less."
+        )
+    width = max(map(len, ids))
+    tokens = np.full((len(ids), width), padding, np.int32)
+    mask = np.zeros((len(ids), width), np.bool_)
+    for i, row in enumerate(ids):
+        tokens[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    order = np.random.default_rng(0).permutation(len(ids))
+    cuts = np.split(order, [test, held])
+    last, middle, first = ({"tokens": tokens[r], "mask": mask[r]} for r in cuts)
+    return Lines(first, middle, last)
 
 
 def embeddings(

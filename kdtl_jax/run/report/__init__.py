@@ -16,12 +16,12 @@ from kdtl_jax.run.report._page import table as table
 from kdtl_jax.run.report._pictures import Picture as Picture
 from kdtl_jax.run.report._pictures import Pictures as Pictures
 from kdtl_jax.run.report._pictures import png as png
+from kdtl_jax.run.report._results import ACCURACY as ACCURACY
 from kdtl_jax.run.report._results import SCHEMA_VERSION as SCHEMA_VERSION
 from kdtl_jax.run.report._results import Results as Results
 from kdtl_jax.run.report._results import Row as Row
+from kdtl_jax.run.report._results import Score as Score
 from kdtl_jax.run.report._results import Versus as Versus
 from kdtl_jax.run.report._results import compared as compared
 from kdtl_jax.run.report._results import environment as environment
 from kdtl_jax.run.report._results import to_json as to_json
-from kdtl_jax.run.report._score import ACCURACY as ACCURACY
-from kdtl_jax.run.report._score import Score as Score

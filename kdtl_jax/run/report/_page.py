@@ -15,8 +15,7 @@ from kdtl_jax.run.report import plots
 from kdtl_jax.run.report._drawing import COLORS, shown
 from kdtl_jax.run.report._intervals import Interval
 from kdtl_jax.run.report._pictures import Pictures
-from kdtl_jax.run.report._results import Results, Row, environment
-from kdtl_jax.run.report._score import ACCURACY, Score
+from kdtl_jax.run.report._results import ACCURACY, Results, Row, Score, environment
 from kdtl_jax.run.report.plots import Chart
 
 _NOTES = 4  # how many precede the results
