@@ -36,7 +36,6 @@ from kdtl_jax.train import TrainState
 from kdtl_jax.train import sweep as sweeps
 
 BATCH = 16
-OF_FIT: Any = {"batch_size": BATCH}
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +87,13 @@ POINTS = {
 @pytest.mark.usefixtures("standard_promotion")
 def test_every_path_trains_the_same_students(pair: tuple[Any, Any, Any]) -> None:
     learner, shared, held = pair
-    of_fit: Any = {"epochs": 2, "checks": 2, "keep": lambda state: state.params, **OF_FIT}
-    fit = _training.fit(learner, **of_fit)
+    how = _training.Fitting(2, BATCH, checks=2, keep=lambda state: state.params)
+    fit = _training.fit(learner, how)
     together = sweeps.vmap(fit)(POINTS, shared, held, held)
     for program in (
         sweeps.map(fit),
         sweeps.vmap(fit, chunk=2),
-        _training.one_by_one(learner, **of_fit),
+        _training.one_by_one(learner, how),
     ):
         found = program(POINTS, shared, held, held)
         np.testing.assert_allclose(found.losses, together.losses, rtol=1e-4)
@@ -108,17 +107,15 @@ def test_every_path_trains_the_same_students(pair: tuple[Any, Any, Any]) -> None
 @pytest.mark.usefixtures("standard_promotion")
 def test_two_rungs_train_as_one(pair: tuple[Any, Any, Any]) -> None:
     learner, shared, held = pair
-    more: Any = {"epochs": 1, "batch_size": BATCH}
+    once = _training.Fitting(1, BATCH)
 
     def twice(point: Any, shared: sweep.Shared) -> Any:
         state = learner.start(point, shared)
         for _ in range(2):
-            state, *_ = _training.advance(
-                learner, state, point, shared, shared.arrays, held, **more
-            )
+            state, *_ = _training.advance(learner, state, point, shared, shared.arrays, held, once)
         return state
 
-    fit = _training.fit(learner, epochs=2, keep=lambda state: state, **OF_FIT)
+    fit = _training.fit(learner, _training.Fitting(2, BATCH, keep=lambda state: state))
     after = jax.jit(jax.vmap(twice, in_axes=(0, None)))(POINTS, shared)
     straight = sweeps.vmap(fit)(POINTS, shared, held, held).kept
     assert after.step.tolist() == [4, 4, 4]

@@ -211,13 +211,13 @@ def fit_of(
 ) -> Any:
     """One point's training, as `_targets.compare` makes it."""
     learner = _targets.experiment(method, net, CLASSES, 4, transfer.Settings(llrd=llrd))
-    return _training.fit(
-        learner,
-        epochs=epochs,
-        batch_size=batch_size,
+    how = _training.Fitting(
+        epochs,
+        batch_size,
         checks=_training.even_checks(epochs),
         keep=lambda state: Variables(method.finish(state.params), state.model_state),
     )
+    return _training.fit(learner, how)
 
 
 def point_of(method: ways.Method) -> dict[str, Any]:

@@ -201,10 +201,8 @@ def test_the_best_check_is_given_back() -> None:
         judged=lambda w, labels: (w[None], scores[w.astype(int)]),
     )  # fmt: skip
     data = {"inputs": jnp.zeros((4, 1)), "labels": jnp.zeros((4,), jnp.int32)}
-    fit = _training.fit(
-        learner, epochs=5, batch_size=4, checks=5, patience=2, keep=lambda state: state.params["w"]
-    )
-    found = sweep.vmap(fit)({"seed": jnp.arange(2)}, data, data, data)
+    how = _training.Fitting(5, 4, checks=5, patience=2, keep=lambda state: state.params["w"])
+    found = sweep.vmap(_training.fit(learner, how))({"seed": jnp.arange(2)}, data, data, data)
     assert found.kept.tolist() == [2, 2] and found.epoch is not None
     assert found.epoch.tolist() == [2, 2] and found.test.tolist() == pytest.approx([0.9, 0.9])
     assert found.curve[0].tolist() == pytest.approx([0.3, 0.9, 0.5, 0.4, 0.9])

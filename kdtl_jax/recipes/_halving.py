@@ -33,6 +33,7 @@ def halved(
     """
     seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
     epochs = settings.epochs // settings.halving
+    how = _training.Fitting(epochs, settings.batch_size)
     own = jnp.arange(seeds, dtype=jnp.int32)
 
     def start(point: Point, shared: Any, *held: Any) -> Any:
@@ -43,9 +44,8 @@ def halved(
         def of_seed(state: train.TrainState, curve: Array, losses: Array, seed: Any) -> Any:
             mine = {**point, "seed": seed}
             state, *new = _training.advance(
-                learner, state, mine, shared, shared.arrays, validation,
-                epochs=epochs, batch_size=settings.batch_size,
-            )  # fmt: skip
+                learner, state, mine, shared, shared.arrays, validation, how
+            )
             # New values move in from the end: after the last rung both are full.
             old = curve[len(new[0]) :], losses[len(new[1]) :]
             curve, losses = (jnp.concatenate(parts) for parts in zip(old, new, strict=True))

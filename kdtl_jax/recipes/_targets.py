@@ -108,19 +108,18 @@ def compare(
         if method.term:
             axes[method.term] = settings.strengths or method.strengths
         points = _choice.columns(seeds, **axes)
-        fit = _training.fit(
-            learner,
-            epochs=settings.epochs,
-            batch_size=batch_size,
-            checks=checks,
-            patience=patience,
+        how = _training.Fitting(
+            settings.epochs,
+            batch_size,
+            checks,
             keep=lambda state, method=method: Variables(
                 method.finish(state.params), state.model_state
             ),
+            patience=patience,
         )
         # Equally many settings per call, whatever the method's axes, so fewer programs compile.
         chunk = seeds * len(settings.learning_rates)
-        program = sweep.vmap(fit, chunk=chunk)
+        program = sweep.vmap(_training.fit(learner, how), chunk=chunk)
         fitted, seconds = once(
             finished, method.name, functools.partial(program, points, read, *held)
         )
@@ -274,11 +273,8 @@ def train_sources(
         lambda state, batch, point, shared: step(state, batch),
         lambda state, x, shared: net.apply(state.params, state.model_state, x)[0]["logits"],
     )
-    fit = _training.fit(
-        learner, epochs=epochs, batch_size=SOURCE_BATCH,
-        keep=_training.variables,
-    )  # fmt: skip
-    return sweep.vmap(fit)(_training.points(seeds), data, *held)
+    how = _training.Fitting(epochs, SOURCE_BATCH, keep=_training.variables)
+    return sweep.vmap(_training.fit(learner, how))(_training.points(seeds), data, *held)
 
 
 def sources_of(

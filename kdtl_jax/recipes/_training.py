@@ -60,6 +60,19 @@ class Experiment(NamedTuple):
     judged: Callable[[Array, Array], tuple[Array, Array]] = judged
 
 
+class Fitting(NamedTuple):
+    """How long a point is trained, and what is kept of it."""
+
+    epochs: int  # passes over its examples; a multiple of `checks`
+    batch_size: int  # examples per step; at most all of them
+    checks: int = 1  # how often the validation score is recorded
+    keep: Callable[[TrainState], Any] = lambda state: None  # what of the final state is returned
+    steps: int | None = None  # stop each epoch after this many, for a measurement
+    # Stop after this many checks in a row without a better validation score, and return the state
+    # of the best check; None returns the final state.
+    patience: int | None = None
+
+
 class Fitted(NamedTuple):
     """The result of one point's training."""
 
@@ -143,38 +156,15 @@ def variables(state: TrainState) -> Variables:
 # Many points in one program.
 
 
-def fit(
-    experiment: Experiment,
-    *,
-    epochs: int,
-    batch_size: int,
-    checks: int = 1,
-    keep: Callable[[TrainState], Any] = lambda state: None,
-    steps: int | None = None,
-    patience: int | None = None,
-) -> Callable[..., Fitted]:
-    """`run(point, shared, validation, test) -> Fitted`, one point from start to scores.
-
-    Args:
-      experiment: what is trained.
-      epochs: passes over them; a multiple of `checks`.
-      batch_size: examples per step; at most all of them.
-      checks: how often the validation score is recorded.
-      keep: what of the final state is returned.
-      steps: stop each epoch after this many, for a measurement.
-      patience: stop after this many checks in a row without a better validation score, and return
-        the state of the best check; None returns the final state.
-    """
-    every = epochs // checks
+def fit(experiment: Experiment, how: Fitting) -> Callable[..., Fitted]:
+    """`run(point, shared, validation, test) -> Fitted`, one point from start to scores."""
+    patience, every = how.patience, how.epochs // how.checks
 
     def run(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
         arrays, state = experiment.data(point, shared), experiment.start(point, shared)
         if patience is not None:
             return run_until(arrays, state, point, shared, validation, test)
-        state, curve, losses = advance(
-            experiment, state, point, shared, arrays, validation,
-            epochs=epochs, batch_size=batch_size, checks=checks, steps=steps,
-        )  # fmt: skip
+        state, curve, losses = advance(experiment, state, point, shared, arrays, validation, how)
         return ended(used(state), curve, curve[-1], losses, shared, test)
 
     def ended(
@@ -182,19 +172,19 @@ def fit(
     ) -> Fitted:
         logits = experiment.logits(state, test["inputs"], shared)
         named, on_test = experiment.judged(logits, test["labels"])
-        return Fitted(keep(state), curve, score, on_test, named, losses)
+        return Fitted(how.keep(state), curve, score, on_test, named, losses)
 
     def run_until(
         arrays: Batch, state: TrainState, point: Point, shared: Any, validation: Any, test: Any
     ) -> Fitted:
         """Continues after the end, as points share a program, but no longer replaces the best."""
+        one_check = how._replace(epochs=every, checks=1)
 
         def check(carry: Any, number: Array) -> Any:
             state, best, waited = carry
             state, curve, losses = advance(
-                experiment, state, point, shared, arrays, validation,
-                epochs=every, batch_size=batch_size, steps=steps,
-            )  # fmt: skip
+                experiment, state, point, shared, arrays, validation, one_check
+            )
             found = used(state)._replace(opt_state=None), curve[-1], number
             running = waited < patience
             better = running & ((curve[-1] > best[1]) | ~jnp.isfinite(best[1]))
@@ -204,7 +194,7 @@ def fit(
 
         first = used(state)._replace(opt_state=None), jnp.float32(-jnp.inf), jnp.int32(0)
         carry = state, first, jnp.int32(0)
-        numbers = jnp.arange(checks, dtype=jnp.int32)
+        numbers = jnp.arange(how.checks, dtype=jnp.int32)
         (_, best, _), (curve, losses) = jax.lax.scan(check, carry, numbers)
         found = ended(best[0], curve, best[1], losses.reshape(-1), shared, test)
         return found._replace(epoch=(best[2] + 1) * every)
@@ -219,15 +209,11 @@ def advance(
     shared: Any,
     arrays: Batch,
     validation: Any,
-    *,
-    epochs: int,
-    batch_size: int,
-    checks: int = 1,
-    steps: int | None = None,
+    how: Fitting,
 ) -> tuple[TrainState, Array, Array]:
-    """`epochs` more epochs of one point: state, accuracies `[checks]`, losses `[epochs]`."""
+    """`how.epochs` more epochs of one point: state, accuracies `[checks]`, losses `[epochs]`."""
     order, size = keys(point["seed"]).order, arrays["labels"].shape[0]
-    batch_size = min(batch_size, size)
+    batch_size = min(how.batch_size, size)
 
     def step(state: TrainState, batch: Batch, teacher_params: Any = None) -> Any:
         return experiment.step(state, batch, point, shared)
@@ -235,7 +221,7 @@ def advance(
     epoch = train.scan_epoch(step)
 
     def one_epoch(state: TrainState, number: Array) -> tuple[TrainState, Array]:
-        index = train.epoch_index(order, number, size, batch_size)[:steps]
+        index = train.epoch_index(order, number, size, batch_size)[: how.steps]
         state, metrics = epoch(state, arrays, index)
         return state, jnp.mean(metrics["loss"].value())
 
@@ -245,27 +231,19 @@ def advance(
         return state, (experiment.judged(logits, validation["labels"])[1], losses)
 
     first = state.step // (size // batch_size)
-    numbers = first + jnp.arange(epochs, dtype=jnp.int32).reshape(checks, -1)
+    numbers = first + jnp.arange(how.epochs, dtype=jnp.int32).reshape(how.checks, -1)
     state, (curve, losses) = jax.lax.scan(between_checks, state, numbers)
     return state, curve, losses.reshape(-1)
 
 
-def one_by_one(
-    experiment: Experiment,
-    *,
-    epochs: int,
-    batch_size: int,
-    checks: int = 1,
-    keep: Callable[[TrainState], Any] = lambda state: None,
-    steps: int | None = None,
-    patience: int | None = None,
-) -> Callable[..., Fitted]:
+def one_by_one(experiment: Experiment, how: Fitting) -> Callable[..., Fitted]:
     """`run(points, shared, validation, test) -> Fitted` as `fit`, one point after another.
 
     Each epoch is `train.jit_epoch`'s: a call per step if convolutions would lose their threads in
     a loop. A point that stops early trains no further; its curve repeats the best score.
     """
-    every = epochs // checks
+    epochs, patience = how.epochs, how.patience
+    every = epochs // how.checks
 
     def step(state: TrainState, batch: Batch, teacher_params: Any = None) -> Any:
         return experiment.step(state, batch, *teacher_params)
@@ -279,7 +257,7 @@ def one_by_one(
     @partial(jax.jit, static_argnums=2)
     def rows_of(seed: Array, epoch: Any, size: int) -> Array:
         order = keys(seed).order
-        return train.epoch_index(order, epoch, size, min(batch_size, size))[:steps]
+        return train.epoch_index(order, epoch, size, min(how.batch_size, size))[: how.steps]
 
     @jax.jit
     def mean_loss(metrics: train.Metrics) -> Array:
@@ -307,11 +285,11 @@ def one_by_one(
             if waited == patience:
                 break
         losses += losses[-1:] * (epochs - len(losses))
-        curve += [score] * (checks - len(curve))
+        curve += [score] * (how.checks - len(curve))
         named, on_test = judge(best, test, shared)
         epoch_kept = None if patience is None else jnp.int32(at)
         return Fitted(
-            keep(best), jnp.stack(curve), score, on_test, named, jnp.stack(losses), epoch_kept
+            how.keep(best), jnp.stack(curve), score, on_test, named, jnp.stack(losses), epoch_kept
         )
 
     def run(points: Point, *shared: Any) -> Fitted:

@@ -205,13 +205,13 @@ def distill(
     fixed = {"epochs": settings.epochs, "batch_size": BATCH, "optimizer": "adam"}
 
     def program(terms: Any, trainable: trees.Selector) -> Any:
-        fit = _training.fit(
-            learner(student.apply, terms, trainable),
-            epochs=settings.epochs,
-            batch_size=BATCH,
+        how = _training.Fitting(
+            settings.epochs,
+            BATCH,
             checks=_training.even_checks(settings.epochs),
             keep=lambda state: Variables(state.params),
         )
+        fit = _training.fit(learner(student.apply, terms, trainable), how)
         return sweep.vmap(fit, chunk=seeds * len(settings.learning_rates))
 
     def train_students(

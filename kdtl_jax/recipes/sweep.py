@@ -275,22 +275,23 @@ def sweep_one(
     each = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
     points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **each}
     patience = settings.early_stopping
-    of_fit: dict[str, Any] = {
-        "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "checks": settings.epochs if patience else _training.even_checks(settings.epochs),
-        "keep": _training.variables,
-        "patience": patience,
-    }
+    assert settings.batch_size is not None
+    how = _training.Fitting(
+        settings.epochs,
+        settings.batch_size,
+        checks=settings.epochs if patience else _training.even_checks(settings.epochs),
+        keep=_training.variables,
+        patience=patience,
+    )
     chunk = None
     if settings.memory is not None:
-        whole = _training.fit(learner, **of_fit)
+        whole = _training.fit(learner, how)
         chunk = sweeps.chunk_for_memory(whole, points, shared, *held, bytes=settings.memory)
     begun, path, probed = time.perf_counter(), settings.path, {}
     if path == "fastest" and known is not None:
         path, probed = known.path, known.probed
     elif path == "fastest":
-        few = {"epochs": 1, "steps": PROBE_STEPS, "batch_size": settings.batch_size}
+        few = _training.Fitting(1, settings.batch_size, steps=PROBE_STEPS)
         probed = timed(programs(learner, few, chunk, devices), points, shared, held)
         path = min(probed, key=lambda name: probed[name], default="together")
         listed = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in probed.items())
@@ -302,7 +303,7 @@ def sweep_one(
         )
         path = "together"
     else:
-        fitted = programs(learner, of_fit, chunk, devices)[path](points, shared, *held)
+        fitted = programs(learner, how, chunk, devices)[path](points, shared, *held)
         epochs = np.full(count * seeds, settings.epochs)
         if fitted.epoch is not None:
             epochs = np.asarray(fitted.epoch)
@@ -318,16 +319,16 @@ def sweep_one(
 
 def programs(
     learner: Experiment,
-    of_fit: Mapping[str, Any],
+    how: _training.Fitting,
     chunk: int | None,
     devices: Sequence[Any] | None,
 ) -> dict[str, Callable[..., Fitted]]:
-    """`program(points, shared, *held)` by path; `of_fit` are arguments of `_training.fit`."""
-    fit = _training.fit(learner, **of_fit)
+    """`program(points, shared, *held)` by path."""
+    fit = _training.fit(learner, how)
     together = sweeps.vmap(fit, chunk=chunk, devices=devices)
     if devices is not None:  # only students that run together can be spread
         return {"together": together}
-    alone = _training.one_by_one(learner, **of_fit)
+    alone = _training.one_by_one(learner, how)
     return {"together": together, "mapped": sweeps.map(fit), "one-by-one": alone}
 
 
