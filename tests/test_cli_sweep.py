@@ -345,14 +345,13 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
     )
     held = {"inputs": jnp.zeros((2,)), "labels": jnp.zeros((2,))}
     shared: Any = sweep.Shared({}, Variables({}))
-    settings = SimpleNamespace(seeds=2, epochs=2, halving=2, batch_size=1)
+    settings: Any = SimpleNamespace(seeds=2, epochs=2, halving=2, batch_size=1)
     finished: Any = SimpleNamespace(folder=None)
+    work = sweep.Work(settings, shared, (held, held), None, print, finished)
 
     def found(*alphas: float) -> Any:
         columns = {"alpha": np.asarray(alphas, np.float32)}
-        made = _halving.halved(
-            "kd", learner, columns, shared, (held, held), settings, None, None, finished
-        )
+        made = _halving.halved("kd", learner, columns, work, None)
         swept = sweep.Swept("kd", columns, *made, "together", 1, 0.0, {})
         measure = SimpleNamespace(score_name=_sweep_report.report.ACCURACY)
         return _sweep_report.lines(

@@ -1,6 +1,5 @@
 """Successive halving of the settings of one method in `kdtl sweep`, resumed rung by rung."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,17 +19,14 @@ def halved(
     name: str,
     learner: Experiment,
     columns: dict[str, np.ndarray],
-    shared: Any,
-    held: Sequence[Any],
-    settings: Any,  # `sweep.Settings`
+    work: Any,  # `sweep.Work`
     chunk: int | None,
-    devices: Sequence[Any] | None,
-    finished: _finished.Finished,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Fitted]:
     """The fields of `Swept`: validation, test, loss, epochs, complete, and the best students.
 
     A point is a setting with all its seeds, which continue or stop together.
     """
+    settings, shared, held = work.settings, work.shared, work.held
     seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
     epochs = settings.epochs // settings.halving
     how = _training.Fitting(epochs, settings.batch_size)
@@ -62,8 +58,8 @@ def halved(
     shapes = jax.eval_shape(lambda point: start(point, shared), first)
     done = sweeps.successive_halving(
         start, advance, score, columns, shared, *held, rungs=settings.halving,
-        chunk=None if chunk is None else max(1, chunk // seeds), devices=devices,
-        kept=_finished.rungs(finished, name, shapes, settings.halving - 1),
+        chunk=None if chunk is None else max(1, chunk // seeds), devices=work.devices,
+        kept=_finished.rungs(work.finished, name, shapes, settings.halving - 1),
     )  # fmt: skip
     rungs = (~np.isnan(done.scores.reshape(settings.halving, count, -1))).any(axis=-1).sum(axis=0)
     validation = done.scores[rungs - 1, np.arange(count)].reshape(count, seeds)

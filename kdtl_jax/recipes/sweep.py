@@ -113,6 +113,17 @@ class Shared(NamedTuple):
     teacher: Variables
 
 
+class Work(NamedTuple):
+    """What the methods of a sweep have in common."""
+
+    settings: Settings
+    shared: Shared
+    held: Sequence[Any]  # the validation and the test split, on the device
+    devices: Sequence[Any] | None
+    say: Callable[[str], None]
+    finished: _finished.Finished
+
+
 class Swept(NamedTuple):
     """One method's results: K settings, S seeds. NaN for settings that were stopped."""
 
@@ -194,16 +205,14 @@ def run(settings: Settings) -> None:
         on_device = jax.tree.map(jnp.asarray, {**pair.arrays, "teacher": outputs})
         shared = Shared(on_device, jax.tree.map(jnp.asarray, frozen))
         held = [_choice.held(part) for part in pair.splits[1:]]
+        work = Work(settings, shared, held, devices, bar.line, finished)
         swept: list[Swept] = []
         for i, entry in enumerate(entries):
             count = len(next(iter(axes[entry.name].values()), [0]))
             say(f"{entry.name} ({i + 1} of {len(entries)}): {count} settings")
             learner = student(pair, entry, setup, lambda point: tx_of(point, steps))
             known = swept[-1] if swept else None  # the path depends only on the pair: measured once
-            make = functools.partial(
-                sweep_one, entry.name, learner, axes[entry.name], shared, held, settings, devices,
-                known, bar.line, finished,
-            )  # fmt: skip
+            make = functools.partial(sweep_one, entry.name, learner, axes[entry.name], work, known)
             swept.append(_finished.once(finished, entry.name, make)[0])
         results = _sweep_report.Sweep(
             pair,
@@ -258,15 +267,11 @@ def sweep_one(
     name: str,
     learner: Experiment,
     columns: dict[str, np.ndarray],
-    shared: Shared,
-    held: Sequence[Any],
-    settings: Settings,
-    devices: Sequence[Any] | None,
+    work: Work,
     known: Swept | None,
-    say: Callable[[str], None],
-    finished: _finished.Finished,
 ) -> Swept:
-    """All settings and seeds of one method."""
+    """All settings and seeds of one method; `known` has the path of an earlier one."""
+    settings, shared, held = work.settings, work.shared, work.held
     seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
     if count * seeds > _axes.MOST:
         raise UsageError(
@@ -292,18 +297,16 @@ def sweep_one(
         path, probed = known.path, known.probed
     elif path == "fastest":
         few = _training.Fitting(1, settings.batch_size, steps=PROBE_STEPS)
-        probed = timed(programs(learner, few, chunk, devices), points, shared, held)
+        probed = timed(programs(learner, few, chunk, work.devices), points, shared, held)
         path = min(probed, key=lambda name: probed[name], default="together")
         listed = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in probed.items())
         said = f" (per student and {PROBE_STEPS} steps: {listed})" if probed else ""
-        say(f"path: {path}{said}")
+        work.say(f"path: {path}{said}")
     if settings.halving > 1:
-        found = _halving.halved(
-            name, learner, columns, shared, held, settings, chunk, devices, finished
-        )
+        found = _halving.halved(name, learner, columns, work, chunk)
         path = "together"
     else:
-        fitted = programs(learner, how, chunk, devices)[path](points, shared, *held)
+        fitted = programs(learner, how, chunk, work.devices)[path](points, shared, *held)
         epochs = np.full(count * seeds, settings.epochs)
         if fitted.epoch is not None:
             epochs = np.asarray(fitted.epoch)
