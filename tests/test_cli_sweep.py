@@ -23,7 +23,6 @@ from kdtl_jax.recipes import (
     _axes,
     _finished,
     _halving,
-    _models,
     _optimizers,
     _pair,
     _sweep_report,
@@ -68,7 +67,7 @@ def pair() -> tuple[Any, Any, Any]:
             setup,
             lambda point: _optimizers.optimizer(Training(), point["learning_rate"], 0.0, 4),
         )
-        outputs = {"logits": _models.outputs(teacher, frozen, few.inputs)["logits"]}
+        outputs = {"logits": _training.outputs(teacher, frozen, few.inputs)["logits"]}
         shared = sweep.Shared(jax.tree.map(jnp.asarray, {**arrays, "teacher": outputs}), frozen)
         held = {"inputs": jnp.asarray(few.inputs), "labels": jnp.asarray(few.labels)}
     return learner, shared, held

@@ -85,11 +85,6 @@ def held(part: Dataset) -> dict[str, Any]:
     return jax.device_put({"inputs": part.inputs, "labels": part.labels})
 
 
-def own_data(point: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-    """`Experiment.data` if `shared["data"]` is `stacked`."""
-    return pick(shared["data"], point["seed"])
-
-
 def per_seed(make: Callable[[Any], Any], seeds: int, *, offset: int = 0) -> Any:
     """`make(seed)` of every seed, stacked, as one program."""
     return jax.jit(jax.vmap(make))(jnp.arange(offset, offset + seeds, dtype=jnp.int32))

@@ -1,10 +1,12 @@
 """The report of `kdtl distill`, and the settings of its students."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdtl_jax import methods
 from kdtl_jax.methods import Entry, Method
-from kdtl_jax.recipes import _choice, _evidence, _pair, _students
+from kdtl_jax.recipes import _choice, _evidence, _optimizers, _pair, _students
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes._seeds import Trained
 from kdtl_jax.recipes._students import Student
@@ -28,7 +30,7 @@ def described(
     return {
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
-        **_pair.filled_in(entry, settings),
+        **_filled_in(entry, settings),
         "weights": weights,
         **({} if trained.kept is None else {"epoch_kept": trained.kept}),
         "ran": "seed by seed" if trained.in_turn else "all seeds at once",
@@ -36,6 +38,18 @@ def described(
         **_students.described(kept),
         **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
     }
+
+
+def _filled_in(entry: Entry | None, settings: Any) -> dict[str, Any]:
+    """Optimizer, rate and temperature of a method, with defaults filled in, for its settings."""
+    rate = _optimizers.peak_rate(settings)
+    found = {"optimizer": settings.optimizer, "learning_rate": rate}
+    if settings.weight_decay:
+        found["weight_decay"] = settings.weight_decay
+    if entry is not None and methods.takes_temperature(entry):
+        own = inspect.signature(entry.build).parameters["temperature"].default
+        found["temperature"] = settings.temperature or own
+    return found
 
 
 def results(

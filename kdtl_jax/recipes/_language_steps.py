@@ -185,8 +185,13 @@ def students(
             work.curves["start"] = [training.as_line(0, measure(student.start))]
         begin, shared = student.start, taught.placed.params
         if method.samples and work.settings.start_steps:
-            if warm is None:
-                warm = _warm(work, student, setup, shared, measure)
+            if warm is None:  # some steps of kd on the data
+                steps = work.settings.start_steps
+                tx = _optimizer(work, steps)
+                warm = _teach(
+                    work, "warm", language.kd(setup._replace(tx=tx)), tx, begin, shared, steps,
+                    measure, student.trainable,
+                ).params  # fmt: skip
             begin = warm
         if method.teaches_itself:
             itself = jax.jit(student.weights)(begin)
@@ -236,22 +241,6 @@ def _student(
         microbatches=settings.microbatches,
     )
     return student, setup
-
-
-def _warm(
-    work: Work,
-    student: of_models.Student,
-    setup: language.Setup,
-    shared: Params,
-    measure: training.Measure,
-) -> Params:
-    """Where methods that sample start: after some steps of kd on the data."""
-    steps = work.settings.start_steps
-    tx = _optimizer(work, steps)
-    learner = language.kd(setup._replace(tx=tx))
-    return _teach(
-        work, "warm", learner, tx, student.start, shared, steps, measure, student.trainable
-    ).params
 
 
 # How they compare.

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
-import numpy as np
 
 from kdtl_jax import _files, models, transforms
-from kdtl_jax._types import Params, Variables
+from kdtl_jax._types import Params
 from kdtl_jax.interop import model_files, networks, own, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.interop.sources import Source
 from kdtl_jax.recipes import _imports
-from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, UsageError
 from kdtl_jax.run import record
 
@@ -158,13 +155,3 @@ def selected(teacher: Params, student: Params) -> Params:
     return transforms.transfer(
         teacher, student, on_mismatch=transforms.select_uniform, check_finite=False
     )[0]
-
-
-def outputs(net: Network, variables: Variables, inputs: np.ndarray) -> dict[str, np.ndarray]:
-    """All outputs of a frozen network, `[N, ...]` on the host."""
-
-    @jax.jit
-    def teacher_outputs(variables: Variables, inputs: Any) -> dict[str, Any]:
-        return dict(net.apply(variables.params, variables.model_state, inputs)[0])
-
-    return in_chunks(lambda x: teacher_outputs(variables, x), inputs, 512)

@@ -1,7 +1,6 @@
 """A teacher and a student on one data set: what `kdtl distill` and `kdtl sweep` begin with."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from kdtl_jax.recipes import (
     _data,
     _measures,
     _models,
-    _optimizers,
     _own,
     _seeds,
     _students,
@@ -225,18 +223,6 @@ def build(entry: Entry, setup: Setup, temperature: Any) -> Method:
     if temperature is None or not methods.takes_temperature(entry):
         return entry.build(setup)
     return entry.build(setup, temperature=temperature)
-
-
-def filled_in(entry: Entry | None, settings: Any) -> dict[str, Any]:
-    """Optimizer, rate and temperature of a method, with defaults filled in, for its settings."""
-    rate = _optimizers.peak_rate(settings)
-    found = {"optimizer": settings.optimizer, "learning_rate": rate}
-    if settings.weight_decay:
-        found["weight_decay"] = settings.weight_decay
-    if entry is not None and methods.takes_temperature(entry):
-        own = inspect.signature(entry.build).parameters["temperature"].default
-        found["temperature"] = settings.temperature or own
-    return found
 
 
 def student(

@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from kdtl_jax import augment, objective, train
 from kdtl_jax._types import PyTree, Variables
+from kdtl_jax.interop.networks import Network
 from kdtl_jax.recipes._optimizers import used
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import scores
@@ -146,6 +147,16 @@ def in_chunks(fn: Callable[[Any], PyTree], inputs: PyTree, size: int) -> PyTree:
         found = jax.device_get(fn(pick(inputs, rows)))
         parts.append(jax.tree.map(lambda x, n=count - start: x[:n], found))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def outputs(net: Network, variables: Variables, inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """All outputs of a frozen network, `[N, ...]` on the host."""
+
+    @jax.jit
+    def teacher_outputs(variables: Variables, inputs: Any) -> dict[str, Any]:
+        return dict(net.apply(variables.params, variables.model_state, inputs)[0])
+
+    return in_chunks(lambda x: teacher_outputs(variables, x), inputs, 512)
 
 
 def variables(state: TrainState) -> Variables:

@@ -295,7 +295,10 @@ def learner(
     def logits(state: Any, inputs: Any, shared: Any) -> Any:
         return apply(state.params, None, inputs)[0]["logits"]
 
-    return Experiment(start, step, logits, _choice.own_data)
+    def own_data(point: Point, shared: Any) -> Any:
+        return _training.pick(shared["data"], point["seed"])
+
+    return Experiment(start, step, logits, own_data)
 
 
 def terms_of_both(inputs: Inputs) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from kdtl_jax.recipes import (
     _folders,
     _logs,
     _measures,
-    _models,
     _optimizers,
     _output,
     _own,
@@ -317,7 +316,7 @@ def teacher_outputs(
     size = len(inputs) * sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
     if settings.augment or size > CACHE_BYTES:
         return None
-    return _models.outputs(pair.teacher, frozen, inputs)
+    return _training.outputs(pair.teacher, frozen, inputs)
 
 
 def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) -> None:

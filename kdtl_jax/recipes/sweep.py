@@ -199,7 +199,7 @@ def run(settings: Settings) -> None:
             pair, common, methods.alone(blank), tx, settings.teacher_epochs
         )
         setup = _pair.setup(pair, frozen, **of_setup)
-        outputs = _models.outputs(pair.teacher, frozen, pair.arrays["inputs"])
+        outputs = _training.outputs(pair.teacher, frozen, pair.arrays["inputs"])
         if all(entry.needs in ("labels", "logits") for entry in entries):
             outputs = {"logits": outputs["logits"]}
         on_device = jax.tree.map(jnp.asarray, {**pair.arrays, "teacher": outputs})
