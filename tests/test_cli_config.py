@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from kdtl_jax import cli
 from kdtl_jax.cli import _parser, main, params
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes.settings import UsageError, as_yaml, setting
+from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.recipes.yaml_files import as_yaml
 
 Captured = pytest.CaptureFixture[str]
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from kdtl_jax import _text
 from kdtl_jax.cli import _parser
-from kdtl_jax.recipes.settings import UsageError, as_yaml, near
+from kdtl_jax.recipes.settings import UsageError, near
+from kdtl_jax.recipes.yaml_files import as_yaml
 
 
 class Command(NamedTuple):

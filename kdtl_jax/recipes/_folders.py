@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kdtl_jax import _files, _locks, _text
 from kdtl_jax.recipes import _finished, _students, yaml_files
-from kdtl_jax.recipes.settings import UsageError, as_yaml
+from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import checkpoint, processes, record, report
 
 # What a run writes before its work: all that remains if it fails before training anything.
@@ -58,7 +58,8 @@ def run_folder(
       UsageError: if the run to resume had other settings.
       RuntimeError: if another process uses the folder.
     """
-    folder, config = Path(settings.out), _config(settings, command)
+    folder = Path(settings.out)
+    config = yaml_files.as_yaml(settings, command, force=False, resume=False)
     with contextlib.ExitStack() as stack:
 
         def check() -> bool:
@@ -118,13 +119,10 @@ def check_out(settings: Any, command: str) -> None:
     def check() -> None:
         if _is_taken_up(settings):
             open_ = [name for name, value in vars(settings).items() if value is None]
-            _check_same(Path(settings.out), _config(settings, command), command, but=open_)
+            config = yaml_files.as_yaml(settings, command, force=False, resume=False)
+            _check_same(Path(settings.out), config, command, but=open_)
 
     processes.decide(check)
-
-
-def _config(settings: Any, command: str) -> str:
-    return as_yaml(settings, command, force=False, resume=False)
 
 
 def _is_taken_up(settings: Any) -> bool:

@@ -17,8 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import yaml
-
 from kdtl_jax import transforms, trees
 from kdtl_jax.datasets import FORMATS
 from kdtl_jax.models import NAMED_FORMS
@@ -151,19 +149,6 @@ class Resumable(Output):
     """Where a run writes that can be resumed after an interruption."""
 
     resume: bool = setting(False, "continue the run in --out after what it saved or finished")
-
-
-def plain(settings: Any) -> dict[str, Any]:
-    """All settings as data that YAML and JSON can hold."""
-    return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
-
-
-def as_yaml(settings: Any, command: str, **instead: Any) -> str:
-    """All settings as YAML that `--config` reads back; `instead` overrides some."""
-    known = plain(settings)
-    known |= {name: value for name, value in instead.items() if name in known}
-    named = {name.removesuffix("_"): value for name, value in known.items()}
-    return yaml.safe_dump({"command": command, **named}, sort_keys=False, allow_unicode=True)
 
 
 def near(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -383,9 +368,3 @@ def class_range(value: Any) -> str | None:
     if not is_range or int(last or first) < int(first):
         raise ValueError(f"expected A-B as in 0-4, got {value!r}")
     return str(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(found) for name, found in value.items()}
-    return [_plain(found) for found in value] if isinstance(value, (list, tuple)) else value

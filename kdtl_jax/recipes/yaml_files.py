@@ -1,6 +1,11 @@
-"""YAML as plain data at a bounded cost: no aliases, tags, repeated keys or deep nesting."""
+"""Settings written as YAML; YAML read as plain data at a bounded cost.
 
+No aliases, tags, repeated keys or deep nesting are read.
+"""
+
+import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +81,22 @@ def parse(content: bytes) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"expected 'flag: value' lines, got {_text.quoted(values, 80)}")
     return values
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """All settings as data that YAML and JSON can hold."""
+    return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+
+
+def as_yaml(settings: Any, command: str, **instead: Any) -> str:
+    """All settings as YAML that `--config` reads back; `instead` overrides some."""
+    known = plain(settings)
+    known |= {name: value for name, value in instead.items() if name in known}
+    named = {name.removesuffix("_"): value for name, value in known.items()}
+    return yaml.safe_dump({"command": command, **named}, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(found) for name, found in value.items()}
+    return [_plain(found) for found in value] if isinstance(value, (list, tuple)) else value

@@ -20,7 +20,8 @@ import kdtl_jax
 from kdtl_jax import _files, _text, trees
 from kdtl_jax.cli.params import _folders
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes.settings import UsageError, plain, selector, setting
+from kdtl_jax.recipes.settings import UsageError, selector, setting
+from kdtl_jax.recipes.yaml_files import plain
 from kdtl_jax.transforms import Report
 
 RECIPE = "kdtl_recipe"  # the metadata key
