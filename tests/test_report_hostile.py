@@ -193,6 +193,21 @@ def test_files_of_a_language_report(tmp_path: Path) -> None:
     assert _files.read_json(tmp_path / "results.json")["schema_version"] == 1
 
 
+def test_a_language_report_says_what_its_curves_are(tmp_path: Path) -> None:
+    names_of = ("bits_per_byte", "forward_kl", "reverse_kl", "agreement", "overlap", "entropy")
+    measures = dict.fromkeys(names_of, 0.5)
+    rows = [
+        _language_report.Row(name, name, measures, 3, 4, 5.0, 6.0, trained)
+        for name, trained in {"Beginner": {}, "Learner": {"steps": 4}}.items()
+    ]
+    curves = {"Learner": [{"step": 1, "eval/agreement": 0.5}]}
+    _language_report.write(tmp_path, "language", {}, rows, curves, [], [])
+    page = (tmp_path / "report.html").read_text()
+    assert "On held-out text: top-1 agreement with the teacher, %." in page
+    settings_of = page.split("Settings</h2>")[1].split("<h2")[0]
+    assert "Learner" in settings_of and "Beginner" not in settings_of
+
+
 def test_a_curve_of_very_many_points() -> None:
     many = list(range(20_000))
     with bounded(4):

@@ -90,8 +90,9 @@ def write(
         if curve
     ]
     if lines:
-        chart = plots.lines(lines, x_axis="step", y_axis="top-1 agreement with the teacher, %")
-        sections.append(report.Section("During training", (), [chart]))
+        shown = "top-1 agreement with the teacher, %"
+        chart = plots.lines(lines, x_axis="step", y_axis=shown)
+        sections.append(report.Section("During training", [f"On held-out text: {shown}."], [chart]))
     if samples:
         sections.append(
             report.Section("Side by side", ["Each continues the same held-out prompt."])
@@ -100,7 +101,9 @@ def write(
         entries = [("prompt", sample.prompt), *sample.continuations.items()]
         sections.append(report.Section(f"Prompt {i}", (), [report.Definitions(entries)], level=3))
     described = [
-        (row.title, "; ".join(f"{k}: {v}" for k, v in row.trained.items())) for row in rows
+        (row.title, "; ".join(f"{k}: {v}" for k, v in row.trained.items()))
+        for row in rows
+        if row.trained
     ]
     sections.append(report.Section("Settings", (), [report.Definitions(described)]))
     sections += report.run_sections(_folders.how_it_was_run(folder))
