@@ -288,6 +288,7 @@ def _batch(where: Array | None, **named: Array) -> _Batch:
 def _domains(
     first: Array, second: Array, where: Array | None, target_where: Array | None
 ) -> tuple[_Batch, _Batch]:
+    _checks.floating(student_features=first, target_features=second)
     _checks.rank(2, 2, student_features=first, target_features=second)
     if first.shape[1] != second.shape[1] or min(first.shape[0], second.shape[0]) < 2:
         raise ValueError(

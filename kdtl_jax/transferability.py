@@ -270,6 +270,8 @@ def category_relation(
     References:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020, direct approach.
     """
+    _checks.floating(probabilities=probabilities)
+    _checks.rank(2, 2, probabilities=probabilities)
     _several(probabilities=probabilities)
     rows, _, member, known = _labeled(probabilities, labels, num_classes, where)
     count = jnp.sum(member, axis=0)[:, None]

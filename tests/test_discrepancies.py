@@ -1,11 +1,13 @@
 """Numbers of whole batches, by hand, at their edges, and with padding."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import discrepancies
+from kdtl_jax import discrepancies, transferability
 
 
 def normal(seed: int, *shape: int) -> jnp.ndarray:
@@ -74,3 +76,15 @@ def test_mcc_is_zero_for_sure_predictions_and_largest_for_unsure_ones() -> None:
     assert bool(jnp.isfinite(jax.grad(lambda z: discrepancies.mcc(z))(unused)).all())
     weights = discrepancies.entropy_weights(normal(0, 4, 3))
     np.testing.assert_allclose(jnp.mean(weights), 1, rtol=1e-6)
+
+
+def test_what_is_no_array_is_named() -> None:
+    x, rows = normal(0, 3, 2), [[0.5, 0.5]] * 3
+    several: tuple[Any, ...] = (rows, None, {"features": x}, x[0])
+    for wrong in several:
+        with pytest.raises((TypeError, ValueError), match="student_features"):
+            discrepancies.coral(wrong, x)
+        with pytest.raises((TypeError, ValueError), match="target_features"):
+            discrepancies.mean_squared_distance(x, wrong)
+        with pytest.raises((TypeError, ValueError), match="probabilities"):
+            transferability.category_relation(wrong, jnp.asarray([0, 1, 1]), num_classes=2)
