@@ -291,12 +291,12 @@ def test_gkd_learns_from_the_data_in_the_other_steps():
 
 def test_a_privileged_teacher_sees_its_own_prompt_and_the_same_completion():
     given = jax.tree.map(jnp.asarray, prompts()["inputs"])
-    outputs, _ = language.privileged(MODEL, 3)(TEACHER, None, given)
+    outputs, _ = jax.jit(language.privileged(MODEL, 3))(TEACHER, None, given)
     alone = {
         "tokens": jnp.concatenate([given["privileged"]["tokens"], given["tokens"][:, 3:]], axis=1),
         "segments": jnp.ones((4, 10), jnp.int32),
     }
-    hidden = MODEL(TEACHER, None, alone)[0]["hidden"]
+    hidden = jax.jit(MODEL)(TEACHER, None, alone)[0]["hidden"]
     np.testing.assert_allclose(outputs["hidden"][:, 2:], hidden[:, 4:], atol=1e-6)
 
 
@@ -332,9 +332,10 @@ def test_a_student_learns_from_the_layers_of_its_teacher():
 def test_returns_are_means_of_later_rewards():
     # The gradient of the long part by hand: -sum_t sg(R_t) grad log p(y_t) / count.
     given = jax.tree.map(jnp.asarray, prompts()["inputs"])
-    drawn = language.rollout(DECODER, prompt=3)(STUDENT, given, jax.random.key(0))
+    drawn = jax.jit(language.rollout(DECODER, prompt=3))(STUDENT, given, jax.random.key(0))
     targets, where = language.next_tokens(drawn)
 
+    @jax.jit
     def log_p(params: Any) -> Any:
         return losses.token_log_probs(dense(drawn, params), targets, where=where)
 
@@ -345,7 +346,7 @@ def test_returns_are_means_of_later_rewards():
         for i, place in enumerate(places[:-1]):
             returns[row, place] = gap[row, places[i + 1 :]].mean()
     weight = jnp.asarray(returns / np.sum(where), jnp.float32)
-    wanted = jax.grad(lambda p: -jnp.sum(weight * log_p(p)))(STUDENT)
+    wanted = jax.jit(jax.grad(lambda p: -jnp.sum(weight * log_p(p))))(STUDENT)
     step = train.make_step(
         MODEL, language.policy_gradient(chunk_size=7), {"long": 1.0}, TX, teacher=MODEL
     )
