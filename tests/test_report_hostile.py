@@ -195,7 +195,7 @@ def test_files_of_a_language_report(tmp_path: Path) -> None:
 
 def test_a_language_report_says_what_its_curves_are(tmp_path: Path) -> None:
     names_of = ("bits_per_byte", "forward_kl", "reverse_kl", "agreement", "overlap", "entropy")
-    measures = dict.fromkeys(names_of, 0.5)
+    measures: dict[str, float] = dict.fromkeys(names_of, 0.5)
     rows = [
         _language_report.Row(name, name, measures, 3, 4, 5.0, 6.0, trained)
         for name, trained in {"Beginner": {}, "Learner": {"steps": 4}}.items()
