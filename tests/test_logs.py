@@ -82,6 +82,11 @@ def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:
     for method, tags in (("kd", (b"loss", b"eval/validation_accuracy")), ("dkd", (b"loss",))):
         [events] = (folder / "tensorboard" / method).iterdir()
         assert all(tag in events.read_bytes() for tag in tags)
+    own = [{**LINES[0], "method": "hint"}]
+    for chosen in (("csv",), ("csv", "tensorboard")):  # as soon as a method is finished, if asked
+        _logs.show(folder, own, chosen)
+        known = {home.name for home in (folder / "tensorboard").iterdir()}
+        assert known == {"kd", "dkd"} | ({"hint"} if "tensorboard" in chosen else set())
 
 
 def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

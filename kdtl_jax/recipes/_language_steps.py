@@ -21,7 +21,7 @@ from kdtl_jax.recipes import _language_models as of_models
 from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
-from kdtl_jax.recipes import _progress
+from kdtl_jax.recipes import _logs, _progress
 from kdtl_jax.recipes._training import warmed_up
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import loop, teacher_cache
@@ -360,4 +360,5 @@ def _teach(
         cache, on_nonfinite=on_nonfinite,
     )  # fmt: skip
     work.curves[name] = found.curve
+    _logs.show(work.run.folder, work.run.lines.get(name, []), work.settings.log)
     return found

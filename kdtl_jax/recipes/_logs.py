@@ -1,7 +1,7 @@
 """`metrics.jsonl` for other tools: a CSV table, and TensorBoard's event files by tensorboardX.
 
-Both are rewritten from the run's own file at its end, so that a resumed run has every line once.
-Values by seed are averaged.
+Both are rewritten from the run's own file at its end, so that a resumed run has every line once;
+TensorBoard shows a method as soon as it is finished. Values by seed are averaged.
 """
 
 import contextlib
@@ -65,6 +65,12 @@ def write(folder: Path, chosen: Sequence[str]) -> None:
         _files.write_atomic(folder / "metrics.csv", text.getvalue().encode())
     if "tensorboard" in chosen:
         _write_events(folder / "tensorboard", lines)
+
+
+def show(folder: Path, own: Sequence[Mapping[str, Any]], chosen: Sequence[str]) -> None:
+    """A finished method's lines in `tensorboard/`: those that follow may take hours."""
+    if "tensorboard" in chosen:
+        _write_events(folder / "tensorboard", [_averaged(line) for line in own])
 
 
 def write_curves(

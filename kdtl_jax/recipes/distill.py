@@ -266,7 +266,9 @@ def run(settings: Settings) -> int:
                 f"validation_{pair.measure.score_name.key}": trained.curve.mean(axis=1).tolist(),
             }
             if jax.process_index() == 0:
-                learning[name] |= _logs.curves(common.lines.pop(name, []))
+                lines = common.lines.pop(name, [])
+                learning[name] |= _logs.curves(lines)
+                _logs.show(folder, lines, settings.log)
             if any(trained.skipped):
                 notes.append(
                     f"{name}: updates that were not finite were left out, per seed "
