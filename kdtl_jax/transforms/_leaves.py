@@ -52,7 +52,7 @@ def coefficients(
 
     Raises:
       ValueError: if a rule is unused, a prefix does not fit the tree, or a coefficient is neither
-        a scalar nor broadcastable to its leaf, or known not to be finite.
+        a scalar nor broadcastable to its leaf, or a number that is not finite.
       TypeError: if a coefficient is not a real number.
     """
     flat = trees.flatten(tree)
@@ -296,6 +296,6 @@ def _check_coefficient(path: str, leaf: Any, value: Any, name: str) -> None:
             f"{name}, the coefficient of {path!r}, must be a scalar, or have the leaf's rank with "
             f"lengths 1 or the leaf's own, got {name}{list(shape)} for a leaf{list(target)}."
         )
-    known = _checks.concrete(value)
-    if known is not None and not np.isfinite(known).all():
+    # One on a device may have been computed from leaves, and is NaN where they are.
+    if not isinstance(value, jax.Array) and not np.isfinite(value).all():
         raise ValueError(f"{name}, the coefficient of {path!r}, must be finite, got {value!r:.80}.")
