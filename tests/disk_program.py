@@ -23,20 +23,17 @@ from typing import Any
 
 import jax
 from kill_program import (
-    TIMED,
     TINY,
     TRAINED,
     Case,
     Times,
     cases,
-    content,
     end,
     finish,
-    is_whole,
-    is_written,
     prepare,
     start,
 )
+from whole_files import TIMED, content, harmed
 
 from kdtl_jax import _files
 from kdtl_jax.cli import find
@@ -100,16 +97,7 @@ def attack(home: Path, case: Case, space: int | None, moment: float, whole: dict
                 wrong.append(f"it does not say why in one line: {said[-600:]}")
             if "Traceback" in said:
                 wrong.append(f"a traceback: {said[-600:]}")
-        for name, was in before.items():
-            if not is_written(name) and after.get(name) != was:
-                wrong.append(f"{name} of another was changed or lost")
-            if case.old is not None and is_written(name) and name not in after:
-                wrong.append(f"the old {name} is lost")
-        for name, now in after.items():
-            if is_written(name) and not is_whole(name, now, [before, whole]):
-                wrong.append(f"{name} is neither the old nor the new one")
-            if not is_written(name) and name not in before:
-                wrong.append(f"{name} was left behind")
+        wrong += harmed(before, after, whole, replaces=case.old is not None)
         left = [str(p.relative_to(work)) for p in work.rglob(f"*{_files.TEMPORARY}")]
         if left and not is_shut:
             wrong.append(f"unfinished files stay: {left[:3]}")

@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 import traceback
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,18 +27,16 @@ import numpy as np
 from params_checkpoints import flat
 from test_sentences import write_encoder, write_text
 from tiny import write_data
+from whole_files import RUN, TIMED, content, harmed
 
 from kdtl_jax import _files
 from kdtl_jax.cli import find, main
 from kdtl_jax.interop import safetensors
 
 STUDENT = "teacher/students/kd.safetensors"
-RUN = "run"  # where a command writes: a folder, or what --write names
 TINY = ["--data", "data.npz", "--teacher", "mlp:8", "--student", "mlp:4", "--batch-size", "8"]
 TRAINED = ["--seeds", "2", "--epochs", "6", "--teacher-epochs", "4"]
 OUT = ["--out", RUN]
-# Where a run keeps when it was made and how long it took, beside what has to be equal.
-TIMED = {"results.json", "report.html", "env.json", "bench.json"}
 RESUMED = {"distill", "sweep", "transfer", "demo", "language", "sentences"}
 LANGUAGE = [
     "--data", "text.txt", "--teacher-shape", "layers=2,width=8,heads=2", "--teacher-steps", "6",
@@ -237,47 +234,6 @@ def moments(count: int, times: Times, dice: random.Random) -> list[float]:
     return found
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file but locks, marks, unfinished files, and what a run resumes from."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        ours = name.parts[0] in (RUN, f"{RUN}.safetensors")
-        hidden = name.name in (".lock", _files.MARK) or any(
-            part.endswith(_files.TEMPORARY) for part in name.parts
-        )
-        kept = ours and {"checkpoints", "finished"} & {*name.parts} and "mine" not in name.parts
-        if not hidden and not kept:
-            kept = ours and "finished" in name.parts
-            found[name.as_posix()] = _arrays(path) if kept else path.read_bytes()
-    return found
-
-
-def _arrays(path: Path) -> bytes:
-    """The arrays of a finished method's file; which run it is of and what it took are beside."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return b"".join(stored[name].tobytes() for name in stored.files if name != "about")
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        return path.read_bytes()  # it is not whole
-
-
-def is_whole(name: str, now: bytes, versions: list[dict[str, bytes]]) -> bool:
-    """Whether a file that a command writes is one of the versions, or readable if timed."""
-    base = Path(name).name
-    if base in TIMED:
-        try:
-            text = now.decode()
-            if base.endswith(".html"):
-                return text.rstrip().endswith("</html>")
-            return json.loads(text) is not None
-        except ValueError:
-            return False
-    if base == "metrics.jsonl":  # it grows line by line
-        return any(version[name].startswith(now) for version in versions if name in version)
-    return any(version.get(name) == now for version in versions)
-
-
 def attack(home: Path, case: Case, number: int, moment: float, whole: dict[str, bytes],
            log: Path, scratch: Path) -> dict[str, Any]:  # fmt: skip
     """One kill in a copy of the prepared folder; what was found wrong is in `wrong`."""
@@ -297,16 +253,7 @@ def attack(home: Path, case: Case, number: int, moment: float, whole: dict[str, 
     }
     if code not in allowed[known]:
         wrong.append(f"it ended with {code}: {log.read_text()[-300:]}")
-    for name, was in before.items():
-        if not is_written(name) and after.get(name) != was:
-            wrong.append(f"{name} of another was changed or lost")
-        if case.old is not None and is_written(name) and name not in after:
-            wrong.append(f"the old {name} is lost")
-    for name, now in after.items():
-        if is_written(name) and not is_whole(name, now, [before, whole]):
-            wrong.append(f"{name} is neither the old nor the new one")
-        if not is_written(name) and name not in before:
-            wrong.append(f"{name} was left behind")
+    wrong += harmed(before, after, whole, replaces=case.old is not None)
     if case.again:
         again = case.again
         if "--resume" in again and not (scratch / RUN / "config.yaml").exists():
@@ -328,11 +275,6 @@ def attack(home: Path, case: Case, number: int, moment: float, whole: dict[str, 
         shutil.rmtree(scratch)
     return {"signal": known.name, "moment": round(moment, 2), "code": code,
             "seconds": round(seconds, 2), "wrong": wrong}  # fmt: skip
-
-
-def is_written(name: str) -> bool:
-    """Whether a command writes it: what lies in RUN, but for the files of another there."""
-    return name.startswith(RUN) and Path(name).name not in ("notes.txt", "weights.bin")
 
 
 def main_() -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from kill_program import TIMED, Case, cases, content, end, finish, prepare, start
+from kill_program import Case, cases, end, finish, prepare, start
+from whole_files import TIMED, content
 
 from kdtl_jax import _files
 from kdtl_jax.cli import find

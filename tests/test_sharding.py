@@ -4,8 +4,6 @@ KD, DKD, RKD (relations over the whole batch), CRD (banks in the state) and LoRA
 one program, so that a placement costs one compilation.
 """
 
-import contextlib
-import errno
 import functools
 import itertools
 import re
@@ -13,17 +11,14 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from kdtl_jax import Variables, _numerics, losses, memory, train, transforms
@@ -331,6 +326,7 @@ PROCESS = """
     jax.config.update("jax_disable_most_optimizations", False)  # as in the test's own process
     import test_sharding as t
     from jax.experimental import multihost_utils
+    from refused_writes import cannot_write
     t.BATCH = {{k: v[8 * rank : 8 * rank + 8] for k, v in t.BATCH.items()}}
     mesh = sharding.make_mesh(data=2, fsdp=2)
     # Twelve steps from the start; eight more from what one process saved after twelve.
@@ -338,7 +334,7 @@ PROCESS = """
     with checkpoint.open_folder({two!r}) as checkpoints:
         checkpoint.save(checkpoints, 12, states, {{"by": 2}})
     for part, victim in (("async_save", 1), ("finalize", 0)):
-        t.cannot_write({full!r}, states, part, rank == victim)
+        cannot_write({full!r}, states, part, rank == victim)
     template = sharding.place(t._start(), mesh)
     restored = checkpoint.restore({one!r}, template)
     assert (restored.step, restored.meta) == (12, {{"by": 1}}), restored
@@ -347,35 +343,6 @@ PROCESS = """
     if rank == 0:
         np.savez({out!r}, *jax.tree.leaves(learned))
 """
-
-
-class _Refused:
-    """A write in progress on a full disk."""
-
-    def result(self, timeout: float | None = None) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def cannot_write(folder: str, states: Any, part: str, is_victim: bool) -> None:
-    """In two processes: what Orbax cannot write in one ends the save in both, not in 20 minutes."""
-    handler = ocp.PyTreeCheckpointHandler
-    save = handler.async_save
-
-    async def async_save(*args: Any, **kwargs: Any) -> list[Any]:
-        return [*(await save(*args, **kwargs) or []), _Refused()]
-
-    def finalize(*args: Any) -> None:
-        _Refused().result()
-
-    broken = {"async_save": async_save, "finalize": finalize}[part]
-    said, start = "No space left" if is_victim else "process [01] could not", time.monotonic()
-    with contextlib.ExitStack() as stack:
-        if is_victim:
-            stack.enter_context(mock.patch.object(handler, part, broken))
-        with pytest.raises(OSError, match=said), checkpoint.open_folder(folder) as checkpoints:
-            checkpoint.save(checkpoints, 1, states)
-    assert time.monotonic() - start < 90
-    assert not checkpoint.steps(folder), "neither process may take the step for whole"
 
 
 @pytest.mark.slow

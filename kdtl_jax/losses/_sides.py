@@ -74,7 +74,7 @@ def one(x: Array, name: str, *, at_least: int, at_most: int | None = None) -> Ar
 
 
 def several(at_least: int, at_most: int | None = None, **sides: Sequence[Array]) -> None:
-    """Both sides are sequences of equally many arrays, `at_least` to `at_most`."""
+    """Both sides are sequences of equally many arrays `[B, ...]`, `at_least` to `at_most`."""
     for name, side in sides.items():
         if not isinstance(side, Sequence) or isinstance(side, str):
             raise TypeError(f"{name} must be a sequence of arrays, got {type(side).__name__}.")
