@@ -6,6 +6,7 @@ check is free under `jit`.
 """
 
 import difflib
+import itertools
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
@@ -146,6 +147,14 @@ def within(low: float, high: float, **scalars: Any) -> None:
         known = _number(name, value)
         if known is not None and not bool(np.all((known >= low) & (known <= high))):
             raise ValueError(f"{name} must lie in [{low}, {high}], got {_short(known)}.")
+
+
+def rising(**bounds: Any) -> None:
+    """Raises ValueError if a (concrete) bound is above the next one."""
+    known = {name: concrete(value) for name, value in bounds.items()}
+    for (low, a), (high, b) in itertools.pairwise(known.items()):
+        if a is not None and b is not None and bool(np.any(a > b)):
+            raise ValueError(f"{low} must be at most {high}, got {_short(a)} and {_short(b)}.")
 
 
 def scalar(**scalars: Any) -> None:

@@ -109,6 +109,11 @@ def safe_sqrt(x: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
+def safe_rsqrt(x: Array) -> Array:
+    """`1 / sqrt(x)`, but 0 with gradient 0 at 0: what does not vary is normalized to 0."""
+    return jnp.where(x == 0, 0, jax.lax.rsqrt(jnp.where(x == 0, 1, x)))
+
+
 def safe_norm(x: Array, *, axis: int | tuple[int, ...] = -1, keepdims: bool = False) -> Array:
     """Euclidean norm with gradient 0 at 0, and no overflow of the squares."""
     top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))

@@ -97,6 +97,7 @@ def mixup(
     share_key, order_key = jax.random.split(key)
     share = jax.random.beta(share_key, alpha, alpha)
     other = _partners(order_key, inputs.shape[0], where)
+    inputs, targets = jnp.asarray(inputs), jnp.asarray(targets)
     return _blend(share, inputs, inputs[other]), _blend(share, targets, targets[other])
 
 
@@ -134,6 +135,7 @@ def cutmix(
     inside_columns = _span(column_key, images.shape[2], side)
     inside = inside_rows[:, None] & inside_columns[None, :]
     other = _partners(order_key, images.shape[0], where)
+    images, targets = jnp.asarray(images), jnp.asarray(targets)
     mixed = jnp.where(inside[None, :, :, None], images[other], images)
     left = 1 - jnp.mean(inside.astype(jnp.float32))
     return mixed, _blend(left, targets, targets[other])

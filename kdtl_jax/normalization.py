@@ -44,7 +44,8 @@ def stoch_norm(
       running: statistics before the step.
       uses_batch: bool `[C]`, one draw per batch: `jax.random.bernoulli(key, p, (C,))`, p = 0.5.
       momentum: weight of the batch in the new running statistics.
-      eps: added to variances, in squared feature units.
+      eps: >= 0, added to variances, in squared feature units; with 0, a channel that does not vary
+        becomes its offset.
       where: bool `[B]` or other leading axes of x, real examples. The others enter no statistic; if
         fewer than two values per channel are real, the running statistics do not change.
 
@@ -87,7 +88,7 @@ def stoch_norm(
     )
     center = jnp.where(uses_batch, mean, old_mean)
     spread = jnp.where(uses_batch, var, old_var)
-    factor = gain * jax.lax.rsqrt(spread + eps)
+    factor = gain * _numerics.safe_rsqrt(spread + eps)
     out = (wide - center[None, :]) * factor[None, :] + shift[None, :]
     share = jnp.where(count >= 2, _numerics.scalar(momentum, wide, "momentum"), 0)
     unbiased = var * (count / jnp.maximum(count - 1, 1))

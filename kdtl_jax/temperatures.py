@@ -82,6 +82,7 @@ def learned_temperature(
     """
     _checks.floating(parameter=parameter)
     _checks.positive(start=start, span=span)
+    _checks.scalar(reversal=reversal)
     _checks.finite(reversal=reversal)
     g = reverse_gradient(_numerics.upcast(parameter), reversal)
     return _numerics.scalar(start, g, "start") + _numerics.scalar(span, g, "span") * jax.nn.sigmoid(
@@ -131,7 +132,7 @@ def fit_logit_scale(
       `[]`; NaN if a logit is NaN, a traced label is out of range, or no sample is included.
 
     Raises:
-      ValueError: if shapes do not fit, or labels are out of range.
+      ValueError: if shapes do not fit, labels are out of range, or low is above high.
       TypeError: if the logits are not floating point or the labels are not integers.
 
     References:
@@ -141,7 +142,9 @@ def fit_logit_scale(
     _checks.rank(2, 2, logits=logits)
     _checks.nonempty(logits=logits)
     _checks.several_classes(logits=logits)
+    _checks.scalar(low=low, high=high)
     _checks.positive(low=low, high=high)
+    _checks.rising(low=low, high=high)
     _checks.labels(labels, logits, where)
     logits = _numerics.kept(_numerics.upcast(logits), where)
     labels, usable = _numerics.usable_labels(labels, logits.shape[1], where)

@@ -157,3 +157,19 @@ def test_folding_needs_a_linear_map_before() -> None:
     folded = fusion.apply(connectors.fold_batch_norm(params, running), ones)
     for got, want in zip(folded, fusion.evaluate(params, running, ones), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_channel_that_does_not_vary_becomes_its_offset_even_without_eps() -> None:
+    connector = connectors.chain(connectors.linear(2), connectors.batch_norm(eps=0.0))
+    x = jnp.asarray([[1.0, -2.0], [0.5, 4.0], [3.0, 1.0]])
+    dead, norm = connector.init(KEY, x)
+    dead = jax.tree.map(lambda leaf: leaf.at[..., 1].set(0), dead)
+    params = dead, {**norm, "offset": jnp.asarray([0.0, 5.0])}
+    (y, measured), pull = jax.vjp(lambda x: connector.measure(params, x), x)
+    running = connectors.running_update(connectors.running_init(connector, params, x), measured)
+    kept = connector.evaluate(params, running, x)
+    folded = connector.apply(connectors.fold_batch_norm(params, running), x)
+    np.testing.assert_array_equal(jnp.stack([y, kept, folded])[..., 1], 5)
+    np.testing.assert_allclose(folded, kept, rtol=1e-5)
+    (gradient,) = pull((jnp.ones_like(y), jax.tree.map(jnp.zeros_like, measured)))
+    assert np.isfinite(gradient).all()

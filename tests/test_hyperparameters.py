@@ -37,6 +37,8 @@ from kdtl_jax.train import (
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
+ANY: Any = print  # in place of a function that is never called
+TAID = losses.taid_start()
 KEY, ROWS, LABELS = jax.random.key(0), jnp.eye(4), jnp.arange(4) % 2
 IMAGES, TREE = jnp.ones((4, 4, 4, 1)), {"a": jnp.eye(4)}
 CHANNELS = jnp.ones(4)
@@ -59,6 +61,13 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "transrate": lambda x: transferability.transrate(ROWS, LABELS, num_classes=2, eps=x),
     "adversarial_ramp": lambda x: temperatures.adversarial_ramp(3, strength=x),
     "ema_decay": lambda x: mean_teachers.ema_decay(x),
+    "ema": lambda x: transforms.ema(TREE, TREE, decay=x),
+    "follow": lambda x: mean_teachers.follow(ANY, decay=x),
+    "scale_by_dot": lambda x: train.dot.scale_by_dot(distill=["kd"], momentum=x),
+    "fit_logit_scale": lambda x: temperatures.fit_logit_scale(ROWS, LABELS, low=x),
+    "learned_temperature": lambda x: temperatures.learned_temperature(ROWS[0], reversal=x),
+    "taid_start": lambda x: losses.taid_start(start=x),
+    "taid_advance": lambda x: losses.taid_advance(TAID, ROWS[0, 0], num_steps=3, end=x),
     "layer_decay": lambda x: finetune.layer_decay({"a": 0, "b": 1}, min_scale=x),
     "loss_scaling": lambda x: precision.loss_scaling(optax.sgd(0.1), initial=x),
     "lora": lambda x: transforms.lora(2, x),
@@ -93,7 +102,6 @@ def test_sampling_options_are_one_number_or_one_per_example(option: str) -> None
             language.sampling_log_probs(logits, **{option: jnp.full(shape, 0.5)})
 
 
-ANY: Any = print  # in place of a function that is never called
 # What is a number, or a count, of functions that run nothing before they look at it.
 NUMBERS: dict[str, Callable[[Any], Any]] = {
     "strength": lambda x: temperatures.adversarial_ramp(3, strength=x),
@@ -110,6 +118,10 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "weights": lambda x: ensembles.over_teachers(losses.mse, weights=[x, 1.0])(ROWS, PAIR),
     "keep": lambda x: sweep.successive_halving(*[ANY] * 3, {"a": LABELS}, rungs=1, keep=x),
     "high": lambda x: sweep.sample(2, a=sweep.Range(0.0, x)),
+    "start": lambda x: losses.taid_start(start=x),
+    "beta": lambda x: losses.taid_advance(TAID, ROWS[0, 0], num_steps=3, beta=x),
+    "anchor": lambda x: losses.distillm2_alpha(CHANNELS, CHANNELS, anchor=x),
+    "base": lambda x: losses.distillm2_alpha(CHANNELS, CHANNELS, anchor=0.1, base=x),
     "threshold": lambda x: losses.entropy_aware_kl(ROWS, ROWS, threshold=x),
     "margin": lambda x: losses.hinge_ranking(ROWS, losses.top_k_targets(ROWS, k=2), margin=x),
     "num_data": lambda x: losses.crd(ROWS, num_data=x),
@@ -127,6 +139,7 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
 }
 COUNTS: dict[str, Callable[[Any], Any]] = {
     "padding": lambda x: augment.crop(jax.random.split(KEY, 4), IMAGES, padding=x),
+    "num_steps": lambda x: losses.taid_advance(TAID, ROWS[0, 0], num_steps=x),
     "steps": lambda x: temperatures.adversarial_ramp(x),
     "iterations": lambda x: transferability.logme(ROWS, ROWS, iterations=x),
     "num_classes": lambda x: transferability.h_score(ROWS, LABELS, num_classes=x),
@@ -189,6 +202,9 @@ def test_what_is_no_count_is_refused_by_name(name: str) -> None:
 def test_negative_and_unknown_numbers_are_refused() -> None:
     for call in (
         lambda x: normalized(eps=x),
+        lambda x: losses.standardize_logits(ROWS, eps=x),
+        lambda x: losses.mft_teacher(ROWS, LABELS, eps=x),
+        lambda x: losses.taid_advance(TAID, ROWS[0, 0], num_steps=3, alpha=x),
         lambda x: discrepancies.mk_mmd(ROWS, 2 * ROWS, scale=x),
         lambda x: discrepancies.mk_mmd(ROWS, 2 * ROWS, scale=1.0, alphas=(x,)),
         lambda x: transforms.near_swap(TREE, OTHERS[0], t=x),
@@ -198,6 +214,16 @@ def test_negative_and_unknown_numbers_are_refused() -> None:
         for bad in (-1.0, float("nan")):
             with pytest.raises(ValueError, match="must be finite and >"):
                 call(bad)
+
+
+def test_bounds_that_leave_nothing_between_them_are_refused() -> None:
+    for call in (
+        lambda low, high: temperatures.fit_logit_scale(ROWS, LABELS, low=low, high=high),
+        lambda low, high: losses.ratio_gate(-ROWS, -ROWS, low=low, high=high),
+    ):
+        call(2.0, 2.0)
+        with pytest.raises(ValueError, match="low must be at most high, got 3"):
+            call(3.0, 2.0)
 
 
 def test_discrepancy_of_equal_features_in_their_own_unit_is_zero() -> None:

@@ -71,3 +71,17 @@ def test_padding_enters_neither_the_batch_nor_the_running_statistics(
     assert not gradient[~where].any()
     _, kept = run(garbage[:, ...], jnp.zeros(6, jnp.bool_))
     jax.tree.map(np.testing.assert_array_equal, kept, running)
+
+
+def test_a_channel_that_does_not_vary_becomes_its_offset_even_without_eps() -> None:
+    x = normal(0, 6, 3).at[:, 1].set(7.0)
+    running = normalization.Running(jnp.zeros(3), jnp.asarray([1.0, 0.0, 0.0]))
+
+    def run(x: jnp.ndarray) -> jnp.ndarray:
+        drawn = jnp.asarray([True, True, False])
+        return normalization.stoch_norm(x, 2 + running.mean, jnp.ones(3), running, drawn, eps=0)[0]
+
+    out, pull = jax.vjp(run, x)
+    np.testing.assert_array_equal(out[:, 1:], 1)
+    np.testing.assert_allclose(jnp.std(out[:, 0]), 2, rtol=1e-5)
+    assert np.isfinite(pull(jnp.ones_like(out))[0]).all()

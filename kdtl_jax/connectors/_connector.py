@@ -170,7 +170,7 @@ def _folded_chain(params: Sequence[Params], statistics: Sequence[PyTree]) -> Par
 def _scaled(before: Params, norm: Params, found: Statistics) -> Params:
     """`(x W + b - mean) factor + offset` as one linear map."""
     kernel = before["kernel"]
-    factor = norm["scale"] * jax.lax.rsqrt(found.var + found.eps).astype(kernel.dtype)
+    factor = norm["scale"] * _numerics.safe_rsqrt(found.var + found.eps).astype(kernel.dtype)
     bias = before.get("bias", jnp.zeros_like(factor)) - found.mean.astype(kernel.dtype)
     rows = factor.reshape((1,) * (kernel.ndim - 1) + factor.shape)
     return {"kernel": kernel * rows, "bias": bias * factor + norm["offset"]}

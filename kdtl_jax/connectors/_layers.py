@@ -172,7 +172,8 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
 
     It uses the mean and the biased variance of this batch over all axes but the last (without
     padding), in float32 or wider, or running statistics (`Connector.evaluate`). `eps` is added to
-    the variance, so it is in squared feature units, as everywhere; 1e-5 is torch's default.
+    the variance, so it is in squared feature units, as everywhere; 1e-5 is torch's default. With 0,
+    a channel that does not vary becomes its offset.
     """
     _checks.scalar(eps=eps)
     _checks.non_negative(eps=eps)
@@ -190,14 +191,14 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
         floating(x, params["scale"].shape[0])
         if statistics is None:
             centered, variance, statistics = _of_batch(_numerics.upcast(x), where, eps)
-            unit = centered * jax.lax.rsqrt(variance + eps)
+            unit = centered * _numerics.safe_rsqrt(variance + eps)
         else:
             wide = _numerics.upcast(x)
             mean, variance = (
                 jnp.broadcast_to(v.astype(wide.dtype), wide.shape) for v in statistics[:2]
             )
             added = statistics.eps.astype(wide.dtype)
-            unit = (wide - mean) * jax.lax.rsqrt(variance + added)
+            unit = (wide - mean) * _numerics.safe_rsqrt(variance + added)
         scale, offset = (
             jnp.broadcast_to(params[name].astype(unit.dtype), unit.shape)
             for name in ("scale", "offset")

@@ -274,6 +274,7 @@ def mft_teacher(
       Self-Distillation, 2025 (2506.15702).
     """
     _checks.within(0, 1, threshold=threshold)
+    _checks.non_negative(eps=eps)
     labels, usable = _teachers(teacher_logits, labels, where)
     _, teacher = _logspace.softened(
         teacher_logits, teacher_logits, temperature, threshold=threshold

@@ -198,6 +198,7 @@ def standardize_logits(
     _checks.nonempty(logits=logits)
     _checks.mask(where, logits.shape)
     _checks.count(0, ddof=ddof)
+    _checks.non_negative(eps=eps)
     if logits.shape[-1] <= ddof:
         raise ValueError(
             f"needs more than ddof={ddof} classes, "

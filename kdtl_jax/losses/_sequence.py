@@ -141,7 +141,9 @@ class TaidProgress(NamedTuple):
 
 def taid_start(*, start: Scalar = 0.4) -> TaidProgress:
     """The state before the first step: t is `start`, a scalar in [0, 1]."""
-    progress = _numerics.upcast(jnp.asarray(start))
+    _checks.scalar(start=start)
+    _checks.within(0, 1, start=start)
+    progress = _numerics.upcast(jnp.asarray(start, jnp.result_type(start, float)))
     zero = jnp.zeros_like(progress)
     return TaidProgress(progress, zero, zero, jnp.zeros((), jnp.int32))
 
@@ -176,8 +178,12 @@ def taid_advance(
     References:
       Shing et al., 2025 (2501.16937), algorithm 1.
     """
+    _checks.count(1, num_steps=num_steps)
+    _checks.within(0, 1, start=start, end=end, beta=beta)
+    _checks.non_negative(alpha=alpha)
     like = state.progress
-    loss, alpha, beta = (_numerics.scalar(x, like) for x in (loss, alpha, beta))
+    loss = _numerics.scalar(loss, like, "loss")
+    alpha, beta = _numerics.scalar(alpha, like, "alpha"), _numerics.scalar(beta, like, "beta")
     fall = (state.last_loss - loss) / (state.last_loss + _numerics.scalar(1e-15, like))
     first = state.step == 0
     momentum = jnp.where(first, state.momentum, beta * state.momentum + (1 - beta) * fall)
@@ -208,6 +214,8 @@ def distillm2_alpha(
       (2503.07067).
     """
     _checks.same_shape(log_prob=log_prob, reference_log_prob=reference_log_prob)
+    _checks.finite(anchor=anchor)
+    _checks.within(0, 1, base=base)
     log_prob, reference = _numerics.upcast(log_prob), _numerics.upcast(reference_log_prob)
     low, base = _numerics.scalar(0.01, log_prob), _numerics.scalar(base, log_prob, "base")
     gap = jnp.exp(log_prob) - jnp.exp(reference) + _numerics.scalar(1e-5, log_prob)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kdtl_jax import _checks
 from kdtl_jax._types import PyTree
 
 
@@ -59,6 +60,7 @@ def scale_by_dot(
       Zhao et al., DOT: A Distillation-Oriented Trainer, 2023 (2307.08436); mdistiller's
       `engine/dot.py`.
     """
+    _checks.scalar(momentum=momentum, delta=delta)
     if not (delta >= 0 and momentum - delta >= 0 and momentum + delta < 1):
         raise ValueError(
             "needs 0 <= delta <= momentum and momentum + delta < 1, got "

@@ -64,11 +64,15 @@ def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
       A step for states from `begin`. It takes no `teacher_params`.
 
     Raises:
-      ValueError: when called, if the state is not from `begin` or `teacher_params` are given.
+      ValueError: if decay is a number outside [0, 1]; when called, if the state is not from `begin`
+        or `teacher_params` are given.
 
     References:
       Tarvainen and Valpola, Mean teachers are better role models, 2017 (1703.01780).
     """
+    if not callable(decay):
+        _checks.scalar(decay=decay)
+        _checks.within(0, 1, decay=decay)
 
     def following(
         state: TrainState, batch: Batch, teacher_params: Any = None

@@ -159,5 +159,6 @@ def ema(shadow: Params, params: Params, *, decay: Scalar = 0.999) -> Params:
     References:
       Tarvainen and Valpola, Mean teachers are better role models, 2017 (1703.01780).
     """
+    _checks.scalar(decay=decay)
     _checks.within(0, 1, decay=decay)
     return interpolate(shadow, params, 1 - decay)
