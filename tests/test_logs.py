@@ -76,6 +76,15 @@ def test_the_file_is_read_once_for_all_methods(
     assert _logs.begun(folder) == run.lines, "what is remembered is what is written"
 
 
+def test_a_lost_file_is_told_once_a_method_has_saved_steps(folder: Path) -> None:
+    (folder / "metrics.jsonl").unlink()
+    (folder / "checkpoints" / "kd").mkdir(parents=True)
+    assert _logs.begun(folder) == {}, "ended before it had logged anything"
+    (folder / "checkpoints" / "kd" / "3").mkdir()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl is missing: its metrics are lost"):
+        assert _logs.begun(folder) == {}
+
+
 def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:
     for _ in range(2):
         _logs.write(folder, ["tensorboard"])

@@ -20,7 +20,7 @@ import numpy as np
 
 from kdtl_jax import _files
 from kdtl_jax.recipes.settings import names, setting
-from kdtl_jax.run import loop
+from kdtl_jax.run import checkpoint, loop
 
 KINDS = ("tensorboard", "csv")
 KEYS = ("method", "step")
@@ -133,14 +133,19 @@ def of_methods(folder: Path) -> list[dict[str, Any]]:
 def begun(folder: Path) -> Lines:
     """The lines that a run's file has already; `of_method` adds those of the methods that follow.
 
-    The file is read once here, not once per method. Lines that cannot be read are dropped from it.
+    The file is read once here, not once per method. Lines that cannot be read are dropped from it;
+    if it is missing although a method has saved steps, a warning says that its metrics are lost.
     """
     file, lines = folder / "metrics.jsonl", Lines()
-    if jax.process_index() == 0 and file.exists():  # one process writes it
+    if jax.process_index() != 0:  # one process writes it
+        return lines
+    if file.exists():
         with loop.metrics_file(file, stays=lambda line: True):
             pass
-        for line in of_methods(folder):
-            lines.setdefault(line["method"], []).append(line)
+    elif not any(map(checkpoint.steps, folder.glob("checkpoints/*"))):  # nothing has been logged
+        return lines
+    for line in of_methods(folder):
+        lines.setdefault(line["method"], []).append(line)
     return lines
 
 
