@@ -3,25 +3,23 @@
 Both formats hold compressed buffers, and parquet may store a text once for a million cells. Every
 buffer and page states its unpacked length; only these numbers are read here.
 
-Sources: Arrow Columnar Format 1.5, "Serialization and Interprocess Communication";
-parquet-format 2.11, parquet.thrift.
+Source: Arrow Columnar Format 1.5, "Serialization and Interprocess Communication".
 """
 
 import importlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
+
+from kdtl_jax import _pages
 
 # A nearly constant column takes hardly any bytes; a whole table like that is a decompression bomb.
 LARGE, MOST_PACKED = 2**28, 1000  # bytes; unpacked bytes per byte of a file
 MAGIC = b"ARROW1"  # of the file format; a stream begins with its first message
 DICTIONARY, RECORDS = 2, 3  # kinds of messages that have buffers
-HEADER = 4096  # bytes within which a page's header usually ends
-LONGEST_HEADER = 2**24  # statistics may hold whole cells
 # Encodings that pyarrow decodes into dictionaries.
 PLAIN = {"PLAIN", "PLAIN_DICTIONARY", "RLE_DICTIONARY", "RLE", "BIT_PACKED"}
-NESTED = 32  # structs within a header
 SHARED = 2**28  # bytes of text that are decoded before counting
 MOST_TEXT = 2**30  # bytes of distinct text that pyarrow can hold in one dictionary
 
@@ -180,109 +178,8 @@ def parquet_bytes(path: Path, stored: Iterable[Any]) -> int:
       ValueError: if the header of a page is damaged.
       OSError: if the file cannot be read.
     """
-    total = 0
     with path.open("rb") as file:
-        for column in stored:
-            at = first = column.data_page_offset
-            if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < first:
-                at = column.dictionary_page_offset
-            end = at + column.total_compressed_size
-            while 0 <= at < end:
-                used, unpacked, packed = _page(file, at)
-                total += unpacked
-                at += used + packed
-    return total
-
-
-def _page(file: BinaryIO, at: int) -> tuple[int, int, int]:
-    """The bytes of a page's header, of the unpacked page and of the packed page."""
-    size = HEADER
-    while True:
-        file.seek(at)
-        data = file.read(size)
-        try:
-            used, found = _compact(data)
-        except IndexError:
-            if len(data) < size or size >= LONGEST_HEADER:
-                raise ValueError("the header of a page is damaged") from None
-            size *= 16
-            continue
-        unpacked, packed = found.get(2, -1), found.get(3, -1)
-        if min(unpacked, packed) < 0:
-            raise ValueError("the header of a page has no size")
-        return used, unpacked, packed
-
-
-def _compact(data: bytes) -> tuple[int, dict[int, int]]:
-    """The length of a struct in Thrift's compact protocol, and its integers by number."""
-    found: dict[int, int] = {}
-    return _struct(data, 0, found, 0), found
-
-
-def _struct(data: bytes, at: int, found: dict[int, int] | None, depth: int) -> int:
-    """The end of a struct."""
-    if depth > NESTED:
-        raise ValueError("the header of a page is damaged")
-    number = 0
-    while True:
-        head = data[at]
-        at += 1
-        kind = head & 15
-        if not kind:
-            return at
-        if head >> 4:
-            number += head >> 4
-        else:
-            value, at = _varint(data, at)
-            number = _signed(value)
-        if 4 <= kind <= 6 and found is not None:  # i16, i32, i64
-            value, at = _varint(data, at)
-            found[number] = _signed(value)
-        elif kind > 2:  # true and false are encoded in the kind
-            at = _skipped(data, at, kind, depth)
-
-
-def _skipped(data: bytes, at: int, kind: int, depth: int) -> int:
-    """The end of a value."""
-    if kind in (1, 2, 3):  # a byte; a boolean within a list has one
-        return at + 1
-    if 4 <= kind <= 6:
-        return _varint(data, at)[1]
-    if kind == 7:  # a double
-        return at + 8
-    if kind == 8:  # bytes
-        length, at = _varint(data, at)
-        if at + length > len(data):
-            raise IndexError
-        return at + length
-    if kind in (9, 10):  # a list or a set
-        count, inner = data[at] >> 4, data[at] & 15
-        at += 1
-        if count == 15:
-            count, at = _varint(data, at)
-        for _ in range(min(count, len(data))):
-            at = _skipped(data, at, inner, depth + 1)
-        return at
-    if kind == 12:
-        return _struct(data, at, None, depth + 1)
-    raise ValueError("the header of a page is damaged")
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, at
-        if shift > 63:
-            raise ValueError("the header of a page is damaged")
-
-
-def _signed(value: int) -> int:
-    return (value >> 1) ^ -(value & 1)
+        return sum(page.unpacked for column in stored for page in _pages.pages(file, column))
 
 
 def texts_of(stored: Sequence[Any]) -> list[str]:
@@ -296,25 +193,29 @@ def texts_of(stored: Sequence[Any]) -> list[str]:
     return [name for name, size in found.items() if size <= MOST_TEXT and name not in others]
 
 
-def rows_at_once(path: Path, stored: Sequence[Any], most: int) -> int:
-    """How many rows of `chunks` may be decoded at once: stored texts may take hardly any space.
+def rows_at_once(path: Path, about: Any, columns: Iterable[str], most: int) -> int:
+    """How many rows of these columns may be decoded at once: stored texts may take little space.
 
-    One text may stand for many cells, or share its beginning with the previous one.
+    One text may stand for many cells, or share its beginning with the previous one. The file's
+    FileMetaData, `about`, only says which columns hold lists; the pages are counted themselves.
 
     Raises:
-      ValueError, OSError: as `parquet_bytes`.
+      ValueError: if a row's list may hold too many of them, or as `parquet_bytes`.
+      OSError: as `parquet_bytes`.
     """
-    once = {*texts_of(stored)}
+    stored, pa = list(chunks(about, columns)), pyarrow(path)
+    once, parts = {*texts_of(stored)}, map(about.schema.column, range(about.num_columns))
+    lists = {part.path for part in parts if part.max_repetition_level}
     with path.open("rb") as file:
         for column in stored:
-            if column.physical_type != "BYTE_ARRAY" or column.path_in_schema in once:
+            name = column.path_in_schema
+            if column.physical_type != "BYTE_ARRAY" or name in once:
                 continue
-            longest = 1
-            if "DELTA_BYTE_ARRAY" in column.encodings:
-                longest = column.total_uncompressed_size
-            if column.has_dictionary_page:
-                longest = max(longest, _page(file, column.dictionary_page_offset)[1])
-            most = min(most, max(1, SHARED // longest))
+            shared = _pages.shared(pa, file, column)
+            most = min(most, max(1, SHARED // max(1, shared.longest)))
+            if name in lists:  # one row may hold all of them
+                what = f"lists of {shared.count:,} texts of up to {shared.longest:,} bytes"
+                check_unpacked(path, shared.count * shared.longest, what + shared.advice)
     return most
 
 

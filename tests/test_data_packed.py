@@ -13,7 +13,7 @@ from bounds import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtl_jax import _columnar, datasets, language
+from kdtl_jax import _columnar, _pages, datasets, language
 from kdtl_jax.language import _records
 
 SIZE = 32_000_000  # bytes of which hardly any are in the file
@@ -141,6 +141,42 @@ def test_records_of_text_come_row_by_row_where_they_share(tmp_path: Path, name: 
         assert sum(1 for _ in language.records(path)) == 300
 
 
+@pytest.mark.parametrize("how", ["dictionary", "beginnings"])
+def test_a_list_of_one_row_is_counted_before_it_is_decoded(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, options = [LONG] * 1000, {}
+    if how == "beginnings":
+        many = [LONG + str(i) for i in range(1000)]
+        encoding = {"text.list.element": "DELTA_BYTE_ARRAY"}
+        options = {"use_dictionary": False, "column_encoding": encoding}
+    else:  # as if the distinct texts were more than a dictionary holds
+        monkeypatch.setattr(_columnar, "MOST_TEXT", 0)
+    table = pa.table({"text": [many, *[["a"]] * 299], "label": LABEL})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", **options)
+    del table, many
+    for read in (datasets.read, lambda path: list(language.records(path))):
+        with refused(r"lists of 1,[0-9]99 texts of up to 10\d,\d{3} bytes.* in [0-9,]+ bytes"):
+            read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+def test_the_longest_text_of_a_dictionary_and_its_cells(tmp_path: Path, codec: str) -> None:
+    texts = [["x" * 5, "y" * 700]] * 20 + [[str(i) * 9] for i in range(1000, 4000)]
+    for version in ("1.0", "2.0"):
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"a": texts}), path, compression=codec, data_page_size=1000,
+                       data_page_version=version, dictionary_pagesize_limit=2000,
+                       write_batch_size=100)  # fmt: skip
+        [column] = _columnar.chunks(pq.ParquetFile(path).metadata, ["a"])
+        with path.open("rb") as file:
+            read = [*_pages.pages(file, column)]
+            known = _pages.shared(pa, file, column)
+        assert sum(page.values for page in read) == 3040
+        # What did not fit the dictionary is stored as it is, and shares nothing.
+        assert known.longest == 700 and 40 < known.count < 3040 and not known.advice
+
+
 def test_a_record_that_is_too_long_is_refused(tmp_path: Path) -> None:
     turns = [[{"role": "user", "content": LONG}] * 100] * 3
     pq.write_table(pa.table({"messages": turns}), tmp_path / "a.parquet")
@@ -189,7 +225,10 @@ def test_damaged_messages_and_pages_are_counted_or_refused(
     with bounded(1.0, megabytes=50):
         try:
             if kind == "parquet":
-                _columnar.parquet_bytes(path, _columnar.chunks(about, ["a", "b"]))
+                stored = [*_columnar.chunks(about, ["a", "b"])]
+                _columnar.check_unpacked(path, _columnar.parquet_bytes(path, stored))
+                with path.open("rb") as file:
+                    assert all(_pages.shared(pa, file, column).count >= 0 for column in stored)
             else:
                 _columnar.arrow_bytes(path, pa)
         except (ValueError, pa.ArrowException, OSError) as error:

@@ -164,7 +164,7 @@ def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bo
     values = sum(column.num_values for column in stored)  # a list row has many
     _check_announced(path, about.num_rows, len(columns), values)
     _columnar.check_unpacked(path, _columnar.parquet_bytes(path, stored))
-    rows, texts = _columnar.rows_at_once(path, stored, ROWS), _columnar.texts_of(stored)
+    rows, texts = _columnar.rows_at_once(path, about, columns, ROWS), _columnar.texts_of(stored)
     # Buffered: data not decoded are not kept.
     with pa.parquet.ParquetFile(
         path, buffer_size=BUFFER, pre_buffer=False, read_dictionary=texts

@@ -206,7 +206,7 @@ def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
         columns = [name for name in COLUMNS if name in names]
         stored = list(_columnar.chunks(about, columns))
         _columnar.check_unpacked(file, _columnar.parquet_bytes(file, stored))
-        rows, texts = _columnar.rows_at_once(file, stored, ROWS), _columnar.texts_of(stored)
+        rows, texts = _columnar.rows_at_once(file, about, columns, ROWS), _columnar.texts_of(stored)
         with pa.parquet.ParquetFile(file, read_dictionary=texts) as opened:
             for group in range(opened.num_row_groups):
                 size = about.row_group(group).num_rows
