@@ -211,11 +211,11 @@ def rows_at_once(path: Path, about: Any, columns: Iterable[str], most: int) -> i
             name = column.path_in_schema
             if column.physical_type != "BYTE_ARRAY" or name in once:
                 continue
-            shared = _pages.shared(pa, file, column)
+            shared = _pages.shared(pa, file, column, in_lists=name in lists)
             most = min(most, max(1, SHARED // max(1, shared.longest)))
             if name in lists:  # one row may hold all of them
-                what = f"lists of {shared.count:,} texts of up to {shared.longest:,} bytes"
-                check_unpacked(path, shared.count * shared.longest, what + shared.advice)
+                what = f"lists of texts that share their bytes, {shared.total:,} written out,"
+                check_unpacked(path, shared.total, what)
     return most
 
 

@@ -7,11 +7,14 @@ import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 HEADER = 4096  # bytes within which a page's header usually ends
 LONGEST_HEADER = 2**24  # statistics may hold whole cells
 NESTED = 32  # structs within a header
 CODED, BEGINNINGS = (2, 8), 7  # encodings: by dictionary, by the beginning of the value before
 MOST_WALKED = 2**20  # entries of a dictionary that are looked at one by one
+LONGEST_BLOCK = 2**16  # integers that are packed together; writers use 128 or 256
 
 
 class Page(NamedTuple):
@@ -23,14 +26,15 @@ class Page(NamedTuple):
     values: int  # of a data page
     encoding: int | None  # None: it has no data
     is_dictionary: bool
+    levels: int | None  # bytes before the values that are never packed; None in version 1
+    is_packed: bool
 
 
 class Shared(NamedTuple):
-    """Texts that may share their bytes with others of a column."""
+    """Texts that may share their bytes with others of a column chunk; upper bounds in bytes."""
 
-    count: int
-    longest: int  # bytes, an upper bound
-    advice: str  # where that is far above what they have
+    longest: int
+    total: int  # of all, written out
 
 
 def pages(file: BinaryIO, column: Any) -> Iterator[Page]:
@@ -50,34 +54,49 @@ def pages(file: BinaryIO, column: Any) -> Iterator[Page]:
         at = page.at + page.packed
 
 
-def shared(pa: Any, file: BinaryIO, column: Any) -> Shared:
-    """How many texts of a column chunk are stored once for several, and how long they may be.
+def shared(pa: Any, file: BinaryIO, column: Any, *, in_lists: bool) -> Shared:
+    """How long texts of a column chunk are that are stored once for several.
+
+    Args:
+      pa: the pyarrow package.
+      file: the parquet file.
+      column: pyarrow's metadata of the chunk.
+      in_lists: whether it holds lists, whose rows have any number of texts; `total` is only exact
+        enough for these.
 
     Raises:
-      ValueError, OSError: as `pages`.
+      ValueError: if the header of a page, or the lengths of shared beginnings, are damaged.
+      OSError: if the file cannot be read.
     """
-    count = longest = begun = 0
+    longest = coded = begun = beginnings = 0
     for page in pages(file, column):
         if page.is_dictionary:
             longest = max(longest, _longest(pa, file, page, column.compression))
         elif page.encoding in CODED:
-            count += page.values
+            coded += page.values
         elif page.encoding == BEGINNINGS:
-            count, begun = count + page.values, begun + page.unpacked
-    advice = ", which are counted exactly if they are written without DELTA_BYTE_ARRAY,"
-    return Shared(count, max(longest, begun), advice if begun else "")
+            begun += page.unpacked
+            if in_lists:
+                beginnings += _beginnings(pa, file, page, column.compression)
+    return Shared(max(longest, begun), coded * longest + begun + beginnings)
+
+
+def _unpacked(pa: Any, file: BinaryIO, page: Page, codec: str) -> bytes:
+    """A page's bytes, without levels that stand before them unpacked."""
+    file.seek(page.at + (page.levels or 0))
+    data = file.read(page.packed - (page.levels or 0))
+    if codec == "UNCOMPRESSED" or not page.is_packed:
+        return data
+    name = {"LZ4": "lz4_raw"}.get(codec, codec.lower())
+    try:
+        return pa.decompress(data, page.unpacked - (page.levels or 0), codec=name, asbytes=True)
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise ValueError(f"a page cannot be unpacked ({error})") from None
 
 
 def _longest(pa: Any, file: BinaryIO, page: Page, codec: str) -> int:
     """The bytes of the longest entry in a dictionary page, an upper bound."""
-    file.seek(page.at)
-    data = file.read(page.packed)
-    if codec != "UNCOMPRESSED":
-        name = {"LZ4": "lz4_raw"}.get(codec, codec.lower())
-        try:
-            data = pa.decompress(data, page.unpacked, codec=name, asbytes=True)
-        except (pa.ArrowException, ValueError, OSError):
-            return page.unpacked
+    data = _unpacked(pa, file, page, codec)
     at = most = 0
     for _ in range(MOST_WALKED):
         if at + 4 > len(data):
@@ -87,8 +106,63 @@ def _longest(pa: Any, file: BinaryIO, page: Page, codec: str) -> int:
     return min(max(most, len(data) - at), page.unpacked)
 
 
+def _beginnings(pa: Any, file: BinaryIO, page: Page, codec: str) -> int:
+    """The bytes that a page's texts take from the texts before them; of a column of lists."""
+    data, at = _unpacked(pa, file, page, codec), 0
+    try:
+        if page.levels is None:  # two lists of levels, each with its length
+            for _ in range(2):
+                at += 4 + struct.unpack_from("<I", data, at)[0]
+        return _sum(data, at, page.values) if at < len(data) else 0
+    except (struct.error, IndexError):
+        raise ValueError("the lengths of a page are damaged") from None
+
+
+def _sum(data: bytes, at: int, most: int) -> int:
+    """The sum of at most so many lengths in DELTA_BINARY_PACKED."""
+    size, at = _varint(data, at)
+    parts, at = _varint(data, at)
+    left, at = _varint(data, at)
+    value, at = _varint(data, at)
+    total = value = _signed(value)
+    left = max(0, left - 1)
+    if not 0 < parts <= size <= LONGEST_BLOCK or size % (8 * parts) or left >= most or value < 0:
+        raise ValueError("the lengths of a page are damaged")
+    each = size // parts
+    while left > 0:
+        low, at = _varint(data, at)
+        low, widths, at = _signed(low), data[at : at + parts], at + parts
+        if len(widths) < parts or max(widths) > 32 or abs(low) > 2**32:
+            raise ValueError("the lengths of a page are damaged")
+        for width in widths:
+            if not left:
+                break
+            count, used = min(each, left), each * width // 8
+            if width:
+                deltas = _bits(data[at : at + used], each, width)[:count] + low
+                values = value + np.cumsum(deltas)
+                total, value = total + int(values.sum()), int(values[-1])
+                ends = int(values.min()), int(values.max())
+            else:  # any number of them takes no space, and must take no time
+                total += count * value + low * count * (count + 1) // 2
+                ends = value + low, value + low * count
+                value = ends[1]
+            if min(ends) < 0 or max(ends) >= 2**31:
+                raise ValueError("the lengths of a page are damaged")
+            at, left = at + used, left - count
+    return total
+
+
+def _bits(data: bytes, count: int, width: int) -> np.ndarray:
+    """`[count]` integers of so many bits each, the lowest first."""
+    if len(data) < count * width // 8:
+        raise IndexError
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    return bits.reshape(count, width).astype(np.int64) @ (1 << np.arange(width, dtype=np.int64))
+
+
 class _Fields(NamedTuple):
-    """A struct's integers and structs, by number."""
+    """A struct's integers and booleans, and its structs, by number."""
 
     numbers: dict[int, int]
     structs: "dict[int, _Fields]"
@@ -109,11 +183,14 @@ def _page(file: BinaryIO, at: int) -> Page:
         unpacked, packed = found.numbers.get(2, -1), found.numbers.get(3, -1)
         if min(unpacked, packed) < 0:
             raise ValueError("the header of a page has no size")
-        # Data pages of version 1 and 2 say their encoding in another place.
-        said = [(found.structs[n].numbers, m) for n, m in ((5, 2), (8, 4)) if n in found.structs]
-        numbers, place = said[0] if said else ({}, 0)
-        values, encoding = numbers.get(1, 0), numbers.get(place)
-        return Page(at + used, unpacked, packed, max(0, values), encoding, 7 in found.structs)
+        kinds = {n: found.structs[n].numbers for n in (5, 7, 8) if n in found.structs}
+        first, second = kinds.get(5, {}), kinds.get(8, {})  # data pages of version 1, of version 2
+        return Page(
+            at + used, unpacked, packed, max(0, (first or second).get(1, 0)),
+            first.get(2, second.get(4)), 7 in kinds,
+            max(0, second.get(5, 0)) + max(0, second.get(6, 0)) if second else None,
+            bool(second.get(7, 1)),
+        )  # fmt: skip
 
 
 def _compact(data: bytes) -> tuple[int, _Fields]:
@@ -144,7 +221,9 @@ def _struct(data: bytes, at: int, found: _Fields, depth: int) -> int:
         elif kind == 12:
             inner = found.structs[number] = _Fields({}, {})
             at = _struct(data, at, inner, depth + 1)
-        elif kind > 2:  # true and false are encoded in the kind
+        elif kind <= 2:  # true and false are encoded in the kind
+            found.numbers[number] = int(kind == 1)
+        else:
             at = _skipped(data, at, kind, depth)
 
 

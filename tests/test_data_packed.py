@@ -1,6 +1,8 @@
 """Arrow and parquet files that unpack to thousands of times their size are refused by headers."""
 
 import contextlib
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,7 @@ def test_records_of_text_come_row_by_row_where_they_share(tmp_path: Path, name: 
 def test_a_list_of_one_row_is_counted_before_it_is_decoded(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many, options = [LONG] * 1000, {}
+    many, options = [LONG] * 1000, dict[str, Any]()
     if how == "beginnings":
         many = [LONG + str(i) for i in range(1000)]
         encoding = {"text.list.element": "DELTA_BYTE_ARRAY"}
@@ -156,25 +158,53 @@ def test_a_list_of_one_row_is_counted_before_it_is_decoded(
     pq.write_table(table, tmp_path / "a.parquet", compression="zstd", **options)
     del table, many
     for read in (datasets.read, lambda path: list(language.records(path))):
-        with refused(r"lists of 1,[0-9]99 texts of up to 10\d,\d{3} bytes.* in [0-9,]+ bytes"):
+        with refused(
+            r"lists of texts that share their bytes, 1\d\d,\d{3},\d{3} written out, in [\d,]+ b"
+        ):
             read(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
-def test_the_longest_text_of_a_dictionary_and_its_cells(tmp_path: Path, codec: str) -> None:
-    texts = [["x" * 5, "y" * 700]] * 20 + [[str(i) * 9] for i in range(1000, 4000)]
-    for version in ("1.0", "2.0"):
-        path = tmp_path / "a.parquet"
-        pq.write_table(pa.table({"a": texts}), path, compression=codec, data_page_size=1000,
-                       data_page_version=version, dictionary_pagesize_limit=2000,
-                       write_batch_size=100)  # fmt: skip
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_texts_that_share_are_counted_by_their_pages(
+    tmp_path: Path, codec: str, version: str
+) -> None:
+    texts = [["x" * 5, "y" * 700]] * 20 + [[str(i) * 9] for i in range(1000, 4000)] + [[], None]
+    path, ways = tmp_path / "a.parquet", {"a.list.element": "DELTA_BYTE_ARRAY"}
+    common: dict[str, Any] = {"compression": codec, "data_page_version": version}
+    small: dict[str, Any] = {"dictionary_pagesize_limit": 2000, "write_batch_size": 100}
+    found = []
+    for options in (small, {"use_dictionary": False, "column_encoding": ways}):
+        pq.write_table(pa.table({"a": texts}), path, data_page_size=1000, **common, **options)
         [column] = _columnar.chunks(pq.ParquetFile(path).metadata, ["a"])
         with path.open("rb") as file:
-            read = [*_pages.pages(file, column)]
-            known = _pages.shared(pa, file, column)
-        assert sum(page.values for page in read) == 3040
-        # What did not fit the dictionary is stored as it is, and shares nothing.
-        assert known.longest == 700 and 40 < known.count < 3040 and not known.advice
+            found.append(_pages.shared(pa, file, column, in_lists=True))
+            stored = sum(page.unpacked for page in _pages.pages(file, column))
+            assert sum(page.values for page in _pages.pages(file, column)) == 3042
+    # What did not fit the dictionary is stored as it is, and shares nothing.
+    assert found[0].longest == 700 and 40 * 700 < found[0].total < 1000 * 700
+    # Every page begins anew.
+    assert found[1].total - stored == pytest.approx(sum(_shared_by(texts)), rel=0.02)
+    assert found[1].longest == stored
+
+
+def test_lengths_that_take_no_space_take_no_time() -> None:
+    head = (
+        b"\x80\x80\x04\x01\xff\xff\xff\xff\x07\x0a"  # blocks of 2**16, 2**31 - 1 values from 5 on
+    )
+    with bounded(0.5):
+        assert _pages._sum(head + b"\0\0" * 2**15, 0, 2**31) == 5 * (2**31 - 1)
+    with pytest.raises(ValueError, match="lengths of a page are damaged"):
+        _pages._sum(head + b"\1\0", 0, 2**31)  # each is 1 less than the one before
+    with pytest.raises(IndexError):  # which its caller names, as above
+        _pages._sum(head + b"\0\0", 0, 2**31)
+
+
+def _shared_by(texts: list[list[str] | None]) -> Iterator[int]:
+    """How much each text begins like the one before."""
+    flat = [text for row in texts for text in row or ()]
+    for before, text in itertools.pairwise(flat):
+        yield len(os.path.commonprefix([before, text]))
 
 
 def test_a_record_that_is_too_long_is_refused(tmp_path: Path) -> None:
@@ -209,13 +239,22 @@ def test_damaged_messages_and_pages_are_counted_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "packed.bin"
-    table = pa.table({"a": [1.0, 2.0], "b": ["x", "y"]})
-    kind = data.draw(st.sampled_from(("stream", "file", "parquet")))
-    if kind == "parquet":
-        pq.write_table(table, path)
+    table = pa.table({"a": [1.0, 2.0], "b": [["x"], ["xy", "xyz"]]})
+    kind = data.draw(st.sampled_from(("stream", "file", "dictionary", "beginnings")))
+    options: dict[str, Any] = {}
+    is_parquet = kind in ("dictionary", "beginnings")
+    if kind == "beginnings":
+        options = {
+            "use_dictionary": False,
+            "compression": data.draw(st.sampled_from((None, "gzip"))),
+        }
+        options["column_encoding"] = {"b.list.element": "DELTA_BYTE_ARRAY"}
+        options["data_page_version"] = data.draw(st.sampled_from(("1.0", "2.0")))
+    if is_parquet:
+        pq.write_table(table, path, **options)
     else:
         ipc(path, table, kind, "zstd")
-    about = pq.ParquetFile(path).metadata if kind == "parquet" else None
+    about = pq.ParquetFile(path).metadata if is_parquet else None
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))
@@ -224,11 +263,12 @@ def test_damaged_messages_and_pages_are_counted_or_refused(
     path.write_bytes(content)
     with bounded(1.0, megabytes=50):
         try:
-            if kind == "parquet":
+            if is_parquet:
                 stored = [*_columnar.chunks(about, ["a", "b"])]
                 _columnar.check_unpacked(path, _columnar.parquet_bytes(path, stored))
                 with path.open("rb") as file:
-                    assert all(_pages.shared(pa, file, column).count >= 0 for column in stored)
+                    for column in stored:
+                        assert _pages.shared(pa, file, column, in_lists=True).total >= 0
             else:
                 _columnar.arrow_bytes(path, pa)
         except (ValueError, pa.ArrowException, OSError) as error:
