@@ -262,6 +262,19 @@ def test_binary_kl_is_kd_of_the_pair() -> None:
         where=jnp.broadcast_to(where, LOGITS.shape),
     )
     np.testing.assert_allclose(got, each[0] + 0.5 * each[2] + 2 * each[3], rtol=1e-5)
+    for anything in (
+        jnp.nan,
+        -jnp.inf,
+        jnp.inf,
+    ):  # a weight of 0 leaves a label out, as a mask does
+        student = STUDENT.at[:, 1].set(anything).at[:, 4].set(anything)
+        left = jax.value_and_grad(
+            lambda z: jnp.sum(
+                losses.binary_kl(LOGITS, z, class_weights=jnp.where(where, weights, 0))
+            )
+        )(student)
+        np.testing.assert_allclose(left[0], jnp.sum(got), rtol=1e-5)
+        assert np.isfinite(left[1]).all()
     for bad, says in (
         ({"class_weights": weights[:2]}, r"class_weights must be \[num_labels\]"),
         ({"class_weights": -weights}, "class_weights must be finite and >= 0"),

@@ -86,7 +86,7 @@ def binary_kl(
       student_logits: `[..., num_labels]`, at least `[B, 1]`; one label is fine.
       teacher_logits: the same shape.
       temperature: softens both; a scalar or one value per example.
-      class_weights: `[num_labels]`, >= 0: a weight per label, 1 by default.
+      class_weights: `[num_labels]`, >= 0: a weight per label, 1 by default; 0 leaves a label out.
       where: bool, the logits' shape; marks the labels that are known.
 
     Returns:
@@ -103,7 +103,19 @@ def binary_kl(
     _checks.nonempty(student_logits=student_logits)
     _checks.positive(temperature=temperature)
     _checks.per_example(jnp.shape(student_logits)[:-1], temperature=temperature)
-    _checks.mask(where, jnp.shape(student_logits))
+    shape = jnp.shape(student_logits)
+    _checks.mask(where, shape)
+    if class_weights is not None:
+        _checks.floating(class_weights=class_weights)
+        _checks.non_negative(class_weights=class_weights)
+        if jnp.shape(class_weights) != shape[-1:]:
+            raise ValueError(
+                "class_weights must be [num_labels], got "
+                f"{_checks.described(class_weights=class_weights, student_logits=student_logits)}."
+            )
+        # A label of weight 0 may have any logits, including infinite ones: 0 times them is NaN.
+        counts = jnp.broadcast_to(jnp.asarray(class_weights) != 0, shape)
+        where = counts if where is None else where & counts
     student, teacher = (_numerics.kept(_numerics.upcast(z), where) for z in logits.values())
     t = _numerics.per_example(temperature, student, "temperature")
     student, teacher, apart = (
@@ -112,13 +124,6 @@ def binary_kl(
     )
     kl = _softmax.kl_from_logits(teacher, student, difference=apart)
     if class_weights is not None:
-        _checks.floating(class_weights=class_weights)
-        _checks.non_negative(class_weights=class_weights)
-        if jnp.shape(class_weights) != kl.shape[-1:]:
-            raise ValueError(
-                "class_weights must be [num_labels], got "
-                f"{_checks.described(class_weights=class_weights, student_logits=student_logits)}."
-            )
         kl *= _numerics.cast(class_weights, kl).reshape((1,) * (kl.ndim - 1) + (-1,))
     # A masked label has the logits 0 and 0.
     total = jnp.sum(kl, axis=-1)
