@@ -107,6 +107,20 @@ def is_key(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
 
 
+def key(**given: Any) -> None:
+    """Raises TypeError unless every value is one PRNG key, typed or of the older uint32 form."""
+    for name, value in given.items():
+        shape, is_old = np.shape(value), getattr(value, "dtype", None) == np.uint32
+        if (is_key(value) and shape) or (is_old and len(shape) > 1):
+            raise TypeError(
+                f"{name} must be one PRNG key, got {list(shape)} of them. Call the function once "
+                f"per key (jax.vmap), or take one: {name}[0]."
+            )
+        if not (is_key(value) or (is_old and len(shape) == 1)):
+            got = described(**{name: value}) if hasattr(value, "dtype") else f"{value!r:.80}"
+            raise TypeError(f"{name} must be a PRNG key such as jax.random.key(0), got {got}.")
+
+
 def _number(name: str, value: Any) -> np.ndarray | None:
     """`concrete` of numbers; raises TypeError for text, None, True and other non-numbers."""
     known = concrete(value)

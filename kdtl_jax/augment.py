@@ -31,6 +31,7 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
     """
     _checks.scalar(epoch=epoch)
     _checks.integers(rows=rows, epoch=epoch)
+    _checks.key(key=key)
     in_epoch = jax.random.fold_in(key, epoch)
     return jax.vmap(lambda row: jax.random.fold_in(in_epoch, row))(rows)
 
@@ -94,6 +95,7 @@ def mixup(
       Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018.
     """
     _check_mix(inputs, targets, alpha, where)
+    _checks.key(key=key)
     share_key, order_key = jax.random.split(key)
     share = jax.random.beta(share_key, alpha, alpha)
     other = _partners(order_key, inputs.shape[0], where)
@@ -129,6 +131,7 @@ def cutmix(
     """
     _checks.rank(4, 4, images=images)
     _check_mix(images, targets, alpha, where)
+    _checks.key(key=key)
     share_key, order_key, row_key, column_key = jax.random.split(key, 4)
     side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
     inside_rows = _span(row_key, images.shape[1], side)

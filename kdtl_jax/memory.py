@@ -5,10 +5,12 @@ mutated: a bank's normalizer is a field with a value from the start, changed onl
 `bank_set_normalizer`. Rows are constants: no gradient flows into a memory.
 
 `where` (bool `[B]`) marks the real examples of a batch. The others write nothing, for any values
-and index.
+and index. Under `jit`, where indices are not known, a real example whose index lies outside the
+bank scores NaN and writes nothing.
 
-TypeError: embeddings are not floating point, or indices or sizes are not integers. ValueError:
-shapes do not fit, a concrete index lies outside the bank, or a hyper-parameter is out of its range.
+TypeError: `key` is not a key, embeddings are not floating point, or indices or sizes are not
+integers. ValueError: shapes do not fit, a concrete index lies outside the bank, or a
+hyper-parameter is out of its range.
 """
 
 import math
@@ -58,6 +60,7 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
     Returns:
       A `Bank` of rows `[n, D]`, float32.
     """
+    _checks.key(key=key)
     _checks.count(1, size=size, width=width)
     bound = 1 / math.sqrt(width / 3)
     rows = jax.random.uniform(key, (size, width), jnp.float32, -bound, bound)
@@ -79,6 +82,7 @@ def bank_draw(
     Returns:
       `[B, 1 + K]` int32.
     """
+    _checks.key(key=key)
     _checks.count(2, size=size)
     _checks.count(1, negatives=negatives)
     _checks.rank(1, 1, index=index)
@@ -95,8 +99,19 @@ def _products(bank: Bank, x: Array, index: Array) -> Array:
     """`x_b . row[index[b, j]]`: never a `[B, K, D]` array.
 
     If the bank is hardly larger than the drawn rows, multiplies the whole bank; otherwise gathers
-    the drawn rows a few examples at a time.
+    the drawn rows a few examples at a time. NaN for an index outside the bank.
     """
+    inside = _inside(bank, index)
+    products = _known_products(bank, x, jnp.where(inside, index, 0))
+    return products + jnp.where(inside, jnp.zeros((), x.dtype), jnp.nan)  # NaN gradients too
+
+
+def _inside(bank: Bank, index: Array) -> Array:
+    """Which indices are rows of the bank: JAX reads -1 as the last row, and n as the last too."""
+    return (index >= 0) & (index < len(bank.rows))
+
+
+def _known_products(bank: Bank, x: Array, index: Array) -> Array:
     rows = jax.lax.stop_gradient(bank.rows.astype(x.dtype))
     if len(rows) <= _ALL_ROWS * index.shape[1]:
         return jnp.take_along_axis(_numerics.gram(x, rows), index, axis=1)
@@ -197,8 +212,8 @@ def bank_update(
     x = jax.lax.stop_gradient(x).astype(bank.rows.dtype)
     keep = _numerics.scalar(momentum, x, "momentum")
     mixed = _numerics.normalize(keep * bank.rows[index] + (1 - keep) * x)
-    if where is not None:
-        index = jnp.where(where, index, len(bank.rows))  # outside: dropped
+    written = _inside(bank, index) if where is None else _inside(bank, index) & where
+    index = jnp.where(written, index, len(bank.rows))  # outside: dropped
     return bank._replace(rows=bank.rows.at[index].set(mixed, mode="drop"))
 
 
@@ -231,6 +246,7 @@ def queue_init(key: Array, size: int, width: int) -> Queue:
     Returns:
       A `Queue` of rows `[K, D]`, float32, the pointer at 0.
     """
+    _checks.key(key=key)
     _checks.count(1, size=size, width=width)
     rows = _numerics.normalize(jax.random.normal(key, (size, width), jnp.float32))
     return Queue(rows, jnp.zeros((), jnp.int32))

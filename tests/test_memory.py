@@ -1,14 +1,16 @@
 """Banks and queues as values: what is drawn, scored, replaced, and what never moves in secret."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import Array
 
-from kdtl_jax import losses, memory
+from kdtl_jax import augment, losses, memory, train, transforms
 from kdtl_jax.train import TrainState
 
 KEY = jax.random.key(0)
@@ -282,3 +284,50 @@ def test_padded_rows_are_not_pushed(size: int) -> None:
         assert got.pointer == want.pointer
     with pytest.raises(ValueError, match=r"where must have shape \[4\]"):
         memory.queue_push(queue, GARBAGE, where=WHERE[:2])
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_an_index_outside_the_bank_is_nan_under_jit_and_writes_nothing(wrong: int) -> None:
+    """JAX reads -1 as the last row, and 5 too."""
+    bank = memory.bank_init(jax.random.key(0), 5, 3)
+    x = jnp.eye(3)[:2]
+    index = jnp.asarray([1, wrong])
+
+    @jax.jit
+    def traced(x: Array, index: Array, where: Array) -> tuple[Array, Array, Array]:
+        drawn = jnp.stack([index, jnp.asarray([2, 3])], axis=1)
+        scores = memory.bank_scores(bank, x, drawn, where=where)
+        return (
+            scores,
+            memory.bank_update(bank, x, index).rows,
+            memory.bank_draw(jax.random.key(1), index, size=5, negatives=4),
+        )
+
+    scores, rows, drawn = traced(x, index, jnp.asarray([True, True]))
+    assert np.isnan(np.asarray(scores)).tolist() == [[False, False], [True, False]]
+    want = memory.bank_update(bank, x[:1], index[:1]).rows
+    np.testing.assert_allclose(rows, want, rtol=1e-6)
+    assert drawn[1, 0] == wrong  # so that it scores NaN
+    scores, _, _ = traced(x, index, jnp.asarray([True, False]))
+    assert np.isfinite(np.asarray(scores)).all()
+    slope = jax.grad(lambda x: jnp.sum(jnp.tanh(traced(x, index, jnp.ones(2, bool))[0])))(x)
+    assert np.isnan(np.asarray(slope)).all(axis=1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("key", [None, 0, "a", jnp.zeros(3), jax.random.split(jax.random.key(0))])
+def test_what_is_no_key_is_named(key: object) -> None:
+    made: Any = key
+    for call in (
+        lambda: memory.bank_init(made, 5, 3),
+        lambda: memory.queue_init(made, 5, 3),
+        lambda: memory.bank_draw(made, jnp.asarray([0]), size=5, negatives=2),
+        lambda: transforms.dare(made, {"w": jnp.ones(3)}, density=0.5),
+        lambda: transforms.random_indices(made, 5, 2),
+        lambda: train.epoch_index(made, 0, 5, 2),
+        lambda: train.init_state({"w": jnp.ones(3)}, optax.sgd(0.1), key=made),
+        lambda: augment.example_keys(made, 0, jnp.arange(3)),
+        lambda: augment.mixup(made, jnp.ones((2, 3)), jnp.ones((2, 3))),
+    ):
+        with pytest.raises(TypeError, match=r"^key must be (a|one) PRNG key"):
+            call()
+    memory.bank_init(jax.random.PRNGKey(0), 5, 3)

@@ -183,6 +183,16 @@ def test_blocks_of_rows_draw_what_the_whole_leaf_draws(
         assert any(zero != zeros[0] for zero in zeros)  # every block draws for itself
 
 
+@pytest.mark.parametrize("method", [transforms.dare, transforms.della])
+def test_draws_do_not_depend_on_the_dtype(method: Any) -> None:
+    key, tau = jax.random.key(1), leaf(0, 8, 6)
+    with jax.enable_x64(True):
+        kinds = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
+        kept = [method(key, {"w": tau.astype(x)}, density=0.5)["w"] != 0 for x in kinds]
+    for other in kept:
+        np.testing.assert_array_equal(other, kept[2])
+
+
 def test_draws_are_uniform_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdtl_jax.transforms._blocks.BLOCK", 1000)
     kept = transforms.dare(jax.random.key(0), {"w": jnp.ones((500, 100))}, density=0.3)["w"] != 0

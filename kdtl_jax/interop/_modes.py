@@ -35,12 +35,12 @@ def flags(names: Iterable[str], train: bool) -> Flags:
 
 
 def accepted(function: Callable[..., Any]) -> list[str]:
-    """Arguments that can be named and default to a bool, 0, 1 or None, or have no default."""
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    """Arguments that default to a bool, 0, 1 or None, or have no default."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [
         name
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind in by_name
+        if parameter.kind not in variadic
         and (
             parameter.default is inspect.Parameter.empty
             or parameter.default is None
@@ -61,6 +61,35 @@ def candidates(function: Callable[..., Any], train: bool) -> list[Flags]:
     if named or not is_open(function):
         return [named]
     return [*(flags([name], train) for name in TRAINING + EVALUATION), {}]
+
+
+def arguments(
+    function: Callable[..., Any], before: int, given: Mapping[str, Any], example: str
+) -> tuple[list[Any], dict[str, Any]]:
+    """`given` as positional and keyword arguments of `function`, behind `before` others.
+
+    Those that follow the others without a gap are given by position: `nn.remat` and `nn.jit` mark
+    static arguments by their position.
+
+    Raises:
+      TypeError: if the function requires another argument; `example` says how to call it.
+    """
+    kinds = inspect.Parameter
+    named = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    rest = [p for p in inspect.signature(function).parameters.values() if p.kind in named][before:]
+    needed = [p.name for p in rest if p.default is kinds.empty and p.name not in given]
+    if needed:
+        raise TypeError(
+            f"the module needs {', '.join(map(repr, needed))} besides its inputs, no known name of "
+            f"a mode ({', '.join(TRAINING[:3])}, deterministic, ...). Say how to call it: "
+            f"{example}."
+        )
+    first = []
+    for parameter in rest:
+        if parameter.kind is kinds.KEYWORD_ONLY or parameter.name not in given:
+            break
+        first.append(parameter.name)
+    return [given[name] for name in first], {n: x for n, x in given.items() if n not in first}
 
 
 def first_that_follows(

@@ -29,6 +29,11 @@ except ImportError:
 # (module for one example, state or None, input, key or None, train) -> (outputs, state)
 Call = Callable[[Any, Any, Any, Any, bool], tuple[Any, Any]]
 
+_CALL = (
+    "equinox.model(module, call=lambda module, state, x, key, train: "
+    "(module(x, key=key, flag=train), state))"
+)
+
 
 class Equinox(NamedTuple):
     """A module as a model function, its parameters, and its state (or None)."""
@@ -105,11 +110,7 @@ def model(
                 return found
 
             way = _modes.first_that_follows(_ways(module, train), train, modes)
-            example = (
-                "equinox.model(module, call=lambda module, state, x, key, train: "
-                "(module(x, key=key, flag=train), state))"
-            )
-            _modes.check(modes(way), train, type(module).__name__, example)
+            _modes.check(modes(way), train, type(module).__name__, _CALL)
             return run(way)
 
         if call is not None:
@@ -117,6 +118,13 @@ def model(
         else:
             try:
                 outputs, new_state = told(mapped)
+            except RuntimeError as error:
+                if "requires a key" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{type(module).__name__} has dropout that was given no key. Pass key=, which "
+                    f"a module takes as its argument `key`, or say how to call it: {_CALL}."
+                ) from error
             except Exception:  # whatever a module raises for a shape that it does not take
                 if not _maps_itself(ready, _ways(module, train), model_state, inputs):
                     raise
@@ -133,9 +141,10 @@ def _ways(module: Any, train: bool) -> list[Call]:
     def way(flags: _modes.Flags) -> Call:
         def call(module: Any, state: Any, inputs: Any, key: Any, train: bool) -> Any:
             given = flags | ({"key": key} if takes_key else {})
-            if state is None:
-                return module(inputs, **given), None
-            return module(inputs, state, **given)
+            first = (inputs,) if state is None else (inputs, state)
+            args, kwargs = _modes.arguments(function, 1 + len(first), given, _CALL)
+            outputs = module(*first, *args, **kwargs)
+            return (outputs, None) if state is None else outputs
 
         return call
 

@@ -24,6 +24,8 @@ try:
 except ImportError:
     raise ImportError("interop.haiku needs dm-haiku: pip install 'kdtl_jax[haiku]'.") from None
 
+_CALL = "haiku.model(lambda x, train: Net()(x, is_training=train))"
+
 
 class Haiku(NamedTuple):
     """A Haiku function as two pure functions."""
@@ -47,10 +49,16 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
         that returns a tuple, gives `name/0`, `name/1`, and so on.
 
     Raises:
-      TypeError: if `net` has arguments besides the inputs, but none for its mode.
+      TypeError: if `net` is no function, or has arguments besides its inputs but none for its mode.
       ValueError: when `apply` is traced, if a tap matches no module (the existing ones are listed),
         batch statistics are not in the requested mode, or numbers are drawn in evaluation mode.
     """
+    if isinstance(net, type) or not callable(net):
+        made = net.__name__ if isinstance(net, type) else type(net).__name__
+        raise TypeError(
+            f"net must be an untransformed function of its inputs, got {made}. Write "
+            "haiku.model(lambda x, train: Net()(x, is_training=train)), without hk.transform."
+        )
     transformed = hk.transform_with_state(_with_mode(net))
 
     def init(key: Array, inputs: Any) -> Variables:
@@ -89,8 +97,7 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
                 modes["dropout"] = _modes.draws(
                     lambda: transformed.apply(params, state, key, inputs, train)
                 )
-        example = "haiku.model(lambda x, train: Net()(x, is_training=train))"
-        _modes.check(modes, train, "the net", example)
+        _modes.check(modes, train, "the net", _CALL)
         if not train and _modes.changed(_flat(state), _flat(new_state)):
             raise ValueError(
                 "the net changed its state in evaluation mode: its batch statistics do not follow "
@@ -107,9 +114,12 @@ def _with_mode(net: Callable[..., Any]) -> Callable[[Any, bool], Any]:
     names = list(inspect.signature(net).parameters)
     accepted = _modes.accepted(net)
     if _modes.flags(accepted, True):
-        return lambda inputs, train: net(inputs, **_modes.flags(accepted, train))
-    if len(names) == 2 and not accepted and _modes.flags(names[1:], True):  # by position alone
-        return lambda inputs, train: net(inputs, *_modes.flags(names[1:], train).values())
+
+        def told(inputs: Any, train: bool) -> Any:
+            args, kwargs = _modes.arguments(net, 1, _modes.flags(accepted, train), _CALL)
+            return net(inputs, *args, **kwargs)
+
+        return told
     if len(names) == 1 and not _modes.is_open(net):
         return lambda inputs, train: net(inputs)
     raise TypeError(

@@ -84,7 +84,7 @@ def model(
         def run(way: _Way) -> Any:
             return way.module.init(keys, inputs, False, method=way.call)
 
-        with _streams_told(module):
+        with _told(module):
             variables = run(_chosen(_ways(module, call, train=False), False, run))
         state = {k: v for k, v in variables.items() if k not in ("params", "intermediates")}
         return Variables(variables.get("params", {}), state or None)
@@ -114,14 +114,17 @@ def model(
             if call is None:
                 _modes.check(modes, train, type(module).__name__, _CALL)
 
-        with _streams_told(module):
+        with _told(module):
             way = _chosen(_ways(module, call, train), train, run)
-        with _streams_told(module), _recorded() as modes:
+        with _told(module), _recorded() as modes:
             try:
                 outputs, updated = run(way, [*changing, "intermediates"] if taps else changing)
-            except errors.ModifyScopeVariableError:  # statistics that are updated in evaluation
+            except errors.ModifyScopeVariableError as error:
                 check()
-                raise
+                raise ValueError(
+                    f"{type(module).__name__} changes its variables in evaluation mode: "
+                    f"{_said(error)}. Say how to call it: {_CALL}."
+                ) from error
         if changing and not any(modes.values()) and _is_same(updated, model_state, "batch_stats"):
             modes["batch_stats"] = False  # of a custom layer
         check()
@@ -134,16 +137,33 @@ def model(
     return Linen(init, apply)
 
 
+def _said(error: Exception) -> str:
+    """Flax's message without its link."""
+    return str(error).partition(" (http")[0].rstrip(".")
+
+
 @contextlib.contextmanager
-def _streams_told(module: nn.Module) -> Iterator[None]:
-    """Rephrases Flax's error about a missing random stream to say what to pass here."""
+def _told(module: nn.Module) -> Iterator[None]:
+    """Rephrases Flax's errors about a missing random stream or mode to say what to pass here."""
     try:
         yield
-    except errors.InvalidRngError as error:
-        said = str(error).partition(" (http")[0]
+    except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
-            f"{type(module).__name__} reads a random stream that it was not given: {said}. Pass "
-            "key=, and name the streams besides dropout: linen.model(module, rngs=('dropout', "
+            f"{type(module).__name__} reads its mode as a traced value. Mark it static where the "
+            "module is wrapped, nn.remat(Block, static_argnums=(2,)) for __call__(self, x, train), "
+            "or make it a field."
+        ) from error
+    except ValueError as error:
+        if "must be passed to the constructor or at call time" not in str(error):
+            raise
+        raise ValueError(
+            f"{type(module).__name__} holds a layer without a mode: {_said(error)}. Say how to "
+            f"call the module: {_CALL}."
+        ) from error
+    except errors.InvalidRngError as error:
+        raise ValueError(
+            f"{type(module).__name__} reads a random stream that it was not given: {_said(error)}. "
+            "Pass key=, and name the streams besides dropout: linen.model(module, rngs=('dropout', "
             f"'noise')). If it should draw nothing in this mode, say how to call it: {_CALL}."
         ) from error
 
@@ -165,9 +185,10 @@ def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
         fields = [name for name in fields if name not in STATISTICS and name not in options[0]]
     changes: dict[str, Any] = _modes.flags(fields, train)
     module = module.clone(**changes)
+    split = [_modes.arguments(type(module).__call__, 2, given, _CALL) for given in options]
     return [
-        _Way(module, lambda bound, inputs, train, given=given: bound(inputs, **given))
-        for given in options
+        _Way(module, lambda bound, inputs, train, a=args, k=kwargs: bound(inputs, *a, **k))
+        for args, kwargs in split
     ]
 
 

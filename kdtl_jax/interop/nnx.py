@@ -25,6 +25,7 @@ from kdtl_jax.interop import _modes, _taps
 
 Call = Callable[[nnx.Module, Any, bool], Any]  # (module, inputs, train) -> outputs
 
+_CALL = "nnx.model(module, call=lambda module, x, train: module(x, flag=train))"
 
 # Added for NNX to the message about a tap that matches nothing.
 INHERITED = (
@@ -98,19 +99,20 @@ def model(
             _set_mode(merged, train)
             if key is not None:
                 rekey(merged, key)
-            before = _arrays(merged)
+            held, before = _parameters(merged), _arrays(merged)
             outputs, found = _captured(
                 merged, lambda module, x: way(module, x, train), inputs, bool(taps)
             )
             changed = _modes.changed(before, _arrays(merged))
-            return _Ran(merged, outputs, found, _modes_of(merged, changed))
+            is_jitted = bool(_modes.changed(held, _parameters(merged)))
+            return _Ran(merged, outputs, found, _modes_of(merged, changed), is_jitted)
 
         ways = [call] if call is not None else _ways(module, train)
         way = _modes.first_that_follows(ways, train, lambda way: _traced(run, way))
         ran = run(way)
         if call is None:
-            example = "nnx.model(module, call=lambda module, x, train: module(x, flag=train))"
-            _modes.check(ran.modes, train, type(module).__name__, example)
+            modes = _traced(run, way) if ran.is_jitted else ran.modes
+            _modes.check(modes, train, type(module).__name__, _CALL)
         named = _taps.joined(ran.outputs, taps, ran.found, INHERITED)
         return named, nnx.split(ran.module, nnx.Param, ...)[2] if train else model_state
 
@@ -131,7 +133,9 @@ def rekey(module: nnx.Module, key: Array) -> None:
     for number, (_, stream) in enumerate(ordered):
         old = stream.key.get_value()
         data = jax.random.key_data(jax.random.fold_in(key, number))
-        stream.key.set_value(jax.random.wrap_key_data(data, impl=jax.random.key_impl(old)))
+        new = jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
+        # Layers that are stacked (nnx.vmap, nnx.scan) have one key each.
+        stream.key.set_value(jax.random.split(new, old.shape) if old.shape else new)
         stream.count.set_value(jnp.zeros_like(stream.count.get_value()))
 
 
@@ -142,21 +146,30 @@ class _Ran(NamedTuple):
     outputs: Any
     found: dict[str, Array]
     modes: dict[str, bool]
+    is_jitted: bool  # nnx.jit replaces every array, changed or not
 
 
 def _ways(module: nnx.Module, train: bool) -> list[Call]:
-    options = _modes.candidates(type(module).__call__, train)
-    return [lambda module, x, train, given=given: module(x, **given) for given in options]
+    function = type(module).__call__
+    options = _modes.candidates(function, train)
+    split = [_modes.arguments(function, 2, given, _CALL) for given in options]
+    return [lambda module, x, train, a=args, k=kwargs: module(x, *a, **k) for args, kwargs in split]
 
 
 def _traced(run: Callable[[Call], _Ran], way: Call) -> dict[str, bool]:
     """The modes of a call that is only traced."""
     modes: dict[str, bool] = {}
+    jitted: list[bool] = []
 
     def shapes() -> None:
-        modes.update(run(way).modes)
+        ran = run(way)
+        modes.update(ran.modes)
+        jitted.append(ran.is_jitted)
 
     jax.eval_shape(shapes)
+    if any(jitted):
+        with jax.disable_jit():
+            jax.eval_shape(shapes)
     return modes
 
 
@@ -211,8 +224,15 @@ def _has_dropout(layer: nnx.Module) -> bool:
 
 def _arrays(module: nnx.Module) -> dict[str, Any]:
     """What is not a parameter, by path."""
-    rest: Any = nnx.split(module, nnx.Param, ...)[2]
-    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(rest)}
+    return _flat(nnx.split(module, nnx.Param, ...)[2])
+
+
+def _parameters(module: nnx.Module) -> dict[str, Any]:
+    return _flat(nnx.split(module, nnx.Param, ...)[1])
+
+
+def _flat(state: Any) -> dict[str, Any]:
+    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
 
 
 def _captured(

@@ -105,8 +105,10 @@ def epoch_index(key: Array, epoch: int | Array, size: int, batch_size: int) -> A
     division is dropped (different rows in each epoch).
 
     Raises:
+      TypeError: if `key` is not a key.
       ValueError: if batch_size is not in 1..size.
     """
+    _checks.key(key=key)
     _checks.count(1, size=size)
     _checks.whole(batch_size=batch_size)
     _checks.scalar(epoch=epoch)

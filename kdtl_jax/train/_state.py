@@ -115,8 +115,7 @@ def init_state(
             "key=key, model_state=v.model_state)."
         )
     _contracts.optimizer(tx)
-    if key is not None and not hasattr(key, "dtype"):
-        raise TypeError(f"key must be a PRNG key such as jax.random.key(0), got {key!r:.80}.")
+    _checks.key(key=key)
     params = jax.tree.map(own, params)
     connectors = jax.tree.map(own, {} if connectors is None else connectors)
     return TrainState(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kdtl_jax import _checks
 from kdtl_jax._types import Array
 
 Read = Callable[[], Iterable[Sequence[Array]]]  # one leaf of several trees, in pieces side by side
@@ -20,6 +21,7 @@ BLOCK = 1 << 20  # entries that one key draws for
 
 def fold_path(key: Array, path: str) -> Array:
     """A key specific to the path: merging a subset draws what merging everything draws."""
+    _checks.key(key=key)
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -56,15 +58,19 @@ def in_blocks(leaves: Sequence[Array], formula: Callable[[int, Sequence[Array]],
 
 
 def uniform(key: Array, path: str, shape: tuple[int, ...], dtype: Any, block: Any = 0) -> Array:
-    """Uniform draws in [0, 1) for a leaf, or for its blocks from number `block` on."""
-    return _uniform(fold_path(key, path), block, shape, jnp.dtype(dtype), block_rows(shape))
+    """Uniform draws in [0, 1) for a leaf, or for its blocks from number `block` on.
+
+    They are drawn in float32 for every dtype: a wider copy of a leaf keeps the same entries.
+    """
+    drawn = _uniform(fold_path(key, path), block, shape, block_rows(shape))
+    return drawn.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _uniform(key: Array, first: Array, shape: tuple[int, ...], dtype: Any, per: int) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _uniform(key: Array, first: Array, shape: tuple[int, ...], per: int) -> Array:
     def draw(number: Array, rows: int) -> Array:
         block = (rows, *shape[-1:])
-        return jax.random.uniform(jax.random.fold_in(key, number), block, dtype)
+        return jax.random.uniform(jax.random.fold_in(key, number), block, jnp.float32)
 
     full, rest = divmod(math.prod(shape[:-1]), per)
     # One block after another: a generator's temporaries take several times what it draws.

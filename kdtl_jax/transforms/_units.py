@@ -60,8 +60,10 @@ def random_indices(key: Array, size: int, n: int) -> Array:
     """`n` indices of an axis of length `size`, drawn without replacement, sorted: `[n]` int32.
 
     Raises:
+      TypeError: if `key` is not a key.
       ValueError: unless `1 <= n <= size`.
     """
+    _checks.key(key=key)
     _check_count(size, n)
     return jnp.sort(jax.random.permutation(key, size)[:n].astype(jnp.int32))
 
