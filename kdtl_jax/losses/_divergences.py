@@ -109,13 +109,10 @@ def binary_kl(
         _checks.floating(class_weights=class_weights)
         _checks.non_negative(class_weights=class_weights)
         if jnp.shape(class_weights) != shape[-1:]:
-            raise ValueError(
-                "class_weights must be [num_labels], got "
-                f"{_checks.described(class_weights=class_weights, student_logits=student_logits)}."
-            )
-        # A label of weight 0 may have any logits, including infinite ones: 0 times them is NaN.
-        counts = jnp.broadcast_to(jnp.asarray(class_weights) != 0, shape)
-        where = counts if where is None else where & counts
+            found = _checks.described(class_weights=class_weights, student_logits=student_logits)
+            raise ValueError(f"class_weights must be [num_labels], got {found}.")
+        # Left out beforehand: 0 times an infinite divergence is NaN.
+        where = jnp.broadcast_to(jnp.asarray(class_weights) != 0, shape) & (where is None or where)
     student, teacher = (_numerics.kept(_numerics.upcast(z), where) for z in logits.values())
     t = _numerics.per_example(temperature, student, "temperature")
     student, teacher, apart = (
@@ -125,8 +122,7 @@ def binary_kl(
     kl = _softmax.kl_from_logits(teacher, student, difference=apart)
     if class_weights is not None:
         kl *= _numerics.cast(class_weights, kl).reshape((1,) * (kl.ndim - 1) + (-1,))
-    # A masked label has the logits 0 and 0.
-    total = jnp.sum(kl, axis=-1)
+    total = jnp.sum(kl, axis=-1)  # a masked label has the logits 0 and 0
     return jnp.square(_numerics.per_example(temperature, total, "temperature")) * total
 
 
