@@ -8,6 +8,7 @@ Adam does not pass strict promotion.
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,16 +47,25 @@ ROOM = 2**31  # bytes that a worker's compiled programs may take
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_released() -> Iterator[None]:
-    """Several workers share a machine: one that has grown drops its programs between files.
+    """Several workers share a machine: one that has grown drops programs between files.
 
-    Those that are needed again come from the persistent cache.
+    First the modules they were compiled from, a megabyte each, which nothing reads again; only
+    where that is not enough the programs, which then come from the persistent cache.
     """
     yield
-    if _resident() > ROOM:
-        jax.clear_caches()
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    for drop in (_drop_modules, jax.clear_caches):
+        if _resident() > ROOM:
+            drop()
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _drop_modules() -> None:
+    """JAX keeps them beside their programs; a version that keeps them elsewhere keeps them."""
+    for name, cache in (("interpreters.pxla", "_cached_lowering_to_hlo"), ("pjit", "_pjit_lower")):
+        with contextlib.suppress(ImportError, AttributeError):
+            getattr(importlib.import_module(f"jax._src.{name}"), cache).cache_clear()
 
 
 def _resident() -> int:
