@@ -25,16 +25,14 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
       RuntimeError: if another process holds it, naming that process; or if `.lock` is not a file.
+      OSError: if it cannot be written, naming it.
     """
     with os.fdopen(_opened(folder / ".lock"), "r+b") as file:
         _flock(folder, file)
         file.seek(0)
         before = file.read(64)
         if not before or before.startswith(b"process "):
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            file.flush()
+            _write(folder, file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
@@ -81,6 +79,15 @@ def _opened(path: Path) -> int:
         f"{path} is not a file but a link, a folder or the like, and is left alone. Remove it, "
         "or choose another folder."
     )
+
+
+def _write(folder: Path, file: BinaryIO, said: bytes) -> None:
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        os.write(file.fileno(), said)  # unbuffered, or closing would fail once more
+    except OSError as error:  # which names no file
+        raise OSError(error.errno, error.strerror, str(folder / ".lock")) from None
 
 
 def _flock(folder: Path, file: BinaryIO) -> None:

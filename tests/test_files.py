@@ -25,6 +25,18 @@ def test_a_lock_is_held_once_and_named(tmp_path: Path) -> None:
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()}")
 
 
+def test_a_lock_that_a_full_disk_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(handle: int, said: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_locks.os, "write", write)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/\.lock'"):
+        with _locks.locked(tmp_path):
+            pass
+
+
 def test_a_folder_is_checked_again_once_it_is_locked(tmp_path: Path) -> None:
     """Another process may have written there between the check and the lock."""
     folder, calls = tmp_path / "run", []

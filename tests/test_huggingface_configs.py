@@ -79,6 +79,8 @@ def test_hostile_numbers_are_one_clear_error(tmp_path: Path, family: str, key: s
         ("bert", {"architectures": "BertModel"}, "architectures = BertModel; expected names"),
         ("bert", {"num_attention_heads": 5}, "num_attention_heads = 5 does not divide the width"),
         ("mpnet_language", {"relative_attention_num_buckets": 8}, "only 32"),
+        ("t5", {"relative_attention_num_buckets": 3}, "num_buckets = 3; expected .* at least 4"),
+        ("t5", {"relative_attention_max_distance": 1}, "a largest distance above a quarter"),
         ("bert", {"is_decoder": True}, "outputs would be wrong"),
     ],
 )

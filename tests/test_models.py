@@ -16,6 +16,7 @@ import pytest
 from kdtl_jax import models, train
 from kdtl_jax._types import Variables
 from kdtl_jax.interop import linen
+from kdtl_jax.models import _blocks, _deberta
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -252,3 +253,17 @@ def test_within_blocks_of_image_resnets_is_relu() -> None:
     inner = jax.nn.relu(convolved(outputs["stem"], "conv0"))
     want = -(outputs["stem"] + convolved(inner, "conv1"))
     np.testing.assert_allclose(outputs["stage0"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_relative_positions_need_buckets_and_a_distance():
+    """Too few of either divided by zero, or gave buckets that do not exist."""
+    for buckets, most in ((1, 128), (3, 128), (32, 8), (32, 1)):
+        with pytest.raises(ValueError, match=rf"got {buckets} buckets, and {most} as the largest"):
+            _blocks.relative_buckets(4, buckets, most)
+    for buckets, most in ((1, 512), (4, 3), (4, 1)):
+        with pytest.raises(ValueError, match=rf"got {buckets} buckets, and {most} as the largest"):
+            _deberta.log_buckets(9, buckets, most)
+    # A short model has its own bucket for every distance.
+    near = np.arange(4)[:, None] - np.arange(4)
+    np.testing.assert_array_equal(_deberta.log_buckets(4, 256, 4), near)
+    np.testing.assert_array_equal(_deberta.log_buckets(4, 0, 4), near)

@@ -67,7 +67,7 @@ t5 = Family(
         count("d_ff"),
         layers("num_layers"),
         count("num_heads"),
-        count("relative_attention_num_buckets", 32),
+        count("relative_attention_num_buckets", 32, least=4),
         count("relative_attention_max_distance", 128, most=1 << 20),
         share("dropout_rate", 0.1),
         epsilon("layer_norm_epsilon", 1e-6),

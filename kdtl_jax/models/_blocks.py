@@ -257,11 +257,19 @@ def relative_buckets(length: int, buckets: int, most: int = 128) -> Array:
 
     Distances below a quarter of the number of buckets have their own bucket; beyond that, buckets
     grow logarithmically up to the distance `most`.
+
+    Raises:
+      ValueError: if there are fewer than 4 buckets, or `most` is no more than a quarter of them.
     """
     at = np.arange(length)
     offset = at[None, :] - at[:, None]
     half = buckets // 2
     exact = half // 2
+    if not 0 < exact < most:
+        raise ValueError(
+            "relative positions need at least 4 buckets, and a largest distance above a quarter of "
+            f"their number; got {buckets} buckets, and {most} as the largest distance."
+        )
     distance = np.abs(offset)
     # In float32, as in the published code, since rounding can decide the bucket.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(

@@ -219,12 +219,23 @@ class DisentangledAttention(nn.Module):
 
 
 def log_buckets(length: int, buckets: int, most: int) -> Array:
-    """int32 `[L, L]`: `query - key`; if `buckets` > 0, log-spaced buckets beyond half of it."""
+    """int32 `[L, L]`: `query - key`; if `buckets` > 0, log-spaced buckets beyond half of it.
+
+    Raises:
+      ValueError: if there is one bucket, or tokens are further apart than half of the buckets,
+        which reach no further than `most`.
+    """
     at = np.arange(length)
     offset = at[:, None] - at[None, :]
-    if buckets <= 0:
-        return jnp.asarray(offset, jnp.int32)
     middle = buckets // 2
+    if buckets <= 0 or length - 1 <= middle:
+        return jnp.asarray(offset, jnp.int32)
+    if not 0 < middle < most - 1:
+        raise ValueError(
+            f"relative positions of {length} tokens need at least 2 buckets, and a largest "
+            f"distance above half of their number; got {buckets} buckets, and {most} as the "
+            "largest distance."
+        )
     distance = np.maximum(np.abs(offset), middle - 1).astype(np.float32)
     distance[np.abs(offset) < middle] = middle - 1
     # In float32, as in the published code, since rounding can decide the bucket.
