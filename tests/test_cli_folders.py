@@ -102,11 +102,13 @@ def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -
     mine.parent.mkdir(parents=True)
     mine.write_text("my model")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoints/a\x1b[2J").mkdir()
     settings = cli.parse(["demo", "--out", str(tmp_path), "--force"])
     with _folders.run_folder(settings, "demo"):
         pass
     assert mine.read_text() == "my model" and (tmp_path / "notes.txt").exists()
-    assert "left alone" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert rf"left alone in {tmp_path}/checkpoints: a\x1b[2J, other" in said
 
 
 @pytest.mark.parametrize(("command", "name"), [("sentences", "student"), ("language", "sft")])

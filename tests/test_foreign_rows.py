@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bounds import values
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from teacher_caches import LIVE, ROWS, expected, write
 from test_foreign_files import edited, edits, read_or_refused
@@ -86,6 +86,7 @@ def test_any_rows_of_tokens(
 
 
 @settings(max_examples=25)
+@example(file="manifest.json", number=1, new="a\nb\x1b[2J", name=None)  # a shard's bytes
 @given(file=st.sampled_from(["plan.json", "manifest.json", "00001.json"]), number=PLACE,
        new=values | DTYPES, name=HOSTILE_NAMES)  # fmt: skip
 def test_any_sealed_cache(cache: Path, file: str, number: int, new: Any, name: str | None) -> None:

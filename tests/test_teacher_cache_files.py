@@ -135,7 +135,8 @@ def test_a_quick_open_sees_sizes_and_no_bytes(tmp_path: Path) -> None:
 
 def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"holds other files: thesis\.tex"):
+    (tmp_path / "a\x1b[2J").write_text("x")
+    with pytest.raises(ValueError, match=r"holds other files: a\\x1b\[2J, thesis\.tex"):
         write(tmp_path)
     with pytest.raises(NotADirectoryError, match=r".*thesis\.tex is a file"):
         write(tmp_path / "thesis.tex")

@@ -94,7 +94,8 @@ def run_folder(
             (folder / "metrics.jsonl").unlink(missing_ok=True)
             _files.remove(folder / _students.FOLDER, _students.FOLDER)
             if kept := checkpoint.remove(folder / "checkpoints"):
-                print(f"note: not ours, and left alone in {folder}/checkpoints: {', '.join(kept)}")
+                left = ", ".join(map(_text.shown, kept))
+                print(f"note: not ours, and left alone in {folder}/checkpoints: {left}")
             record.keep(folder, made)
             run = secrets.token_hex(8)
             begun = {"run": run, "command": _command(command), "begun": _now()}

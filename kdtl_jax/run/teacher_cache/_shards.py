@@ -283,7 +283,8 @@ def _size_problem(plan: Plan, shard: int, known: Any) -> str | None:
     expected = (stop - start) * record(plan).itemsize
     if known["bytes"] == expected:
         return None
-    return f"{file_name(shard)} has {known['bytes']} bytes, its plan asks for {expected}"
+    said = _text.shown(known["bytes"], 40)
+    return f"{file_name(shard)} has {said} bytes, its plan asks for {expected}"
 
 
 def _manifest(folder: Path) -> tuple[Plan, Mapping[str, Any]]:

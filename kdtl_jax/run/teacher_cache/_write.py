@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, _files, _locks, losses, trees
+from kdtl_jax import _checks, _files, _locks, _text, losses, trees
 from kdtl_jax import augment as augmentation
 from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
 from kdtl_jax.run import processes
@@ -232,7 +232,7 @@ def _check_folder(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     others = [name for name in names if name != ".lock" and not name.endswith(_files.TEMPORARY)]
     if others and _shards.PLAN not in others:
-        listed = ", ".join(sorted(others)[:5])
+        listed = ", ".join(_text.shown(name) for name in sorted(others)[:5])
         raise ValueError(f"{folder} holds other files: {listed}. {ANOTHER}")
 
 
@@ -247,7 +247,8 @@ def _begin(folder: Path, plan: Plan, *, keep_layout: bool) -> Plan:
         return plan
     problems = differences(begun.fingerprint, plan.fingerprint)
     if not problems and begun._replace(shard_rows=plan.shard_rows) != plan:
-        problems = [f"outputs differ: {list(begun.columns)} there, {list(plan.columns)} here"]
+        there, here = (_text.shown([*each.columns], 200) for each in (begun, plan))
+        problems = [f"outputs differ: {there} there, {here} here"]
     if not problems and not keep_layout and begun.shard_rows != plan.shard_rows:
         problems = [f"shard_rows differ: {begun.shard_rows} there, {plan.shard_rows} here"]
     if problems:
