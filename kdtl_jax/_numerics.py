@@ -160,6 +160,7 @@ def _unit_jvp(
     return direction, (moved - along) * _inverse_norm(x, axis)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _inverse_norm(x: Array, axis: int | tuple[int, ...]) -> Array:
     """`1 / ||x||`, 0 for a zero vector; squares are summed in three units, one of which fits."""
     if x.size == 1:  # XLA rewrites the square of a product of scalars as a product of squares
@@ -173,6 +174,17 @@ def _inverse_norm(x: Array, axis: int | tuple[int, ...]) -> Array:
     small = jax.lax.rsqrt(jnp.where(zero, 1, of_small)) * UNIT
     inverse = jnp.where(is_small, small, jnp.where(is_large, jax.lax.rsqrt(of_large) / UNIT, usual))
     return jnp.where(zero, 0, inverse)
+
+
+@_inverse_norm.defjvp
+def _inverse_norm_jvp(
+    axis: int | tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    # Second derivatives of a direction; the units that do not fit would make them NaN.
+    (x,), (moved,) = primals, tangents
+    inverse = _inverse_norm(x, axis)
+    along = jnp.sum(_unit(x, axis) * moved, axis=axis, keepdims=True)
+    return inverse, -(along * inverse) * inverse
 
 
 def masked_mean(

@@ -209,6 +209,25 @@ def test_normalize_of_a_single_number_is_its_sign(value: float) -> None:
     np.testing.assert_allclose(jax.jit(_numerics.normalize)(x), np.sign([[value]]), rtol=1e-6)
 
 
+def test_second_derivatives_of_directions_are_finite_in_single_precision() -> None:
+    x = np.asarray([0.6, 0.8, 0.0])
+
+    def bend(x: jax.Array) -> jax.Array:  # homogeneous of degree 0
+        return jnp.sum(jnp.sin(_numerics.normalize(x)))
+
+    with jax.enable_x64(True):
+        want = np.asarray(jax.jit(jax.hessian(bend))(x))
+    project, slope = np.eye(3) - np.outer(x, x), np.cos(x)  # in closed form, for length 1
+    by_hand = project @ (np.diag(-np.sin(x)) - slope @ x * np.eye(3)) @ project
+    by_hand -= np.outer(project @ slope, x) + np.outer(x, project @ slope)
+    np.testing.assert_allclose(want, by_hand, atol=1e-12)
+    hessian = jax.jit(lambda x: jnp.stack([jax.hessian(bend)(x), jax.jacrev(jax.grad(bend))(x)]))
+    for scale in (1e-12, 1e-4, 1.0, 1e4, 1e12):
+        got = np.asarray(hessian(jnp.asarray(scale * x, jnp.float32)), np.float64)
+        np.testing.assert_allclose(got * scale**2, np.stack([want, want]), atol=1e-5)
+    assert not np.asarray(hessian(jnp.zeros(3))).any()
+
+
 def test_normalize_of_half_precision_has_unit_length() -> None:
     x = jnp.asarray([[300.0, 400.0], [0.0, 0.0], [3e-4, 4e-4], [-6e4, 0.0]], jnp.float16)
     found, slope = jax.jit(jax.value_and_grad(lambda x: jnp.sum(_numerics.normalize(x)[:2, 0])))(x)
