@@ -90,13 +90,16 @@ def _unpacked(pa: Any, file: BinaryIO, page: Page, codec: str) -> bytes:
     name = {"LZ4": "lz4_raw"}.get(codec, codec.lower())
     try:
         return pa.decompress(data, page.unpacked - (page.levels or 0), codec=name, asbytes=True)
-    except (pa.ArrowException, ValueError, OverflowError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         raise ValueError(f"a page cannot be unpacked ({error})") from None
 
 
 def _longest(pa: Any, file: BinaryIO, page: Page, codec: str) -> int:
     """The bytes of the longest entry in a dictionary page, an upper bound."""
-    data = _unpacked(pa, file, page, codec)
+    try:
+        data = _unpacked(pa, file, page, codec)
+    except ValueError:  # the framing of old LZ4 files, which only pyarrow's reader knows
+        return page.unpacked
     at = most = 0
     for _ in range(MOST_WALKED):
         if at + 4 > len(data):

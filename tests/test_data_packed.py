@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,19 @@ def test_texts_that_share_are_counted_by_their_pages(
     # Every page begins anew.
     assert found[1].total - stored == pytest.approx(sum(_shared_by(texts)), rel=0.02)
     assert found[1].longest == stored
+
+
+def test_a_dictionary_that_cannot_be_unpacked_alone_counts_whole(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [["x" * 5, "y" * 700]] * 20}), tmp_path / "a.parquet")
+    [column] = _columnar.chunks(pq.ParquetFile(tmp_path / "a.parquet").metadata, ["a"])
+
+    def decompress(*args: Any, **options: Any) -> bytes:
+        raise OSError("Corrupt Lz4 compressed data")
+
+    old = SimpleNamespace(decompress=decompress, ArrowException=pa.ArrowException)
+    with (tmp_path / "a.parquet").open("rb") as file:
+        whole = 4 + 5 + 4 + 700
+        assert _pages.shared(old, file, column, in_lists=True) == (whole, 40 * whole)
 
 
 def test_lengths_that_take_no_space_take_no_time() -> None:
