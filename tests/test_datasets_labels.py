@@ -64,6 +64,27 @@ def test_names_are_kept_and_numbering_is_told(form: str, names: tuple[str, ...])
         assert found.notices == (f"labels {listed} are numbered 0..2 in this order",)
 
 
+def test_names_of_classes_do_not_control_the_terminal() -> None:
+    names = np.array(["a\x1b[2J", "b", "c"])
+    named = datasets.checked("data", X, names[Y])
+    assert named.notices == (r"labels a\x1b[2J, b, c are numbered 0..2 in this order",)
+    refused = {
+        r"class a\x1b\[2J has 20 examples, but 21": lambda: datasets.per_class(named, 21),
+        r"class a\x1b\[2J has 1 examples, too few": lambda: datasets.stratified(
+            named.subset(ROWS[:1])
+        ),
+        r"every label is a\x1b\[2J: one class": lambda: datasets.checked("d", X, names[0 * Y]),
+        r"classes are a\x1b\[2J, b, c": lambda: datasets.checked("d", X, Y + 5, like=named),
+        r"label 'd\x1b\[2J' at row 0": lambda: datasets.checked(
+            "d", X, np.full(60, "d\x1b[2J"), like=named
+        ),
+    }
+    for said, call in refused.items():
+        with pytest.raises(ValueError, match=said.replace(r"\x", r"\\x")) as raised:
+            call()
+        assert str(raised.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("labels", "words"),
     [

@@ -209,8 +209,8 @@ def _numbered_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.nda
     if len(wrong):
         listed = ", ".join(like.names[:8]) + (", …" if like.classes > 8 else "")
         raise ValueError(
-            f"{name}: label {str(text[wrong[0]])!r} at row {wrong[0]} does not occur in the "
-            f"training part or the model, whose classes are {listed}."
+            f"{name}: label {_text.quoted(str(text[wrong[0]]))} at row {wrong[0]} does not occur "
+            f"in the training part or the model, whose classes are {_text.shown(listed, 800)}."
         )
     return numbers, like.classes
 
@@ -220,8 +220,9 @@ def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...
     found, numbers = np.unique(labels, return_inverse=True)
     if len(found) == 1:
         raise ValueError(
-            f"{name}: every label is {found[0]}: one class cannot be learned. Is this the label "
-            "column? Give classes= for a part in which the others happen to be missing."
+            f"{name}: every label is {_text.shown(str(found[0]), 80)}: one class cannot be "
+            "learned. Is this the label column? Give classes= for a part in which the others "
+            "happen to be missing."
         )
     if len(labels) >= FEWEST_ROWS and 2 * len(found) > len(labels):
         raise ValueError(
@@ -236,6 +237,7 @@ def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...
         return labels, (), []
     names = tuple(map(str, found))
     listed = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+    listed = _text.shown(listed, 600)
     return numbers, names, [f"labels {listed} are numbered 0..{len(names) - 1} in this order"]
 
 

@@ -53,7 +53,7 @@ def stratified(
         pieces = np.split(rows, cuts)
         asked = [test > 0, validation > 0, True]
         if len(rows) and any(a and not len(p) for a, p in zip(asked, pieces, strict=True)):
-            what = f"class {data.class_names()[label]} has" if is_classes else "there are"
+            what = f"class {_name(data, label)} has" if is_classes else "there are"
             raise ValueError(
                 f"{data.name}: {what} {len(rows)} examples, too few for "
                 f"every part with validation={validation}, test={test}. Merge or drop the class, "
@@ -78,12 +78,16 @@ def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
     for label in np.unique(data.labels):
         rows = np.flatnonzero(data.labels == label)
         if len(rows) < count:
-            name = data.class_names()[label]
             raise ValueError(
-                f"{data.name}: class {name} has {len(rows)} examples, but {count} are needed."
+                f"{data.name}: class {_name(data, label)} has {len(rows)} examples, but {count} "
+                "are needed."
             )
         chosen.append(rng.permutation(rows)[:count])
     return data.subset(np.sort(np.concatenate(chosen)))
+
+
+def _name(data: Dataset, label: int) -> str:
+    return _text.shown(data.class_names()[label], 80)
 
 
 def only_classes(data: Dataset, classes: range) -> Dataset:

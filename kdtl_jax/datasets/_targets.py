@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from kdtl_jax import _text
 from kdtl_jax.datasets import _amounts
 from kdtl_jax.datasets._dataset import Dataset, checked, finite_numbers, from_text
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
@@ -86,7 +87,9 @@ def _classes(
         return checked(name, inputs, found, classes, like=like)
     count, notices = len(names), ()
     if found.ndim == 2 and found.shape[1] > 1:
-        note = f"columns {', '.join(names[:6])} are one-hot: read as one class each"
+        note = (
+            f"columns {_text.shown(', '.join(names[:6]), 300)} are one-hot: read as one class each"
+        )
         count, notices = classes, (note,)
     unnamed = like is not None and not like.names
     made = checked(name, inputs, found, count, like=like if unnamed else None)
@@ -103,7 +106,7 @@ def _in_order_of(
     if like is None or not names or not like.names or names == like.names:
         return targets
     if set(names) != set(like.names):
-        wanted, got = (", ".join(each)[:300] for each in (like.names, names))
+        wanted, got = (_text.shown(", ".join(each), 300) for each in (like.names, names))
         raise ValueError(f"{name}: the columns of targets are {got}, expected {wanted}.")
     return targets[:, [names.index(each) for each in like.names]]
 
@@ -291,7 +294,7 @@ def _numbers(
         return _in_order_of(name, targets, names, like), like.names, []
     constant = np.flatnonzero((targets == targets[:1]).all(axis=0))
     if len(constant):
-        which = names[constant[0]] if names else constant[0]
+        which = _text.shown(names[constant[0]], 80) if names else constant[0]
         raise ValueError(
             f"{name}: every target {which} is {targets[0, constant[0]]:g}: nothing can be learned."
         )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kdtl_jax import _text
 from kdtl_jax.datasets import (
     Dataset,
     Kind,
@@ -315,5 +316,4 @@ def _plain(name: str) -> str:
 
 
 def _listed(names: Sequence[str], most: int = 300) -> str:
-    said = ", ".join(names)
-    return said if len(said) <= most else f"{said[:most]}…"
+    return _text.shown(", ".join(names), most)
