@@ -25,10 +25,10 @@ Distilled is nearest to the teacher, and pruned beats new layers. In bits per by
 fine-tuning is ahead: this teacher is still learning, and its pruned layers, trained as long again,
 surpass it.
 
-quantized, KL(T||S) of two seeds (a third was not run):
+quantized, KL(T||S) by seed:
 
-    4 bits: QAD .0010 .0002; rounding .0094 .0090; QAT .0164 .0161
-    3 bits: QAD .0045 .0009; rounding .0489 .0234; QAT .0204 .0166
+    4 bits: QAD .0010 .0002 .0005; rounding .0094 .0090 .0133; QAT .0164 .0161 .0167
+    3 bits: QAD .0045 .0009 .0018; rounding .0489 .0234 .0428; QAT .0204 .0166 .0186
 
 QAD is nearest by far, but at 4 bits QAT is farther away than rounding: with a teacher that is still
 learning, the text moves the weights farther from it than 4 bits do. `converged` (--steps 200) lets
