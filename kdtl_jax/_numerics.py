@@ -100,7 +100,19 @@ def nan_of(value: Array, source: Array) -> Array:
 def log1mexp(x: Array) -> Array:
     """`log(1 - exp(x))` for x <= 0, stable at both ends; -inf at 0 with a finite gradient."""
     inside = ~(x >= 0)
-    return jnp.where(inside, jax.nn.log1mexp(jnp.where(inside, -x, 1)), -jnp.inf)
+    return jnp.where(inside, _log1mexp(jnp.where(inside, x, -1)), -jnp.inf)
+
+
+@jax.custom_jvp
+def _log1mexp(x: Array) -> Array:
+    return jax.nn.log1mexp(-x)
+
+
+@_log1mexp.defjvp
+def _log1mexp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # JAX's own has exp(-x) in its second derivative, which overflows below -88.
+    (x,), (moved,) = primals, tangents
+    return _log1mexp(x), moved * (jnp.exp(x) / jnp.expm1(x))
 
 
 def safe_sqrt(x: Array) -> Array:

@@ -228,6 +228,18 @@ def test_second_derivatives_of_directions_are_finite_in_single_precision() -> No
     assert not np.asarray(hessian(jnp.zeros(3))).any()
 
 
+def test_derivatives_of_log1mexp_from_both_ends_of_single_precision() -> None:
+    x = np.asarray([-1e4, -100.0, -20.0, -1.0, -1e-3, 0.0])
+    log1mexp = _numerics.log1mexp
+    twice = [jax.grad(jax.grad(log1mexp)), jax.jacfwd(jax.grad(log1mexp))]
+    found = jax.jit(jax.vmap(lambda x: jnp.stack([jax.grad(log1mexp)(x), *(d(x) for d in twice)])))
+    p = np.exp(x[:-1])
+    want = np.stack([-p / (1 - p), -p / (1 - p) ** 2, -p / (1 - p) ** 2], axis=1)
+    got = np.asarray(found(jnp.asarray(x, jnp.float32)))
+    np.testing.assert_allclose(got[:-1], want, rtol=1e-5, atol=1e-37)
+    assert np.isfinite(got[-1]).all()
+
+
 def test_normalize_of_half_precision_has_unit_length() -> None:
     x = jnp.asarray([[300.0, 400.0], [0.0, 0.0], [3e-4, 4e-4], [-6e4, 0.0]], jnp.float16)
     found, slope = jax.jit(jax.value_and_grad(lambda x: jnp.sum(_numerics.normalize(x)[:2, 0])))(x)
