@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +33,8 @@ SAME = {
     "codes from 1": Y + 1,
     "beyond int32": Y.astype(np.int64) * 2**32,
     "beyond int64": np.array([0, 5, 2**64 - 1], np.uint64)[Y],
+    "halves": Y.astype(np.float16),
+    "leading zeros": np.array(["007", "07", "7"])[Y],
     "numbers as text": np.array(["9", "10", "30"])[Y],
 }
 
@@ -221,3 +225,24 @@ def test_any_bytes_are_data_or_one_clear_error(
     else:
         assert len(found.inputs) == len(found.labels) and np.isfinite(found.inputs).all()
     assert time.process_time() - start < 2
+
+
+def test_codes_with_leading_zeros_keep_their_names_and_number_classes_that_have_none() -> None:
+    codes = np.array(["007", "08", "1"])[Y]
+    found = datasets.checked("data", X, codes)
+    assert found.names == ("007", "08", "1")
+    np.testing.assert_array_equal(datasets.checked("new", X, codes, like=found).labels, Y)
+    plain = datasets.checked("data", X, Y)
+    padded = datasets.checked("new", X, np.array(["00", "01", "02"])[Y], like=plain)
+    np.testing.assert_array_equal(padded.labels, Y)
+
+
+def test_bytes_of_a_column_are_text_where_they_are(tmp_path: Path) -> None:
+    kinds = {"text": [b"ant", b"bee", b"cat"], "other": [b"\xff", b"\x00", b"c"]}
+    for name, cells in kinds.items():
+        table = pa.table({"x": X[:, 0], "label": pa.array([cells[y] for y in Y], pa.binary())})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    found = datasets.read_splits(str(tmp_path / "text.parquet"))
+    assert found.train.names == ("ant", "bee", "cat")
+    with pytest.raises(ValueError, match="<binary>"):
+        datasets.read_splits(str(tmp_path / "other.parquet"))

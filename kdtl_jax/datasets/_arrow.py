@@ -237,7 +237,7 @@ def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
         if cells and all(cell is not None and cell.startswith(STARTS) for cell in cells):
             found.pictures[name] = cells
         else:
-            found.scalars[name] = objects(["<binary>"] * len(cells))
+            found.scalars[name] = objects(_decoded(cells) or ["<binary>"] * len(cells))
     elif _is_list(types, kind):
         lengths, inner = _unnested(pa, column)
         if inner is None or column.null_count:
@@ -255,6 +255,15 @@ def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
     else:
         cells = _cells(pa, column)
         found.scalars[name] = objects([None if c is None else str(c) for c in cells])
+
+
+def _decoded(cells: list[Any]) -> list[str | None] | None:
+    """Bytes that are all printable text, as text; None for others."""
+    try:
+        texts = [None if cell is None else str(cell, "utf-8") for cell in cells]
+    except UnicodeDecodeError:
+        return None
+    return texts if all(text is None or text.isprintable() for text in texts) else None
 
 
 def _cells(pa: Any, column: Any) -> list[Any]:

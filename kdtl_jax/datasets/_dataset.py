@@ -151,6 +151,8 @@ def _whole(name: str, labels: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name}: labels must be numbers or text, got {labels.dtype}.")
     if labels.dtype.kind != "f":
         return labels.astype(np.int8) if labels.dtype.kind == "b" else labels
+    if labels.dtype.itemsize < 8:  # float16 ends below the bound
+        labels = labels.astype(np.float64)
     odd = np.flatnonzero(
         ~np.isfinite(labels) | (labels != np.floor(labels)) | (np.abs(labels) > 2.0**53)
     )
@@ -170,10 +172,15 @@ def _whole(name: str, labels: np.ndarray) -> np.ndarray:
 
 
 def from_text(name: str, labels: np.ndarray) -> np.ndarray:
-    """Text labels as numbers if all of them are numeric, otherwise unchanged."""
+    """Text labels as numbers if all of them are numeric, otherwise unchanged.
+
+    Codes with leading zeros stay text: "007" and "07" are two names.
+    """
     empty = np.flatnonzero(labels == "")
     if len(empty):
         raise ValueError(f"{name}: row {empty[0]} has no label.")
+    if any(re.fullmatch(r"0[0-9]+", label) for label in labels):
+        return labels
     if all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in labels):
         return labels.astype(np.int64)
     try:
@@ -184,6 +191,8 @@ def from_text(name: str, labels: np.ndarray) -> np.ndarray:
 
 def _in_range(name: str, labels: np.ndarray, classes: int) -> tuple[np.ndarray, int]:
     """Numbers 0..classes-1."""
+    if labels.dtype.kind == "U" and all(re.fullmatch("[0-9]{1,18}", each) for each in labels):
+        labels = labels.astype(np.int64)  # of classes that are numbers: leading zeros say nothing
     if labels.dtype.kind == "U":
         raise ValueError(
             f"{name}: labels must lie in 0..{classes - 1}, got {str(labels[0])!r} at row 0."
