@@ -9,7 +9,9 @@ import difflib
 import itertools
 import numbers
 import operator
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -198,6 +200,7 @@ def per_example(examples: Sequence[int], **scalars: Any) -> None:
 
 def several_classes(**logits: Any) -> None:
     """Raises ValueError for one class: its softmax is always 1, so every loss is 0."""
+    rank(1, **logits)
     for name, array in logits.items():
         if np.shape(array)[-1] == 1:
             raise ValueError(
@@ -230,7 +233,7 @@ def integers(**given: Any) -> None:
     """Raises TypeError unless every array has an integer dtype."""
     arrays(**given)
     for name, array in given.items():
-        dtype = jnp.result_type(array)
+        dtype = jnp.result_type(np.asarray(array) if isinstance(array, (list, tuple)) else array)
         if not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(
                 f"{name} must be integers, got {dtype}{list(np.shape(array))}. "
@@ -321,10 +324,30 @@ def mask(where: Any, shape: Sequence[int]) -> None:
     """Raises unless `where` is None or a bool array of exactly `shape`."""
     if where is None:
         return
-    if jnp.result_type(where) != jnp.bool_:
-        raise TypeError(f"where must be bool, got {jnp.result_type(where)}. Use where > 0.")
+    arrays(where=where)
+    dtype = jnp.result_type(where if hasattr(where, "dtype") else np.asarray(where))
+    if dtype != jnp.bool_:
+        raise TypeError(f"where must be bool, got {dtype}. Use where > 0.")
     if tuple(np.shape(where)) != tuple(shape):
         raise ValueError(f"where must have shape {list(shape)}, got {described(where=where)}.")
+
+
+def path(**given: Any) -> Path:
+    """The one value as a path; raises TypeError unless it is text or a path."""
+    ((name, value),) = given.items()
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(
+            f"{name} must be the path of a file or folder, got {value!r:.80} "
+            f"({type(value).__name__})."
+        )
+    return Path(value)
+
+
+def mappings(**given: Any) -> None:
+    """Raises TypeError unless every value is a mapping by name."""
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a dict by name, got {type(value).__name__}.")
 
 
 def same_keys(**mappings: Mapping[str, Any]) -> None:

@@ -102,8 +102,7 @@ def _products(bank: Bank, x: Array, index: Array) -> Array:
     the drawn rows a few examples at a time. NaN for an index outside the bank.
     """
     inside = _inside(bank, index)
-    products = _known_products(bank, x, jnp.where(inside, index, 0))
-    return products + jnp.where(inside, jnp.zeros((), x.dtype), jnp.nan)  # NaN gradients too
+    return jnp.where(inside, _known_products(bank, x, jnp.where(inside, index, 0)), jnp.nan)
 
 
 def _inside(bank: Bank, index: Array) -> Array:

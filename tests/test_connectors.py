@@ -290,3 +290,48 @@ def test_bad_uses_are_refused(says: str) -> None:
     error, use = BAD_USES[says]
     with pytest.raises(error, match=f"^{says}"):
         use()
+
+
+X2, IMAGE = jnp.ones((4, 3)), jnp.ones((2, 4, 4, 3))
+MADE = connectors.chain(connectors.linear(2), connectors.batch_norm())
+
+
+def any_(wrong: Any) -> Any:
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: connectors.linear(2).init(any_(None), X2), "key must be a PRNG key"),
+        (lambda: connectors.linear(2).init(KEY, jnp.ones((4, 0))), "features on its last axis"),
+        (lambda: connectors.linear(2).apply({"w": X2}, X2), r"a dict with \['kernel'\], got \['w"),
+        (lambda: connectors.conv(2).apply(X2, IMAGE), "params must be what this connector's init"),
+        (lambda: connectors.batch_norm().apply(any_(7), X2), "params must be what"),
+        (lambda: connectors.variance().apply(X2, X2), "params must be what"),
+        (lambda: MADE.apply([{}], X2), "params must be what this chain made, a list of 2, got 1"),
+        (lambda: MADE.evaluate(MADE.init(KEY, X2), "abc", X2), "statistics must be what this"),
+        (lambda: MADE.evaluate(MADE.init(KEY, X2), [{}, X2], X2), "statistics must be those of"),
+        (lambda: connectors.identity().apply({}, None), "x must be an array, got NoneType"),
+        (lambda: connectors.identity().apply({}, X2, where=any_("a")), "where must be an array"),
+        (lambda: connectors.identity().apply({}, X2, where=any_(True)), "where must have shape"),
+        (lambda: connectors.identity().apply({}, X2, where=jnp.ones(3, bool)), r"have shape \[4\]"),
+        (lambda: connectors.pool(any_("ab")), "the height of size must be an integer"),
+        (lambda: connectors.pool((1, 2, 3)), r"size must be one side or \(height, width\)"),
+        (lambda: connectors.activation(any_(None)), "fn must be a function"),
+        (lambda: connectors.chain(any_(jnp.tanh)), "connector 0 must be a connector such as"),
+        (lambda: connectors.group(any_([1])), "connectors must be a dict by name, got list"),
+        (lambda: connectors.group({"a": any_(1)}), r"connectors\['a'\] must be a connector"),
+        (lambda: connectors.group({"a": MADE}).init(KEY, any_(X2)), "x must be a dict of inputs"),
+        (lambda: connectors.mlp(any_("a")), "sizes must be a list of widths"),
+        (lambda: connectors.mlp([]), "at least one width"),
+        (lambda: connectors.abf(2, 2).init(KEY, any_(IMAGE)), "x must be a pair, the features"),
+        (lambda: connectors.mask_token().apply({}, any_(X2)), "params must be what"),
+        (lambda: connectors.running_init(any_(None), {}, X2), "connector must be a connector"),
+        (lambda: connectors.running_update(any_(None), {}), "statistics of one connector"),
+        (lambda: connectors.running_update(X2, X2), "statistics of one connector"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -17,10 +17,10 @@ import optax
 import pytest
 
 import kdtl_jax
-from kdtl_jax import connectors, interop, losses, objective, train, transforms
+from kdtl_jax import connectors, datasets, interop, losses, methods, objective, train, transforms
 from kdtl_jax.interop import linen
-from kdtl_jax.run import data, loop
-from kdtl_jax.train import ensembles, fisher
+from kdtl_jax.run import checkpoint, data, loop, scores, sharding
+from kdtl_jax.train import ensembles, fisher, mean_teachers, online
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -167,3 +167,66 @@ def test_messages_name_only_what_exists():
                 if not hasattr(modules[room], name) and name not in below[room]:
                     missing.append(f"{file.name}: {room}.{name}")
     assert not missing
+
+
+def any_(wrong: Any) -> Any:
+    return wrong
+
+
+def test_every_method_names_a_setup_that_is_none() -> None:
+    for entry in methods.table():
+        for wrong in (None, "kd", {}, methods.setup):
+            with pytest.raises(TypeError, match=r"^setup must be what methods.setup"):
+                entry.build(any_(wrong))
+
+
+STEP = train.make_step(MODEL, objective.classification, {"task": 1.0}, SGD)
+LABELS = BATCH["labels"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: STEP(any_(PARAMS), BATCH), "state must be what train.init_state.* got dict"),
+        (lambda: mean_teachers.begin(any_(None)), "state must be what train.init_state"),
+        (lambda: train.values(any_({"a": 1})), "metrics must be those that a step returns"),
+        (lambda: train.values(any_(None)), "metrics must be those that a step returns"),
+        (lambda: train.take(BATCH, any_(None)), "index must be an array, got NoneType"),
+        (lambda: train.take(BATCH, any_(1.5)), "index must be integers"),
+        (lambda: ensembles.stack_teachers(any_("ab")), "teachers must be a list of parameter"),
+        (lambda: ensembles.gated_logits(LOGITS[None], any_(3.5)), "scores must be"),
+        (lambda: online.teacher_chain([], any_(None)), "key must be a PRNG key"),
+        (lambda: online.mutual_terms(LOGITS[None], LABELS, where=any_("a")), "at least two peers"),
+        (lambda: losses.sp(LOGITS, LOGITS, where=any_("a")), "where must be an array, got str"),
+        (lambda: losses.sp(LOGITS, LOGITS, where=any_([1] * 4)), "where must be bool, got int"),
+        (lambda: train.balancing.remainder(any_(None), to="a"), "weights must be a dict by name"),
+        (lambda: train.sweep.rows(any_(None), {}), "points must be a dict by name"),
+        (lambda: train.precision.loss_scaling(any_(0.1)), "tx must be an optimizer"),
+        (lambda: train.precision.compute_in(MODEL, any_("text")), "dtype must be floating point"),
+        (
+            lambda: fisher.batch_fisher(any_(jnp.sum), PARAMS, None, batch_size=2),
+            "examples must be arrays with one row per example",
+        ),
+        (lambda: sharding.replicated(any_("data")), "mesh must be a mesh such as"),
+        (lambda: sharding.place(PARAMS, any_(None)), "mesh must be a mesh such as"),
+        (lambda: loop.read_metrics(any_(None)), "path must be the path of a file or folder"),
+        (lambda: checkpoint.steps(any_(3.5)), "folder must be the path of a file or folder"),
+        (lambda: data.open_arrays(any_(None)), "files must be a dict by name"),
+        (lambda: data.unpad(any_("a")), "batch must be a dict by name"),
+        (lambda: datasets.read_splits(any_(None)), "text must be the path of a file"),
+        (lambda: datasets.read_splits("digits", seed=any_("a")), "seed must be an integer"),
+        (lambda: datasets.prepared(any_(None)), "splits must be those of datasets.read_splits"),
+        (
+            lambda: datasets.read_splits(__file__, preprocessing=any_("a")),
+            "preprocessing must be a model's Preprocessing",
+        ),
+        (
+            lambda: datasets.from_arrays("a", BATCH["inputs"], None),
+            "targets must hold one value per example, got None",
+        ),
+        (lambda: scores.predicted(any_(None)), "logits must be an array, got NoneType"),
+    ],
+)
+def test_what_is_not_meant_is_named_at_the_door(call: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

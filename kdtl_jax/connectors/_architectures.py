@@ -10,8 +10,20 @@ from jax import Array
 from kdtl_jax import _checks
 from kdtl_jax._types import Params, PyTree
 from kdtl_jax.connectors import _layers
-from kdtl_jax.connectors._connector import Connector, real, run_step, with_statistics
+from kdtl_jax.connectors._connector import (
+    Connector,
+    check_made,
+    real,
+    run_step,
+    with_statistics,
+)
 from kdtl_jax.connectors._layers import Size
+
+
+def check_two(x: Any, what: str) -> None:
+    """Refuses inputs that are not a pair."""
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise TypeError(f"x must be a pair, {what}, got {type(x).__name__}.")
 
 
 def simkd_projector(features: int, *, factor: int = 2, eps: float = 1e-5) -> Connector:
@@ -45,10 +57,13 @@ def mask_token() -> Connector:
     """
 
     def init(key: Array, x: tuple[Any, Any]) -> Params:
+        check_two(x, "the tokens and where they are replaced")
         _layers.floating(x[0])
         return {"token": jnp.zeros(x[0].shape[-1:], _layers.param_dtype(x[0]))}
 
     def apply(params: Params, x: tuple[Array, Array], *, where: Array | None = None) -> Array:
+        check_made(params, "token")
+        check_two(x, "the tokens and where they are replaced")
         tokens, replaced = real(x, where)
         _layers.floating(tokens, params["token"].shape[0])
         _checks.mask(replaced, tokens.shape[:-1])
@@ -85,6 +100,7 @@ def paraphraser(channels: int, *, rate: float = 0.5) -> Connector:
     decode = _factor_convs((width, channels, channels))
 
     def init(key: Array, x: Any) -> Params:
+        _checks.key(key=key)
         encoder = encode.init(jax.random.fold_in(key, 0), x)
         factor = jax.eval_shape(encode.apply, encoder, x)
         return {"encoder": encoder, "decoder": decode.init(jax.random.fold_in(key, 1), factor)}
@@ -92,7 +108,9 @@ def paraphraser(channels: int, *, rate: float = 0.5) -> Connector:
     def run(
         params: Params, x: Array, statistics: PyTree | None, where: Array | None, /
     ) -> tuple[tuple[Array, Array], PyTree]:
+        check_made(params, "encoder", "decoder")
         given = statistics or {"encoder": None, "decoder": None}
+        check_made(given, "encoder", "decoder")
         factor, encoder = run_step(encode, params["encoder"], x, given["encoder"], where)
         rebuilt, decoder = run_step(decode, params["decoder"], factor, given["decoder"], where)
         return (factor, rebuilt), {"encoder": encoder, "decoder": decoder}
@@ -113,11 +131,14 @@ def abf(width: int, features: int, *, size: Size | None = None, eps: float = 1e-
       size: of the output.
       eps: of both batch normalizations.
     """
+    sides = None if size is None else _layers.pair(size)
     reduce = _layers.chain(_layers.conv1x1(width, bias=False), _layers.batch_norm(eps=eps))
     expand = _layers.chain(_layers.conv3x3(features, bias=False), _layers.batch_norm(eps=eps))
     attention = _layers.conv1x1(2)
 
     def init(key: Array, x: tuple[Any, Any]) -> Params:
+        check_two(x, "the features and the residual or None")
+        _checks.key(key=key)
         keys = jax.random.split(key, 3)
         own = reduce.init(keys[0], x[0])
         mixed = jax.eval_shape(reduce.apply, own, x[0])
@@ -134,16 +155,20 @@ def abf(width: int, features: int, *, size: Size | None = None, eps: float = 1e-
         where: Array | None,
         /,
     ) -> tuple[tuple[Array, Array], PyTree]:
+        check_two(x, "the features and the residual or None")
+        check_made(params, "reduce", "expand")
         given = statistics or {"reduce": None, "expand": None}
+        check_made(given, "reduce", "expand")
         mixed, reduced = run_step(reduce, params["reduce"], x[0], given["reduce"], where)
         residual = x[1]
         if residual is not None:
+            check_made(params, "attention")
             residual = _layers.nearest(_layers.feature_map(residual), mixed.shape[1:3])
             both = jnp.concatenate([mixed, residual], axis=-1)
             weights = jax.nn.sigmoid(attention.apply(params["attention"], both))
             mixed = mixed * weights[..., :1] + residual * weights[..., 1:]
-        if size is not None:
-            mixed = _layers.nearest(mixed, _layers.pair(size))
+        if sides is not None:
+            mixed = _layers.nearest(mixed, sides)
         features, expanded = run_step(expand, params["expand"], mixed, given["expand"], where)
         return (features, mixed), {"reduce": reduced, "expand": expanded}
 

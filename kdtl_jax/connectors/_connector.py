@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
@@ -58,7 +59,36 @@ def real(x: Any, where: Array | None) -> Any:
     """The input with 0 in masked rows: a NaN there would reach the gradients of the parameters."""
     if where is None:
         return x
-    return jax.tree.map(lambda leaf: _numerics.kept(leaf, where), x)
+
+    def kept(leaf: Any) -> Any:
+        _checks.arrays(x=leaf)
+        _checks.mask(where, np.shape(leaf)[: max(1, np.ndim(where))])
+        return _numerics.kept(leaf, jnp.asarray(where))
+
+    return jax.tree.map(kept, x)
+
+
+def check_made(params: Any, *names: str) -> None:
+    """Refuses parameters or statistics that are not those of this connector.
+
+    Raises:
+      ValueError: naming the entries that a connector's parameters have.
+    """
+    if not isinstance(params, Mapping) or any(name not in params for name in names):
+        got = sorted(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(
+            f"params must be what this connector's init made, a dict with {list(names)}, got {got}."
+        )
+
+
+def check_connector(**given: Any) -> None:
+    """Raises TypeError unless every value has the two functions of a connector."""
+    for name, value in given.items():
+        if not (callable(getattr(value, "init", None)) and callable(getattr(value, "apply", None))):
+            raise TypeError(
+                f"{name} must be a connector such as connectors.linear(64), got "
+                f"{type(value).__name__}."
+            )
 
 
 def run_step(
@@ -91,6 +121,7 @@ def running_init(connector: Connector, params: Params, x: Any) -> PyTree:
     Returns:
       A pytree of `Statistics`: mean 0, variance 1, nothing counted.
     """
+    check_connector(connector=connector)
     shapes = jax.eval_shape(lambda *given: given, params, x)
 
     def fresh(found: Statistics) -> Statistics:
@@ -113,8 +144,17 @@ def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1)
       running: from `running_init` or an earlier step.
       measured: from `Connector.measure`.
       momentum: share of the batch.
+
+    Raises:
+      ValueError: if the two are not statistics of one connector.
     """
     _checks.within(0, 1, momentum=momentum)
+    made = [jax.tree.flatten(each, is_leaf=_is_statistics) for each in (running, measured)]
+    if made[0][1] != made[1][1] or not all(map(_is_statistics, (*made[0][0], *made[1][0]))):
+        raise ValueError(
+            "running and measured must be statistics of one connector, from running_init and "
+            f"Connector.measure, got trees of {made[0][1]} and {made[1][1]}."
+        )
 
     def moved(old: Statistics, new: Statistics) -> Statistics:
         share = jnp.where(old.size == 0, 1, _numerics.scalar(momentum, old.mean, "momentum"))
@@ -139,7 +179,7 @@ def fold_batch_norm(params: Params, statistics: PyTree) -> Params:
     Raises:
       ValueError: if a normalization does not follow a linear map.
     """
-    if isinstance(params, Mapping) and not isinstance(statistics, Statistics):
+    if isinstance(params, Mapping) and isinstance(statistics, Mapping):
         return {
             name: fold_batch_norm(own, statistics[name]) if name in statistics else own
             for name, own in params.items()

@@ -11,7 +11,15 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics, _pooling
 from kdtl_jax._types import Params, PyTree
-from kdtl_jax.connectors._connector import Connector, Statistics, real, run_step, with_statistics
+from kdtl_jax.connectors._connector import (
+    Connector,
+    Statistics,
+    check_connector,
+    check_made,
+    real,
+    run_step,
+    with_statistics,
+)
 
 Size = int | Sequence[int]  # a side, or (height, width)
 
@@ -20,6 +28,8 @@ def floating(x: Any, width: int | None = None) -> None:
     """Refuses inputs that are not floating point, or not of the width that `init` saw."""
     _checks.floating(x=x)
     _checks.rank(1, x=x)
+    if not np.shape(x)[-1]:
+        raise ValueError(f"x must have features on its last axis, got {_checks.described(x=x)}.")
     if width is not None and x.shape[-1] != width:
         raise ValueError(
             f"x must have the width {width} that the connector's parameters were made for, "
@@ -34,16 +44,24 @@ def param_dtype(x: Any) -> Any:
 
 def _he(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Normal with variance `2 / fan_in`."""
+    _checks.key(key=key)
     return jax.random.normal(key, shape, dtype) * math.sqrt(2 / math.prod(shape[:-1]))
 
 
 def _plain(apply: Callable[[Any], Any]) -> Connector:
     """A connector without parameters."""
-    return Connector(lambda key, x: {}, lambda params, x, *, where=None: apply(real(x, where)))
+
+    def checked(params: Params, x: Any, *, where: Array | None = None) -> Any:
+        _checks.arrays(x=x)
+        return apply(real(x, where))
+
+    return Connector(lambda key, x: {}, checked)
 
 
 def activation(fn: Callable[[Array], Array]) -> Connector:
     """`fn(x)`, e.g. `activation(jax.nn.relu)`; any shape."""
+    if not callable(fn):
+        raise TypeError(f"fn must be a function such as jax.nn.relu, got {fn!r:.80}.")
     return _plain(fn)
 
 
@@ -59,12 +77,14 @@ def unit_norm() -> Connector:
 
 def pool(size: Size) -> Connector:
     """Adaptive average pooling of `[B, H, W, C]` to `size`, with torch's cells at any size."""
-    return _plain(lambda x: _pooling.pool_to(feature_map(x), pair(size)))
+    cells = pair(size)
+    return _plain(lambda x: _pooling.pool_to(feature_map(x), cells))
 
 
 def resize_nearest(size: Size) -> Connector:
     """`[B, H, W, C]` to `size` from pixel `floor(i h / H)`, the default of torch and ReviewKD."""
-    return _plain(lambda x: nearest(feature_map(x), pair(size)))
+    cells = pair(size)
+    return _plain(lambda x: nearest(feature_map(x), cells))
 
 
 def nearest(x: Array, size: tuple[int, int]) -> Array:
@@ -78,9 +98,11 @@ def nearest(x: Array, size: tuple[int, int]) -> Array:
 def resize_bilinear(size: Size) -> Connector:
     """`[B, H, W, C]` to `size`: half-pixel centers, clamped borders, no antialiasing."""
 
+    cells = pair(size)
+
     def apply(x: Array) -> Array:
-        shape = (x.shape[0], *pair(size), x.shape[-1])
-        return jax.image.resize(feature_map(x), shape, "bilinear", antialias=False)
+        shape = (feature_map(x).shape[0], *cells, x.shape[-1])
+        return jax.image.resize(x, shape, "bilinear", antialias=False)
 
     return _plain(apply)
 
@@ -93,7 +115,11 @@ def feature_map(x: Any) -> Any:
 
 def pair(size: Size) -> tuple[int, int]:
     """Height and width; a single number is used for both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size,) * 2
+    if len(sides) != 2:
+        raise ValueError(f"size must be one side or (height, width), got {size!r:.80}.")
+    _checks.count(1, **{"the height of size": sides[0], "the width of size": sides[1]})
+    return sides
 
 
 def linear(features: int, *, bias: bool = True) -> Connector:
@@ -106,6 +132,7 @@ def linear(features: int, *, bias: bool = True) -> Connector:
         return params | ({"bias": jnp.zeros((features,), param_dtype(x))} if bias else {})
 
     def apply(params: Params, x: Array, *, where: Array | None = None) -> Array:
+        check_made(params, "kernel")
         floating(x, params["kernel"].shape[0])
         x = real(x, where)
         return _biased(jnp.matmul(x, params["kernel"].astype(x.dtype)), params)
@@ -139,6 +166,7 @@ def conv(
         return params | ({"bias": jnp.zeros((features,), param_dtype(x))} if bias else {})
 
     def apply(params: Params, x: Array, *, where: Array | None = None) -> Array:
+        check_made(params, "kernel")
         floating(feature_map(x), params["kernel"].shape[2])
         x, weights = real(x, where), params["kernel"].astype(x.dtype)
         if x.shape[1:3] == (1, 1) and kernel == 2 * edge + 1:
@@ -186,9 +214,15 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
     def run(
         params: Params, x: Array, statistics: Statistics | None, where: Array | None, /
     ) -> tuple[Array, Any]:
-        if not params:
+        if isinstance(params, Mapping) and not params:
             return x, {}  # folded into the preceding map
+        check_made(params, "scale", "offset")
         floating(x, params["scale"].shape[0])
+        if statistics is not None and not isinstance(statistics, Statistics):
+            raise TypeError(
+                "statistics must be those of this connector, from running_init or "
+                f"Connector.measure, got {type(statistics).__name__}."
+            )
         if statistics is None:
             centered, variance, statistics = _of_batch(_numerics.upcast(x), where, eps)
             unit = centered * _numerics.safe_rsqrt(variance + eps)
@@ -237,8 +271,11 @@ def mlp(
 
     `mlp((width, width, teacher_width), bias=False)` is VID's regressor, three 1x1 convolutions.
     """
-    if isinstance(sizes, int):
-        raise TypeError(f"sizes must be a list of widths, got {sizes}: write [{sizes}].")
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        repair = f"write [{sizes}]" if isinstance(sizes, int) else "write [64, 10], for example"
+        raise TypeError(f"sizes must be a list of widths, got {sizes!r:.80}: {repair}.")
+    if not sizes:
+        raise ValueError("sizes must hold at least one width, got none.")
     layers = [linear(size, bias=bias) for size in sizes]
     steps = [step for layer in layers for step in (layer, activation(activate))]
     return chain(*steps[:-1])
@@ -246,9 +283,20 @@ def mlp(
 
 def chain(*connectors: Connector) -> Connector:
     """One connector after another; its parameters are a list with one entry each."""
+    for number, step in enumerate(connectors):
+        check_connector(**{f"connector {number}": step})
+
+    def check_each(given: Any, name: str) -> None:
+        is_list = isinstance(given, Sequence) and not isinstance(given, (str, Statistics))
+        if not is_list or len(given) != len(connectors):
+            raise ValueError(
+                f"{name} must be what this chain made, a list of {len(connectors)}, got "
+                f"{len(given) if is_list else type(given).__name__}."
+            )
 
     def init(key: Array, x: Any) -> Params:
         params = []
+        _checks.key(key=key)
         for position, step in enumerate(connectors):
             params.append(step.init(jax.random.fold_in(key, position), x))
             x = jax.eval_shape(step.apply, params[-1], x)
@@ -257,7 +305,9 @@ def chain(*connectors: Connector) -> Connector:
     def run(
         params: Params, x: Any, statistics: PyTree | None, where: Array | None, /
     ) -> tuple[Any, PyTree]:
+        check_each(params, "params")
         given = [None] * len(connectors) if statistics is None else statistics
+        check_each(given, "statistics")
         found = []
         for own, step, known in zip(params, connectors, given, strict=True):
             x, used = run_step(step, own, x, known, where)
@@ -272,10 +322,14 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
 
     Input entries without a connector are omitted from the output.
     """
+    if not isinstance(connectors, Mapping):
+        raise TypeError(f"connectors must be a dict by name, got {type(connectors).__name__}.")
     names = sorted(connectors)
+    check_connector(**{f"connectors[{name!r}]": connectors[name] for name in names})
 
     def init(key: Array, x: Mapping[str, Any]) -> Params:
         _named(x)
+        _checks.key(key=key)
         return {
             name: connectors[name].init(jax.random.fold_in(key, position), x[name])
             for position, name in enumerate(names)
@@ -285,6 +339,9 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
         params: Params, x: Mapping[str, Any], statistics: PyTree | None, where: Array | None, /
     ) -> tuple[dict[str, Any], PyTree]:
         _named(x)
+        check_made(params, *names)
+        if statistics is not None:
+            check_made(statistics, *names)
         both = {
             name: run_step(
                 connectors[name],
@@ -298,6 +355,8 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
         return {name: y for name, (y, _) in both.items()}, {n: s for n, (_, s) in both.items()}
 
     def _named(x: Mapping[str, Any]) -> None:
+        if not isinstance(x, Mapping):
+            raise TypeError(f"x must be a dict of inputs by name, got {type(x).__name__}.")
         missing = [name for name in names if name not in x]
         if missing:
             raise ValueError(f"no input named {missing}, got {sorted(x)}.")
@@ -320,6 +379,7 @@ def variance(*, initial: float = 5.0, eps: float = 1e-5) -> Connector:
         return {"raw": jnp.full((x.shape[-1],), raw, param_dtype(x))}
 
     def apply(params: Params, x: Any, *, where: Array | None = None) -> Array:
+        check_made(params, "raw")
         return jax.nn.softplus(params["raw"]) + eps
 
     return Connector(init, apply)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kdtl_jax import _checks
 from kdtl_jax.datasets._arrays import DEFLATE
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -48,7 +49,7 @@ def idx_shape(path: Path) -> tuple[int, ...]:
 
 def read_idx_array(path: str | Path) -> np.ndarray:
     """One idx file as an array in native byte order; unpacks no more than its header announces."""
-    path = Path(path)
+    path = _checks.path(path=path)
     with _opened(path) as (file, packed):
         most = path.stat().st_size * (DEFLATE if packed else 1)
         return _idx_array(path, file, most, packed=packed)

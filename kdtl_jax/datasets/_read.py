@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdtl_jax import _checks
 from kdtl_jax.datasets import _columns, _images, _source, _tables
 from kdtl_jax.datasets._dataset import Dataset, digits, finite_numbers
 from kdtl_jax.datasets._formats import FORMATS, sources
@@ -68,7 +69,7 @@ def read_splits(
         if target != "auto" or like is not None:
             whole = from_arrays(whole.name, *whole[1:3], target=target, like=like)
         return stratified(whole, validation=validation, test=test, seed=seed)
-    path = Path(text)
+    path = _checks.path(text=text)
     if not path.exists():
         known = "" if path.suffix else f" Expected {FORMATS}."  # a name with an end means a file
         raise ValueError(f"{text}: no such file or folder.{known}")
@@ -128,7 +129,7 @@ def read(
       OSError: if a file does not exist or cannot be read.
       ValueError: if its contents are not valid.
     """
-    path = Path(path)
+    path = _checks.path(path=path)
     choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
     found = _idx_pair(path, labels) or sources(path, choices)
     like = _model(preprocessing)
@@ -187,7 +188,7 @@ def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
         targets=preprocessing.targets,
         takes=preprocessing,
     )
-    found = sources(Path(path), choices)
+    found = sources(_checks.path(path=path), choices)
     made = [_inputs(source, None, preprocessing) for source in _in_order(found)]
     inputs = made[0] if len(made) == 1 else np.concatenate(made)
     if not len(inputs):
@@ -222,6 +223,11 @@ def _choices(
         is_labels = target == "labels"
         return Choices(
             label, inputs, missing, tuple(drop), image_size, one_hot, may_be_none=is_labels
+        )
+    if not isinstance(preprocessing, Preprocessing):
+        raise TypeError(
+            "preprocessing must be a model's Preprocessing (datasets.prepared returns it), got "
+            f"{type(preprocessing).__name__}."
         )
     if label == "label" and preprocessing.targets:
         label = ",".join(preprocessing.targets)

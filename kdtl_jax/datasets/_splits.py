@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdtl_jax import _text
+from kdtl_jax import _checks, _text
 from kdtl_jax.datasets._dataset import Dataset
 from kdtl_jax.datasets._preprocessing import Preprocessing, Standardizer
 
@@ -38,6 +38,8 @@ def stratified(
       ValueError: if fractions are negative or leave nothing to train on, or a class has too few
         examples to appear in all parts.
     """
+    _checks.scalar(validation=validation, test=test)
+    _checks.count(0, seed=seed)
     if validation < 0 or test < 0 or validation + test >= 1:
         raise ValueError(
             "validation and test must be fractions >= 0 with a sum below 1, got "
@@ -138,6 +140,10 @@ def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
     The returned `Preprocessing` describes everything that was done to inputs and targets as read
     from the file.
     """
+    if not isinstance(splits, Splits):
+        raise TypeError(
+            f"splits must be those of datasets.read_splits, got {type(splits).__name__}."
+        )
     train = splits.train
     form = train.form._replace(
         names=train.names,

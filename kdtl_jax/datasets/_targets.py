@@ -53,6 +53,8 @@ def from_arrays(
     Raises:
       ValueError: if targets are not of their kind, or have other names than `like`; rows are named.
     """
+    if not np.ndim(targets):
+        raise ValueError(f"{name}: targets must hold one value per example, got {targets!r:.80}.")
     found, told = _listed(_plain(np.asarray(targets))), ()
     if (read := _read(found, target if like is None else like.kind, decimal_comma)) is not None:
         found, told = read

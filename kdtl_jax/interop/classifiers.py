@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import _text, models, transforms
+from kdtl_jax import _checks, _text, models, transforms
 from kdtl_jax._files import read_json
 from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.interop import _hf_family, _hf_folder, decoders, naming, safetensors
@@ -61,7 +61,7 @@ def load(folder: str | Path, *, dtype: Any = None) -> Classifier:
       ValueError: if `architectures` does not name a class that classifies texts or tokens, its
         tensors are missing or of another shape, or the decoder is refused (see `decoders.load`).
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     config = read_json(folder / "config.json")
     tensors = safetensors.views(safetensors.index(folder).tensors)
     _task(config)

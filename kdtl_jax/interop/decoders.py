@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kdtl_jax import _text, models, transforms, trees
+from kdtl_jax import _checks, _text, models, transforms, trees
 from kdtl_jax._files import read_json, write_atomic
 from kdtl_jax._types import Params
 from kdtl_jax.interop import _hf_decoders, _hf_family, _hf_folder, naming, safetensors
@@ -79,7 +79,7 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
         without a language head, a tensor has no place or is missing, or a shape disagrees with the
         configuration.
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     config = read_json(folder / "config.json")
     tensors = safetensors.views(safetensors.index(folder).tensors)
     return from_tensors(config, tensors, dtype=dtype)
@@ -167,7 +167,7 @@ def save(
     is_tied = "kernel" not in params.get("head", {})
     tensors = naming.to_torch(params, rules)
     config = described({**config, "tie_word_embeddings": is_tied}, tensors)
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer and Path(tokenizer).resolve() != folder.resolve():
         for file in (Path(tokenizer) / name for name in TOKENIZER_FILES):

@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _text
+from kdtl_jax import _checks, _text
 from kdtl_jax._files import write_json
 from kdtl_jax.interop import _gguf_header, _gguf_names, _gguf_words, decoders
 from kdtl_jax.interop._gguf_words import TokenizerData as TokenizerData
@@ -293,7 +293,7 @@ def _package() -> tuple[Callable[[Path], Any], Callable[..., np.ndarray]]:
 
 
 def _open(path: str | Path) -> Any:
-    path, (reader, _) = Path(path), _package()
+    path, (reader, _) = _checks.path(path=path), _package()
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:

@@ -20,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _files, transforms
+from kdtl_jax import _checks, _files, transforms
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop._peft_files import Adapter as Adapter
 from kdtl_jax.interop._peft_files import check_config as check_config
@@ -42,7 +42,7 @@ def load(folder: str | Path) -> Adapter:
       ValueError: naming the first key or tensor that is not understood.
       FileNotFoundError: if either file is missing.
     """
-    path = Path(folder)
+    path = _checks.path(folder=folder)
     checkpoint = safetensors.index(path)
     home = path if path.is_dir() else path.parent
     config = check_config(safetensors.json_file(home / CONFIG))

@@ -19,7 +19,7 @@ from kdtl_jax.methods._method import (
     needs_teacher_head,
     no_head,
 )
-from kdtl_jax.methods._setup import Head, Setup
+from kdtl_jax.methods._setup import Head, Setup, check_setup
 from kdtl_jax.objective import Inputs
 
 
@@ -84,6 +84,7 @@ def catkd(setup: Setup) -> Method:
     its average. Task 1, catkd 400: the default of the authors' code, whose configurations use 10 to
     600 depending on the pair (and 0.5 to 15 without the normalization).
     """
+    check_setup(setup)
     if setup.last_maps is None:
         raise ValueError(
             "needs heads that read the average of the last feature map, and this average as the "
@@ -180,6 +181,7 @@ def jacobian(setup: Setup, *, probes: int = 1) -> Method:
     Srinivas and Fleuret, 2018 (1803.00443). v is drawn from {-1, 1}, so the mean is the squared
     distance between the Jacobians. Task 1, mse 1, jacobian 1.
     """
+    check_setup(setup)
     if setup.models is None:
         raise ValueError(
             "needs both networks to differentiate, without batch statistics, and the teacher's "

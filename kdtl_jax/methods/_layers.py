@@ -15,7 +15,7 @@ from kdtl_jax import connectors
 from kdtl_jax._types import Outputs, Params
 from kdtl_jax.connectors import Connector
 from kdtl_jax.methods._method import Method, Weight, method
-from kdtl_jax.methods._setup import Pair, Setup
+from kdtl_jax.methods._setup import Pair, Setup, check_setup
 from kdtl_jax.objective import Inputs
 
 View = Callable[[Array, Array], tuple[Array, Array]]
@@ -80,6 +80,7 @@ def every(setup: Setup, *, at_least: int = 1) -> Sequence[Pair]:
     Raises:
       ValueError: if there are fewer than `at_least`.
     """
+    check_setup(setup)
     if len(setup.pairs) < at_least:
         said = f"needs {at_least} matched layers, but this pair of models has {len(setup.pairs)}"
         both = {"student": setup.student, "teacher": setup.teacher}

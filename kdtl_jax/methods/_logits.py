@@ -24,7 +24,7 @@ from kdtl_jax.methods._method import (
     needs_teacher_head,
     warmed_up,
 )
-from kdtl_jax.methods._setup import Setup, regression
+from kdtl_jax.methods._setup import Setup, check_setup, regression
 from kdtl_jax.objective import Inputs
 
 RANKED = 32  # ranking losses compare pairs among this many classes
@@ -224,6 +224,7 @@ def bounded_regression(setup: Setup, *, margin: Scalar = 0.0) -> Method:
     Chen et al., NeurIPS 2017, whose task is the smooth L1 loss. Task 1, bounded 0.5: the paper.
     `margin` is in squared units of the outputs.
     """
+    check_setup(setup)
     if setup.task is not regression:
         raise ValueError("needs targets that are numbers (task=methods.regression)")
 
@@ -337,6 +338,7 @@ def binary_kd(
     distillation, which the authors sum over labels. Task 1, kd 1; `class_weights` is `[classes]`.
     A binary head with one logit is the case of one label.
     """
+    check_setup(setup)
     if setup.exclusive:
         raise ValueError("needs sigmoid heads (exclusive=False), but classes exclude each other")
     if setup.task is regression:

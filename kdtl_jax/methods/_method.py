@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
-from kdtl_jax.methods._setup import Head, Setup
+from kdtl_jax.methods._setup import Head, Setup, check_setup
 from kdtl_jax.objective import Inputs, TermsFn
 
 Weight = Scalar | Schedule
@@ -55,6 +55,8 @@ def method(
     For methods of your own: the result is used like any published method.
     """
 
+    check_setup(setup)
+
     def with_task(inputs: Inputs) -> Any:
         found, task = terms(inputs), setup.task(inputs)
         assert not isinstance(task, tuple), "a task keeps no memory"
@@ -87,6 +89,7 @@ def exclusive_classes(setup: Setup) -> None:
     Raises:
       ValueError: if the classes are not mutually exclusive.
     """
+    check_setup(setup)
     if not setup.exclusive:
         raise ValueError(
             "needs two or more classes that exclude each other (softmax); for sigmoid heads use "
@@ -100,6 +103,7 @@ def needs_teacher_head(setup: Setup) -> Head:
     Raises:
       ValueError: if it is unknown.
     """
+    check_setup(setup)
     if setup.teacher_head is None:
         raise ValueError(no_head("teacher"))
     return setup.teacher_head
@@ -125,6 +129,7 @@ def schedule(made: optax.Schedule, said: str) -> Schedule:
 
 def warmed_up(weight: float, setup: Setup) -> Schedule:
     """0 to `weight` over the first 20 of 240 parts of the run, mdistiller's epochs."""
+    check_setup(setup)
     steps = max(round(20 / 240 * setup.steps), 1)
     said = f"0 to {weight:g} over {steps} steps"
     return schedule(optax.linear_schedule(0.0, weight, steps), said)

@@ -14,7 +14,7 @@ from kdtl_jax._types import Params, PyTree, Scalar
 from kdtl_jax.methods import _layers
 from kdtl_jax.methods._layers import pairwise
 from kdtl_jax.methods._method import Method, count, key_and_step, method
-from kdtl_jax.methods._setup import Setup
+from kdtl_jax.methods._setup import Setup, check_setup
 from kdtl_jax.objective import Inputs
 
 
@@ -38,6 +38,7 @@ def rkd(setup: Setup) -> Method:
     Park et al., Relational Knowledge Distillation, 2019 (1904.05068). Task 1, distance 25, angle
     50: RepDistiller and mdistiller.
     """
+    check_setup(setup)
     of_student, of_teacher = setup.last
 
     def terms(inputs: Inputs) -> dict[str, Array]:
@@ -62,6 +63,7 @@ def pkt(setup: Setup) -> Method:
         values = losses.pkt(student, teacher, where=where)
         return values / count(values, where)
 
+    check_setup(setup)
     found = _layers.layers(setup, [setup.last], _layers.unchanged)
     return pairwise(setup, "pkt", loss, found, {"task": 1.0, "pkt": 30000.0})
 
@@ -72,6 +74,7 @@ def cc(setup: Setup) -> Method:
     Peng et al., Correlation Congruence, 2019 (1904.01802). Task 1, cc 0.003: torchdistill's
     configuration.
     """
+    check_setup(setup)
     found = _layers.layers(setup, [setup.last], _layers.unchanged)
 
     def loss(student: Array, teacher: Array, where: Array | None) -> Array:
@@ -88,6 +91,7 @@ def itrd(setup: Setup) -> Method:
     `forward` adds both unweighted. The published logarithm has no floor and is -inf at perfect
     correlation; here the floor is 1e-12.
     """
+    check_setup(setup)
     of_student, of_teacher = setup.last
     embed = connectors.linear(setup.teacher[of_teacher].shape[-1])
 
@@ -138,6 +142,7 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
     by the first batch (or microbatch) with a real example, as published. Batches hold their
     examples' positions as `"index"`. Task 1, crd 0.8: RepDistiller.
     """
+    check_setup(setup)
     n = setup.examples
     if n < 2:
         raise ValueError(f"needs at least 2 training examples to distinguish, got {n}")

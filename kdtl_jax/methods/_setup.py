@@ -71,6 +71,16 @@ class Setup(NamedTuple):
     params: Params = None  # the student's, abstract
 
 
+def check_setup(setup: Any) -> None:
+    """Raises TypeError unless a method was given what `setup` makes."""
+    if not isinstance(setup, Setup):
+        given = getattr(setup, "__name__", type(setup).__name__)
+        raise TypeError(
+            "setup must be what methods.setup(student, teacher, ...) returns for a pair of models, "
+            f"got {given}."
+        )
+
+
 def multi_label(inputs: Inputs) -> dict[str, Array]:
     """The task of sigmoid heads: `{"task": mean over classes of the binary cross-entropy}`.
 

@@ -14,7 +14,7 @@ from kdtl_jax._types import Outputs, Params
 from kdtl_jax.methods import _layers
 from kdtl_jax.methods._layers import by_example, pairwise
 from kdtl_jax.methods._method import Method, method
-from kdtl_jax.methods._setup import Pair, Setup
+from kdtl_jax.methods._setup import Pair, Setup, check_setup
 from kdtl_jax.objective import Inputs
 
 RELATION_HEADS = 12
@@ -22,6 +22,7 @@ RELATION_HEADS = 12
 
 def _token_layers(setup: Setup) -> Sequence[Pair]:
     """All matched layers, which must be token layers with equally many tokens on both sides."""
+    check_setup(setup)
     for of_student, of_teacher in setup.pairs:
         if len(setup.student[of_student].shape) != 3 or len(setup.teacher[of_teacher].shape) != 3:
             raise ValueError(
@@ -33,6 +34,7 @@ def _token_layers(setup: Setup) -> Sequence[Pair]:
 
 def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
     """Matched attention modules; their named parts must be tapped."""
+    check_setup(setup)
     if not setup.attention:
         raise ValueError(
             "needs matched attention modules, but this pair of models has none: name outputs "

@@ -61,12 +61,21 @@ def make_mesh(
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(_mesh(mesh), PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis split over all devices of `"data"` and `"fsdp"`."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    return NamedSharding(_mesh(mesh), PartitionSpec(AXES))
+
+
+def _mesh(given: Any) -> Mesh:
+    """Refuses what is no mesh."""
+    if not isinstance(given, Mesh):
+        raise TypeError(
+            f"mesh must be a mesh such as sharding.make_mesh(), got {type(given).__name__}."
+        )
+    return given
 
 
 def fsdp_shardings(
@@ -85,7 +94,8 @@ def fsdp_shardings(
     Returns:
       A tree of `NamedSharding` for `jax.device_put` or `jax.jit(out_shardings=...)`.
     """
-    size, across = mesh.shape["fsdp"], mesh.shape.get("tensor", 1)
+    _checks.count(0, smallest=smallest)
+    size, across = _mesh(mesh).shape["fsdp"], mesh.shape.get("tensor", 1)
     rules = [(re.compile(f"(.*/)?{pattern}"), axis) for pattern, axis in tensor]
 
     def rule(path: str, leaf: Any) -> NamedSharding:
@@ -146,7 +156,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
       ValueError: if the local batch is not divisible by this process's devices. Pad it and give the
         padding weight 0 in `batch["weights"]`.
     """
-    own = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
+    own = sum(d.process_index == jax.process_index() for d in _mesh(mesh).devices.flat)
     parts = max(1, own // mesh.shape.get("tensor", 1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(batch)):
         if not np.ndim(leaf) or np.shape(leaf)[0] % parts:

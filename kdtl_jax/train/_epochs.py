@@ -22,6 +22,8 @@ class Epoch(Protocol):
 
 def take(data: Batch, index: Array) -> dict[str, Any]:
     """Rows `index` of every array in `data`; `index` of any shape."""
+    _checks.integers(index=index)
+    index = jnp.asarray(index)
     return jax.tree.map(lambda x: jnp.take(x, index, axis=0), dict(data))
 
 

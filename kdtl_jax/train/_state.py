@@ -129,6 +129,15 @@ def init_state(
     )
 
 
+def check_state(state: Any) -> None:
+    """Raises TypeError unless `state` is a `TrainState`."""
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            "state must be what train.init_state(params, tx, key=key) makes, got "
+            f"{type(state).__name__}."
+        )
+
+
 def own(leaf: Any) -> Any:
     """A copy without weak type, so donating the state never deletes the caller's arrays."""
     if _checks.is_key(leaf):

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from kdtl_jax._types import ModelFn, PyTree, Variables
 from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
 from kdtl_jax.train import _contracts, _gradients, dot, precision
 from kdtl_jax.train._gradients import Carried, Found, Means, Objective
-from kdtl_jax.train._state import Batch, Step, TrainState, like, split
+from kdtl_jax.train._state import Batch, Step, TrainState, check_state, like, split
 
 
 def make_step(
@@ -80,6 +80,7 @@ def make_step(
     def step(
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
+        check_state(state)
         batch = _blank_padding(_contracts.batch(batch))
         parts = split(state.params, state.connectors, trainable)
 
@@ -169,6 +170,10 @@ def add_metrics(*metrics: Metrics) -> Metrics:
 
 def values(metrics: Metrics) -> dict[str, Array]:
     """`{name: total / weight}`; batched metrics (from scan or vmap) give batched values."""
+    if not isinstance(metrics, Mapping) or not all(isinstance(x, Mean) for x in metrics.values()):
+        raise TypeError(
+            f"metrics must be those that a step returns, {{name: Mean}}, got {metrics!r:.80}."
+        )
     return {name: mean.value() for name, mean in metrics.items()}
 
 

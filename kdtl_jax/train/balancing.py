@@ -81,6 +81,7 @@ def remainder(weights: Mapping[str, float], *, to: str) -> dict[str, float]:
     References:
       Model-Optimizer's `StaticLossBalancer`.
     """
+    _checks.mappings(weights=weights)
     named = {f"the weight of {name!r}": weight for name, weight in weights.items()}
     _checks.scalar(**named)
     _checks.finite(**named)

@@ -57,6 +57,10 @@ def stack_teachers(teachers: Sequence[Params]) -> Params:
     """
     if isinstance(teachers, Mapping):
         raise TypeError("teachers must be a list of parameter trees, got one tree (a dict).")
+    if not isinstance(teachers, Sequence) or isinstance(teachers, str):
+        raise TypeError(
+            f"teachers must be a list of parameter trees, got {type(teachers).__name__}."
+        )
     if not teachers:
         raise ValueError("expected at least one teacher, got none.")
     first, *others = [trees.flatten(teacher) for teacher in teachers]
@@ -200,7 +204,7 @@ def gated_logits(logits: Array, scores: Array) -> Array:
     logits = _door(logits)
     _checks.floating(scores=scores)
     _checks.rank(3, 3, logits=logits)
-    if scores.shape != (logits.shape[1], logits.shape[0]):
+    if np.shape(scores) != (logits.shape[1], logits.shape[0]):
         raise ValueError(
             f"scores must be [{logits.shape[1]}, {logits.shape[0]}], one per "
             f"example and branch, got {_checks.described(logits=logits, scores=scores)}."

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdtl_jax import _checks, _numerics, _softmax, trees
 from kdtl_jax._types import Array, Params, PyTree
@@ -145,9 +146,11 @@ def _mean_over(
 
 def _count(examples: PyTree) -> int:
     flat = trees.flatten(examples)
+    if not flat or not all(map(np.ndim, flat.values())):
+        raise ValueError(f"examples must be arrays with one row per example, got {examples!r:.80}.")
     _checks.same_batch(**flat)
     _checks.nonempty(**flat)
-    return next(iter(flat.values())).shape[0]
+    return np.shape(next(iter(flat.values())))[0]
 
 
 def _square(x: Array) -> Array:

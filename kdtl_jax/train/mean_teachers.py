@@ -28,7 +28,7 @@ from jax import Array
 from kdtl_jax import _checks, _numerics, transforms, trees
 from kdtl_jax._types import Params, PyTree, Scalar, Schedule, Variables
 from kdtl_jax.objective import Metrics
-from kdtl_jax.train._state import Batch, Step, TrainState, own
+from kdtl_jax.train._state import Batch, Step, TrainState, check_state, own
 
 
 class MeanTeacher(NamedTuple):
@@ -44,6 +44,7 @@ def begin(state: TrainState) -> TrainState:
     Half-precision values are averaged in float32, where small steps are not rounded away; the
     teacher runs in its student's dtypes.
     """
+    check_state(state)
     teacher = jax.tree.map(
         lambda x: _numerics.upcast(x) if trees.is_inexact(x) else x,
         Variables(state.params, state.model_state),

@@ -153,7 +153,7 @@ def self_teaching_terms(
         "task": _cross_entropies(jnp.stack(exits), labels, where),
         "distill": jnp.sum(jnp.stack(kl), axis=0),
     }
-    if features:
+    if len(features):
         target = jax.lax.stop_gradient(features[-1])
         terms["hint"] = jnp.sum(
             jnp.stack([_squared_distance(feature, target) for feature in features[:-1]]), axis=0
@@ -183,7 +183,8 @@ def teacher_chain(
     References:
       Mirzadeh et al., Improved Knowledge Distillation via Teacher Assistant, 2019 (1902.03393).
     """
-    if not trainers:
+    _checks.key(key=key)
+    if not len(trainers):
         raise ValueError("expected at least one trainer, got none.")
     trained = []
     for i, trainer in enumerate(trainers):

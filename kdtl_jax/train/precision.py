@@ -28,8 +28,12 @@ def compute_in(model: ModelFn, dtype: Any) -> ModelFn:
     Raises:
       TypeError: if `dtype` is not floating point.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating point, got {dtype}.")
+    try:
+        is_floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise TypeError(f"dtype must be floating point such as jnp.bfloat16, got {dtype!r:.80}.")
 
     def apply(
         params: Params,
@@ -109,6 +113,8 @@ def loss_scaling(
     _checks.scalar(initial=initial, factor=factor, smallest=smallest)
     _checks.positive(initial=initial, factor=factor, smallest=smallest)
     _checks.count(1, period=period)
+    if not hasattr(tx, "init") or not hasattr(tx, "update"):
+        raise TypeError(f"tx must be an optimizer such as optax.adam(1e-3), got {tx!r:.80}.")
     if factor <= 1:
         raise ValueError(f"factor must be above 1, got {factor}.")
 

@@ -51,7 +51,7 @@ class Manifest(NamedTuple):
 
 def steps(folder: str | Path) -> list[int]:
     """The steps in a folder, oldest first, whole or not."""
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
@@ -82,7 +82,7 @@ def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
     Raises:
       FileNotFoundError: if no whole step has a finite value, with the reason for every step.
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
 
     def choose() -> int:
         values, reasons = {}, []
@@ -130,7 +130,7 @@ def restore(
       TypeError: if `step` is not an integer.
       ValueError: if paths, shapes, dtypes or key types differ from the template, leaf by leaf.
     """
-    folder = Path(folder).absolute()
+    folder = _checks.path(folder=folder).absolute()
     if step is not None:
         _checks.count(0, step=step)
         step = operator.index(step)

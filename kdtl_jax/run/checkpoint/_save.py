@@ -105,7 +105,7 @@ def open_folder(
       ValueError: if it holds foreign files.
       PermissionError: (or another OSError) if the folder cannot be written.
     """
-    folder = Path(folder).absolute()
+    folder = _checks.path(folder=folder).absolute()
     with contextlib.ExitStack() as stack:
         identity = processes.decide(lambda: _begin(folder, stack))
         stack.enter_context(_quiet.logs())
@@ -203,7 +203,7 @@ def remove(folder: str | Path) -> list[str]:
     Returns:
       The names of foreign files, which are kept.
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     if folder.is_symlink():
         return [folder.name]
     if not folder.exists() or _files.remove(folder, KIND):
@@ -223,7 +223,7 @@ def check_removable(folder: str | Path) -> None:
       ValueError: if it holds foreign files.
       OSError: if it is not a folder.
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     if folder.is_symlink() or not folder.is_dir() or (folder / _files.MARK).exists():
         _files.check_free(folder, KIND)
         return

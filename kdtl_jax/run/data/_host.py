@@ -133,6 +133,7 @@ def unpad(batch: Batch) -> dict[str, Any]:
 
     A batch with weights other than 0 and 1, or only zeros, is returned unchanged.
     """
+    _checks.mappings(batch=batch)
     weights = np.asarray(batch["weights"]) if "weights" in batch else np.ones(0)
     is_padding = weights.ndim == 1 and np.isin(weights, (0, 1)).all()
     if not is_padding or (weights.size and not weights.any()):
@@ -159,6 +160,7 @@ def open_arrays(files: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
       OSError: if a file does not exist or cannot be read.
       ValueError: if lengths differ, or a file is not a complete .npy or holds Python objects.
     """
+    _checks.mappings(files=files)
     arrays = {}
     for name, path in files.items():
         try:

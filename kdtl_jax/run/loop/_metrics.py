@@ -45,7 +45,7 @@ def metrics_file(
       `log(line)`, which takes any value and writes what JSON lacks as null or text. Every line is
       flushed to the system at once, so that a killed process loses none.
     """
-    path = Path(path)
+    path = _checks.path(path=path)
     if path.is_symlink() and not path.exists():
         path.unlink()
     if path.exists() and (resume_at is not None or stays is not None or path.is_symlink()):
@@ -72,7 +72,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     That is the last line if a kill or a full disk truncated it, or all of a missing file.
     """
-    path = Path(path)
+    path = _checks.path(path=path)
     if not path.exists():
         warnings.warn(f"{path} is missing: its metrics are lost.", stacklevel=2)
         return []

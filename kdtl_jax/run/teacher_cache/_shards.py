@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _files, _text, losses
+from kdtl_jax import _checks, _files, _text, losses
 from kdtl_jax.run.teacher_cache._fingerprint import Fingerprint, differences, from_json
 
 FORMAT = 2
@@ -64,7 +64,7 @@ def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool
       ValueError: if it is unfinished, damaged (the file is named), or made from something else
         (every difference is named).
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     plan, files = _manifest(folder)
     problems = differences(plan.fingerprint, expect) if expect is not None else []
     if problems:
@@ -94,7 +94,7 @@ def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | No
     Raises:
       ValueError: if the plan cannot be read, or is for something else (every difference is named).
     """
-    file = Path(folder) / PLAN
+    file = _checks.path(folder=folder) / PLAN
     if not file.exists():
         return None
     plan = read_plan(_files.read_sealed(file))
@@ -173,7 +173,7 @@ def verify(folder: str | Path) -> list[str]:
       FileNotFoundError: if there is no cache.
       ValueError: if it is unfinished, or its manifest is damaged.
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     _, files = _manifest(folder)
     found = [file_problem(folder, name, known, contents=True) for name, known in files.items()]
     return [problem for problem in found if problem is not None]

@@ -87,7 +87,7 @@ def write(
       OSError: if the disk is full or read-only; finished shards stay intact.
       RuntimeError: if another process is writing there.
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file. Name a new or an empty folder.")
     _checks.count(1, batch_size=batch_size)

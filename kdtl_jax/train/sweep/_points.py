@@ -106,6 +106,7 @@ def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
       points: as given to a program.
       results: as returned by the program; array results with more axes contribute their last value.
     """
+    _checks.mappings(points=points)
     columns = {name: np.asarray(column) for name, column in points.items()}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(results):
         name = jax.tree_util.keystr(key_path, simple=True, separator="/") or "result"
