@@ -181,7 +181,7 @@ def test_chain_composes_and_keeps_its_parameters_apart() -> None:
         chained.apply(params, x), jnp.tanh(connectors.linear(3).apply(params[0], x))
     )
     np.testing.assert_array_equal(connectors.chain().apply(connectors.chain().init(KEY, x), x), x)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="params must be what this chain made, a list of"):
         chained.apply(params[:1], x)
 
 

@@ -216,7 +216,7 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
     ) -> tuple[Array, Any]:
         if isinstance(params, Mapping) and not params:
             return x, {}  # folded into the preceding map
-        check_made(params, "scale", "offset")
+        check_made(params, "scale")
         floating(x, params["scale"].shape[0])
         if statistics is not None and not isinstance(statistics, Statistics):
             raise TypeError(

@@ -48,7 +48,11 @@ def idx_shape(path: Path) -> tuple[int, ...]:
 
 
 def read_idx_array(path: str | Path) -> np.ndarray:
-    """One idx file as an array in native byte order; unpacks no more than its header announces."""
+    """One idx file as an array in native byte order; unpacks no more than its header announces.
+
+    Raises:
+      TypeError: if `path` is not a path.
+    """
     path = _checks.path(path=path)
     with _opened(path) as (file, packed):
         most = path.stat().st_size * (DEFLATE if packed else 1)

@@ -139,6 +139,9 @@ def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
 
     The returned `Preprocessing` describes everything that was done to inputs and targets as read
     from the file.
+
+    Raises:
+      TypeError: if `splits` are not those of a reader.
     """
     if not isinstance(splits, Splits):
         raise TypeError(

@@ -93,6 +93,9 @@ def fsdp_shardings(
 
     Returns:
       A tree of `NamedSharding` for `jax.device_put` or `jax.jit(out_shardings=...)`.
+
+    Raises:
+      TypeError: if `mesh` is not a mesh.
     """
     _checks.count(0, smallest=smallest)
     size, across = _mesh(mesh).shape["fsdp"], mesh.shape.get("tensor", 1)

@@ -21,7 +21,11 @@ class Epoch(Protocol):
 
 
 def take(data: Batch, index: Array) -> dict[str, Any]:
-    """Rows `index` of every array in `data`; `index` of any shape."""
+    """Rows `index` of every array in `data`; `index` of any shape.
+
+    Raises:
+      TypeError: if `index` is not an array of integers.
+    """
     _checks.integers(index=index)
     index = jnp.asarray(index)
     return jax.tree.map(lambda x: jnp.take(x, index, axis=0), dict(data))

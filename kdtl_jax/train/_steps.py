@@ -169,7 +169,11 @@ def add_metrics(*metrics: Metrics) -> Metrics:
 
 
 def values(metrics: Metrics) -> dict[str, Array]:
-    """`{name: total / weight}`; batched metrics (from scan or vmap) give batched values."""
+    """`{name: total / weight}`; batched metrics (from scan or vmap) give batched values.
+
+    Raises:
+      TypeError: if `metrics` are not those that a step returns.
+    """
     if not isinstance(metrics, Mapping) or not all(isinstance(x, Mean) for x in metrics.values()):
         raise TypeError(
             f"metrics must be those that a step returns, {{name: Mean}}, got {metrics!r:.80}."

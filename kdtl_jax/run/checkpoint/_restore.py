@@ -50,7 +50,11 @@ class Manifest(NamedTuple):
 
 
 def steps(folder: str | Path) -> list[int]:
-    """The steps in a folder, oldest first, whole or not."""
+    """The steps in a folder, oldest first, whole or not.
+
+    Raises:
+      TypeError: if `folder` is not a path.
+    """
     folder = _checks.path(folder=folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)

@@ -202,6 +202,9 @@ def remove(folder: str | Path) -> list[str]:
 
     Returns:
       The names of foreign files, which are kept.
+
+    Raises:
+      TypeError: if `folder` is not a path.
     """
     folder = _checks.path(folder=folder)
     if folder.is_symlink():

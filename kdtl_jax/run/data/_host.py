@@ -132,6 +132,9 @@ def unpad(batch: Batch) -> dict[str, Any]:
     """The real rows of a batch that `pad` has padded, without `"weights"`.
 
     A batch with weights other than 0 and 1, or only zeros, is returned unchanged.
+
+    Raises:
+      TypeError: if the batch is not a dict.
     """
     _checks.mappings(batch=batch)
     weights = np.asarray(batch["weights"]) if "weights" in batch else np.ones(0)

@@ -105,6 +105,9 @@ def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
     Args:
       points: as given to a program.
       results: as returned by the program; array results with more axes contribute their last value.
+
+    Raises:
+      TypeError: if `points` are not a dict.
     """
     _checks.mappings(points=points)
     columns = {name: np.asarray(column) for name, column in points.items()}
