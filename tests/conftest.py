@@ -47,22 +47,25 @@ ROOM = 2**31  # bytes that a worker's compiled programs may take
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_released() -> Iterator[None]:
-    """Several workers share a machine: one that has grown drops programs between files.
+    """Several workers share a machine: what nothing reads again goes between files.
 
-    First the modules they were compiled from, a megabyte each, which nothing reads again; only
-    where that is not enough the programs, which then come from the persistent cache.
+    A worker that has grown drops its programs too; those that are needed again come from the
+    persistent cache.
     """
     yield
-    for drop in (_drop_modules, jax.clear_caches):
-        if _resident() > ROOM:
-            drop()
-            gc.collect()
-            with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-                ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _drop_modules()
+    if _resident() > ROOM:
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _drop_modules() -> None:
-    """JAX keeps them beside their programs; a version that keeps them elsewhere keeps them."""
+    """What programs were compiled from, a megabyte each: dropped, the next are written there.
+
+    A version of JAX that keeps them elsewhere keeps them.
+    """
     for name, cache in (("interpreters.pxla", "_cached_lowering_to_hlo"), ("pjit", "_pjit_lower")):
         with contextlib.suppress(ImportError, AttributeError):
             getattr(importlib.import_module(f"jax._src.{name}"), cache).cache_clear()
