@@ -116,7 +116,8 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
 
     Returns:
       The projection; it does not depend on the scale of the weights. Without examples, the kernel
-      and the bias are 0. NaN if the features' squares or the ridge overflow.
+      and the bias are 0. NaN if the features' squares or the ridge overflow, and possibly if the
+      ridge is below the rounding of the largest variance while features depend on each other.
 
     Raises:
       ValueError: if a concrete `ridge` is not positive.
