@@ -153,3 +153,19 @@ def test_half_precision_is_averaged_in_float32() -> None:
     batch = {"inputs": normal(B, 2), "labels": LABELS}
     after, _ = mean_teachers.follow(step, decay=0.999)(state, batch)
     np.testing.assert_allclose(after.memory.teacher.params["w"], 1.001, rtol=1e-6)
+
+
+@pytest.mark.parametrize("guard", ["loss scaling", "apply_if_finite"])
+def test_a_teacher_stays_in_a_step_that_is_skipped(guard: str) -> None:
+    sgd = optax.sgd(0.1)
+    tx = train.precision.loss_scaling(sgd) if "loss" in guard else optax.apply_if_finite(sgd, 3)
+    step = train.make_step(model, terms, {"task": 1.0, "mean": 1.0}, tx, teacher=model)
+    step = jax.jit(mean_teachers.follow(step, decay=0.9))
+    batch = {"inputs": normal(B, 2), "labels": LABELS}
+    state = train.init_state({"w": jnp.ones((2, C))}, tx, key=jax.random.key(0))
+    first, _ = step(mean_teachers.begin(state), batch)
+    skipped, _ = step(first, batch | {"inputs": batch["inputs"].at[0].set(jnp.inf)})
+    third, _ = step(skipped, batch)
+    weights = [s.memory.teacher.params["w"] for s in (first, skipped, third)]
+    np.testing.assert_array_equal(weights[1], weights[0])
+    assert not np.array_equal(weights[2], weights[1])

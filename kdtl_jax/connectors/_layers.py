@@ -115,11 +115,12 @@ def feature_map(x: Any) -> Any:
 
 def pair(size: Size) -> tuple[int, int]:
     """Height and width; a single number is used for both."""
-    sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size,) * 2
+    sides = [size] * 2 if isinstance(size, (int, str)) else list(size)
     if len(sides) != 2:
         raise ValueError(f"size must be one side or (height, width), got {size!r:.80}.")
-    _checks.count(1, **{"the height of size": sides[0], "the width of size": sides[1]})
-    return sides
+    height, width = sides
+    _checks.count(1, **{"the height of size": height, "the width of size": width})
+    return height, width
 
 
 def linear(features: int, *, bias: bool = True) -> Connector:

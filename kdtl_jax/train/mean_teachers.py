@@ -28,6 +28,7 @@ from jax import Array
 from kdtl_jax import _checks, _numerics, transforms, trees
 from kdtl_jax._types import Params, PyTree, Scalar, Schedule, Variables
 from kdtl_jax.objective import Metrics
+from kdtl_jax.train import precision
 from kdtl_jax.train._state import Batch, Step, TrainState, check_state, own
 
 
@@ -55,7 +56,8 @@ def begin(state: TrainState) -> TrainState:
 def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
     """`step` with a teacher that follows its student, `d teacher + (1 - d) student` at each step.
 
-    Batch statistics are averaged like parameters; counters and keys are copied.
+    Batch statistics are averaged like parameters; counters and keys are copied. In a step that the
+    optimizer skips (`precision.loss_scaling`, `optax.apply_if_finite`), the teacher stays too.
 
     Args:
       step: from `train.make_step(model, ..., teacher=model)`.
@@ -91,6 +93,7 @@ def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
         new, metrics = step(state._replace(memory=held.memory), batch, runs)
         student = Variables(new.params, new.model_state)
         teacher = _averaged(held.teacher, student, _at(decay, state.step))
+        teacher = precision.unless_skipped(teacher, held.teacher, new.opt_state, state.opt_state)
         return new._replace(memory=MeanTeacher(teacher, new.memory)), metrics
 
     return following
