@@ -110,11 +110,21 @@ def test_what_is_no_way_to_sample_is_refused(how: dict[str, Any], says: str):
         language.sampling_log_probs(jnp.zeros((2, 4)), **how)
 
 
+def log_probs(tokens: Any, segments: Any) -> np.ndarray:
+    """Of what follows every token, by one pass over the whole text."""
+
+    @jax.jit
+    def table(tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
+        hidden, _ = MODEL.apply(PARAMS, tokens, segments=segments)
+        return language.sampling_log_probs(losses.head_logits(hidden, MODEL.head(PARAMS)), **HOW)
+
+    return np.asarray(table(tokens, segments))
+
+
 def test_log_probs_are_those_of_a_pass_over_the_whole_text():
-    samples = DRAW(PROMPTS, MASK, KEYS)
-    rows = language.joined(PROMPTS, samples, prompt_mask=MASK)
-    hidden, _ = MODEL.apply(PARAMS, rows.tokens, segments=rows.segments)
-    table = language.sampling_log_probs(losses.head_logits(hidden, MODEL.head(PARAMS)), **HOW)
+    samples = jax.tree.map(np.asarray, DRAW(PROMPTS, MASK, KEYS))
+    rows = jax.tree.map(np.asarray, language.joined(PROMPTS, samples, prompt_mask=MASK))
+    table = log_probs(rows.tokens, rows.segments)
     compared = 0
     for b in range(3):
         real = np.flatnonzero(rows.segments[b])
@@ -151,9 +161,7 @@ def test_what_is_drawn_follows_the_distribution():
     keys = jax.random.split(jax.random.key(5), many)
     run = jax.jit(lambda k: language.sample(MODEL, PARAMS, prompts, keys=k, length=1, **HOW))
     drawn = np.asarray(run(keys).tokens[:, 0])
-    hidden, _ = MODEL.apply(PARAMS, PROMPTS[:1])
-    logits = losses.head_logits(hidden[:, -1], MODEL.head(PARAMS))
-    p = np.exp(np.asarray(language.sampling_log_probs(logits, **HOW))[0])
+    p = np.exp(log_probs(PROMPTS[:1], None)[0, -1])
     shares = np.bincount(drawn, minlength=22) / many
     assert (shares[p == 0] == 0).all()
     np.testing.assert_allclose(shares, p, atol=5 * np.sqrt(0.25 / many))
