@@ -141,9 +141,8 @@ def test_no_cross_entropy_and_no_sampling_temperature_enters_a_divergence() -> N
         vocabulary=7, width=8, layers=1, heads=2, key_heads=1, head_width=4, hidden=8, is_tied=True
     )
     decoder = models.decoder(config)
-    student, teacher = (
-        jax.tree.map(lambda x: 8 * x, decoder.init(jax.random.key(seed))) for seed in (0, 1)
-    )
+    begin = jax.jit(lambda key: jax.tree.map(lambda x: 8 * x, decoder.init(key)))
+    student, teacher = (begin(jax.random.key(seed)) for seed in (0, 1))
     tokens = jnp.asarray([[1, 4, 2, 6, 3, 5]])
     setup = language.Setup(decoder, optax.sgd(1.0), prompt=2, share=0.0, temperature=0.9)
     step = jax.jit(language.gkd(setup).step)
@@ -154,11 +153,11 @@ def test_no_cross_entropy_and_no_sampling_temperature_enters_a_divergence() -> N
         state, metrics = step(state, {"inputs": inputs}, against)
         return float(metrics["loss"].value()), state.params
 
-    logits = (
-        losses.head_logits(decoder.apply(x, tokens)[0], decoder.head(x))[:, :-1]
-        for x in (student, teacher)
-    )
-    p, q = probabilities(*logits)
+    @jax.jit
+    def logits(params: Any) -> jax.Array:
+        return losses.head_logits(decoder.apply(params, tokens)[0], decoder.head(params))[:, :-1]
+
+    p, q = probabilities(logits(student), logits(teacher))
     middle = (p + q) / 2
     exact = np.mean(np.sum(p * np.log(p / middle) + q * np.log(q / middle), -1) / 2)
     found, _ = run(teacher)
@@ -180,12 +179,11 @@ def test_an_answer_of_one_token_is_learned_where_it_is_predicted(answer: int) ->
     hidden, other = jnp.asarray(rng.normal(size=(2, 1, 6, 7)), jnp.float32)
     outputs = [{"hidden": x, "head": Head(jnp.eye(7))} for x in (hidden, other)]  # are the logits
 
-    def total(term: Any, hidden: jax.Array, log_probs: jax.Array) -> jax.Array:
+    def total(term: Any, hidden: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, Any]:
         batch = {"inputs": {"tokens": tokens, "learned": learned, "log_probs": log_probs}}
         given = Inputs(student=outputs[0] | {"hidden": hidden}, teacher=outputs[1], batch=batch)
         (mean,) = term(given).values()
-        assert mean.weight == 1
-        return mean.value()
+        return mean.value(), mean.weight
 
     p, q = probabilities(hidden[0, answer - 1], other[0, answer - 1])
     token = int(tokens[0, answer])
@@ -198,8 +196,11 @@ def test_an_answer_of_one_token_is_learned_where_it_is_predicted(answer: int) ->
         language.divergence(losses.reverse_kl): p * (apart - np.sum(p * apart)),
         language.sampled_reverse_kl(): apart[token] * (onehot - p),
     }
+    slope = jax.jit(jax.grad(total, 1, has_aux=True), static_argnums=0)
     for term, exact in wanted.items():
-        gradient = np.array(jax.grad(total, 1)(term, hidden, sampler))
+        found, weight = slope(term, hidden, sampler)
+        gradient = np.array(found)
+        assert weight == 1
         np.testing.assert_allclose(gradient[0, answer - 1], exact, rtol=1e-4, atol=1e-6)
         assert np.abs(exact).max() > 0.1
         gradient[0, answer - 1] = 0
