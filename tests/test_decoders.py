@@ -106,7 +106,7 @@ def test_tensors_keep_their_dtypes_where_they_differ(tmp_path: Path):
         for tensor, array in safetensors.load(tmp_path / name).items():
             assert array.dtype == stored[tensor].dtype
             np.testing.assert_array_equal(array, stored[tensor], err_msg=tensor)
-    hidden, _ = small.model.apply(small.params, jnp.asarray([[1, 2, 3]]))
+    hidden, _ = jax.jit(small.model.apply)(small.params, jnp.asarray([[1, 2, 3]]))
     assert hidden.dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(decoders.load(folder, dtype=jnp.float32).params)} == {
         jnp.dtype(jnp.float32)
@@ -137,14 +137,14 @@ def test_taps_are_what_runs_along_the_layers():
     assert names == ("tokens", *(f"layers_{i}" for i in range(config.layers)))
     run = jax.jit(source.model.tap, static_argnums=0)
     hidden, taps = run(names, params, tokens)
-    close(hidden, source.model.apply(params, tokens)[0])
+    close(hidden, jax.jit(source.model.apply)(params, tokens)[0])
     assert taps.keys() == set(names)
     # A decoder that ends after the first layer says that layer's output behind its last norm.
     first = decoders.student(source, layers=[0])
     inner = taps["layers_0"]
     inner *= jax.lax.rsqrt(jnp.mean(jnp.square(inner), -1, keepdims=True) + config.norm.epsilon)
     close(
-        first.model.apply(first.params, tokens)[0],
+        jax.jit(first.model.apply)(first.params, tokens)[0],
         inner * (1 + params["norm"]["scale"])[None, None],
     )
     stacked = transforms.stack_layers(params, r"layers_(\d+)/.*")
