@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def test_a_tower_gives_its_features_and_is_saved_alone(
     given, wanted = ("images", "image") if tower == "vision" else ("tokens", "text")
 
     def compare(model: huggingface.Pretrained) -> None:
-        outputs, _ = model.model(model.params, None, jnp.asarray(arrays[given]))
+        outputs, _ = jax.jit(model.model)(model.params, None, jnp.asarray(arrays[given]))
         name = OUTPUT.get(kind, {}).get(tower, "pooled")
         np.testing.assert_allclose(outputs[name], arrays[wanted], atol=3e-6)
 
