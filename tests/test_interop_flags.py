@@ -101,7 +101,7 @@ class NNXJitted(fnnx.Module):
 
 
 class NNXJittedFrozen(NNXJitted):
-    def __call__(self, x: Any, frozen: bool = True) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # no usual flag, on purpose
+    def __call__(self, x: Any, frozen: bool = True) -> Any:
         return normalized(self, x, not frozen)
 
 
