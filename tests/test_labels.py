@@ -297,6 +297,18 @@ def test_stored_classes_out_of_range_are_nan_without_a_nan_gradient() -> None:
     np.testing.assert_array_equal(np.isnan(rows), np.arange(6) == 1)
 
 
+def test_given_classes_out_of_range_are_nan() -> None:
+    """JAX reads -1 as the last class."""
+    index = np.tile([1, 2], (6, 1))
+    index[1, 0], index[4, 1] = -1, LOGITS.shape[1]
+    outside = (index < 0) | (index >= LOGITS.shape[1])
+    known = jax.jit(losses.top_k_at)(LOGITS, index)
+    np.testing.assert_array_equal(np.isnan(known.log_probs), outside)
+    np.testing.assert_array_equal(np.isnan(known.log_tail), outside.any(axis=1))
+    weighted = jax.jit(losses.random_sampling_targets)(LOGITS, index)
+    np.testing.assert_array_equal(np.isnan(weighted.weights), outside)
+
+
 def test_labels_of_tokens_are_those_of_rows() -> None:
     tokens, other, labels, where = (
         x.reshape(2, 3, *x.shape[1:]) for x in (STUDENT, LOGITS, IGNORED, KNOWN)

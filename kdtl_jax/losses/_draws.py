@@ -65,6 +65,9 @@ def random_sampling_targets(
       teacher_logits: `[..., num_classes]`.
       draws: int `[..., N]`, from `random_sampling_draws` with the same exponent.
       exponent: of the draws.
+
+    Returns:
+      `WeightedClasses`; under `jit`, the weight of a class out of range is NaN.
     """
     log_p, log_q = _proposal(teacher_logits, exponent)
     _checks.indices(log_p.shape[-1], draws=draws)
@@ -73,8 +76,10 @@ def random_sampling_targets(
             "draws must be [..., N] with the teacher's leading dimensions, got "
             f"{_checks.described(teacher_logits=teacher_logits, draws=draws)}."
         )
-    ratio = jnp.take_along_axis(_softmax.finite_difference(log_p, log_q), draws, axis=-1)
-    return WeightedClasses(draws, jnp.exp(ratio) / jnp.shape(draws)[-1])
+    safe, usable = _numerics.usable_labels(draws, log_p.shape[-1])
+    ratio = jnp.take_along_axis(_softmax.finite_difference(log_p, log_q), safe, axis=-1)
+    weights = _numerics.at_usable(jnp.exp(ratio), usable) / jnp.shape(draws)[-1]
+    return WeightedClasses(draws, weights)
 
 
 def random_sampling_cross_entropy(

@@ -69,6 +69,9 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
       teacher_logits: `[..., num_classes]`.
       indices: int `[..., k]`, all different within a row.
       temperature: softens the teacher; use the same for the student.
+
+    Returns:
+      `TopK`; under `jit`, a class out of range is NaN, and so is its row's tail.
     """
     teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
     _checks.indices(teacher.shape[-1], indices=indices)
@@ -78,8 +81,10 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
             f"{_checks.described(teacher_logits=teacher_logits, indices=indices)}."
         )
     log_p = _softmax.log_softmax(teacher)
-    chosen = jnp.take_along_axis(log_p, indices, axis=-1)
-    return TopK(indices, chosen, _log_rest(log_p, indices))
+    safe, usable = _numerics.usable_labels(indices, log_p.shape[-1])
+    chosen = _numerics.at_usable(jnp.take_along_axis(log_p, safe, axis=-1), usable)
+    tail = _numerics.at_usable(_log_rest(log_p, safe), jnp.all(usable, axis=-1))
+    return TopK(indices, chosen, tail)
 
 
 def stored_top_k(indices: Array, log_probs: Array) -> TopK:
