@@ -307,6 +307,11 @@ def test_given_classes_out_of_range_are_nan() -> None:
     np.testing.assert_array_equal(np.isnan(known.log_tail), outside.any(axis=1))
     weighted = jax.jit(losses.random_sampling_targets)(LOGITS, index)
     np.testing.assert_array_equal(np.isnan(weighted.weights), outside)
+    shared = jax.jit(losses.shared_vocabulary)(LOGITS, LOGITS, index[1], index[4])
+    for side, ids in zip(shared, outside[[1, 4]], strict=True):
+        np.testing.assert_array_equal(np.isnan(side)[:, :2], np.tile(ids, (6, 1)))
+    accepted = jax.jit(lambda ids: losses.acceptance(LOGITS[:, :2], LOGITS, draft_ids=ids))
+    assert np.isnan(accepted(index[1])).all() and np.isfinite(accepted(index[2])).all()
 
 
 def test_labels_of_tokens_are_those_of_rows() -> None:

@@ -267,3 +267,27 @@ def test_relative_positions_need_buckets_and_a_distance():
     near = np.arange(4)[:, None] - np.arange(4)
     np.testing.assert_array_equal(_deberta.log_buckets(4, 256, 4), near)
     np.testing.assert_array_equal(_deberta.log_buckets(4, 0, 4), near)
+
+
+def test_tokens_that_do_not_exist_are_nan_and_padding_may_be_anything() -> None:
+    """JAX reads -1 as the last token of the vocabulary."""
+    config = models.DecoderConfig(13, 8, layers=1, heads=2, key_heads=2, head_width=4, hidden=8)
+    decoder, encoder = models.decoder(config), CASES["bert"][0]
+    tokens = jnp.array([[3, -1, 5], [3, 4, 13], [3, 4, 5]])
+    where = tokens == jnp.array([3, 4, 5])
+
+    @jax.jit
+    def outputs() -> Any:
+        params = decoder.init(KEY)
+        variables = encoder.init(KEY, {"tokens": tokens, "mask": where})
+        hidden = [decoder.apply(params, tokens, segments=s)[0] for s in (None, where.astype(int))]
+        pooled = [
+            encoder.apply(variables, {"tokens": tokens, "mask": mask})["pooled"]
+            for mask in (jnp.ones_like(where), where)
+        ]
+        return hidden, pooled
+
+    for given, padded in outputs():
+        rows = np.isnan(np.reshape(given, (3, -1))).any(axis=1)
+        np.testing.assert_array_equal(rows, [True, True, False])
+        assert np.isfinite(padded[where] if padded.ndim == 3 else padded).all()

@@ -116,6 +116,9 @@ def log_mass(logits: Array, classes: Array) -> Array:
 def _with_rest(logits: Array, ids: Array) -> Array:
     _checks.indices(jnp.shape(logits)[-1], ids=ids)
     log_p = _softmax.log_softmax(logits)
-    is_shared = jnp.zeros(log_p.shape[-1], jnp.bool_).at[ids].set(True)
+    safe, usable = _numerics.usable_labels(ids, log_p.shape[-1])
+    is_shared = jnp.zeros(log_p.shape[-1], jnp.bool_).at[safe].set(True)
     rest = _logspace.logsumexp(log_p, where=jnp.broadcast_to(~is_shared, log_p.shape))
-    return jnp.concatenate([jnp.take(log_p, ids, axis=-1), rest[..., None]], axis=-1)
+    known = jnp.take(log_p, safe, axis=-1)
+    known = _numerics.at_usable(known, jnp.broadcast_to(usable, known.shape))
+    return jnp.concatenate([known, rest[..., None]], axis=-1)

@@ -181,8 +181,10 @@ class FusedGatedFeedForward(nn.Module):
         return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(y)
 
 
-def token_inputs(inputs: Any) -> tuple[Array, Array | None, Array | None]:
+def token_inputs(inputs: Any, vocabulary: int | None) -> tuple[Array, Array | None, Array | None]:
     """`(tokens, mask, types)` from an int array `[B, L]` or a mapping of such arrays.
+
+    Tokens are those of `known_ids`, or with None as they are.
 
     Raises:
       ValueError: if the tokens are missing, not `[B, L]`, or another array has another shape.
@@ -204,8 +206,22 @@ def token_inputs(inputs: Any) -> tuple[Array, Array | None, Array | None]:
                 f"{name} must be [B, L] like the tokens, got {list(array.shape)} for "
                 f"tokens{list(tokens.shape)}."
             )
-    mask = given.get("mask")
-    return tokens, None if mask is None else mask.astype(jnp.bool_), given.get("types")
+    mask = None if given.get("mask") is None else given["mask"].astype(jnp.bool_)
+    ids = tokens if vocabulary is None else known_ids(tokens, vocabulary, mask)
+    return ids, mask, given.get("types")
+
+
+def known_ids(tokens: Array, vocabulary: int, where: Array | None = None) -> Array:
+    """The ids; outside the vocabulary 0 in padding, and otherwise one whose embedding is NaN.
+
+    JAX itself reads -1 as the last row of a table.
+    """
+    wide = jnp.asarray(tokens)
+    if wide.dtype.itemsize < 4:  # the vocabulary need not fit
+        wide = wide.astype(jnp.int32)
+    outside = (wide < 0) | (wide >= vocabulary)
+    one = jnp.asarray(vocabulary, wide.dtype)
+    return jnp.where(outside, one if where is None else jnp.where(where, one, 0), wide)
 
 
 def check_length(tokens: Array, positions: int) -> None:

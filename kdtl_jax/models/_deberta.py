@@ -89,7 +89,7 @@ class Deberta(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
-        tokens, mask, types = token_inputs(inputs)
+        tokens, mask, types = token_inputs(inputs, self.vocabulary)
         where = None if mask is None else mask[:, None, None, :]
         length = tokens.shape[1]
 

@@ -31,6 +31,7 @@ from kdtl_jax import _checks
 from kdtl_jax._types import Params
 from kdtl_jax.losses import Head
 from kdtl_jax.models import _decoder_layer
+from kdtl_jax.models._blocks import known_ids
 from kdtl_jax.models._decoder_config import Cache, DecoderConfig
 from kdtl_jax.models._decoder_layer import Kind, Slots, kinds, normalized, places_of, written
 
@@ -50,7 +51,7 @@ class Apply(Protocol):
 
     Args of the call:
       params: from `Decoder.init`, or with stacked layers.
-      tokens: int `[B, L]`.
+      tokens: int `[B, L]`; an id outside the vocabulary is NaN, unless it is padding.
       positions: int `[B, L]`; None counts within each segment, continuing from the cache.
       segments: int `[B, L]`, 0 for padding; None means one text per row, without padding.
       cache: a `Cache` with room for `L` more slots, or None.
@@ -247,7 +248,7 @@ def _apply(
     table = params["tokens"]["embedding"]
     if segments is not None:  # padding may hold anything, and an id out of range would be NaN
         tokens, at = (jnp.where(own > 0, x, 0) for x in (tokens, at))
-    x = jnp.take(table, tokens, axis=0).astype(dtype or table.dtype)
+    x = jnp.take(table, known_ids(tokens, len(table)), axis=0).astype(dtype or table.dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.learned_positions:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax._types import ModelFn, Params
-from kdtl_jax.models._blocks import token_inputs
+from kdtl_jax.models._blocks import known_ids, token_inputs
 from kdtl_jax.models._decoder import Decoder
 
 
@@ -30,11 +30,8 @@ def text_classifier(decoder: Decoder, *, padding: int | None = None) -> ModelFn:
     def model(
         params: Params, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
     ) -> tuple[dict[str, Array], Any]:
-        tokens, mask, hidden = _hidden(decoder, params, inputs)
-        real = jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask
-        if padding is not None:
-            real &= tokens != padding
-        places = jnp.where(real, jnp.arange(tokens.shape[1])[None], -1)
+        real, hidden = _hidden(decoder, params, inputs, padding)
+        places = jnp.where(real, jnp.arange(real.shape[1])[None], -1)
         last = jnp.argmax(places, axis=1)[:, None, None]
         pooled = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
         return {"last_hidden": hidden, "logits": _scores(params, pooled)}, model_state
@@ -48,16 +45,23 @@ def token_classifier(decoder: Decoder) -> ModelFn:
     def model(
         params: Params, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
     ) -> tuple[dict[str, Array], Any]:
-        hidden = _hidden(decoder, params, inputs)[2]
+        hidden = _hidden(decoder, params, inputs, None)[1]
         return {"last_hidden": hidden, "logits": _scores(params, hidden)}, model_state
 
     return model
 
 
-def _hidden(decoder: Decoder, params: Params, inputs: Any) -> tuple[Array, Array | None, Array]:
-    tokens, mask, _ = token_inputs(inputs)
+def _hidden(
+    decoder: Decoder, params: Params, inputs: Any, padding: int | None
+) -> tuple[Array, Array]:
+    """Which tokens are real, bool `[B, L]`, and the hidden states."""
+    tokens, mask, _ = token_inputs(inputs, None)
+    real = jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask
+    if padding is not None:
+        real &= tokens != padding
     segments = None if mask is None else mask.astype(jnp.int32)
-    return tokens, mask, decoder.apply(params, tokens, segments=segments)[0]
+    ids = known_ids(tokens, decoder.config.vocabulary, real)
+    return real, decoder.apply(params, ids, segments=segments)[0]
 
 
 def _scores(params: Params, hidden: Array) -> Array:

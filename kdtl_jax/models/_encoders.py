@@ -149,7 +149,7 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
-        tokens, mask, types = token_inputs(inputs)
+        tokens, mask, types = token_inputs(inputs, self.vocabulary)
         check_length(tokens, self.positions - (self.first_position or 0))
         where = None if mask is None else mask[:, None, None, :]
 

@@ -90,7 +90,7 @@ class T5Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
-        tokens, mask, _ = token_inputs(inputs)
+        tokens, mask, _ = token_inputs(inputs, self.vocabulary)
         where = None if mask is None else mask[:, None, None, :]
         x = nn.Embed(self.vocabulary, self.width, name="tokens")(tokens)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -148,7 +148,7 @@ class ModernBert(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
-        tokens, mask, _ = token_inputs(inputs)
+        tokens, mask, _ = token_inputs(inputs, self.vocabulary)
         length = tokens.shape[1]
         table = nn.Embed(self.vocabulary, self.width, name="tokens")
 
@@ -258,7 +258,7 @@ class ClipText(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
-        tokens, mask, _ = token_inputs(inputs)
+        tokens, mask, _ = token_inputs(inputs, self.vocabulary)
         where = causal(tokens.shape[1])
         where = where if mask is None else where & mask[:, None, None, :]
         x = layer_norm(self.norm_epsilon, "norm")(_text_tower(self, tokens, where, train))
@@ -290,7 +290,7 @@ class SiglipText(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
-        tokens, mask, _ = token_inputs(inputs)
+        tokens, mask, _ = token_inputs(inputs, self.vocabulary)
         where = None if mask is None else mask[:, None, None, :]
         x = layer_norm(self.norm_epsilon, "norm")(_text_tower(self, tokens, where, train))
         pooled = nn.Dense(self.projection, name="pooler")(x[:, -1])
