@@ -345,3 +345,18 @@ def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path: Path) ->
     (folder / "ant" / "bomb.png").write_bytes(bytes(bomb))
     with pytest.raises(ValueError, match="bomb.png: not a readable image"):
         datasets.read(folder, image_size=(4, 4))
+
+
+def test_choices_that_do_nothing_are_refused(tmp_path: Path) -> None:
+    x, y = np.arange(60, dtype=np.float32).reshape(30, 2), np.arange(30) % 2
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    (tmp_path / "a.csv").write_text(
+        "u,v,label\n" + "".join(f"{u},{v},{w}\n" for (u, v), w in zip(x, y, strict=True))
+    )
+    folder = image_folder(tmp_path)
+    for name in ("digits", tmp_path / "a.npz", folder):
+        with pytest.raises(ValueError, match=r"no column.*--drop-columns"):
+            datasets.read_splits(str(name), drop=("u",))
+    for name in ("digits", tmp_path / "a.npz", tmp_path / "a.csv"):
+        with pytest.raises(ValueError, match=r"no image files.*--image-size"):
+            datasets.read_splits(str(name), image_size=(4, 4))

@@ -100,6 +100,7 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
     if not choices.with_targets and (files := _images.all_images(folder)):
         return {"whole": Source(str(folder), Pictures(str(folder), files))}
     found = _of_images(folder, () if choices.takes is None else choices.takes.names)
+    _check_no_columns(folder, choices)
     if found and beside:
         listed = ", ".join(beside)
         note = (
@@ -172,6 +173,7 @@ def _of_images(folder: Path, known: Sequence[str]) -> dict[str, Source]:
 
 
 def _of_idx(folder: Path, choices: Choices) -> dict[str, Source]:
+    _check_no_columns(folder, choices)
     found = {}
     for part, name in (("train", "train"), ("test", "t10k")):
         images = idx_file(folder, name, "images")
@@ -193,6 +195,14 @@ def _starts_as_idx(path: Path) -> bool:
     return start[:2] in (b"\0\0", b"\x1f\x8b")
 
 
+def _check_no_columns(path: Path, choices: Choices) -> None:
+    if choices.drop:
+        raise ValueError(
+            f"{path}: is no table, so it has no column {choices.drop[0]!r:.80} to leave out "
+            "(--drop-columns)."
+        )
+
+
 # Arrays.
 
 
@@ -207,6 +217,7 @@ def _of_npy(path: Path, choices: Choices) -> dict[str, Source]:
 
 
 def _of_arrays(arrays: Arrays, choices: Choices) -> dict[str, Source]:
+    _check_no_columns(arrays.path, choices)
     label = choices.label
     inputs = choices.inputs
     if not choices.with_targets:

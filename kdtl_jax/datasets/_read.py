@@ -65,6 +65,11 @@ def read_splits(
       ValueError: if there is no such data, or its contents are not valid.
     """
     if text == "digits":
+        if drop or image_size is not None:
+            raise ValueError(
+                "digits: has no columns to leave out (--drop-columns) and no image files to resize "
+                "(--image-size)."
+            )
         whole, like = digits(), _model(preprocessing)
         if target != "auto" or like is not None:
             whole = from_arrays(whole.name, *whole[1:3], target=target, like=like)
@@ -294,6 +299,7 @@ def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessi
         inputs=choices.inputs, leaves_out=choices.missing == "drop",
     )  # fmt: skip
     if isinstance(source.inputs, Table):
+        _check_not_resized(source.name, choices)
         columns = _columns.columns_of(
             source.inputs, train.inputs, missing=choices.missing, one_hot=choices.one_hot
         )
@@ -303,7 +309,15 @@ def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessi
     if isinstance(source.inputs, Pictures):
         images, shape, notices = _images.form_of(source.inputs, train.inputs, choices.image_size)
         return form._replace(images=images, shape=shape), notices
+    _check_not_resized(source.name, choices)
     return form._replace(shape=train.inputs.shape[1:]), []
+
+
+def _check_not_resized(name: str, choices: Choices) -> None:
+    if choices.image_size is not None:
+        raise ValueError(
+            f"{name}: holds no image files, and only those are resized (--image-size)."
+        )
 
 
 def _encoded(source: Source, part: Dataset, form: Preprocessing) -> Dataset:
