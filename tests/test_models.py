@@ -272,7 +272,7 @@ def test_relative_positions_need_buckets_and_a_distance():
 def test_tokens_that_do_not_exist_are_nan_and_padding_may_be_anything() -> None:
     """JAX reads -1 as the last token of the vocabulary."""
     config = models.DecoderConfig(13, 8, layers=1, heads=2, key_heads=2, head_width=4, hidden=8)
-    decoder, encoder = models.decoder(config), CASES["bert"][0]
+    decoder, encoder = models.decoder(config), linen.model(CASES["bert"][0])
     tokens = jnp.array([[3, -1, 5], [3, 4, 13], [3, 4, 5]])
     where = tokens == jnp.array([3, 4, 5])
 
@@ -282,7 +282,7 @@ def test_tokens_that_do_not_exist_are_nan_and_padding_may_be_anything() -> None:
         variables = encoder.init(KEY, {"tokens": tokens, "mask": where})
         hidden = [decoder.apply(params, tokens, segments=s)[0] for s in (None, where.astype(int))]
         pooled = [
-            encoder.apply(variables, {"tokens": tokens, "mask": mask})["pooled"]
+            encoder.apply(variables.params, None, {"tokens": tokens, "mask": mask})[0]["pooled"]
             for mask in (jnp.ones_like(where), where)
         ]
         return hidden, pooled
