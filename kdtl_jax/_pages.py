@@ -188,12 +188,17 @@ def _page(file: BinaryIO, at: int) -> Page:
             raise ValueError("the header of a page has no size")
         kinds = {n: found.structs[n].numbers for n in (5, 7, 8) if n in found.structs}
         first, second = kinds.get(5, {}), kinds.get(8, {})  # data pages of version 1, of version 2
+        levels = max(0, second.get(5, 0)) + max(0, second.get(6, 0)) if second else None
         return Page(
-            at + used, unpacked, packed, max(0, (first or second).get(1, 0)),
-            first.get(2, second.get(4)), 7 in kinds,
-            max(0, second.get(5, 0)) + max(0, second.get(6, 0)) if second else None,
-            bool(second.get(7, 1)),
-        )  # fmt: skip
+            at=at + used,
+            unpacked=unpacked,
+            packed=packed,
+            values=max(0, (first or second).get(1, 0)),
+            encoding=first.get(2, second.get(4)),
+            is_dictionary=7 in kinds,
+            levels=levels,
+            is_packed=bool(second.get(7, 1)),
+        )
 
 
 def _compact(data: bytes) -> tuple[int, _Fields]:

@@ -262,11 +262,8 @@ def test_binary_kl_is_kd_of_the_pair() -> None:
         where=jnp.broadcast_to(where, LOGITS.shape),
     )
     np.testing.assert_allclose(got, each[0] + 0.5 * each[2] + 2 * each[3], rtol=1e-5)
-    for anything in (
-        jnp.nan,
-        -jnp.inf,
-        jnp.inf,
-    ):  # a weight of 0 leaves a label out, as a mask does
+    # A weight of 0 leaves a label out, as a mask does.
+    for anything in (jnp.nan, -jnp.inf, jnp.inf):
         student = STUDENT.at[:, 1].set(anything).at[:, 4].set(anything)
         left = jax.value_and_grad(
             lambda z: jnp.sum(

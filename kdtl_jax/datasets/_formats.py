@@ -100,7 +100,8 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
     if not choices.with_targets and (files := _images.all_images(folder)):
         return {"whole": Source(str(folder), Pictures(str(folder), files))}
     found = _of_images(folder, () if choices.takes is None else choices.takes.names)
-    _check_no_columns(folder, choices)
+    if found:
+        _check_no_columns(folder, choices)
     if found and beside:
         listed = ", ".join(beside)
         note = (

@@ -85,9 +85,7 @@ def known_to_draft(target_logits: Array, *, draft_ids: Array | None = None) -> A
     _checks.rank(1, target_logits=target_logits)
     _checks.rank(1, 1, draft_ids=draft_ids)
     _checks.indices(jnp.shape(target_logits)[-1], draft_ids=draft_ids)
-    safe, usable = _numerics.usable_labels(draft_ids, jnp.shape(target_logits)[-1])
-    known = jnp.take(target_logits, safe, axis=-1)
-    return _numerics.at_usable(known, jnp.broadcast_to(usable, known.shape))
+    return _logspace.columns(target_logits, draft_ids)
 
 
 def draft_targets(

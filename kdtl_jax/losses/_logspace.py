@@ -207,6 +207,13 @@ def at(values: Array, labels: Array) -> Array:
     return jnp.squeeze(jnp.take_along_axis(values, labels[..., None], axis=-1), axis=-1)
 
 
+def columns(values: Array, ids: Array) -> Array:
+    """`values[..., ids]`, `[..., n]`; NaN, with gradient 0, for an id outside the last axis."""
+    safe, usable = _numerics.usable_labels(ids, jnp.shape(values)[-1])
+    taken = jnp.take(values, safe, axis=-1)
+    return _numerics.at_usable(taken, jnp.broadcast_to(usable, taken.shape))
+
+
 def is_label(labels: Array, num_classes: int) -> Array:
     """bool `[..., num_classes]`, true at the label."""
     return labels[..., None] == jax.lax.broadcasted_iota(

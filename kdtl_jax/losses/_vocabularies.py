@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics, _softmax
+from kdtl_jax import _checks, _softmax
 from kdtl_jax.losses import _logspace
 
 
@@ -59,11 +59,8 @@ def by_id(logits: Array, ids: Array) -> Array:
     if known is not None:
         _checks.indices(jnp.shape(logits)[-1], ids=known[known != -1])
     ids = jnp.asarray(ids)
-    safe, usable = _numerics.usable_labels(ids, jnp.shape(logits)[-1])
-    taken = jnp.take(logits, safe, axis=-1)
-    usable = jnp.broadcast_to(usable, taken.shape)
-    absent = jnp.broadcast_to(ids == -1, taken.shape)
-    return jnp.where(usable, taken, jnp.where(absent, -jnp.inf, jnp.nan))
+    taken = _logspace.columns(logits, ids)
+    return jnp.where(jnp.broadcast_to(ids == -1, taken.shape), -jnp.inf, taken)
 
 
 def shared_vocabulary(
@@ -116,9 +113,6 @@ def log_mass(logits: Array, classes: Array) -> Array:
 def _with_rest(logits: Array, ids: Array) -> Array:
     _checks.indices(jnp.shape(logits)[-1], ids=ids)
     log_p = _softmax.log_softmax(logits)
-    safe, usable = _numerics.usable_labels(ids, log_p.shape[-1])
-    is_shared = jnp.zeros(log_p.shape[-1], jnp.bool_).at[safe].set(True)
+    is_shared = jnp.zeros(log_p.shape[-1], jnp.bool_).at[ids].set(True)
     rest = _logspace.logsumexp(log_p, where=jnp.broadcast_to(~is_shared, log_p.shape))
-    known = jnp.take(log_p, safe, axis=-1)
-    known = _numerics.at_usable(known, jnp.broadcast_to(usable, known.shape))
-    return jnp.concatenate([known, rest[..., None]], axis=-1)
+    return jnp.concatenate([_logspace.columns(log_p, ids), rest[..., None]], axis=-1)

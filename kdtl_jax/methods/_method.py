@@ -54,7 +54,6 @@ def method(
 
     For methods of your own: the result is used like any published method.
     """
-
     check_setup(setup)
 
     def with_task(inputs: Inputs) -> Any:

@@ -216,12 +216,10 @@ def known_ids(tokens: Array, vocabulary: int, where: Array | None = None) -> Arr
 
     JAX itself reads -1 as the last row of a table.
     """
-    wide = jnp.asarray(tokens)
-    if wide.dtype.itemsize < 4:  # the vocabulary need not fit
-        wide = wide.astype(jnp.int32)
-    outside = (wide < 0) | (wide >= vocabulary)
-    one = jnp.asarray(vocabulary, wide.dtype)
-    return jnp.where(outside, one if where is None else jnp.where(where, one, 0), wide)
+    safe, usable = _numerics.usable_labels(tokens, vocabulary)
+    if where is not None:
+        usable |= ~where
+    return jnp.where(usable, safe, vocabulary)
 
 
 def check_length(tokens: Array, positions: int) -> None:
