@@ -12,7 +12,7 @@ from tiny import SHORT, kdtl, results, write_data
 
 from kdtl_jax import datasets
 from kdtl_jax.interop import model_files
-from kdtl_jax.recipes import _imports, _models, _own
+from kdtl_jax.recipes import _imports, _models, _user_code
 
 Captured = pytest.CaptureFixture[str]
 MODEL = """
@@ -265,7 +265,7 @@ def test_what_a_last_layer_says(
     )
     net = _models.described(text, 2, jax.numpy.asarray(inputs[:1]))
     data = datasets.Dataset("x", inputs, inputs, 2, form=datasets.Preprocessing(kind))
-    _own.check_logits("--teacher", text, net, data)
+    _user_code.check_logits("--teacher", text, net, data)
     told = capsys.readouterr().err
     assert re.search(says, told) and bool(told) == bool(says)
     assert not says or told.startswith(f"note: --teacher {text}: ")

@@ -104,7 +104,7 @@ def test_examples_without_an_answer_are_counted_aloud(
 ) -> None:
     from kdtl_jax.recipes import _inputs
 
-    used = _inputs.used
+    used = _inputs.load
 
     def with_gaps(*args: Any, **options: Any) -> Any:
         model, found = used(*args, **options)

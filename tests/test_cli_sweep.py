@@ -21,10 +21,10 @@ from kdtl_jax.interop import model_files, networks
 from kdtl_jax.models import mlp
 from kdtl_jax.recipes import (
     _axes,
-    _finished,
     _halving,
     _optimizers,
     _pair,
+    _stored_results,
     _sweep_report,
     _training,
     sweep,
@@ -251,7 +251,7 @@ def test_halving_is_resumed_after_its_last_rung(
     words = ["sweep", "--data", file, *SHORT, "--halving", "4", "--grid", "lr=1e-3,3e-2"]
     words += ["--path", "together"]
     assert kdtl(*words, "--out", tmp_path / "whole") == 0
-    once = _finished.once
+    once = _stored_results.once
 
     def interrupted(finished: Any, name: str, make: Any) -> Any:
         def stopped() -> Any:
@@ -263,7 +263,7 @@ def test_halving_is_resumed_after_its_last_rung(
         return once(finished, name, stopped)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_finished, "once", interrupted)
+        patch.setattr(_stored_results, "once", interrupted)
         assert kdtl(*words, "--out", tmp_path / "a") == 130
     kept = [path.name for path in (tmp_path / "a" / "finished").glob("*.npz")]
     assert kept == ["kd_rung_1.npz"]
@@ -272,7 +272,7 @@ def test_halving_is_resumed_after_its_last_rung(
     def watched(finished: Any, name: str, make: Any) -> Any:
         return once(finished, name, lambda: (trained.append(name), make())[1])
 
-    monkeypatch.setattr(_finished, "once", watched)
+    monkeypatch.setattr(_stored_results, "once", watched)
     assert kdtl(*words, "--out", tmp_path / "a", "--resume") == 0
     assert trained == ["kd", "kd_rung_2"]
     assert [path.name for path in (tmp_path / "a" / "finished").glob("*.npz")] == ["kd.npz"]

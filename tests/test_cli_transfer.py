@@ -197,7 +197,7 @@ def shared(net: networks.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
     copied = jax.tree.map(lambda x: x + 1, fresh)
     heads = {"kernel": jnp.ones((seeds, 10, 4)), "bias": jnp.zeros((seeds, 4))}
     data = _choice.stacked([parts.train] * seeds)
-    both = _choice.held(parts.validation), _choice.held(parts.test)
+    both = _choice.on_device(parts.validation), _choice.on_device(parts.test)
     return {"data": data, "begin": copied, "copied": copied, "heads": heads}, *both
 
 

@@ -21,7 +21,7 @@ from kdtl_jax.cli.params import _recipes
 from kdtl_jax.cli.params.merge import Settings
 from kdtl_jax.datasets import Column, Preprocessing, Standardizer
 from kdtl_jax.interop import model_files, safetensors, sources
-from kdtl_jax.recipes import _finished, _inputs
+from kdtl_jax.recipes import _inputs, _stored_results
 
 # --- files of models -----------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ def test_any_metadata_of_a_model(model: Path, changes: dict[str, Any], inner: An
         safetensors.save(model / "x.safetensors", safetensors.load(whole), metadata=known)
         with read_or_refused():
             found = model_files.load(model / "x.safetensors")
-            read = _inputs.read(
+            read = _inputs.read_examples(
                 str(model / "d.csv"), found, part=None, label=None, with_labels=True
             )
             assert found.predict(read.inputs[:2]).shape == (2, found.about.classes)
@@ -221,11 +221,11 @@ def test_any_result_of_a_finished_method(
 ) -> None:
     """It is the result, or the method runs again."""
     folder, wanted = tmp_path_factory.mktemp("run"), (np.arange(20.0), {"a": [1, None, "x"]})
-    kept = _finished.opened(folder, "r", resume=True, kinds=())
-    _finished.once(kept, "kd", lambda: wanted)
+    kept = _stored_results.opened(folder, "r", resume=True, kinds=())
+    _stored_results.once(kept, "kd", lambda: wanted)
     path = folder / "finished/kd.npz"
     path.write_bytes(edited(path.read_bytes(), edit))
     with bounded():
-        (found, more), _ = _finished.once(kept, "kd", lambda: wanted)
+        (found, more), _ = _stored_results.once(kept, "kd", lambda: wanted)
     np.testing.assert_array_equal(found, wanted[0])
     assert more == wanted[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kdtl_jax.recipes import _imports, _models, _own
+from kdtl_jax.recipes import _imports, _models, _user_code
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import record
 
@@ -129,15 +129,15 @@ def test_a_called_function_finds_what_an_import_statement_names(tmp_path: Path) 
         (tmp_path / folder / "own_called.py").write_text(CALLED)
         (tmp_path / folder / "own_computed.py").write_text(f"VALUE = {value}.0")
     texts = [f"{tmp_path}/{folder}/own_called.py:named" for folder in "ab"]
-    calls = [_imports.neighborly(text, _imports.imported(text)) for text in texts]
+    calls = [_imports.run_in_folder(text, _imports.imported(text)) for text in texts]
     # Each file's own, in turns: the other's is in sys.modules under the same name.
     assert [call() for call in [*calls, *calls]] == [1, 2, 1, 2]
     path = tmp_path / "a/own_called.py"
     said = rf"{path}, line 10: ImportError: no import statement names own_computed\.py.*at the top"
     with pytest.raises(ValueError, match=said):
-        _own.entries(_own.Terms(loss=(f"{path}:loss",)))
+        _user_code.entries(_user_code.Terms(loss=(f"{path}:loss",)))
     anything: Any = None
-    (method,) = _own.entries(_own.Terms(method=(f"{path}:method",))).values()
+    (method,) = _user_code.entries(_user_code.Terms(method=(f"{path}:method",))).values()
     with pytest.raises(ValueError, match=r"line 13: ImportError.* names own_parts/__init__\.py"):
         method.build(anything)
     assert "own_computed" not in sys.modules

@@ -195,7 +195,7 @@ def teacher(tmp_path: Path) -> str:
 def read(path: str, splits: Splits, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Any:
     monkeypatch.setattr(_data, "read_splits", lambda *args, **kwargs: splits)
     source = _models.opened(path, given.get("text"), "mlp:1")
-    found, form = _data.read(Data(), source)
+    found, form = _data.read_data(Data(), source)
     return source.about.model, found, form.scaling
 
 
@@ -231,10 +231,10 @@ def test_a_file_of_something_else_is_refused(
     for factor in (255, 1 / 255):
         with pytest.raises(ValueError, match="Are the data in other units"):
             read(teacher, changed(lambda x, f=factor: x * f), monkeypatch)
-    inputs = np.random.default_rng(0).normal(size=(_data.FEW, 4)) * [1, 1, 1e-3, 1]
+    inputs = np.random.default_rng(0).normal(size=(_data.FEW_ROWS, 4)) * [1, 1, 1e-3, 1]
     assert _data.other_units(inputs) is None  # without names, as pixels: some may be dark
     assert "the column 'c' has a scaled dev" in str(_data.other_units(inputs, ["a", "b", "c", "d"]))
-    inputs[:, 2] = np.arange(_data.FEW) == 3  # rare
+    inputs[:, 2] = np.arange(_data.FEW_ROWS) == 3  # rare
     inputs[:, 2] *= 1e-3
     assert _data.other_units(inputs, ["a", "b", "c", "d"]) is None
     with pytest.raises(ValueError, match="no such file"):
@@ -253,8 +253,8 @@ def test_images_of_another_size_are_refused_and_unknown_scaling_is_said(
                    np.arange(6, dtype=np.int32) % 2, 2)  # fmt: skip
     monkeypatch.setattr(_data, "read_splits", lambda *args, **kwargs: Splits(part, part, part))
     with pytest.raises(ValueError, match=r"takes inputs \[8, 8, 1\], .* are \[4, 4, 1\]"):
-        _data.read(Data(), Source("teacher", About("cnn:2", 2, None, (), (8, 8, 1))))
-    _data.read(Data(), Source("teacher", About("cnn:2", 2)))
+        _data.read_data(Data(), Source("teacher", About("cnn:2", 2, None, (), (8, 8, 1))))
+    _data.read_data(Data(), Source("teacher", About("cnn:2", 2)))
     assert "teacher does not say how its inputs were scaled" in capsys.readouterr().err
 
 
@@ -265,7 +265,7 @@ def test_a_table_s_classes_are_numbered_as_its_teacher_s(tmp_path: Path) -> None
         (tmp_path / f"{name}.csv").write_text("x,y,label\n" + "\n".join(lines))
 
     def read_csv(name: str, about: About, path: str | None) -> Any:
-        return _data.read(Data(data=str(tmp_path / f"{name}.csv")), Source(path, about))
+        return _data.read_data(Data(data=str(tmp_path / f"{name}.csv")), Source(path, about))
 
     for taught, given in (("numbers", "numbers"), ("words", "order")):
         splits, form = read_csv(taught, About(), None)

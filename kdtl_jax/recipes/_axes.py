@@ -13,7 +13,7 @@ from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.train import sweep as sweeps
 
-# Axes that are not names of terms. "weight" multiplies a method's own weights of its terms.
+# Axes that are not names of terms. "weight" multiplies the weights of a method's terms.
 AXES = ("temperature", "weight", "learning_rate", "weight_decay", "alpha")
 POSITIVE = ("temperature", "learning_rate", "alpha")
 MOST = 10**6  # students of one method
@@ -23,27 +23,27 @@ DEFAULT = {"temperature": (1.0, 2.0, 4.0, 8.0)}
 def grid(value: Any) -> dict[str, tuple[float, ...]]:
     """`axis=number,…` words, or a mapping."""
 
-    def several(values: Any) -> tuple[float, ...]:
-        if not (found := types.numbers(values)):
+    def parse(values: Any) -> tuple[float, ...]:
+        if not (numbers := types.numbers(values)):
             raise ValueError("no number")
-        return found
+        return numbers
 
-    return _by_axis(value, several, "axis=number,… as in temperature=1,2,4")
+    return _by_axis(value, parse, "axis=number,… as in temperature=1,2,4")
 
 
 def ranges(value: Any) -> dict[str, str]:
     """`axis=low..high[:log]` words, or a mapping; ranges stay text, as recorded."""
 
-    def text_of(text: Any) -> str:
+    def parse(text: Any) -> str:
         _range(text)
         return str(text)
 
-    form = "axis=low..high or axis=low..high:log, as in temperature=1..20:log"
-    return _by_axis(value, text_of, form)
+    expected = "axis=low..high or axis=low..high:log, as in temperature=1..20:log"
+    return _by_axis(value, parse, expected)
 
 
 def columns_of(settings: Any) -> dict[str, np.ndarray]:
-    """The settings as columns, `{axis: [K]}`.
+    """The points of the sweep as columns, `{axis: [K]}`.
 
     Raises:
       UsageError: if grid and sample are mixed, or an axis is out of its range.
@@ -61,8 +61,8 @@ def columns_of(settings: Any) -> dict[str, np.ndarray]:
                 raise UsageError(f"--grid has more than {MOST:,} settings.")
             points = sweeps.grid(**axes)
         else:
-            known = {name: _range(text) for name, text in settings.range.items()}
-            points = sweeps.sample(settings.sample, **known)
+            distributions = {name: _range(text) for name, text in settings.range.items()}
+            points = sweeps.sample(settings.sample, **distributions)
     except ValueError as error:
         raise UsageError(f"--range: {error}" if settings.sample else f"--grid: {error}") from None
     columns = {name: np.asarray(column, np.float32) for name, column in points.items()}
@@ -73,50 +73,50 @@ def columns_of(settings: Any) -> dict[str, np.ndarray]:
     return columns
 
 
-def own_axes(entry: Entry, setup: Setup, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The axes that apply to the method, without the settings that become equal."""
-    known = {*AXES, *entry.build(setup).weights}
-    own = {name: np.asarray(column) for name, column in columns.items() if name in known}
-    rows = list(zip(*own.values(), strict=True))
-    first = sorted({row: i for i, row in reversed([*enumerate(rows)])}.values())
-    return {name: column[first] for name, column in own.items()}
+def axes_of_method(entry: Entry, setup: Setup, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The columns of the axes that apply to the method, with duplicate settings removed."""
+    axes = {*AXES, *entry.build(setup).weights}
+    applicable = {name: np.asarray(column) for name, column in columns.items() if name in axes}
+    rows = list(zip(*applicable.values(), strict=True))
+    first_rows = sorted({row: i for i, row in reversed([*enumerate(rows)])}.values())
+    return {name: column[first_rows] for name, column in applicable.items()}
 
 
-def check(columns: Collection[str], known: Mapping[str, Collection[str]]) -> None:
-    """Raises UsageError if an axis is neither in `AXES` nor a method's own.
+def check(columns: Collection[str], axes_by_method: Mapping[str, Collection[str]]) -> None:
+    """Raises UsageError if an axis is neither in `AXES` nor an axis of a method.
 
     Args:
       columns: the axes.
-      known: a method's own axes or terms, by its name.
+      axes_by_method: the additional axes, or terms, of each method.
     """
-    every = {*AXES, *(name for own in known.values() for name in own)}
-    if unknown := [axis for axis in columns if axis not in every]:
+    valid = {*AXES, *(name for axes in axes_by_method.values() for name in axes)}
+    if unknown := [axis for axis in columns if axis not in valid]:
         are = "are not axes" if unknown[1:] else "is not an axis"
         raise UsageError(
-            f"{', '.join(map(repr, unknown))} {are} of {', '.join(known)}. Axes are "
+            f"{', '.join(map(repr, unknown))} {are} of {', '.join(axes_by_method)}. Axes are "
             f"{', '.join(AXES)}, task, and the names of a method's terms."
         )
 
 
 def _by_axis(value: Any, parse: Callable[[Any], Any], form: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for given, text in types.pairs(value or {}, "=").items():
-        name = {"lr": "learning_rate"}.get(given, given)
+    for key, text in types.pairs(value or {}, "=").items():
+        name = {"lr": "learning_rate"}.get(key, key)
         try:
-            found = parse(text)
+            parsed = parse(text)
         except ValueError:
-            raise ValueError(f"'{given}={text}' is not {form}") from None
+            raise ValueError(f"'{key}={text}' is not {form}") from None
         if name in out:
             raise ValueError(f"axis {name!r} is given twice")
         if name == "seed":
             raise ValueError("seeds are given by --seeds N")
-        out[name] = found
+        out[name] = parsed
     return out
 
 
 def _range(text: str) -> sweeps.Range:
-    bounds, log, rest = str(text).partition(":log")
+    bounds, log, extra = str(text).partition(":log")
     low, dots, high = bounds.partition("..")
-    if not dots or rest:
+    if not dots or extra:
         raise ValueError(f"{text!r} is not a range")
     return sweeps.Range(types.number(low), types.number(high), bool(log))

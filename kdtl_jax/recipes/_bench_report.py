@@ -1,4 +1,4 @@
-"""What `kdtl bench` writes and prints: bench.json, report.html, the table."""
+"""The outputs of `kdtl bench`: bench.json, report.html, and the printed table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,86 +20,89 @@ TIMES = (
 SCHEMA_VERSION = 1
 
 
-def to_json(limits: measure.Ceilings, found: Sequence[Any]) -> dict[str, Any]:
+def to_json(limits: measure.Ceilings, results: Sequence[Any]) -> dict[str, Any]:
     """The content of bench.json: ceilings, one record per pair, the environment."""
     return {
         "schema_version": SCHEMA_VERSION,
         "ceilings": limits._asdict(),
-        "pairs": [_fields(one) for one in found],
+        "pairs": [_fields(result) for result in results],
         "environment": report.environment(),
     }
 
 
-def rows(found: Sequence[Any]) -> list[list[str]]:
+def rows(results: Sequence[Any]) -> list[list[str]]:
     """The table's cells under `HEADER`."""
     return [
         [
-            one.preset,
-            _digits(1e3 * one.seconds),
-            f"{_digits(1e3 * one.steps.p10)}–{_digits(1e3 * one.steps.p90)}",
-            f"{one.examples_per_second:,.0f}",
-            f"{one.compile_seconds:.1f}",
-            _scaled(one.cost.flops, 1e9),
-            _scaled(one.memory.compiled(), 1e6),
-            "–" if one.roofline is None else f"{100 * one.roofline.fraction:.0f}%",
-            "–" if one.roofline is None else one.roofline.bound,
+            result.preset,
+            _digits(1e3 * result.seconds),
+            f"{_digits(1e3 * result.steps.p10)}–{_digits(1e3 * result.steps.p90)}",
+            f"{result.examples_per_second:,.0f}",
+            f"{result.compile_seconds:.1f}",
+            _scaled(result.cost.flops, 1e9),
+            _scaled(result.memory.compiled(), 1e6),
+            "–" if result.roofline is None else f"{100 * result.roofline.fraction:.0f}%",
+            "–" if result.roofline is None else result.roofline.bound,
         ]
-        for one in found
+        for result in results
     ]
 
 
-def html_page(limits: measure.Ceilings, found: Sequence[Any]) -> str:
+def html_page(limits: measure.Ceilings, results: Sequence[Any]) -> str:
     """The report: table, step times, roofline, scaling."""
     about = (
         f"{_ceilings(limits)}. Train steps of this library: teacher forward, student forward and "
         "backward, optimizer. "
-        f"{'; '.join(f'{one.preset}: {one.about}, batch {one.batch_size}' for one in found)}."
+        f"{'; '.join(f'{r.preset}: {r.about}, batch {r.batch_size}' for r in results)}."
     )
     note = (
         f"{TIMES} MB is the memory that the compiled step needs. Roofline: the shortest time that "
         "the ceilings allow, divided by the measured time."
     )
     times = [
-        plots.Span(one.preset, *(1e3 * t for t in (o.p10, o.median, o.p90)))
-        for one in found
-        for o in [one.steps]
+        plots.Span(result.preset, *(1e3 * seconds for seconds in (o.p10, o.median, o.p90)))
+        for result in results
+        for o in [result.steps]
     ]
     axis = "milliseconds per step: median, 10th to 90th percentile"
     sections = [
-        report.Section("Steps", [note], [report.table(HEADER, rows(found), narrow=4)]),
+        report.Section("Steps", [note], [report.table(HEADER, rows(results), narrow=4)]),
         report.Section("Step times", (), [plots.spans(times, unit="ms", axis=axis)]),
     ]
-    worked = [
-        plots.Worked(one.preset, one.cost.flops / one.cost.bytes, one.cost.flops / one.seconds)
-        for one in found
-        if one.cost.flops and one.cost.bytes
-    ]
-    if worked:
-        counted = (
-            "FLOPs and bytes are from XLA's cost analysis, which counts every operand of every "
-            "operation: if data stay in a cache, a program looks more bandwidth-bound than it "
-            "is."
+    intensities = [
+        plots.Worked(
+            result.preset, result.cost.flops / result.cost.bytes, result.cost.flops / result.seconds
         )
-        chart = plots.roofline(worked, flops=limits.flops, bytes=limits.bytes)
-        sections.append(report.Section("Roofline", [counted], [chart]))
-    if any(one.scaling for one in found):
-        sections.append(_scaling(found))
+        for result in results
+        if result.cost.flops and result.cost.bytes
+    ]
+    if intensities:
+        cost_note = (
+            "FLOPs and bytes are from XLA's cost analysis, which counts every operand of every "
+            "operation. If data stay in a cache, a program looks more bandwidth-bound than it is."
+        )
+        chart = plots.roofline(intensities, flops=limits.flops, bytes=limits.bytes)
+        sections.append(report.Section("Roofline", [cost_note], [chart]))
+    if any(result.scaling for result in results):
+        sections.append(_scaling(results))
     return report.page("kdtl bench", [*sections, report.environment_section()], notes=[about])
 
 
-def _scaling(found: Sequence[Any]) -> report.Section:
+def _scaling(results: Sequence[Any]) -> report.Section:
     lines = [
         plots.Line(
-            one.preset, [s.devices for s in one.scaling], [s.efficiency for s in one.scaling]
+            result.preset,
+            [s.devices for s in result.scaling],
+            [s.efficiency for s in result.scaling],
         )
-        for one in found
-        if one.scaling
+        for result in results
+        if result.scaling
     ]
     cells = [
-        [one.preset, str(s.devices), f"{1e3 * s.seconds:.3g}", f"{s.examples_per_second:,.0f}"]
+        [result.preset, str(s.devices), f"{1e3 * s.seconds:.3g}", f"{s.examples_per_second:,.0f}"]
         + [f"{100 * s.efficiency:.0f}%"]
-        for one in found
-        for s in one.scaling
+        for result in results
+        for s in result.scaling
     ]
     header = ("pair", "devices", "ms/step", "examples/s", "efficiency")
     is_virtual = jax.default_backend() == "cpu" and jax.device_count() > 1
@@ -112,27 +115,27 @@ def _scaling(found: Sequence[Any]) -> report.Section:
     return report.Section("Scaling", [note], [report.table(header, cells), chart])
 
 
-def table(found: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
-    """A terminal's table: a column per pair, to show every digit within 80 characters."""
-    names, *measured = zip(*rows(found), strict=True)
-    lines = [[label, *cells] for label, cells in zip(HEADER[1:], measured, strict=True)]
+def table(results: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+    """The table for a terminal: a column per pair, so that every digit fits in 80 characters."""
+    names, *cells_by_column = zip(*rows(results), strict=True)
+    lines = [[label, *cells] for label, cells in zip(HEADER[1:], cells_by_column, strict=True)]
     return [HEADER[0], *names], lines
 
 
-def show(limits: measure.Ceilings, found: Sequence[Any]) -> None:
+def show(limits: measure.Ceilings, results: Sequence[Any]) -> None:
     """Prints the machine's limits, the table of steps, and times by epoch and by devices."""
     print(_ceilings(limits))
-    named = [zip(HEADER, row, strict=True) for row in rows(found)]
-    lines = ["  ".join(f"{name} {cell}" for name, cell in row) for row in named]
-    _tables.show(*table(found), lines)
+    labeled = [zip(HEADER, row, strict=True) for row in rows(results)]
+    lines = ["  ".join(f"{name} {cell}" for name, cell in row) for row in labeled]
+    _tables.show(*table(results), lines)
     print(TIMES)
-    for one in found:
-        share = one.epoch_seconds / one.seconds
-        path = "one program" if one.epoch_path == "scan" else "single steps"
-        print(f"{one.preset}: an epoch as {path} takes {share:.2f} of the time per step")
-        for s in one.scaling:
+    for result in results:
+        share = result.epoch_seconds / result.seconds
+        path = "one program" if result.epoch_path == "scan" else "single steps"
+        print(f"{result.preset}: an epoch as {path} takes {share:.2f} of the time per step")
+        for s in result.scaling:
             print(
-                f"{one.preset}: {s.devices} devices, {s.examples_per_second:,.0f} examples/s, "
+                f"{result.preset}: {s.devices} devices, {s.examples_per_second:,.0f} examples/s, "
                 f"efficiency {100 * s.efficiency:.0f}%"
             )
 
@@ -154,7 +157,7 @@ def _digits(value: float) -> str:
 
 
 def _fields(value: Any) -> Any:
-    """NamedTuples as objects."""
+    """NamedTuples as JSON objects."""
     if hasattr(value, "_asdict"):
-        return {name: _fields(found) for name, found in value._asdict().items()}
-    return [_fields(found) for found in value] if isinstance(value, (list, tuple)) else value
+        return {name: _fields(item) for name, item in value._asdict().items()}
+    return [_fields(item) for item in value] if isinstance(value, (list, tuple)) else value

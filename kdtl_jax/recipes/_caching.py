@@ -1,4 +1,4 @@
-"""The teacher's outputs on disk: what a run needs, what a cache has, and reading."""
+"""The teacher's cached outputs: what a run needs, what a cache has, and reading it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from kdtl_jax.run import teacher_cache
 
 def taps(entries: Sequence[Entry], pair: Pair) -> list[str]:
     """The teacher's outputs that methods read: its logits, or all if any method reads more."""
-    published = methods.table()  # what a user's method reads is unknown
+    published = methods.table()  # a user's method may read anything
     if all(entry in published and entry.needs in ("labels", "logits") for entry in entries):
         return ["logits"]
     return sorted(networks.output_shapes(pair.teacher, pair.example))
@@ -54,64 +54,64 @@ def check(
     plan, is_whole = _plan(folder)
     if plan is None:
         return
-    needed, held = taps(entries, pair), plan.fingerprint.taps or ()
-    lacking = [tap for tap in needed if tap not in held]
-    if lacking:
+    required, available = taps(entries, pair), plan.fingerprint.taps or ()
+    missing = [tap for tap in required if tap not in available]
+    if missing:
         readers = [entry.name for entry in entries if taps([entry], pair) != ["logits"]]
         raise UsageError(
-            f"--teacher-cache {folder} holds {', '.join(held)}, but {', '.join(readers)} read "
-            f"{', '.join(lacking)} too. Write another with kdtl cache --taps all, or leave these "
+            f"--teacher-cache {folder} holds {', '.join(available)}, but {', '.join(readers)} read "
+            f"{', '.join(missing)} too. Write another with kdtl cache --taps all, or leave these "
             "methods out."
         )
     try:
         if is_whole:
-            expected = _expected(pair, pair.given, needed)
+            expected = _expected(pair, pair.given, required)
             teacher_cache.open_cache(folder, expect=expected, contents=False)
         elif pair.given is not None:  # the teacher will complete it here
-            made = _expected(pair, pair.given, held)._replace(
+            fingerprint = _expected(pair, pair.given, available)._replace(
                 dtype="float32", preprocessing=_preprocessing(precision)
             )
-            teacher_cache.begun(folder, expect=made)
+            teacher_cache.begun(folder, expect=fingerprint)
     except ValueError as error:
         complete = "" if is_whole else " It is not finished: complete it with kdtl cache."
         raise UsageError(f"--teacher-cache: {error}{complete}") from None
 
 
 def outputs(
-    folder: Path, pair: Pair, frozen: Variables, precision: str, needed: Sequence[str]
+    folder: Path, pair: Pair, frozen: Variables, precision: str, required: Sequence[str]
 ) -> Any:
-    """The outputs in a cache, which is filled, completed or repaired first if necessary.
+    """Reads the outputs in a cache, after filling, completing or repairing it if necessary.
 
     A complete cache of this teacher on these data is accepted in any precision (`kdtl cache
-    --dtype`, `--precision`) and with any additional outputs: its maker chose those.
+    --dtype`, `--precision`) and with any additional outputs: they were chosen when it was written.
     """
     net, inputs = pair.teacher, {"inputs": pair.arrays["inputs"]}
-    expected = _expected(pair, frozen, needed)
+    expected = _expected(pair, frozen, required)
     try:
         return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
-    except (FileNotFoundError, ValueError):  # `write` repairs it, or says what differs
-        plan = _begun(folder)
-        held = needed if plan is None else plan.fingerprint.taps or needed
+    except (FileNotFoundError, ValueError):  # `write` repairs it, or reports the difference
+        plan = _unfinished_plan(folder)
+        stored_taps = required if plan is None else plan.fingerprint.taps or required
         teacher_cache.write(
-            folder, net.apply, frozen, inputs, batch_size=512, taps=held, **_made_of(pair),
+            folder, net.apply, frozen, inputs, batch_size=512, taps=stored_taps, **_source(pair),
             preprocessing=_preprocessing(precision),
         )  # fmt: skip
     return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected, contents=False))
 
 
 def _plan(folder: Path) -> tuple[teacher_cache.Plan | None, bool]:
-    """The plan of a cache, if there is one, and whether the cache is complete."""
+    """The plan of a cache, or None, and whether the cache is complete."""
     try:
         return teacher_cache.open_cache(folder, expect=None, contents=False).plan, True
-    except (FileNotFoundError, ValueError):  # there is none, or it must be completed or repaired
-        return _begun(folder), False
+    except (FileNotFoundError, ValueError):  # no cache, or an incomplete or damaged one
+        return _unfinished_plan(folder), False
 
 
-def _begun(folder: Path) -> teacher_cache.Plan | None:
-    """The plan of a cache that has to be completed or repaired."""
+def _unfinished_plan(folder: Path) -> teacher_cache.Plan | None:
+    """The plan of a cache that must be completed or repaired."""
     try:
         return teacher_cache.begun(folder)
-    except ValueError:  # `write` says what is wrong with it
+    except ValueError:  # `write` reports the error
         return None
 
 
@@ -119,7 +119,7 @@ def _preprocessing(precision: str) -> dict[str, str]:
     return {} if precision == "float32" else {"precision": precision}
 
 
-def _made_of(pair: Pair) -> dict[str, Any]:
+def _source(pair: Pair) -> dict[str, Any]:
     return {
         "model": _models.identity(pair.teacher_text),
         "classes": pair.splits.train.class_names(),
@@ -127,9 +127,9 @@ def _made_of(pair: Pair) -> dict[str, Any]:
 
 
 def _expected(
-    pair: Pair, variables: Variables | None, needed: Sequence[str]
+    pair: Pair, variables: Variables | None, required: Sequence[str]
 ) -> teacher_cache.Fingerprint:
-    made = teacher_cache.fingerprint(
-        variables, {"inputs": pair.arrays["inputs"]}, taps=needed, **_made_of(pair)
+    fingerprint = teacher_cache.fingerprint(
+        variables, {"inputs": pair.arrays["inputs"]}, taps=required, **_source(pair)
     )
-    return made._replace(dtype=None, preprocessing=None)
+    return fingerprint._replace(dtype=None, preprocessing=None)

@@ -1,7 +1,6 @@
-"""Settings x seeds of one method, and the choice among them by mean validation accuracy.
+"""Choosing among the settings of one method by mean validation accuracy over seeds.
 
-The test split is not used to choose. A setting whose scores are not finite is chosen only if no
-other is left.
+The test split is not used. A setting with non-finite scores is chosen only if all have them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +35,7 @@ def best(fitted: Fitted, points: Mapping[str, np.ndarray]) -> Choice:
     """The first among the settings with the highest mean validation accuracy over seeds."""
     seeds = int(points["seed"].max()) + 1
     first = int(scores.ranked(_by_setting(fitted.validation, seeds).mean(axis=1))[0]) * seeds
-    setting = {name: meant(points[name][first]) for name in points if name != "seed"}
+    setting = {name: rounded(points[name][first]) for name in points if name != "seed"}
     return Choice(setting, pick(fitted, np.arange(first, first + seeds)))
 
 
@@ -45,18 +44,18 @@ def learning_curve(
 ) -> dict[str, list[float]]:
     """Means over seeds: the validation score by "epoch", and the loss of every epoch."""
     curve = np.asarray(fitted.curve, np.float64).mean(axis=0)
-    at = [epochs * (i + 1) / len(curve) for i in range(len(curve))]
+    epoch = [epochs * (i + 1) / len(curve) for i in range(len(curve))]
     losses = np.asarray(fitted.losses, np.float64).mean(axis=0)
-    return {"epoch": at, f"validation_{score.key}": curve.tolist(), "loss": losses.tolist()}
+    return {"epoch": epoch, f"validation_{score.key}": curve.tolist(), "loss": losses.tolist()}
 
 
-def meant(value: Any) -> float:
-    """A float32 as the number that was meant: six significant digits at any magnitude."""
+def rounded(value: Any) -> float:
+    """A float32 rounded to six significant digits, which restores the number as typed."""
     return float(f"{float(value):.6g}")
 
 
 def setting_curve(fitted: Fitted, points: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
-    """Mean accuracies over seeds by one axis, with the others at their best on validation."""
+    """Mean accuracies over seeds by value of one axis, the other axes chosen on validation."""
     seeds = int(points["seed"].max()) + 1
     values = points[name].reshape(-1, seeds)[:, 0]
     validation, test = (
@@ -64,12 +63,12 @@ def setting_curve(fitted: Fitted, points: Mapping[str, np.ndarray], name: str) -
     )
     order = scores.ranked(validation)
     rows = [next(i for i in order if values[i] == value) for value in np.unique(values)]
-    found = [meant(values[i]) for i in rows]
+    axis_values = [rounded(values[i]) for i in rows]
     return {
-        name: found,
+        name: axis_values,
         "validation_accuracy": validation[rows].tolist(),
         "test_accuracy": test[rows].tolist(),
-        "best": meant(values[order[0]]),
+        "best": rounded(values[order[0]]),
     }
 
 
@@ -80,13 +79,13 @@ def stacked(parts: Sequence[Dataset]) -> dict[str, Any]:
     return jax.device_put({"inputs": inputs, "labels": labels})
 
 
-def held(part: Dataset) -> dict[str, Any]:
+def on_device(part: Dataset) -> dict[str, Any]:
     """A held-out split on the device."""
     return jax.device_put({"inputs": part.inputs, "labels": part.labels})
 
 
 def per_seed(make: Callable[[Any], Any], seeds: int, *, offset: int = 0) -> Any:
-    """`make(seed)` of every seed, stacked, as one program."""
+    """`make(seed)` for every seed, stacked, in one program."""
     return jax.jit(jax.vmap(make))(jnp.arange(offset, offset + seeds, dtype=jnp.int32))
 
 

@@ -1,4 +1,4 @@
-"""Data read as a model's file says, and whether they match it: its classes, columns and units."""
+"""Reading data for a model, and checking that classes, columns and units match its file."""
 
 import sys
 from collections.abc import Sequence
@@ -23,25 +23,25 @@ from kdtl_jax.interop.sources import Source
 from kdtl_jax.recipes.settings import Data, UsageError
 
 UNITS = 20.0  # a scaled deviation off by this factor means other units
-FEW = 20  # rows, too few to judge the units of one column
+FEW_ROWS = 20  # with fewer, the units of a column cannot be judged
 
 
-def read(
+def read_data(
     settings: Data,
     source: Source,
     *,
     kinds: Sequence[Kind] = ("classes",),
     other_targets: bool = False,
 ) -> tuple[Splits, Preprocessing]:
-    """The data, read and scaled as the source says or by their training part, and how.
+    """Reads data, scaled as the source records or by the training part; returns the preprocessing.
 
-    Prints what they are and what looks wrong.
+    Prints a summary of the data and what looks wrong.
 
     Args:
-      settings: what names the data.
+      settings: of the data.
       source: of the model.
-      kinds: of targets that the caller can learn.
-      other_targets: whether the data's targets may differ; inputs are read as the source says.
+      kinds: kinds of targets that the caller supports.
+      other_targets: whether the targets may differ from the source's; inputs may not.
 
     Raises:
       UsageError: if targets are of an unsupported kind, or settings contradict the source.
@@ -49,11 +49,11 @@ def read(
     """
     path, about = source.path, source.about
     check_choices(settings, path, about)
-    known = read_so = about.preprocessing
-    if known is not None and (other_targets or known.kind == "classes"):
-        read_so = known._replace(outputs=0, names=())  # its classes are compared below
-    if read_so is not None and other_targets:
-        read_so = read_so._replace(target_scaling=None)
+    recorded = reading = about.preprocessing
+    if recorded is not None and (other_targets or recorded.kind == "classes"):
+        reading = recorded._replace(outputs=0, names=())  # its classes are compared below
+    if reading is not None and other_targets:
+        reading = reading._replace(target_scaling=None)
     raw = read_splits(
         settings.data,
         label=settings.label,
@@ -66,14 +66,14 @@ def read(
         validation=settings.validation,
         test=settings.test,
         seed=settings.split_seed,
-        preprocessing=read_so,
+        preprocessing=reading,
     )
     for line in summary(raw):
         print(line, file=sys.stderr)
     _check_kind(settings.data, raw.train.kind, kinds)
-    if known is not None and known.kind != raw.train.kind and not other_targets:
+    if recorded is not None and recorded.kind != raw.train.kind and not other_targets:
         raise ValueError(
-            f"{path} learned {known.kind}, but the targets of the data are {raw.train.kind}."
+            f"{path} learned {recorded.kind}, but the targets of the data are {raw.train.kind}."
         )
     if path is not None and sources.is_hugging_face(path):
         check_folder(path, raw.train, other_targets=other_targets)
@@ -91,39 +91,39 @@ def read(
         )
     _, form = prepared(raw)
     form = form._replace(scaling=about.scaling or form.scaling)
-    if known is not None and not other_targets:
-        form = form._replace(target_scaling=known.target_scaling)
+    if recorded is not None and not other_targets:
+        form = form._replace(target_scaling=recorded.target_scaling)
     _check_scaling(path, form.scaling, raw.train.inputs.shape)
     splits = scaled(raw, form)
     columns = [column.name for column in form.columns]
-    if about.scaling is not None and (why := other_units(splits.train.inputs, columns)):
-        raise ValueError(f"{path} {why}")
+    if about.scaling is not None and (problem := other_units(splits.train.inputs, columns)):
+        raise ValueError(f"{path} {problem}")
     if raw.train.kind == "numbers" and path is not None and not other_targets:
-        if known is None:
+        if recorded is None:
             print(
                 f"note: {path} does not say the units of its numbers: targets are standardized by "
                 "the data's own mean and deviation.",
                 file=sys.stderr,
             )
-        elif why := other_target_units(splits.train.labels, raw.train.names):
-            raise ValueError(f"{path} {why}")
+        elif problem := other_target_units(splits.train.labels, raw.train.names):
+            raise ValueError(f"{path} {problem}")
     return splits, form
 
 
 def _check_kind(data: str, kind: Kind, kinds: Sequence[Kind]) -> None:
-    """Raises UsageError if a command cannot learn targets of that kind."""
+    """Raises UsageError if the command does not support this kind of targets."""
     if kind in kinds:
         return
-    meant = {"labels": "several labels per example", "numbers": "numbers (regression)"}
+    descriptions = {"labels": "several labels per example", "numbers": "numbers (regression)"}
     raise UsageError(
-        f"--data {data}: targets are {meant.get(kind, 'classes')}, and this "
-        f"command learns {' or '.join(meant.get(each, 'one class each') for each in kinds)}. "
+        f"--data {data}: targets are {descriptions.get(kind, 'classes')}, and this "
+        f"command learns {' or '.join(descriptions.get(k, 'one class each') for k in kinds)}. "
         "Choose what they are with --target."
     )
 
 
 def _check_scaling(path: str | None, scaling: Standardizer | None, shape: tuple[int, ...]) -> None:
-    """Raises ValueError if inputs `[N, ...]` cannot be scaled as a model's file says."""
+    """Raises ValueError if the scaling of a model's file does not fit inputs `[N, ...]`."""
     assert scaling is not None
     try:
         fits = np.broadcast_shapes(shape, scaling.mean.shape, scaling.scale.shape) == shape
@@ -137,27 +137,19 @@ def _check_scaling(path: str | None, scaling: Standardizer | None, shape: tuple[
 
 
 def check_parts(splits: Splits) -> None:
-    """Refuses data with nothing held out for validation or for the test.
-
-    Raises:
-      UsageError: naming the flag.
-    """
+    """Raises UsageError, naming the flag, if there are no validation or no test examples."""
     for name in ("validation", "test"):
         if not len(getattr(splits, name).labels):
             raise UsageError(f"--{name} 0 leaves no {name} examples. Give a share above 0.")
 
 
 def check_choices(settings: Data, path: str | None, about: About) -> None:
-    """Refuses settings that contradict how a model's file reads its data.
-
-    Raises:
-      UsageError: if one does, naming the flag and what the file says.
-    """
+    """Raises UsageError if a setting contradicts the preprocessing recorded in a model's file."""
     form = about.preprocessing
     if form is None:
         return
-    read = [column.name for column in form.columns]
-    if dropped := [name for name in settings.drop_columns if name in read]:
+    columns = [column.name for column in form.columns]
+    if dropped := [name for name in settings.drop_columns if name in columns]:
         raise UsageError(
             f"--drop-columns {dropped[0]}: {path} reads this column. Leave the flag out, or use a "
             "model that was trained without it."
@@ -168,8 +160,8 @@ def check_choices(settings: Data, path: str | None, about: About) -> None:
             f"--image-size {'x'.join(map(str, settings.image_size))}: {path} takes images of "
             f"{'x'.join(map(str, sides))}. Leave the flag out."
         )
-    fills = [column.fill for column in form.columns if column.fill is not None]
-    if settings.missing not in (None, "drop") and read and not fills:
+    fill_values = [column.fill for column in form.columns if column.fill is not None]
+    if settings.missing not in (None, "drop") and columns and not fill_values:
         raise UsageError(
             f"--missing {settings.missing}: {path} was trained on columns in which nothing was "
             "filled in, so no values to fill in with are known. Say --missing drop, or fill them "
@@ -178,7 +170,7 @@ def check_choices(settings: Data, path: str | None, about: About) -> None:
 
 
 def check_folder(path: str, data: Dataset, *, other_targets: bool) -> None:
-    """Compares data with what a Hugging Face folder says; notes a different size of images.
+    """Compares data with a Hugging Face folder's configuration; notes other image sizes.
 
     Args:
       path: of the folder.
@@ -196,41 +188,44 @@ def check_folder(path: str, data: Dataset, *, other_targets: bool) -> None:
             "problem_type if it is wrong."
         )
     if data.inputs.ndim == 4 and sides not in (None, data.inputs.shape[1:3]):
-        wanted, given = ("x".join(map(str, each)) for each in (sides, data.inputs.shape[1:3]))
+        expected, actual = ("x".join(map(str, size)) for size in (sides, data.inputs.shape[1:3]))
         print(
-            f"note: {path} was made for images of {wanted}; these are {given}; --image-size "
-            f"{wanted} resizes files of images.",
+            f"note: {path} was made for images of {expected}; these are {actual}; --image-size "
+            f"{expected} resizes files of images.",
             file=sys.stderr,
         )
 
 
 def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
-    """The data with their classes in the order of the model's file.
+    """Reorders the data's classes to match the model's file.
 
     Args:
       path: of the file.
-      about: what it records; without classes and names, nothing is compared.
-      raw: the data, in their own order.
+      about: its record; without classes and names, nothing is compared.
+      raw: the data, in its own order of classes.
 
     Raises:
       ValueError: if the file has other classes.
     """
-    own, found, classes = about.names, raw.train.names, raw.train.classes
+    model_names, data_names, classes = about.names, raw.train.names, raw.train.classes
     if about.classes not in (None, classes):
         raise ValueError(
             f"{path} has {about.classes} classes, but the data has {classes}. Give it data of its "
             "own classes."
         )
-    if own == found or (about.classes is None and not own):
+    if model_names == data_names or (about.classes is None and not model_names):
         return raw
-    places = {_plain(name): i for i, name in enumerate(own)}
-    if len(places) == len(own) and {_plain(name) for name in found} == places.keys():
+    places = {_normalized(name): i for i, name in enumerate(model_names)}
+    if (
+        len(places) == len(model_names)
+        and {_normalized(name) for name in data_names} == places.keys()
+    ):
         if raw.train.kind != "classes":  # columns are in the model's order already
             return raw
-        numbers = np.array([places[_plain(name)] for name in found], np.int32)
-        return Splits(*(x._replace(labels=numbers[x.labels], names=own) for x in raw))
-    listed, of_data = (_listed(names) or f"0..{classes - 1}" for names in (own, found))
-    if about.classes is None and len(own) == classes and not found:
+        numbers = np.array([places[_normalized(name)] for name in data_names], np.int32)
+        return Splits(*(x._replace(labels=numbers[x.labels], names=model_names) for x in raw))
+    listed, of_data = (_join(names) or f"0..{classes - 1}" for names in (model_names, data_names))
+    if about.classes is None and len(model_names) == classes and not data_names:
         print(f"note: classes 0..{classes - 1} are {path}'s {listed}", file=sys.stderr)
         return raw
     repair = ""
@@ -243,54 +238,61 @@ def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
 
 
 def other_units(inputs: np.ndarray, columns: Sequence[str] = ()) -> str | None:
-    """What is wrong with inputs whose deviation, scaled as the file says, is far from 1.
+    """Describes the problem if inputs, scaled as the file says, deviate far more or less than 1.
 
     Args:
       inputs: scaled, `[N, ...]`.
-      columns: names of a table's columns, each with a unit of its own. A column that mostly has
-        one value, like categories and rare events, may vary by any amount.
+      columns: names of a table's columns, each in its own unit. A column that mostly has one
+        value, such as a category or a rare event, may have any deviation.
     """
     axes = tuple(range(inputs.ndim - 1)) if inputs.ndim == 4 else (0,)
     deviations = inputs.std(axis=axes, dtype=np.float64).ravel()
-    varying = deviations[deviations > 0]
-    found, of = float(np.sqrt(np.mean(np.square(varying)))) if varying.size else 1.0, "the data has"
-    if 1 / UNITS < found < UNITS and len(columns) == len(deviations) and len(inputs) >= FEW:
+    nonzero = deviations[deviations > 0]
+    deviation, subject = (
+        float(np.sqrt(np.mean(np.square(nonzero)))) if nonzero.size else 1.0,
+        "the data has",
+    )
+    if (
+        1 / UNITS < deviation < UNITS
+        and len(columns) == len(deviations)
+        and len(inputs) >= FEW_ROWS
+    ):
         low, high = np.quantile(inputs, (0.25, 0.75), axis=0)
         narrow = np.flatnonzero((high > low) & (deviations <= 1 / UNITS))
         if narrow.size:
-            found, of = deviations[narrow[0]], f"the column {columns[narrow[0]]!r:.80} has"
-    if 1 / UNITS < found < UNITS:
+            deviation, subject = deviations[narrow[0]], f"the column {columns[narrow[0]]!r:.80} has"
+    if 1 / UNITS < deviation < UNITS:
         return _far_away(inputs, columns)
     return (
-        f"scales inputs by its own mean and deviation, so {of} a scaled deviation of "
-        f"{found:.3g} where about 1 is expected. Are the data in other units, such as pixels from "
-        "0 to 255 and from 0 to 1?"
+        f"scales inputs by its own mean and deviation, so {subject} a scaled deviation of "
+        f"{deviation:.3g} where about 1 is expected. Are the data in other units, such as pixels "
+        "from 0 to 255 and from 0 to 1?"
     )
 
 
 def _far_away(inputs: np.ndarray, columns: Sequence[str]) -> str | None:
-    """What is wrong with columns outside the range that the file's scaling was measured on.
+    """Describes the problem if columns lie outside the range that the scaling was measured on.
 
-    A column is judged only if it has many values. Without names, columns may be pixels, and most of
-    them have to be outside.
+    Only columns with many values are judged. Without names, columns may be pixels: then most of
+    them must lie outside.
     """
-    if inputs.ndim != 2 or len(inputs) < FEW:
+    if inputs.ndim != 2 or len(inputs) < FEW_ROWS:
         return None
     low, high = np.quantile(inputs, (0.25, 0.75), axis=0)
-    away = (high > low) & ((low >= UNITS) | (high <= -UNITS))
-    if not away.any() or (len(columns) != len(away) and 2 * away.sum() <= len(away)):
+    is_far = (high > low) & ((low >= UNITS) | (high <= -UNITS))
+    if not is_far.any() or (len(columns) != len(is_far) and 2 * is_far.sum() <= len(is_far)):
         return None
-    first = int(np.flatnonzero(away)[0])
-    which = f"the column {columns[first]!r:.80}" if len(columns) == len(away) else "the data"
+    index = int(np.flatnonzero(is_far)[0])
+    subject = f"the column {columns[index]!r:.80}" if len(columns) == len(is_far) else "the data"
     return (
-        f"scales inputs by its own mean and deviation, so half of {which}, scaled, lies between "
-        f"{low[first]:.3g} and {high[first]:.3g} where about 0 is expected. Are the data in other "
+        f"scales inputs by its own mean and deviation, so half of {subject}, scaled, lies between "
+        f"{low[index]:.3g} and {high[index]:.3g} where about 0 is expected. Are the data in other "
         "units, such as kelvins in place of degrees Celsius?"
     )
 
 
 def other_target_units(targets: np.ndarray, names: Sequence[str]) -> str | None:
-    """What is wrong with targets whose deviation, scaled as the file says, is far from 1.
+    """Describes the problem if targets, scaled as the file says, deviate far more or less than 1.
 
     Args:
       targets: scaled, `[N, K]`.
@@ -302,18 +304,18 @@ def other_target_units(targets: np.ndarray, names: Sequence[str]) -> str | None:
     far = np.flatnonzero((size >= UNITS) | ((deviations > 0) & (deviations <= 1 / UNITS)))
     if not far.size:
         return None
-    which = f"the target {names[far[0]]!r:.80} has" if names else "the targets have"
+    subject = f"the target {names[far[0]]!r:.80} has" if names else "the targets have"
     return (
-        f"learned numbers of its own units, so {which} a scaled deviation of "
+        f"learned numbers of its own units, so {subject} a scaled deviation of "
         f"{deviations[far[0]]:.3g} and a root mean square of {size[far[0]]:.3g} where about 1 is "
         "expected. Are they in other units, such as cents in place of euros?"
     )
 
 
-def _plain(name: str) -> str:
-    """A class's name, normalized for the differences between files and folders."""
+def _normalized(name: str) -> str:
+    """A class's name, ignoring case, outer spaces, and underscores for spaces."""
     return name.strip().casefold().replace("_", " ")
 
 
-def _listed(names: Sequence[str], most: int = 300) -> str:
-    return _text.shown(", ".join(names), most)
+def _join(names: Sequence[str], limit: int = 300) -> str:
+    return _text.shown(", ".join(names), limit)

@@ -1,4 +1,4 @@
-"""Devices: the mesh that batches and weights are split over, and the processes that share it."""
+"""The device mesh for batches and weights, and multi-process setup."""
 
 import contextlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from kdtl_jax.run import processes, sharding
 
 @dataclass(frozen=True)
 class Meshed:
-    """The settings of a command that splits its batches."""
+    """The settings of a command that shards its batches."""
 
     mesh: Mapping[str, int] = setting(
         {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them",
@@ -35,10 +35,10 @@ class Meshed:
     )
 
 
-def joined(settings: Meshed) -> Mesh | None:
-    """The mesh of the settings, after joining the other processes, if there are any."""
-    several = (settings.coordinator, settings.processes, settings.process)
-    if any(value is not None for value in several):
+def make_mesh(settings: Meshed) -> Mesh | None:
+    """Joins the other processes, if any, and makes the mesh of the settings."""
+    process_settings = (settings.coordinator, settings.processes, settings.process)
+    if any(value is not None for value in process_settings):
         try:
             processes.initialize(
                 coordinator=settings.coordinator,
@@ -52,16 +52,16 @@ def joined(settings: Meshed) -> Mesh | None:
     return sharding.make_mesh(**settings.mesh)
 
 
-def first(asked: int | None) -> list[Any]:
-    """The first `asked` devices (None: all), virtual ones on a CPU; call it before any is used.
+def first_devices(count: int | None) -> list[Any]:
+    """The first `count` devices (None: all), virtual on a CPU; call before using any device.
 
     Raises:
       UsageError: if there are fewer devices.
     """
-    if asked is not None and asked > 1:
-        with contextlib.suppress(RuntimeError):  # the back end has started, with the devices it has
-            jax.config.update("jax_num_cpu_devices", asked)
-    have = jax.devices()
-    if asked is not None and asked > len(have):
-        raise UsageError(f"--devices {asked}: there are {len(have)} devices here.")
-    return have[:asked]
+    if count is not None and count > 1:
+        with contextlib.suppress(RuntimeError):  # the backend is already initialized
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if count is not None and count > len(devices):
+        raise UsageError(f"--devices {count}: there are {len(devices)} devices here.")
+    return devices[:count]

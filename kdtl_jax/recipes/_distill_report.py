@@ -24,7 +24,7 @@ def described(
 ) -> dict[str, Any]:
     """A method's settings in the table; `entry` is None for the student alone."""
     weights = {
-        term: "schedule" if callable(weight) else _choice.meant(weight)
+        term: "schedule" if callable(weight) else _choice.rounded(weight)
         for term, weight in method.weights.items()
     }
     return {

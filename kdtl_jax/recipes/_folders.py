@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdtl_jax import _files, _locks, _text
-from kdtl_jax.recipes import _finished, _students, yaml_files
+from kdtl_jax.recipes import _stored_results, _students, yaml_files
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import checkpoint, processes, record, report
 
@@ -146,8 +146,8 @@ def _is_taken_up(settings: Any) -> bool:
         if "config.yaml" not in names:
             raise UsageError(f"--resume: there is no run in {folder}. Start without it.")
         return True
-    if not any((folder / _finished.FOLDER).glob("*.npz")):
-        names -= {_finished.FOLDER}
+    if not any((folder / _stored_results.FOLDER).glob("*.npz")):
+        names -= {_stored_results.FOLDER}
     few = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
     failed_early = few and record.is_kept(folder)
     if names and not failed_early and not settings.force:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from kdtl_jax import train
-from kdtl_jax.recipes import _finished, _training
+from kdtl_jax.recipes import _stored_results, _training
 from kdtl_jax.recipes._optimizers import used
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.run import scores
@@ -59,7 +59,7 @@ def halved(
     done = sweeps.successive_halving(
         start, advance, score, columns, shared, *held, rungs=settings.halving,
         chunk=None if chunk is None else max(1, chunk // seeds), devices=work.devices,
-        kept=_finished.rungs(work.finished, name, shapes, settings.halving - 1),
+        kept=_stored_results.rungs(work.finished, name, shapes, settings.halving - 1),
     )  # fmt: skip
     rungs = (~np.isnan(done.scores.reshape(settings.halving, count, -1))).any(axis=-1).sum(axis=0)
     validation = done.scores[rungs - 1, np.arange(count)].reshape(count, seeds)

@@ -1,9 +1,9 @@
-"""A Python file that the user names as `FILE.py:NAME`, run as a module, and what it imports.
+"""Importing a user's `FILE.py:NAME`, and the files that it imports.
 
-Modules beside the file are found first, as with `python FILE.py`, and each file has its own: a
-module of the same name beside another file is a different module. All are compiled from their text,
-never from cached bytecode, and run again once any of them has changed. Modules named in an import
-statement may also be imported when a function of the file is called; others may not.
+Modules in the file's folder are found first, as with `python FILE.py`; a module of the same name in
+another file's folder is a different module. All are compiled from source, never from cached
+bytecode, and run again when any of them changes. Functions of the file may import modules that an
+import statement names, and no others.
 """
 
 import ast
@@ -39,7 +39,7 @@ SITES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-pack
 
 
 class FromText(importlib.machinery.SourceFileLoader):
-    """Compiles a file's text; Python itself would trust cached bytecode of its size and date."""
+    """Compiles from source; Python would trust cached bytecode of the same size and date."""
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
@@ -51,7 +51,7 @@ def file_of(text: str) -> Path:
 
 
 def checked(value: Any) -> str | None:
-    """`parse=` of a setting: the text itself, if it has the form `file.py:name`."""
+    """`parse=` of a setting: the text, if it has the form `file.py:name`."""
     if value is None:
         return None
     if not isinstance(value, str) or not re.fullmatch(r".+\.py:[A-Za-z_]\w*", value):
@@ -59,14 +59,14 @@ def checked(value: Any) -> str | None:
     return value
 
 
-def several(value: Any) -> tuple[str, ...]:
+def checked_all(value: Any) -> tuple[str, ...]:
     """`parse=` of a setting that may be repeated."""
     parts = [value] if isinstance(value, str) else list(value or ())
     return tuple(text for part in parts if (text := checked(part)) is not None)
 
 
 def imported(text: str) -> Any:
-    """The object that `file.py:name` names; the file is run once per process and content.
+    """The object named `file.py:name`; the file is run once per process and content.
 
     Raises:
       UsageError: if there is no such file, or no such name in it (its names are listed).
@@ -83,7 +83,7 @@ def imported(text: str) -> Any:
 
 
 def files_of(text: str) -> list[Path]:
-    """The file of `file.py:name` and those it imports that are in no installed package.
+    """The file of `file.py:name` and the files it imports, except installed packages.
 
     Raises:
       ValueError: as `imported`.
@@ -93,33 +93,33 @@ def files_of(text: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def at_work(text: str) -> Iterator[None]:
-    """A context in which the object `imported(text)` finds the modules beside its file.
+def importing(text: str) -> Iterator[None]:
+    """A context in which `imported(text)` finds the modules in its file's folder.
 
-    Importing a file below its folder raises ImportError, with the repair, if the file is not in
-    `files_of`: those identify the run, and this one could change unnoticed.
+    Importing a file of the folder that is not in `files_of` raises ImportError, with the repair:
+    `files_of` identify the run, and another file could change unnoticed.
     """
     path = file_of(text).resolve()
-    _forget(path.parent, set())
-    with _beside(path.parent, getattr(sys.modules[f"{OWN}{path}"], READ)):
+    _forget_modules(path.parent, set())
+    with _folder_first(path.parent, getattr(sys.modules[f"{OWN}{path}"], READ)):
         yield
 
 
-def neighborly(text: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the file `text`, or one that calls its functions, run in its folder."""
+def run_in_folder(text: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a function that runs code of the file: it finds the modules of the file's folder."""
 
     @functools.wraps(function)
-    def run(*args: Any, **named: Any) -> Any:
-        with at_work(text):
-            return function(*args, **named)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with importing(text):
+            return function(*args, **kwargs)
 
     return run
 
 
-def at_fault(text: str, error: BaseException) -> str:
-    """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's files.
+def locate_error(text: str, error: BaseException) -> str:
+    """`my_loss.py, line 3: NameError: ...`, with the innermost line of the user's files.
 
-    Only the message if none of their lines is involved.
+    Only the message if the traceback has no line of theirs.
     """
     inner = [
         (frame.filename, frame.lineno)
@@ -129,24 +129,24 @@ def at_fault(text: str, error: BaseException) -> str:
     inner += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
     file, line = inner[-1] if inner else (None, None)
     path = file_of(text)
-    at = path if file is None or Path(file).resolve() == path.resolve() else file
-    said = " ".join(str(error).split())
+    source = path if file is None or Path(file).resolve() == path.resolve() else file
+    message = " ".join(str(error).split())
     if line is None:
-        return f"{said or type(error).__name__:.500}"
-    return f"{at}, line {line}: {type(error).__name__}: {said:.300}"
+        return f"{message or type(error).__name__:.500}"
+    return f"{source}, line {line}: {type(error).__name__}: {message:.300}"
 
 
 def _module(text: str) -> ModuleType:
     try:
-        return _run(file_of(text))
+        return _run_file(file_of(text))
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        said = at_fault(text, error)
-        if ", line " not in said:
-            said = f"{file_of(text)}: {type(error).__name__}: {said}"
-        raise ValueError(said) from error
+        message = locate_error(text, error)
+        if ", line " not in message:
+            message = f"{file_of(text)}: {type(error).__name__}: {message}"
+        raise ValueError(message) from error
 
 
-def _run(path: Path) -> ModuleType:
+def _run_file(path: Path) -> ModuleType:
     """The module of a file, run once per process and content.
 
     Raises:
@@ -154,88 +154,90 @@ def _run(path: Path) -> ModuleType:
     """
     path = path.resolve()
     name = f"{OWN}{path}"
-    found = sys.modules.get(name)
-    if found is not None:
-        if all(_digest(file) == digest for file, digest in getattr(found, READ).items()):
-            return found
-    _forget(path.parent, {*getattr(found, READ, ())})
+    module = sys.modules.get(name)
+    if module is not None:
+        if all(_digest(file) == digest for file, digest in getattr(module, READ).items()):
+            return module
+    _forget_modules(path.parent, {*getattr(module, READ, ())})
     spec = importlib.util.spec_from_loader(name, FromText(name, str(path)))
     assert spec is not None and spec.loader is not None
-    read = {file: _digest(file) for file in _imported(path, path.parent, {path})}
-    made, before = importlib.util.module_from_spec(spec), {*sys.modules}
-    sys.modules[name] = made  # dataclasses look their module up
+    digests = {file: _digest(file) for file in _imported_files(path, path.parent, {path})}
+    new_module, loaded = importlib.util.module_from_spec(spec), {*sys.modules}
+    sys.modules[name] = new_module  # dataclasses look their module up
     try:
-        with _beside(path.parent):
-            spec.loader.exec_module(made)
+        with _folder_first(path.parent):
+            spec.loader.exec_module(new_module)
     except BaseException:
-        for new in _new(before):
+        for new in _new_modules(loaded):
             del sys.modules[new]
         raise
-    read |= {file: _digest(file) for file in _new(before).values() if file.is_file()}
-    setattr(made, READ, read)
-    return made
+    digests |= {file: _digest(file) for file in _new_modules(loaded).values() if file.is_file()}
+    setattr(new_module, READ, digests)
+    return new_module
 
 
 def _digest(path: Path) -> str | None:
     return _files.sha256(path) if path.is_file() else None
 
 
-def _new(before: set[str]) -> dict[str, Path]:
-    """The user's newly imported modules, with their files."""
+def _new_modules(before: set[str]) -> dict[str, Path]:
+    """The user's modules imported since, with their files."""
     names = sys.modules.keys() - before
     return {name: file for name in names if (file := _own_file(sys.modules[name])) is not None}
 
 
-def _own_file(each: ModuleType) -> Path | None:
+def _own_file(module: ModuleType) -> Path | None:
     """The file of a module, if it is the user's."""
-    file = getattr(each, "__dict__", {}).get("__file__")
+    file = getattr(module, "__dict__", {}).get("__file__")
     return Path(file).resolve() if isinstance(file, str) and not _installed(file) else None
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file is the user's: it exists, and is not in an installed package."""
+    """Whether a file exists and is in no installed package."""
     return path.is_file() and not _installed(path)
 
 
 def _installed(path: str | Path) -> bool:
-    def is_so(at: str) -> bool:
-        return f"{at}{os.sep}".startswith(INSTALLED) or any(site in at for site in SITES)
+    def is_in_site(text: str) -> bool:
+        return f"{text}{os.sep}".startswith(INSTALLED) or any(site in text for site in SITES)
 
-    return is_so(str(path)) or is_so(os.path.realpath(path))  # the disk is rarely accessed
+    return is_in_site(str(path)) or is_in_site(
+        os.path.realpath(path)
+    )  # the disk is rarely accessed
 
 
-def _forget(folder: Path, stale: set[Path]) -> None:
-    """Forgets stale modules and other files' neighbors, so that their next import runs them.
+def _forget_modules(folder: Path, stale: set[Path]) -> None:
+    """Removes stale modules, and those of other files' folders, from `sys.modules`.
 
-    Otherwise a neighbor of another file would be found in place of this folder's of that name.
+    Otherwise importing a name could find the module of another folder.
     """
-    for name, each in list(sys.modules.items()):
-        file = None if READ in getattr(each, "__dict__", ()) else _own_file(each)
+    for name, module in list(sys.modules.items()):
+        file = None if READ in getattr(module, "__dict__", ()) else _own_file(module)
         if file is None or (folder in file.parents and file not in stale):
             continue
-        loaded_here = isinstance(getattr(each, "__loader__", None), FromText)
-        if file in stale or loaded_here or any(_found(folder, name.partition(".")[0])):
+        loaded_here = isinstance(getattr(module, "__loader__", None), FromText)
+        if file in stale or loaded_here or any(_files_of_import(folder, name.partition(".")[0])):
             del sys.modules[name]
 
 
 @contextlib.contextmanager
-def _beside(folder: Path, known: Mapping[Path, str | None] | None = None) -> Iterator[None]:
-    """A context: modules in the folder are found first, and the user's compiled from text.
+def _folder_first(folder: Path, digests: Mapping[Path, str | None] | None = None) -> Iterator[None]:
+    """A context in which modules in the folder come first, and user modules compile from source.
 
     Args:
       folder: of the user's file.
-      known: digests of the files in the folder that may be imported; None: any may.
+      digests: of the files in the folder that may be imported; None: any file may be.
     """
 
     def check(file: Path) -> None:
-        if known is None or folder not in file.parents:
+        if digests is None or folder not in file.parents:
             return
-        if file not in known:
+        if file not in digests:
             raise ImportError(
                 f"no import statement names {file.relative_to(folder)}, so a run could not "
                 "record it. Import it at the top of the file."
             )
-        if known[file] != _digest(file):
+        if digests[file] != _digest(file):
             raise ImportError(f"{file.relative_to(folder)} has changed since the file was run.")
 
     class Text(FromText):
@@ -251,8 +253,8 @@ def _beside(folder: Path, known: Mapping[Path, str | None] | None = None) -> Ite
     def finder(entry: str) -> Any:
         if _installed(entry) or not Path(entry).is_dir():
             raise ImportError(entry)
-        both = (Compiled, importlib.machinery.EXTENSION_SUFFIXES), (Text, [".py"])
-        return importlib.machinery.FileFinder(entry, *both)
+        loaders = (Compiled, importlib.machinery.EXTENSION_SUFFIXES), (Text, [".py"])
+        return importlib.machinery.FileFinder(entry, *loaders)
 
     entry, finders = str(folder), dict(sys.path_importer_cache)
     for place in list(sys.path_importer_cache):
@@ -270,8 +272,8 @@ def _beside(folder: Path, known: Mapping[Path, str | None] | None = None) -> Ite
         sys.path_importer_cache.update(finders)
 
 
-def _imported(path: Path, root: Path, seen: set[Path]) -> set[Path]:
-    """The files in the folder that a file's import statements name, including in functions."""
+def _imported_files(path: Path, root: Path, seen: set[Path]) -> set[Path]:
+    """The files in the folder named by a file's import statements, including in functions."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, IndexError):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Import):
@@ -282,17 +284,17 @@ def _imported(path: Path, root: Path, seen: set[Path]) -> set[Path]:
                 names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
             else:
                 continue
-            for file in {file for name in names for file in _found(start, name)} - seen:
+            for file in {file for name in names for file in _files_of_import(start, name)} - seen:
                 seen.add(file)
-                _imported(file, root, seen)
+                _imported_files(file, root, seen)
     return seen
 
 
-def _found(start: Path, name: str) -> Iterator[Path]:
-    """The files that importing a dotted name runs: its packages' and its own."""
-    at = start
+def _files_of_import(start: Path, name: str) -> Iterator[Path]:
+    """The files run by importing a dotted name: the packages and the module."""
+    path = start
     for part in filter(None, name.split(".")):
-        at = at / part
-        for file in (at / "__init__.py", at.with_name(f"{part}.py")):
+        path = path / part
+        for file in (path / "__init__.py", path.with_name(f"{part}.py")):
             if file.is_file() and not _installed(file):
                 yield file.resolve()

@@ -1,4 +1,4 @@
-"""What a trained model is used on: examples with or without labels, in the model's own classes."""
+"""Loading a trained model, and the examples to run it on, with labels in the model's classes."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import record
 
 PARTS = ("train", "validation", "test")
-LOOKED_AT = 4096  # examples from which units are inferred
+UNIT_EXAMPLES = 4096  # examples from which units are inferred
 
 
 def source(value: Any) -> str | None:
-    """`parse=` of a setting: a Python file with a name in it, or a Hugging Face folder."""
+    """`parse=` of a setting: `FILE.py:NAME`, or a Hugging Face folder."""
     is_folder = isinstance(value, str) and sources.is_hugging_face(value)
     return value if is_folder else _imports.checked(value)
 
@@ -63,16 +63,16 @@ class Written:
 
 
 class Examples(NamedTuple):
-    """Inputs `[N, ...]` as the model's file expects them, and their labels, if requested."""
+    """Inputs `[N, ...]` preprocessed for the model, and their labels, if requested."""
 
     inputs: np.ndarray
     labels: np.ndarray | None
-    said: str  # what was read, in words
-    files: tuple[str, ...] = ()  # of every example, if each is its own file
+    description: str  # what was read
+    files: tuple[str, ...] = ()  # one per example, if each is a file
 
 
 def check_out(settings: Any) -> None:
-    """Refuses, before any work, an `out` that cannot be written or already exists.
+    """Rejects, before any work, an `out` that cannot be written or already exists.
 
     Raises:
       FileExistsError: if it is a file and `--force` is not given, or if it is not a file.
@@ -86,13 +86,13 @@ def check_out(settings: Any) -> None:
     if out.exists() and not settings.force:
         raise FileExistsError(f"--out {out} exists. Name another file, or pass --force.")
     source = (settings.model or "").rpartition(":")[0]  # of FILE.py:NAME
-    for read in (settings.student, getattr(settings, "data", None), source):
-        if read and out.exists() and os.path.exists(read) and out.samefile(read):
+    for path in (settings.student, getattr(settings, "data", None), source):
+        if path and out.exists() and os.path.exists(path) and out.samefile(path):
             raise UsageError(f"--out {out} is an input file. Name another one.")
 
 
-def used(settings: Any, example: str, *, with_labels: bool) -> tuple[Model, Examples]:
-    """The model that `Used` settings name, and the examples to run it on.
+def load(settings: Any, example: str, *, with_labels: bool) -> tuple[Model, Examples]:
+    """Loads the model of `Used` settings, and the examples to run it on.
 
     Raises:
       UsageError: showing `example`, if the student or the data are not named.
@@ -100,70 +100,72 @@ def used(settings: Any, example: str, *, with_labels: bool) -> tuple[Model, Exam
     if settings.student is None or settings.data is None:
         raise UsageError(f"name STUDENT and DATA, for example: {example}")
     model = model_of(settings)
-    found = read(
+    examples = read_examples(
         settings.data, model, part=settings.part, label=settings.label, with_labels=with_labels
     )
-    return model, found
+    return model, examples
 
 
 def model_of(settings: Any) -> Model:
-    """The model of the settings; prints a note if its source file has changed.
+    """Loads the model of the settings; prints a note if its source file has changed.
 
     Raises:
       UsageError: if `model` is given and the file is not of that model.
     """
-    known = model_files.about(settings.student).model
+    trained_name = model_files.about(settings.student).model
     shape = getattr(settings, "shape", None)
     if settings.model is None:
         return model_files.load(settings.student, shape=shape)
-    held = known and (model_files.hugging_face_of(known) or known)
-    if not held or Path(held).name != Path(settings.model).name:
-        raise UsageError(f"--model: {settings.student} holds {known}, not {settings.model}.")
+    name = trained_name and (model_files.hugging_face_of(trained_name) or trained_name)
+    if not name or Path(name).name != Path(settings.model).name:
+        raise UsageError(f"--model: {settings.student} holds {trained_name}, not {settings.model}.")
     text = settings.model
     if sources.is_hugging_face(text):
         model, text = sources.pretrained(text).module, f"{model_files.HUGGING_FACE}{text}"
-        found = model_files.load(settings.student, model=model)
+        loaded = model_files.load(settings.student, model=model)
     else:
         model = _imports.imported(text)
-        with _imports.at_work(text):
-            found = model_files.load(settings.student, model=model)
-        uses = (found.predict, found.outputs)
-        predict, outputs = (_imports.neighborly(text, use) for use in uses)
-        found = found._replace(predict=predict, outputs=outputs)
-    _models.tell_changed(text, found.metadata)
-    return found
+        with _imports.importing(text):
+            loaded = model_files.load(settings.student, model=model)
+        functions = (loaded.predict, loaded.outputs)
+        predict, outputs = (_imports.run_in_folder(text, use) for use in functions)
+        loaded = loaded._replace(predict=predict, outputs=outputs)
+    _models.tell_changed(text, loaded.metadata)
+    return loaded
 
 
-def read(
+def read_examples(
     data: str, model: Model, *, part: str | None, label: str | None, with_labels: bool
 ) -> Examples:
-    """The examples of some data, read in the model's way.
+    """Reads examples with the model's preprocessing.
 
-    Without `part`: everything in order if no labels are requested. With labels, the test part if
-    the data has one, or if the model was trained on these same data and its run held one out;
-    otherwise everything.
+    The default `part` without labels is everything, in order. With labels, it is the test part if
+    the data has one, or if the model was trained on this data and its run held one out; otherwise
+    everything.
 
     Raises:
       UsageError: if the data has no such part.
-      ValueError: if the data have other classes, another input shape, or other units (only a note
-        if rows of a table are to be predicted).
+      ValueError: if the data has other classes, another input shape, or other units (only a note
+        for rows of a table without labels).
     """
     form = model.about.preprocessing
     if not with_labels and part in (None, "all"):
-        inputs, files, notices = datasets.read_unlabeled(data, form or _form_of_old(model))
-        _tell(notices)
-        checked_shape(data, inputs, model)
-        why = _in_other_units(inputs, model)
-        if why and inputs.ndim == 2:  # similar or extreme rows may be intended
-            print(f"note: the model {why}", file=sys.stderr)
-        elif why:
-            raise ValueError(f"{data}: the model {why}")
+        preprocessing = form or _default_preprocessing(model)
+        inputs, files, notices = datasets.read_unlabeled(data, preprocessing)
+        _print_notices(notices)
+        check_shape(data, inputs, model)
+        problem = _unit_problem(inputs, model)
+        if problem and inputs.ndim == 2:  # these rows may be similar or extreme on purpose
+            print(f"note: the model {problem}", file=sys.stderr)
+        elif problem:
+            raise ValueError(f"{data}: the model {problem}")
         return Examples(inputs, None, f"{len(inputs)} examples", files)
     split = _split_of(model)
     label = label or split.label
-    read_now = datasets.files_of(data, label=label, inputs=form and form.inputs)
-    seen = record.made_from({"data": read_now}).files["data"] == model.metadata.get("data")
-    held_out = seen and part != "all"  # else all rows stay in their order
+    data_files = datasets.files_of(data, label=label, inputs=form and form.inputs)
+    digest = record.made_from({"data": data_files}).files["data"]
+    is_training_data = digest == model.metadata.get("data")
+    held_out = is_training_data and part != "all"  # else all rows stay in their order
     shares = split.shares if held_out else (0.0, 0.0)
     parts = datasets.read_splits(
         data,
@@ -174,28 +176,28 @@ def read(
         test=shares[1],
         seed=split.seed,
     )
-    _tell(parts.train.notices)
+    _print_notices(parts.train.notices)
     chosen = part or ("test" if len(parts.test.labels) else "all")
-    found = list(parts) if chosen == "all" else [getattr(parts, chosen)]
-    found = [each for each in found if len(each.labels)]
-    if not found:
+    chosen_parts = list(parts) if chosen == "all" else [getattr(parts, chosen)]
+    chosen_parts = [data_part for data_part in chosen_parts if len(data_part.labels)]
+    if not chosen_parts:
         raise UsageError(f"--part {chosen}: {data} has no such part. Use --part all.")
-    inputs = found[0].inputs
-    if len(found) > 1:
-        inputs = np.concatenate([each.inputs for each in found])
-    checked_shape(data, inputs, model)
-    if why := _in_other_units(inputs, model):
-        raise ValueError(f"{data}: the model {why}")
-    labels = np.concatenate([each.labels if form else in_classes_of(model, each) for each in found])
+    inputs = chosen_parts[0].inputs
+    if len(chosen_parts) > 1:
+        inputs = np.concatenate([data_part.inputs for data_part in chosen_parts])
+    check_shape(data, inputs, model)
+    if problem := _unit_problem(inputs, model):
+        raise ValueError(f"{data}: the model {problem}")
+    labels = np.concatenate([p.labels if form else in_classes_of(model, p) for p in chosen_parts])
     scaling = None if form is None else form.target_scaling
-    if scaling is not None and len(labels) >= _data.FEW:
+    if scaling is not None and len(labels) >= _data.FEW_ROWS:
         scaled = (labels - scaling.mean) / scaling.scale
-        if why := _data.other_target_units(scaled, model.about.names):
-            raise ValueError(f"{data}: the model {why}")
-    said = f"{len(inputs)} examples" if chosen == "all" else f"{len(inputs)} {chosen} examples"
-    if seen:
-        said += ", of the data that the model was trained on"
-    return Examples(inputs, labels, said)
+        if problem := _data.other_target_units(scaled, model.about.names):
+            raise ValueError(f"{data}: the model {problem}")
+    description = f"{len(inputs)} {'' if chosen == 'all' else f'{chosen} '}examples"
+    if is_training_data:
+        description += ", of the data that the model was trained on"
+    return Examples(inputs, labels, description)
 
 
 class Split(NamedTuple):
@@ -207,67 +209,67 @@ class Split(NamedTuple):
 
 
 def _split_of(model: Model) -> Split:
-    """What a model's file says about its training data.
+    """The split of the model's training data, from its file.
 
     Raises:
-      ValueError: if that cannot be used.
+      ValueError: if the file's record is invalid.
     """
     try:
-        known = json.loads(model.metadata.get("split", "{}"))
-        validation, test = (float(known.get(name, 0)) for name in PARTS[1:])
-        found = Split((validation, test), int(known.get("seed", 0)), known.get("label") or "label")
-        if not (0 <= validation < 1 and 0 <= test < 1 and 0 <= found.seed < 2**32):
+        fields = json.loads(model.metadata.get("split", "{}"))
+        validation, test = (float(fields.get(name, 0)) for name in PARTS[1:])
+        seed, label = int(fields.get("seed", 0)), fields.get("label") or "label"
+        if not (0 <= validation < 1 and 0 <= test < 1 and 0 <= seed < 2**32):
             raise ValueError("shares must be between 0 and 1")
-        if not isinstance(found.label, str):
+        if not isinstance(label, str):
             raise ValueError("the label must be a name")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"the model's file does not say how its data were split ({_text.shown(str(error))})."
         ) from None
-    return found
+    return Split((validation, test), seed, label)
 
 
-def _tell(notices: Sequence[str]) -> None:
+def _print_notices(notices: Sequence[str]) -> None:
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
 
 
-def checked_shape(data: str, inputs: np.ndarray, model: Model) -> None:
-    """Refuses inputs that the model does not take, naming both shapes."""
-    wanted = model.about.shape
-    if wanted is not None and inputs.shape[1:] != wanted:
+def check_shape(data: str, inputs: np.ndarray, model: Model) -> None:
+    """Raises ValueError for inputs of a shape that the model does not take."""
+    expected = model.about.shape
+    if expected is not None and inputs.shape[1:] != expected:
         raise ValueError(
             f"{data}: its examples are {list(inputs.shape[1:])}, but the model takes "
-            f"{list(wanted)}."
+            f"{list(expected)}."
         )
 
 
-def _in_other_units(inputs: np.ndarray, model: Model) -> str | None:
-    """`_data.other_units` of the first examples; not checked for a table of few rows."""
+def _unit_problem(inputs: np.ndarray, model: Model) -> str | None:
+    """`_data.other_units` of the first examples; None for a table of few rows."""
     scaling, form = model.about.scaling, model.about.preprocessing
-    if scaling is None or (inputs.ndim == 2 and len(inputs) < _data.FEW):
+    if scaling is None or (inputs.ndim == 2 and len(inputs) < _data.FEW_ROWS):
         return None
     columns = [] if form is None else [column.name for column in form.columns]
-    return _data.other_units((inputs[:LOOKED_AT] - scaling.mean) / scaling.scale, columns)
+    return _data.other_units((inputs[:UNIT_EXAMPLES] - scaling.mean) / scaling.scale, columns)
 
 
 def in_classes_of(model: Model, data: Dataset) -> np.ndarray:
-    """Labels in the model's numbering of classes.
+    """Labels as indices of the model's classes.
 
     Raises:
-      ValueError: naming a class that the model does not know.
+      ValueError: naming a class that the model does not have.
     """
-    names, own = data.class_names(), class_names(model)  # if the file does not say more
-    place = {name: i for i, name in enumerate(own)}
+    names, classes = data.class_names(), class_names(model)
+    index = {name: i for i, name in enumerate(classes)}
     occurring = np.unique(data.labels)
-    unknown = [names[i] for i in occurring if names[i] not in place]
+    unknown = [names[i] for i in occurring if names[i] not in index]
     if unknown:
-        listed = ", ".join(own[:8]) + (", …" if len(own) > 8 else "")
+        listed = ", ".join(classes[:8]) + (", …" if len(classes) > 8 else "")
         raise ValueError(
             f"{data.name}: the model knows no class {unknown[0]!r}"
             f"{f' (nor {len(unknown) - 1} more)' if unknown[1:] else ''}. Its classes are {listed}."
         )
-    return np.array([place.get(name, -1) for name in names], np.int32)[data.labels]
+    return np.array([index.get(name, -1) for name in names], np.int32)[data.labels]
 
 
 def class_names(model: Model) -> tuple[str, ...]:
@@ -275,13 +277,13 @@ def class_names(model: Model) -> tuple[str, ...]:
     return model.about.names or tuple(map(str, range(model.about.classes or 0)))
 
 
-def kind(model: Model) -> datasets.Kind:
+def target_kind(model: Model) -> datasets.Kind:
     """What a model predicts: one class, several labels at once, or numbers."""
     form = model.about.preprocessing
     return "classes" if form is None else form.kind
 
 
-def _form_of_old(model: Model) -> datasets.Preprocessing:
-    """For a file that does not say how its data are read: as arrays."""
+def _default_preprocessing(model: Model) -> datasets.Preprocessing:
+    """Reading as arrays, for a model's file that records no preprocessing."""
     about = model.about
     return datasets.Preprocessing("classes", about.names, about.classes or 0, about.shape or ())

@@ -101,7 +101,7 @@ def row(
         right = np.asarray(found.named) == np.asarray(targets)
     if teacher is not None and measure.alike is not None:
         same = measure.alike(found.named, teacher)
-    others = {name: _choice.meant(x) for name, x in measure.more(found.named, targets).items()}
+    others = {name: _choice.rounded(x) for name, x in measure.more(found.named, targets).items()}
     return report.Row(
         method,
         family,

@@ -67,12 +67,12 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
         return networks.network(module(text, classes), example, dtype=dtype)
     found = _imports.imported(text)
     try:
-        with _imports.at_work(text):
+        with _imports.importing(text):
             made = own.network(found, classes=classes, example=example, dtype=dtype)
     except Exception as error:  # whatever the user's code raises
-        said = _imports.at_fault(text, error)
+        said = _imports.locate_error(text, error)
         raise ValueError(f"{text}: {said}") from error
-    init, apply = (_imports.neighborly(text, function) for function in (made.init, made.apply))
+    init, apply = (_imports.run_in_folder(text, function) for function in (made.init, made.apply))
     return made._replace(init=init, apply=apply)
 
 

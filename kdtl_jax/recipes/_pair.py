@@ -23,10 +23,10 @@ from kdtl_jax.recipes import (
     _data,
     _measures,
     _models,
-    _own,
     _seeds,
     _students,
     _training,
+    _user_code,
 )
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._training import Experiment, Point
@@ -85,7 +85,7 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     """
     source = _models.opened(settings.teacher_weights, settings.teacher, DEFAULT_TEACHER)
     _models.check(settings.student)
-    splits, form = _data.read(settings, source, kinds=kinds)
+    splits, form = _data.read_data(settings, source, kinds=kinds)
     _data.check_parts(splits)
     part = splits.train
     index = np.arange(len(part.labels), dtype=np.int32)
@@ -105,12 +105,12 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
     measure = _measures.of_data(form, settings, part)
     if given is None:
-        _own.try_model("--teacher", named["teacher"], large, measure.task, arrays)
-    _own.try_model("--student", named["student"], small, measure.task, arrays)
+        _user_code.try_model("--teacher", named["teacher"], large, measure.task, arrays)
+    _user_code.try_model("--student", named["student"], small, measure.task, arrays)
     for flag, text, net in zip(
         ("--teacher", "--student"), named.values(), (large, small), strict=True
     ):
-        _own.check_logits(flag, text, net, part)
+        _user_code.check_logits(flag, text, net, part)
     return Pair(
         splits, about, arrays, named["teacher"], large, small, given, files, example, measure
     )
@@ -162,9 +162,9 @@ def check_own(
     Raises:
       ValueError: with the line at fault.
     """
-    arrays = _own.shapes(pair.arrays, batch_size)
+    arrays = _user_code.shapes(pair.arrays, batch_size)
     teacher = networks.abstract(pair.teacher, pair.example)
-    for name, said in _own.named(settings).items():
+    for name, said in _user_code.sources_by_name(settings).items():
         if name in built:
             learner = student(
                 pair.student,
@@ -175,7 +175,7 @@ def check_own(
                 microbatches=settings.microbatches,
                 view=view,
             )
-            _own.try_method(said, learner, arrays, teacher)
+            _user_code.try_method(said, learner, arrays, teacher)
 
 
 def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[Entry]:

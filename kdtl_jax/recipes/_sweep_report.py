@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdtl_jax.recipes import _choice, _evidence, _students, _tables
-from kdtl_jax.recipes._choice import meant
+from kdtl_jax.recipes._choice import rounded
 from kdtl_jax.recipes._pair import Pair
 from kdtl_jax.run import report, scores
 from kdtl_jax.run.report import plots
@@ -62,7 +62,7 @@ def lines(outcome: Sweep) -> list[Line]:
     found, share = [], _score(outcome).is_share
     for swept in outcome.swept:
         for k in range(len(swept.epochs)):
-            setting = {name: meant(column[k]) for name, column in swept.columns.items()}
+            setting = {name: rounded(column[k]) for name, column in swept.columns.items()}
             found.append(
                 Line(
                     swept.method,
@@ -135,7 +135,7 @@ def to_csv(outcome: Sweep) -> str:
     out.writerow(["method", *axes, "seed", "validation", "test", "loss", "epochs"])
     for swept in outcome.swept:
         for k in range(len(swept.epochs)):
-            setting = [meant(swept.columns[a][k]) if a in swept.columns else "" for a in axes]
+            setting = [rounded(swept.columns[a][k]) if a in swept.columns else "" for a in axes]
             for seed in range(swept.validation.shape[1]):
                 scores = (swept.validation, swept.test, swept.loss)
                 values = [f"{score[k, seed]:.6g}" for score in scores]
@@ -277,7 +277,7 @@ def _binned(column: np.ndarray) -> _Bins:
     """Its values, or equally full ranges of them if there are many."""
     values = np.unique(column)
     if len(values) <= BINS + 2:
-        return _Bins([f"{meant(v):g}" for v in values], np.searchsorted(values, column))
+        return _Bins([f"{rounded(v):g}" for v in values], np.searchsorted(values, column))
     parts = np.array_split(values, BINS)
     starts = np.array([part[0] for part in parts])
     place = np.searchsorted(starts, column, side="right") - 1

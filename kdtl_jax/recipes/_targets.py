@@ -22,8 +22,8 @@ from kdtl_jax.interop.networks import Network
 from kdtl_jax.recipes import _choice, _evidence, _optimizers, _training
 from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
-from kdtl_jax.recipes._finished import NOWHERE, Finished, begun, once
 from kdtl_jax.recipes._measures import Measure
+from kdtl_jax.recipes._stored_results import NOWHERE, Finished, begun, once
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes._transfer_methods import Case, Method
 from kdtl_jax.run import report
@@ -92,7 +92,7 @@ def compare(
 
     scores = jax.jit(jax.vmap(scored))(copied, heads, data["inputs"], data["labels"])
     measured = {name: report.interval(np.asarray(values)) for name, values in scores.items()}
-    held = [_choice.held(part) for part in (target.validation, target.test)]
+    held = [_choice.on_device(part) for part in (target.validation, target.test)]
     size = data["labels"].shape[1]
     batch_size = min(settings.batch_size, size)
     steps = settings.epochs * (size // batch_size)
@@ -281,7 +281,7 @@ def sources_of(
     net: Network, part: Dataset, *, seeds: int, epochs: int, finished: Finished = NOWHERE
 ) -> Callable[[], Source]:
     """Starts training sources, whose own scores are not reported; the call waits for them."""
-    data = _choice.held(part)
+    data = _choice.on_device(part)
     few = {name: x[:1] for name, x in data.items()}
     ended = begun(
         finished,

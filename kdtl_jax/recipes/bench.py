@@ -176,7 +176,7 @@ def workload(preset: Preset, dtype: Any) -> Workload:
 
 def run(settings: Settings) -> None:
     """Measures, prints the table, writes bench.json and report.html."""
-    devices = len(_devices.first(settings.devices))
+    devices = len(_devices.first_devices(settings.devices))
     with _folders.run_folder(settings, "bench") as where, _progress.shown() as say:
         say("ceilings")
         dtype = jnp.dtype(settings.dtype)

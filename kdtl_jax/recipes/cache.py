@@ -20,7 +20,7 @@ from kdtl_jax.datasets import KINDS, Dataset
 from kdtl_jax.interop import networks, sources
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.losses import TopK
-from kdtl_jax.recipes import _data, _models, _own, _progress
+from kdtl_jax.recipes import _data, _models, _progress, _user_code
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import scores, teacher_cache
@@ -150,10 +150,10 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
             "runs/distill/teacher.safetensors."
         )
     source = _models.opened(path, settings.teacher, "mlp:128,64")
-    train, text = _data.read(settings, source, kinds=KINDS)[0].train, str(source.about.model)
+    train, text = _data.read_data(settings, source, kinds=KINDS)[0].train, str(source.about.model)
     example = jnp.asarray(train.inputs[:1])
     net = _models.described(text, train.classes, example)
-    _own.check_logits("--teacher", text, net, train)
+    _user_code.check_logits("--teacher", text, net, train)
     made_of = {"model": _models.identity(text), "classes": train.class_names()}
     return train, net, sources.variables(source, networks.abstract(net, example)), made_of
 

@@ -36,9 +36,9 @@ from kdtl_jax.recipes import _choice, _models, _output, _students, _targets, _tr
 from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._finished import NOWHERE, Finished, once, opened
 from kdtl_jax.recipes._logs import Logged, write_curves
 from kdtl_jax.recipes._progress import by_part
+from kdtl_jax.recipes._stored_results import NOWHERE, Finished, once, opened
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import checkpoint, report, scores
@@ -156,8 +156,8 @@ def distill(
     finished: Finished = NOWHERE,
 ) -> tuple[list[report.Row], dict[str, Any], dict[str, Any], dict[str, Params]]:
     """Rows, learning curves, alpha's curves, and models by method, stacked over seeds."""
-    held = [_choice.held(part) for part in (splits.validation, splits.test)]
-    everything, seeds = _choice.held(splits.train), settings.seeds
+    held = [_choice.on_device(part) for part in (splits.validation, splits.test)]
+    everything, seeds = _choice.on_device(splits.train), settings.seeds
     example = everything["inputs"][:1]
     teacher, student = (
         networks.network(mlp(widths, CLASSES), example) for widths in (TEACHER, STUDENT)

@@ -25,7 +25,6 @@ from kdtl_jax._types import Variables
 from kdtl_jax.datasets import KINDS, per_class
 from kdtl_jax.interop import networks
 from kdtl_jax.recipes import (
-    _beforehand,
     _caching,
     _devices,
     _distill_report,
@@ -35,13 +34,14 @@ from kdtl_jax.recipes import (
     _measures,
     _optimizers,
     _output,
-    _own,
     _pair,
     _progress,
     _seeds,
+    _static_checks,
     _students,
     _tables,
     _training,
+    _user_code,
 )
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._distill_report import STUDENTS
@@ -63,8 +63,8 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(
-    _pair.Models, _own.Terms, _optimizers.Training, _optimizers.Kept, _devices.Meshed, _logs.Logged,
-    types.Data, types.Resumable,
+    _pair.Models, _user_code.Terms, _optimizers.Training, _optimizers.Kept, _devices.Meshed,
+    _logs.Logged, types.Data, types.Resumable,
 ):  # fmt: skip
     """Settings of `kdtl distill`."""
 
@@ -139,10 +139,10 @@ def run(settings: Settings) -> int:
             for e in methods.table()
         ]
         return _tables.list_methods(("method", "title", "paper", "needs", "connector"), rows)
-    own = _own.entries(settings)
+    own = _user_code.entries(settings)
     entries = types.chosen(settings.methods, {**_pair.entries(), **own}, "kdtl distill")
     entries += [entry for entry in own.values() if entry not in entries]
-    mesh = _devices.joined(settings)  # before anything touches a device
+    mesh = _devices.make_mesh(settings)  # before anything touches a device
     devices = 1 if mesh is None else mesh.size
     _folders.check_out(settings, "distill")
     check(settings, entries, devices)
@@ -182,7 +182,8 @@ def run(settings: Settings) -> int:
     tell_beforehand(why_not)
 
     learners = [*([TEACHER] if pair.given is None else []), *built]
-    files, saves = {**pair.files, **_own.files(settings)}, [f"checkpoints/{x}" for x in learners]
+    files = {**pair.files, **_user_code.files(settings)}
+    saves = [f"checkpoints/{x}" for x in learners]
     with _output.running(fixed, "distill", files, saves=saves) as running:
         folder, identity, say, programs = running
         common = _seeds.Run(
@@ -332,11 +333,11 @@ def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) ->
     if settings.batch_size is not None:
         size = settings.batch_size
         _training.check_batch(size, size, settings.microbatches, devices)
-    _beforehand.check_layers(settings)
+    _static_checks.check_layers(settings)
     if settings.teacher_cache is not None:
         has_teacher = settings.teacher_weights is not None or settings.resume
         _caching.check_folder(Path(settings.teacher_cache), has_teacher=has_teacher)
-    if settings.loss_weights and (terms := _beforehand.terms(entries, settings)):
+    if settings.loss_weights and (terms := _static_checks.terms(entries, settings)):
         _pair.check_weights(settings.loss_weights, {BASELINE: ("task",), **terms})
 
 

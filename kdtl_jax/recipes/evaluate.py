@@ -42,17 +42,17 @@ def run(settings: Settings) -> int:
     """Prints the scores, and writes them."""
     example = EXAMPLES.strip().splitlines()[0]
     _inputs.check_out(settings)
-    model, found = _inputs.used(settings, example, with_labels=True)
+    model, found = _inputs.load(settings, example, with_labels=True)
     assert found.labels is not None
     names = _inputs.class_names(model)
-    logits, kind = model.predict(found.inputs), _inputs.kind(model)
+    logits, kind = model.predict(found.inputs), _inputs.target_kind(model)
     if kind == "numbers":
         result = of_numbers(logits.astype(np.float64), found.labels)
     elif kind == "labels":
         result = of_labels(logits, found.labels, names)
     else:
         result = of_classes(logits, found.labels, names)
-    print(f"{settings.student}: {found.said}", file=sys.stderr)
+    print(f"{settings.student}: {found.description}", file=sys.stderr)
     print("\n".join(lines(result)))
     show(result, names)
     if settings.out is not None:

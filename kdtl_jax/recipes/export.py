@@ -83,7 +83,7 @@ def run(settings: Settings) -> int:
     _files.write_atomic(out, made)
     first = "N" if settings.batch is None else settings.batch
     inputs = ", ".join(map(str, (first, *shape)))
-    what = "numbers" if _inputs.kind(model) == "numbers" else "logits"
+    what = "numbers" if _inputs.target_kind(model) == "numbers" else "logits"
     print(
         f"{out}: float32 [{inputs}] -> {what} [{first}, {model.about.classes}], "
         f"{out.stat().st_size:,} bytes",

@@ -43,9 +43,9 @@ def run(settings: Settings) -> int:
     """Writes or prints a row per example; a last column names image files."""
     example = EXAMPLES.strip().splitlines()[0]
     _inputs.check_out(settings)
-    model, found = _inputs.used(settings, example, with_labels=False)
+    model, found = _inputs.load(settings, example, with_labels=False)
     logits = model.predict(found.inputs)
-    names, kind = _inputs.class_names(model), _inputs.kind(model)
+    names, kind = _inputs.class_names(model), _inputs.target_kind(model)
     # A class may be masked with -inf.
     answers = _named(logits) != scores.WRONG if kind == "classes" else _are_answers(logits)
     if (broken := np.flatnonzero(~answers)).size:
@@ -72,7 +72,7 @@ def run(settings: Settings) -> int:
         return 0
     _inputs.check_out(settings)  # another command may have written there in the meantime
     _files.write_atomic(Path(settings.out), text.getvalue().encode())
-    print(f"{settings.out}: {found.said}", file=sys.stderr)
+    print(f"{settings.out}: {found.description}", file=sys.stderr)
     return 0
 
 

@@ -25,10 +25,8 @@ from kdtl_jax.interop import networks
 from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import (
     _axes,
-    _beforehand,
     _choice,
     _devices,
-    _finished,
     _folders,
     _halving,
     _logs,
@@ -39,6 +37,8 @@ from kdtl_jax.recipes import (
     _pair,
     _progress,
     _seeds,
+    _static_checks,
+    _stored_results,
     _sweep_report,
     _training,
 )
@@ -121,7 +121,7 @@ class Work(NamedTuple):
     held: Sequence[Any]  # the validation and the test split, on the device
     devices: Sequence[Any] | None
     say: Callable[[str], None]
-    finished: _finished.Finished
+    finished: _stored_results.Finished
 
 
 class Swept(NamedTuple):
@@ -156,7 +156,7 @@ def run(settings: Settings) -> None:
         )
     _folders.check_out(settings, "sweep")
     _measures.check(settings)
-    if columns.keys() - {*_axes.AXES} and (terms := _beforehand.terms(chosen, settings)):
+    if columns.keys() - {*_axes.AXES} and (terms := _static_checks.terms(chosen, settings)):
         _axes.check(columns, terms)
     pair = _pair.read(settings, kinds=KINDS)
     chosen = _pair.suited(chosen, settings, pair.measure)
@@ -168,7 +168,7 @@ def run(settings: Settings) -> None:
     of_setup: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
     blank = _pair.setup(pair, None, **of_setup)
     entries, notes = suitable(chosen, blank)
-    axes = {entry.name: _axes.own_axes(entry, blank, columns) for entry in entries}
+    axes = {entry.name: _axes.axes_of_method(entry, blank, columns) for entry in entries}
     _axes.check(columns, axes)
     if "alpha" in columns:
         large, small = (networks.abstract(n, pair.example) for n in (pair.teacher, pair.student))
@@ -184,7 +184,7 @@ def run(settings: Settings) -> None:
     with _output.running(settings, "sweep", pair.files, saves=saves) as running:
         folder, run, bar, programs = running
         say = _progress.by_part(bar, len(entries) + 1)
-        finished = _finished.opened(
+        finished = _stored_results.opened(
             folder, run, resume=settings.resume, kinds=(Swept, Fitted, Variables)
         )
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
@@ -204,7 +204,7 @@ def run(settings: Settings) -> None:
             outputs = {"logits": outputs["logits"]}
         on_device = jax.tree.map(jnp.asarray, {**pair.arrays, "teacher": outputs})
         shared = Shared(on_device, jax.tree.map(jnp.asarray, frozen))
-        held = [_choice.held(part) for part in pair.splits[1:]]
+        held = [_choice.on_device(part) for part in pair.splits[1:]]
         work = Work(settings, shared, held, devices, bar.line, finished)
         swept: list[Swept] = []
         for i, entry in enumerate(entries):
@@ -213,7 +213,7 @@ def run(settings: Settings) -> None:
             learner = student(pair, entry, setup, lambda point: tx_of(point, steps))
             known = swept[-1] if swept else None  # the path depends only on the pair: measured once
             make = functools.partial(sweep_one, entry.name, learner, axes[entry.name], work, known)
-            swept.append(_finished.once(finished, entry.name, make)[0])
+            swept.append(_stored_results.once(finished, entry.name, make)[0])
         results = _sweep_report.Sweep(
             pair,
             settings,
@@ -386,4 +386,4 @@ def spread(settings: Settings) -> list[Any] | None:
         raise UsageError(
             f"--devices spreads students that run together, not --path {settings.path}."
         )
-    return _devices.first(settings.devices)
+    return _devices.first_devices(settings.devices)

@@ -25,19 +25,19 @@ from kdtl_jax.interop import model_files, networks, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes import (
     _data,
-    _finished,
     _folders,
     _logs,
     _measures,
     _models,
     _optimizers,
     _output,
-    _own,
     _progress,
+    _stored_results,
     _students,
     _tables,
     _targets,
     _transfer_report,
+    _user_code,
 )
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
@@ -168,8 +168,8 @@ def run(settings: Settings) -> int | None:
         chosen = [method for method in chosen if not method.needs_source_head]
     _targets.check(net, example, copied_from, chosen, surgery)
     arrays = {"inputs": target.train.inputs, "labels": target.train.labels}
-    _own.try_model("--model", text, net, measure.task, arrays)
-    _own.check_logits("--model", text, net, target.train)
+    _user_code.try_model("--model", text, net, measure.task, arrays)
+    _user_code.check_logits("--model", text, net, target.train)
     read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
     files: dict[str, record.Paths] = {"data": read_now}
     files |= {} if path is None else {"source_weights": path}
@@ -177,7 +177,9 @@ def run(settings: Settings) -> int | None:
     with _output.running(settings, "transfer", files, saves=["checkpoints"]) as running:
         folder, run, bar, programs = running
         say = _progress.by_part(bar, len(chosen) + (given is None))
-        finished = _finished.opened(folder, run, resume=settings.resume, kinds=(Fitted, Variables))
+        finished = _stored_results.opened(
+            folder, run, resume=settings.resume, kinds=(Fitted, Variables)
+        )
         if given is None:
             say("source")
             source = _targets.sources_of(
@@ -272,7 +274,7 @@ def read(settings: Settings, source: sources.Source) -> tuple[Preprocessing, Dat
     """
     # A file's classes and image sizes are the source's; the target's may differ.
     own = source._replace(about=source.about._replace(classes=None, names=(), shape=None))
-    ready, form = _data.read(settings, own, kinds=KINDS, other_targets=True)
+    ready, form = _data.read_data(settings, own, kinds=KINDS, other_targets=True)
     _data.check_parts(ready)
     if ready.train.kind != "classes":
         given = settings.source_classes or settings.target_classes or settings.canvas

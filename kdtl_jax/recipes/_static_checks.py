@@ -1,4 +1,4 @@
-"""What is known about methods before data are read: their terms, and models' layers by name."""
+"""Checks that need no data: the terms of methods, and models' layers by name."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -14,9 +14,9 @@ from kdtl_jax.recipes.settings import UsageError
 
 
 def check_layers(settings: Any) -> None:
-    """Raises UsageError if one of `--layers` does not exist in a model known by its text alone.
+    """Raises UsageError if a built-in model has no layer of `--layers`.
 
-    Other models, and images of a size that a model does not take, are checked with the data.
+    User models, and models that do not take the example's size, are checked with the data.
     """
     teacher = settings.teacher or (None if settings.teacher_weights else _pair.DEFAULT_TEACHER)
     example = np.zeros((1, 32, 32, 3), np.float32)
@@ -24,45 +24,47 @@ def check_layers(settings: Any) -> None:
         if text is None or model_files.is_own(text) or not settings.layers:
             continue
         try:
-            found = networks.output_shapes(_models.described(text, 2, example), example)
+            shapes = networks.output_shapes(_models.described(text, 2, example), example)
         except ValueError:
             continue
-        unknown = [pair[i] for pair in settings.layers if pair[i] not in found]
+        unknown = [pair[i] for pair in settings.layers if pair[i] not in shapes]
         if unknown:
-            listed = ", ".join(sorted(found, key=trees.natural_key))
-            raise UsageError(f"--layers: the {role} has no tap {unknown[0]!r}. It has {listed}.")
+            taps = ", ".join(sorted(shapes, key=trees.natural_key))
+            raise UsageError(f"--layers: the {role} has no tap {unknown[0]!r}. It has {taps}.")
 
 
 def terms(entries: Sequence[Entry], settings: Any) -> dict[str, Collection[str]] | None:
-    """The terms of the methods that could be compared, before data and models are known.
+    """The terms of every method that may be compared, or None if one is user-defined.
 
-    A method has the same terms wherever it applies. None if one method is the user's own.
+    A method has the same terms wherever it applies.
     """
-    found: dict[str, Collection[str]] = {}
+    terms_by_method: dict[str, Collection[str]] = {}
     target = "classes" if settings.data == "digits" else settings.target
-    measures = [each for each in _measures.EVERY if target in ("auto", each.kind)]
-    for entry in (entry for each in measures for entry in _pair.suited(entries, settings, each)):
+    measures = [measure for measure in _measures.EVERY if target in ("auto", measure.kind)]
+    for entry in (
+        entry for measure in measures for entry in _pair.suited(entries, settings, measure)
+    ):
         if entry not in methods.table():
             return None
-        setup = next(setup for setup in _small() if entry.applies(setup) is None)
-        found[entry.name] = entry.build(setup).weights
-    return found
+        setup = next(setup for setup in _example_setups() if entry.applies(setup) is None)
+        terms_by_method[entry.name] = entry.build(setup).weights
+    return terms_by_method
 
 
 @functools.cache
-def _small() -> tuple[Setup, ...]:
-    """A pair of networks for every method of the table."""
-    example, found = np.zeros((2, 8, 8, 3), np.float32), []
+def _example_setups() -> tuple[Setup, ...]:
+    """Pairs of small networks, at least one for each method of the table."""
+    example, setups = np.zeros((2, 8, 8, 3), np.float32), []
     vit = "vit:patch=4,width=8,layers=2,heads=2"
     pairs = [("cnn:4,4", _measures.CLASSES), (vit, _measures.CLASSES)]
     for text, measure in [*pairs, *(("mlp:4", measure) for measure in _measures.EVERY)]:
         net = _models.described(text, 3, example)
         variables = _pair.blank(net, example)
-        found.append(
+        setups.append(
             methods.setup(
                 net.apply, net.apply, student_variables=variables, teacher_variables=variables,
                 inputs=example, examples=4, steps=2, student_layout=net.layout,
                 teacher_layout=net.layout, task=measure.task, exclusive=measure.kind == "classes",
             )
         )  # fmt: skip
-    return tuple(found)
+    return tuple(setups)
