@@ -199,7 +199,7 @@ def _network(**shapes: tuple[int, ...]) -> dict[str, Any]:
     ],
 )
 def test_the_convention_refuses_to_guess_axes(tree: Any, named: str):
-    with pytest.raises(ValueError, match=f"(?s)cannot be told from their shapes.*{named}"):
+    with pytest.raises(ValueError, match=f"(?s)cannot be inferred from their shapes.*{named}"):
         naming.convention(tree)
 
 

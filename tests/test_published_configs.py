@@ -7,10 +7,10 @@ import pytest
 
 from kdtl_jax.interop import _hf_build, _hf_decoders, _hf_towers
 from kdtl_jax.interop._hf_config import Config, Limits, read
-from kdtl_jax.interop._hf_family import Found
+from kdtl_jax.interop._hf_family import Contents
 
 CONFIGS = json.loads((Path(__file__).parent / "data" / "published_configs.json").read_text())
-BODY = Found(None, {}, True)
+BODY = Contents(None, {}, True)
 
 
 def check(config: Config) -> None:

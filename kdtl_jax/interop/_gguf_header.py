@@ -31,19 +31,20 @@ def check(path: Path) -> None:
 
 def _walk(content: mmap.mmap) -> None:
     order = "<" if int.from_bytes(content[4:8], "little") & 0xFFFF else ">"
-    at, size, texts = 8, len(content), 0
+    position, size, texts = 8, len(content), 0
 
     def number(form: str) -> int:
-        (found,) = struct.unpack_from(order + form, content, skip(struct.calcsize(form)))
-        return found
+        return struct.unpack_from(order + form, content, skip(struct.calcsize(form)))[0]
 
     def skip(count: int) -> int:
         """Skips the next `count` bytes; returns where they start."""
-        nonlocal at
-        if count > size - at:
-            raise ValueError(f"its header asks for {count:,} bytes at {at:,}; it has {size:,}")
-        at += count
-        return at - count
+        nonlocal position
+        if count > size - position:
+            raise ValueError(
+                f"its header asks for {count:,} bytes at {position:,}; it has {size:,}"
+            )
+        position += count
+        return position - count
 
     def value(kind: int) -> None:
         if kind in _SIZES:

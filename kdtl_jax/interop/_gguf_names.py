@@ -59,10 +59,10 @@ def place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str,
     inside = inside | _CHANGED.get(architecture, {})
     match = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)", name)
     if name in outside:
-        theirs = outside[name]
+        torch_name = outside[name]
     elif match and match[2] in inside:
         layer = "transformer.h" if is_gpt2 else "model.layers"
-        theirs = f"{layer}.{match[1]}.{inside[match[2]]}.{match[3]}"
+        torch_name = f"{layer}.{match[1]}.{inside[match[2]]}.{match[3]}"
     else:
         raise ValueError(
             f"tensor {_text.quoted(name)} of a {architecture!r} file has no place here."
@@ -72,19 +72,19 @@ def place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str,
         heads = config["num_attention_heads"]
         if part == "attn_k":
             heads = config.get("num_key_value_heads", heads)
-        return theirs, lambda array: _halves(name, array, heads)
+        return torch_name, lambda array: _pairs_to_halves(name, array, heads)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
-        return theirs, lambda array: array - 1
+        return torch_name, lambda array: array - 1
     if is_gpt2 and match and match[3] == "weight" and not part.endswith("norm"):
-        return theirs, lambda array: array.T
-    return theirs, lambda array: array
+        return torch_name, lambda array: array.T
+    return torch_name, lambda array: array
 
 
-def _halves(name: str, array: np.ndarray, heads: Any) -> np.ndarray:
+def _pairs_to_halves(name: str, array: np.ndarray, heads: Any) -> np.ndarray:
     """Reorders each head's rows from adjacent pairs (llama.cpp's rotation) to two halves."""
     if not isinstance(heads, int) or heads < 1 or array.shape[0] % (2 * heads):
         raise ValueError(
             f"{name} has {array.shape[0]} rows, which are not those of {_text.quoted(heads)} heads."
         )
-    apart = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
-    return apart.swapaxes(1, 2).reshape(array.shape)
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -43,7 +43,7 @@ def _bytes(*, splits: bool) -> dict[str, Any]:
     }
 
 
-def _by(pattern: str) -> list[dict[str, Any]]:
+def _split_by(pattern: str) -> list[dict[str, Any]]:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
     return [{**split, "invert": False}, _bytes(splits=False)]
 
@@ -55,10 +55,10 @@ _WORDS = (
 _SPLITS = {
     "gpt-2": [_bytes(splits=True)],
     "smollm": [{"type": "Digits", "individual_digits": True}, _bytes(splits=True)],
-    "llama-bpe": _by(_WORDS % "{1,3}"),
-    "qwen2": _by(_WORDS % ""),
+    "llama-bpe": _split_by(_WORDS % "{1,3}"),
+    "qwen2": _split_by(_WORDS % ""),
 }
-_NORMAL, _CONTROL, _OWN = 1, 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def tokenizer_json(words: TokenizerData) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def tokenizer_json(words: TokenizerData) -> dict[str, Any]:
             **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
         }
         for i, (text, kind) in enumerate(zip(words.tokens, types, strict=True))
-        if kind in (_CONTROL, _OWN)
+        if kind in (_CONTROL, _USER_DEFINED)
     ]
     adds_bos = words.pre == "llama-bpe" if words.adds_bos is None else words.adds_bos
     return {
@@ -106,10 +106,10 @@ def tokenizer_json(words: TokenizerData) -> dict[str, Any]:
 def tokenizer_config(words: TokenizerData) -> dict[str, Any]:
     """The content of tokenizer_config.json: special tokens and the chat template."""
     ids = {"bos": words.bos, "eos": words.eos, "unk": words.unknown, "pad": words.pad}
-    about = {f"{name}_token": _token(words.tokens, i) for name, i in ids.items() if i is not None}
+    config = {f"{name}_token": _token(words.tokens, i) for name, i in ids.items() if i is not None}
     if words.chat_template is not None:
-        about["chat_template"] = words.chat_template
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **about}
+        config["chat_template"] = words.chat_template
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **config}
 
 
 def _start(words: TokenizerData) -> dict[str, Any]:

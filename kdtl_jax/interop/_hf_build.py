@@ -20,7 +20,7 @@ from kdtl_jax.interop import (
     naming,
 )
 from kdtl_jax.interop._hf_config import Limits, read
-from kdtl_jax.interop._hf_family import Equal, Family, Found
+from kdtl_jax.interop._hf_family import Contents, Equal, Family
 from kdtl_jax.interop.naming import Rule
 
 FAMILIES: tuple[Family, ...] = (
@@ -69,14 +69,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise ValueError(
             f"model_type {_text.quoted(name)} is a decoder: interop.decoders.load reads it."
         )
-    known = ", ".join(each for family in FAMILIES for each in family.model_types)
+    supported = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
     raise ValueError(
-        f"model_type {_text.quoted(name)} is not supported; expected one of {known}. "
+        f"model_type {_text.quoted(name)} is not supported; expected one of {supported}. "
         "Load its tensors with safetensors.load and name them with your own rules."
     )
 
 
-def built(
+def build(
     family: Family,
     config: Mapping[str, Any],
     tensors: Mapping[str, Any],
@@ -92,18 +92,18 @@ def built(
     def rules_of(is_tied: bool) -> tuple[Rule, ...]:
         return _hf_family.rules_of(family, head, tensors, is_tied=is_tied, prefix=prefix)
 
-    untied = rules_of(False)
-    named = {rule.jax: rule.torch for rule in untied}
+    untied_rules = rules_of(False)
+    names_by_path = {rule.jax: rule.torch for rule in untied_rules}
     equal = _hf_family.equal_in(tensors) if equal is None else equal
-    copies, own = _hf_family.own_copies(family, untied, tensors, equal)
+    copies, separate = _hf_family.split_copies(family, untied_rules, tensors, equal)
     biases = _hf_family.own_biases(head)
-    is_tied = _hf_family.says_tied(family, config) and not (
-        set(own).difference(biases) & set(named.values())
+    is_tied = _hf_family.is_config_tied(family, config) and not (
+        set(separate).difference(biases) & set(names_by_path.values())
     )
     rules = rules_of(is_tied)
     for name in biases:
-        # Versions of transformers disagree on the bias that takes its place.
-        if name in own if is_tied else name not in tensors:
+        # Versions of transformers disagree on which bias is then used.
+        if name in separate if is_tied else name not in tensors:
             kind = head.architectures[0] if head is not None else ""
             raise ValueError(
                 f"the output layer of {kind} is tied to the embedding, but its bias {name!r} is "
@@ -113,7 +113,7 @@ def built(
                 f"(tie_word_embeddings), and the file lacks its bias {name!r}."
             )
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in tensors.items()}
-    module = family.build(values, Found(head, shapes, is_tied))
+    module = family.build(values, Contents(head, shapes, is_tied))
     unused = [name for name in tensors if _matches(family.buffers, name)]
     unused += [name for name in copies if not naming.covers(rules, name)]
     extra = [

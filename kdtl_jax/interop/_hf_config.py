@@ -19,7 +19,7 @@ REQUIRED = object()
 
 
 class Limits(NamedTuple):
-    """Bounds from the file: the longest side of a tensor, and the number of tensors."""
+    """Bounds set by the file: the longest side of a tensor, and the number of tensors."""
 
     side: int
     tensors: int
@@ -80,16 +80,16 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
             out[key] = check(value, limits)
         except ValueError as expected:
             raise ValueError(f"config.json: {key} = {_text.quoted(value)}; {expected}.") from None
-    known = HARMLESS | out.keys() | set(harmless.split())
-    known |= {key for key in _OFF if config.get(key) is False}
+    known_keys = HARMLESS | out.keys() | set(harmless.split())
+    known_keys |= {key for key in _OFF if config.get(key) is False}
     empty = (None, {}, [])  # `pruned_heads` and `quantization_config` are empty in this way
-    strange = [k for k in config if k not in known and not any(config[k] == e for e in empty)]
-    if strange:
-        shown = ", ".join(
-            f"{_text.quoted(key)} = {_text.quoted(config[key])}" for key in strange[:8]
+    unknown = [k for k in config if k not in known_keys and not any(config[k] == e for e in empty)]
+    if unknown:
+        listed = ", ".join(
+            f"{_text.quoted(key)} = {_text.quoted(config[key])}" for key in unknown[:8]
         )
         raise ValueError(
-            f"config.json has keys that are not read here and not known to be harmless: {shown}. "
+            f"config.json has keys that are not read here and not known to be harmless: {listed}. "
             "The outputs could be wrong; remove a key if it changes nothing."
         )
     return out
@@ -97,13 +97,13 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
 
 def check_tokens(config: Config, rows: int | None) -> None:
     """Raises ValueError if a reduced vocabulary has lost the row of a special token."""
-    before = config.get("vocab_size")
-    if not isinstance(before, int) or rows is None:
+    source_rows = config.get("vocab_size")
+    if not isinstance(source_rows, int) or rows is None:
         return
     for key, value in config.items():
         ids = value if isinstance(value, list) else [value]
         if key.endswith("_token_id") and any(
-            isinstance(i, int) and rows <= i < before for i in ids
+            isinstance(i, int) and rows <= i < source_rows for i in ids
         ):
             raise ValueError(
                 f"config.json: {key} = {_text.quoted(value)} has no row among the {rows} tokens "
@@ -141,9 +141,9 @@ def sides(key: str, default: Any = REQUIRED) -> Field:
     """A height and width: one integer, or a list of two."""
 
     def check(value: Any, limits: Limits) -> tuple[int, int]:
-        both = value if isinstance(value, list) and len(value) == 2 else [value, value]
+        pair = value if isinstance(value, list) and len(value) == 2 else [value, value]
         try:
-            height, width = (_integer(side, 1, 1 << 16) for side in both)
+            height, width = (_integer(side, 1, 1 << 16) for side in pair)
         except ValueError:
             raise ValueError("expected a positive integer, or two: height and width") from None
         return height, width
@@ -193,18 +193,18 @@ def flag(key: str, default: Any = REQUIRED) -> Field:
     return Field(key, check, default)
 
 
-def choice(key: str, *allowed: Any) -> Field:
+def choice(key: str, *values: Any) -> Field:
     """One of the allowed values; the first is the default. Others mean another computation."""
 
     def check(value: Any, limits: Limits) -> Any:
-        if not any(type(value) is type(each) and value == each for each in allowed):
+        if not any(type(value) is type(allowed) and value == allowed for allowed in values):
             raise ValueError(
-                f"this is not supported (only {' or '.join(map(repr, allowed))}); the outputs "
+                f"this is not supported (only {' or '.join(map(repr, values))}); the outputs "
                 "would be wrong"
             )
         return value
 
-    return Field(key, check, allowed[0])
+    return Field(key, check, values[0])
 
 
 def optional(field: Field) -> Field:

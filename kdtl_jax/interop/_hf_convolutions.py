@@ -15,7 +15,7 @@ from kdtl_jax.interop._hf_config import (
     share,
     sides,
 )
-from kdtl_jax.interop._hf_family import Family, Found, dense, norm
+from kdtl_jax.interop._hf_family import Contents, Family, dense, norm
 from kdtl_jax.interop._hf_vision import image, image_head
 from kdtl_jax.interop.naming import Rule, conv2d
 
@@ -37,7 +37,7 @@ def _check_stages(v: dict[str, Any]) -> None:
         )
 
 
-def _resnet(v: dict[str, Any], found: Found) -> models.ImageResNet:
+def _resnet(v: dict[str, Any], contents: Contents) -> models.ImageResNet:
     _check_stages(v)
     return models.ImageResNet(
         stem=v["embedding_size"],
@@ -46,7 +46,7 @@ def _resnet(v: dict[str, Any], found: Found) -> models.ImageResNet:
         is_bottleneck=v["layer_type"] == "bottleneck",
         downsample_first=v["downsample_in_first_stage"],
         downsample_in_first_conv=v["downsample_in_bottleneck"],
-        classes=found.classes("image"),
+        classes=contents.classes("image"),
         activation=v["hidden_act"],
     )
 
@@ -83,13 +83,13 @@ resnet = Family(
 )
 
 
-def _convnext(v: dict[str, Any], found: Found) -> models.ConvNext:
+def _convnext(v: dict[str, Any], contents: Contents) -> models.ConvNext:
     _check_stages(v)
     return models.ConvNext(
         widths=v["hidden_sizes"],
         depths=v["depths"],
         patch=v["patch_size"],
-        classes=found.classes("image"),
+        classes=contents.classes("image"),
         activation=v["hidden_act"],
         norm_epsilon=v["layer_norm_eps"],
         has_scale=v["layer_scale_init_value"] > 0,

@@ -65,20 +65,20 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
             f"{', '.join(sorted(FAMILIES))}."
         )
     family = FAMILIES[name]
-    known = family.reads | family.requires.keys() | _HARMLESS
-    said = {key for key, value in config.items() if not any(value == e for e in (None, {}, []))}
-    unknown = sorted(map(str, said - known))
+    known_keys = family.reads | family.requires.keys() | _HARMLESS
+    set_keys = {key for key, value in config.items() if not any(value == e for e in (None, {}, []))}
+    unknown = sorted(map(str, set_keys - known_keys))
     if unknown:
         raise ValueError(
             f"config.json of a {name!r} model has keys that are not understood here: "
             f"{_text.listed(unknown)}. They may change the outputs; remove them only if they do "
             "not."
         )
-    for key, allowed in family.requires.items():
-        if config.get(key, allowed[0]) not in allowed:
+    for key, supported_values in family.requires.items():
+        if config.get(key, supported_values[0]) not in supported_values:
             raise ValueError(
                 f"{key} = {_text.quoted(config[key])} of a {name!r} model is not supported (only "
-                f"{' or '.join(map(repr, allowed))})."
+                f"{' or '.join(map(repr, supported_values))})."
             )
     try:
         return family.build({**_DEFAULTS.get(name, {}), **config}), family.rules
@@ -122,7 +122,7 @@ def _common(config: Config, **changes: Any) -> DecoderConfig:
     head_width = size(config, "head_dim", width // heads)
     layers = _layers(config)
     bias = bool(config.get("attention_bias", False))
-    built = DecoderConfig(
+    decoder_config = DecoderConfig(
         vocabulary=size(config, "vocab_size"),
         width=width,
         layers=layers,
@@ -139,7 +139,7 @@ def _common(config: Config, **changes: Any) -> DecoderConfig:
     )
     if "ropes" not in changes:
         changes["ropes"] = (rope(config, head_width),) * layers
-    return built._replace(**changes)
+    return decoder_config._replace(**changes)
 
 
 def _mistral(config: Config) -> DecoderConfig:
@@ -169,16 +169,16 @@ def _qwen_windows(config: Config) -> tuple[int | None, ...]:
 def _smollm3(config: Config) -> DecoderConfig:
     layers = _layers(config)
     width, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    own = rope(config, size(config, "head_dim", width // heads))
+    rotary = rope(config, size(config, "head_dim", width // heads))
     rotates = config.get("no_rope_layers")  # 1 if a layer rotates, despite the name
     if rotates is None:
-        every = config.get("no_rope_layer_interval", 4)
-        rotates = [int((i + 1) % every != 0) for i in range(layers)]
-    still = own._replace(frequencies=(0.0,) * len(own.frequencies), scale=1.0)
+        interval = config.get("no_rope_layer_interval", 4)
+        rotates = [int((i + 1) % interval != 0) for i in range(layers)]
+    no_rotation = rotary._replace(frequencies=(0.0,) * len(rotary.frequencies), scale=1.0)
     spans = windows_if_used(config, layers, lambda i: not rotates[i], None)
     return _common(
         config,
-        ropes=tuple(own if r else still for r in rotates),
+        ropes=tuple(rotary if r else no_rotation for r in rotates),
         windows=spans,
         is_tied=bool(config.get("tie_word_embeddings", True)),
     )
@@ -200,12 +200,12 @@ def _gemma1(config: Config) -> DecoderConfig:
     Files of early 2024 say `hidden_act: gelu` and mean the tanh approximation.
     """
     legacy = config.get("hidden_act") in (None, "gelu")
-    own = "gelu_pytorch_tanh" if legacy else config["hidden_act"]
-    name = own if config.get("hidden_activation") is None else config["hidden_activation"]
-    named = {"hidden_act": own, "hidden_activation": name}
-    first, second = (_activation(named, key, "") for key in named)
-    if first is not second:
-        raise ValueError(f"hidden_act and hidden_activation contradict each other: {named}.")
+    legacy_name = "gelu_pytorch_tanh" if legacy else config["hidden_act"]
+    name = legacy_name if config.get("hidden_activation") is None else config["hidden_activation"]
+    names = {"hidden_act": legacy_name, "hidden_activation": name}
+    activation, newer_activation = (_activation(names, key, "") for key in names)
+    if activation is not newer_activation:
+        raise ValueError(f"hidden_act and hidden_activation contradict each other: {names}.")
     return _gemma({**config, "hidden_activation": name})
 
 
@@ -220,23 +220,25 @@ def _gemma2(config: Config) -> DecoderConfig:
 
 
 def _gemma3(config: Config) -> DecoderConfig:
-    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    spans = windows(config, _layers(config), lambda i: (i + 1) % every != 0)
+    interval = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    spans = windows(config, _layers(config), lambda i: (i + 1) % interval != 0)
     if not spans:
         raise ValueError("config.json: sliding_window = null of a 'gemma3_text' model.")
     head_width = size(config, "head_dim", 256)
     parameters = config.get("rope_parameters") or {}
     if "full_attention" in parameters:
-        whole = rope(config, head_width, parameters["full_attention"], 1_000_000.0)
-        near = rope(config, head_width, parameters["sliding_attention"], 10_000.0)
+        full_rope = rope(config, head_width, parameters["full_attention"], 1_000_000.0)
+        sliding_rope = rope(config, head_width, parameters["sliding_attention"], 10_000.0)
     else:
-        own = scaling(config)
-        whole = rope(config, head_width, own, number(config, "rope_theta", 1_000_000.0))
-        near = rope(config, head_width, {}, number(config, "rope_local_base_freq", 10_000.0))
-    plain = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
-    return _gemma({**plain, "head_dim": head_width})._replace(
+        parameters = scaling(config)
+        full_rope = rope(config, head_width, parameters, number(config, "rope_theta", 1_000_000.0))
+        sliding_rope = rope(
+            config, head_width, {}, number(config, "rope_local_base_freq", 10_000.0)
+        )
+    other_keys = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
+    return _gemma({**other_keys, "head_dim": head_width})._replace(
         windows=spans,
-        ropes=tuple(whole if w is None else near for w in spans),
+        ropes=tuple(full_rope if w is None else sliding_rope for w in spans),
         has_post_norms=True,
         has_head_norms=True,
         attention_scale=number(config, "query_pre_attn_scalar", 256) ** -0.5,

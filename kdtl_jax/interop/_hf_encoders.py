@@ -20,8 +20,8 @@ from kdtl_jax.interop._hf_family import (
     OWN_BIAS,
     POOLER_PATHS,
     UNUSED_POOLER,
+    Contents,
     Family,
-    Found,
     Head,
     dense,
     embedding,
@@ -141,7 +141,7 @@ def check_heads(width: int, heads: int, key: str = "num_attention_heads") -> int
     return heads
 
 
-def _bert(v: dict[str, Any], found: Found) -> models.Bert:
+def _bert(v: dict[str, Any], contents: Contents) -> models.Bert:
     return models.Bert(
         vocabulary=v["vocab_size"],
         width=v["hidden_size"],
@@ -150,9 +150,9 @@ def _bert(v: dict[str, Any], found: Found) -> models.Bert:
         hidden=v["intermediate_size"],
         positions=v["max_position_embeddings"],
         types=v.get("type_vocab_size", 0),
-        **found.text_heads(),
-        has_own_bias=found.has_own_bias(),
-        has_pooler=found.has_pooler(),
+        **contents.text_heads(),
+        has_own_bias=contents.has_own_bias(),
+        has_pooler=contents.has_pooler(),
         activation=v["hidden_act"],
         language_activation=v["hidden_act"],
         norm_epsilon=v["layer_norm_eps"],
@@ -162,37 +162,37 @@ def _bert(v: dict[str, Any], found: Found) -> models.Bert:
     )
 
 
-def _roberta(v: dict[str, Any], found: Found) -> models.Bert:
-    module = _bert(v, found)
+def _roberta(v: dict[str, Any], contents: Contents) -> models.Bert:
+    module = _bert(v, contents)
     padding = v.get("pad_token_id", 1)
     module = module.clone(first_position=padding + 1, language_activation=models.gelu)
-    return _with_two_layers(module, v, found)
+    return _with_two_layers(module, v, contents)
 
 
-def _with_two_layers(module: models.Bert, v: dict[str, Any], found: Found) -> models.Bert:
-    if found.classes("sequence") is None:
+def _with_two_layers(module: models.Bert, v: dict[str, Any], contents: Contents) -> models.Bert:
+    if contents.classes("sequence") is None:
         return module
     rate = v.get("classifier_dropout")
     rate = v["hidden_dropout_prob"] if rate is None else rate
     return module.clone(has_pooler=True, pooled_dropout=rate)
 
 
-def _electra(v: dict[str, Any], found: Found) -> models.Bert:
-    module = _bert(v, found).clone(
+def _electra(v: dict[str, Any], contents: Contents) -> models.Bert:
+    module = _bert(v, contents).clone(
         embedding_width=v["embedding_size"],
         pooled_activation=models.gelu,
         language_activation=models.gelu,
     )
-    return _with_two_layers(module, v, found)
+    return _with_two_layers(module, v, contents)
 
 
-def _mpnet(v: dict[str, Any], found: Found) -> models.Bert:
-    module = _roberta({**v, "pad_token_id": 1}, found)
+def _mpnet(v: dict[str, Any], contents: Contents) -> models.Bert:
+    module = _roberta({**v, "pad_token_id": 1}, contents)
     return module.clone(relative_buckets=v["relative_attention_num_buckets"])
 
 
-def _distilbert(v: dict[str, Any], found: Found) -> models.Bert:
-    classes = found.classes("sequence")
+def _distilbert(v: dict[str, Any], contents: Contents) -> models.Bert:
+    classes = contents.classes("sequence")
     return models.Bert(
         vocabulary=v["vocab_size"],
         width=v["dim"],
@@ -201,7 +201,7 @@ def _distilbert(v: dict[str, Any], found: Found) -> models.Bert:
         hidden=v["hidden_dim"],
         positions=v["max_position_embeddings"],
         types=0,
-        **found.text_heads(),
+        **contents.text_heads(),
         has_pooler=classes is not None,
         activation=v["activation"],
         language_activation=v["activation"],

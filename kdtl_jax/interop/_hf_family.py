@@ -48,7 +48,7 @@ class Head(NamedTuple):
     optional: tuple[Rule, ...] = ()
 
 
-class Found(NamedTuple):
+class Contents(NamedTuple):
     """The contents of a file besides the body."""
 
     head: Head | None
@@ -101,7 +101,7 @@ class Family(NamedTuple):
     prefix: str
     fields: tuple[Field, ...]
     body: tuple[Rule, ...]
-    build: Callable[[dict[str, Any], Found], nn.Module]
+    build: Callable[[dict[str, Any], Contents], nn.Module]
     example: Callable[[dict[str, Any]], Any]
     heads: tuple[Head, ...] = ()
     copies: Mapping[str, str] = {}
@@ -137,100 +137,112 @@ def embedding(torch: str, jax: str) -> tuple[Rule]:
     return (Rule(f"{torch}.weight", f"{jax}/embedding"),)
 
 
-def says_tied(family: Family, config: Config) -> bool:
+def is_config_tied(family: Family, config: Config) -> bool:
     """Whether config.json ties the output layer to the embedding."""
     defaults = [field.default for field in family.fields if field.key == "tie_word_embeddings"]
     return bool(defaults) and config.get("tie_word_embeddings", defaults[0]) is True
 
 
-def prefix_of(family: Family, stored: Iterable[str]) -> str:
+def prefix_of(family: Family, names: Iterable[str]) -> str:
     """The family's prefix if the file uses it."""
-    return family.prefix if any(name.startswith(family.prefix) for name in stored) else ""
+    return family.prefix if any(name.startswith(family.prefix) for name in names) else ""
 
 
 def rules_of(
-    family: Family, head: Head | None, stored: Iterable[str], *, is_tied: bool, prefix: str
+    family: Family, head: Head | None, stored_names: Iterable[str], *, is_tied: bool, prefix: str
 ) -> tuple[Rule, ...]:
     """The rules of a file, with the prefix and the norm names that it uses."""
-    body = [rule for rule in family.body if head is None or not _replaced(rule, head)]
+    body = [rule for rule in family.body if head is None or not _is_replaced(rule, head)]
     rules = [rule._replace(torch=prefix + rule.torch) for rule in body]
     rules += () if head is None else (*head.rules, *head.optional)
     if is_tied:
         rules = [rule for rule in rules if rule.torch not in family.copies]
     # A tied table may be stored under the name of its copy alone.
-    names, ruled = set(stored), {rule.torch for rule in rules}
-    alone = {path: name for name, path in family.copies.items() if name in names - ruled}
+    names, rule_names = set(stored_names), {rule.torch for rule in rules}
+    stored_copies = {
+        path: name for name, path in family.copies.items() if name in names - rule_names
+    }
     rules = [
-        rule._replace(torch=alone[rule.jax])
-        if rule.jax in alone and rule.torch not in names
+        rule._replace(torch=stored_copies[rule.jax])
+        if rule.jax in stored_copies and rule.torch not in names
         else rule
         for rule in rules
     ]
-    # If a parameter has more than one name, the file decides which is meant.
+    # If a parameter has more than one name, keep the one that the file uses.
     paths = [rule.jax for rule in rules]
     rules = [
         rule
         for rule in rules
-        if paths.count(rule.jax) == 1 or any(naming.covers([rule], name) for name in stored)
+        if paths.count(rule.jax) == 1 or any(naming.covers([rule], name) for name in stored_names)
     ]
-    if any(name.endswith("LayerNorm.gamma") for name in stored):
+    if any(name.endswith("LayerNorm.gamma") for name in stored_names):
         for new_name, old_name in _OLD_NORMS.items():
             rules = [r._replace(torch=r.torch.replace(new_name, old_name)) for r in rules]
     return tuple(rules)
 
 
-def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) -> Head | None:
+def head_of(
+    family: Family, config: Config, stored_names: Iterable[str], prefix: str
+) -> Head | None:
     """The head to build: the one that config.json names, or else the one found by the tensors.
 
     None if there is none, or its task is not supported.
     """
-    names = set(stored)
+    names = set(stored_names)
     for new_name, old_name in _OLD_NORMS.items():
         names |= {name.replace(old_name, new_name) for name in names}
     pooler = prefix + POOLER in names
-    optional = set(family.copies) if says_tied(family, config) else set()
+    optional = set(family.copies) if is_config_tied(family, config) else set()
     present = [
         head
         for head in family.heads
         if all(r.torch in names or r.torch in optional for r in head.rules)
-        # Without its pooler, a head would read something else.
+        # Without its pooler, a head would get another input.
         and (pooler or head.has_pooler is not True)
     ]
-    named = config.get("architectures")
-    named = [] if named is None else named
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+    architectures = config.get("architectures")
+    architectures = [] if architectures is None else architectures
+    if not isinstance(architectures, list) or not all(
+        isinstance(name, str) for name in architectures
+    ):
         raise ValueError(
-            f"config.json: architectures = {_text.shown(named)}; expected names in a list."
+            f"config.json: architectures = {_text.shown(architectures)}; expected names in a list."
         )
     for head in present:
-        if set(head.architectures) & set(named):
+        if set(head.architectures) & set(architectures):
             return head
-    if any("For" in name for name in named):
+    if any("For" in name for name in architectures):
         return None
-    fitting = [head for head in present if head.has_pooler in (None, pooler)]
-    return max(fitting, key=lambda head: len(head.rules), default=None)
+    candidates = [head for head in present if head.has_pooler in (None, pooler)]
+    return max(candidates, key=lambda head: len(head.rules), default=None)
 
 
 def equal_in(tensors: Mapping[str, Any]) -> Equal:
     """Compares arrays by name."""
 
-    def equal(first: str, second: str) -> bool:
-        a, b = tensors[first], tensors[second]
+    def equal(name: str, other: str) -> bool:
+        a, b = tensors[name], tensors[other]
         return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(np.array_equal(a, b))
 
     return equal
 
 
-def own_copies(
+def split_copies(
     family: Family, rules: Iterable[Rule], tensors: Mapping[str, Any], equal: Equal
 ) -> tuple[list[str], list[str]]:
-    """The stored tensors among the family's `copies` that are copies, and those that no longer are.
+    """Splits the stored tensors among the family's `copies` into copies and separate weights.
 
     `rules` are those of an untied output layer.
     """
-    named = {rule.jax: rule.torch for rule in rules}
-    sources = {name: named.get(path) for name, path in family.copies.items() if name in tensors}
-    copies = [name for name, of in sources.items() if of not in tensors or equal(name, str(of))]
+    names_by_path = {rule.jax: rule.torch for rule in rules}
+    sources = {
+        name: names_by_path.get(path) for name, path in family.copies.items() if name in tensors
+    }
+    copies = [
+        name
+        for name, source in sources.items()
+        if source not in tensors or equal(name, str(source))
+    ]
     return copies, [name for name in sources if name not in copies]
 
 
@@ -256,13 +268,13 @@ def described(
     prefix = prefix_of(family, tensors)
     head = head_of(family, config, tensors, prefix)
     rules = rules_of(family, head, tensors, is_tied=False, prefix=prefix)
-    copies, own = own_copies(family, rules, tensors, equal)
-    is_tied = not set(own).difference(own_biases(head))
+    copies, separate = split_copies(family, rules, tensors, equal)
+    is_tied = not set(separate).difference(own_biases(head))
     rules = rules_of(family, head, tensors, is_tied=is_tied, prefix=prefix)
-    known = {k: x for k, x in tensors.items() if k not in copies and naming.covers(rules, k)}
-    flat = naming.from_torch(known, rules)
+    weights = {k: x for k, x in tensors.items() if k not in copies and naming.covers(rules, k)}
+    flat = naming.from_torch(weights, rules)
     _set_architecture(out, family, head, tensors)
-    if not is_tied and says_tied(family, config):
+    if not is_tied and is_config_tied(family, config):
         out["tie_word_embeddings"] = False
     for key, (path, axis) in family.sides.items():
         if path in flat:
@@ -292,26 +304,26 @@ def with_dtypes(target: PyTree, arrays: Shaped, dtype: Any) -> PyTree:
     """The target with the arrays' dtypes, which may differ, or with the given dtype."""
 
     def typed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        stored = arrays[path].dtype if path in arrays else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, stored if dtype is None else dtype)
+        stored_dtype = arrays[path].dtype if path in arrays else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, stored_dtype if dtype is None else dtype)
 
     return trees.map_with_path(typed, target)
 
 
-def _replaced(rule: Rule, head: Head) -> bool:
+def _is_replaced(rule: Rule, head: Head) -> bool:
     return bool(head.replaces) and re.fullmatch(head.replaces, rule.jax) is not None
 
 
 def set_dtype(out: dict[str, Any], tensors: Mapping[str, Any]) -> None:
     """The dtype of most numbers, under the key that the config uses."""
-    sizes: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for array in tensors.values():
         if trees.is_inexact(array):
             name = str(array.dtype)
-            sizes[name] = sizes.get(name, 0) + math.prod(array.shape)
-    if sizes:
+            counts[name] = counts.get(name, 0) + math.prod(array.shape)
+    if counts:
         keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["dtype"]
-        out |= dict.fromkeys(keys, max(sizes, key=lambda name: sizes[name]))
+        out |= dict.fromkeys(keys, max(counts, key=lambda name: counts[name]))
 
 
 def _set_architecture(

@@ -56,24 +56,24 @@ def optional(config: Config, key: str, default: float | None = None) -> float | 
 
 
 def rope(
-    config: Config, width: int, given: Config | None = None, theta: float | None = None
+    config: Config, width: int, parameters: Config | None = None, theta: float | None = None
 ) -> Rope:
     """Rotary tables as transformers computes them: default, linear, llama3, yarn, longrope.
 
     Args:
       config: the whole configuration.
       width: width of a head.
-      given: the parameters of this kind of layer; None reads `rope_parameters` (transformers 5) or
+      parameters: those of this kind of layer; None reads `rope_parameters` (transformers 5) or
         `rope_scaling`.
       theta: the base if the parameters have none; None reads `rope_theta`.
 
     Raises:
       ValueError: if the kind is another.
     """
-    given = scaling(config) if given is None else given
-    theta = _positive(given, "rope_theta", theta or _positive(config, "rope_theta", 10_000.0))
+    parameters = scaling(config) if parameters is None else parameters
+    theta = _positive(parameters, "rope_theta", theta or _positive(config, "rope_theta", 10_000.0))
     partial = _positive(config, "partial_rotary_factor", 1.0)
-    partial = _positive(given, "partial_rotary_factor", partial)
+    partial = _positive(parameters, "partial_rotary_factor", partial)
     if partial > 1:
         raise ValueError(f"config.json: partial_rotary_factor must be at most 1, got {partial}.")
     if partial < 1 and config.get("model_type") != "phi3":  # elsewhere transformers ignores it
@@ -84,41 +84,41 @@ def rope(
     head_width, width = width, int(width * partial)
     if width > 1 << 16:
         raise ValueError(f"config.json: heads of {width} channels are wider than any model has.")
-    plain = frequencies(theta, width)
-    if 2 * len(plain) > head_width:
+    unscaled = frequencies(theta, width)
+    if 2 * len(unscaled) > head_width:
         raise ValueError(f"config.json: heads of {head_width} channels cannot rotate in pairs.")
-    kind = given.get("rope_type", given.get("type")) or "default"
+    kind = parameters.get("rope_type", parameters.get("type")) or "default"
     if not isinstance(kind, str) or kind not in _READS:
         raise ValueError(
             f"rope type {_text.quoted(kind)} is not supported (only {', '.join(_READS)})."
         )
-    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_READS[kind].split()}
-    if strange := sorted(map(str, given.keys() - read)):
+    known_keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_READS[kind].split()}
+    if unknown := sorted(map(str, parameters.keys() - known_keys)):
         raise ValueError(
-            f"config.json: the rope type {kind!r} does not read {_text.listed(strange)}."
+            f"config.json: the rope type {kind!r} does not read {_text.listed(unknown)}."
         )
     if kind == "default":
-        return Rope(tuple(plain))
-    longest = size(config, "max_position_embeddings", 2048)
-    original = size(config, "original_max_position_embeddings", longest)
-    original = size(given, "original_max_position_embeddings", original)
+        return Rope(tuple(unscaled))
+    max_positions = size(config, "max_position_embeddings", 2048)
+    original = size(config, "original_max_position_embeddings", max_positions)
+    original = size(parameters, "original_max_position_embeddings", original)
     if kind in ("longrope", "su"):
-        return _longrope(given, plain, longest, original)
-    factor = _positive(given, "factor", None)
+        return _longrope(parameters, unscaled, max_positions, original)
+    factor = _positive(parameters, "factor", None)
     if kind == "linear":
-        return Rope(tuple(f / factor for f in plain))
+        return Rope(tuple(f / factor for f in unscaled))
     if kind == "llama3":
-        low, high = (_positive(given, f"{end}_freq_factor", None) for end in ("low", "high"))
+        low, high = (_positive(parameters, f"{name}_freq_factor", None) for name in ("low", "high"))
         if high <= low:
             raise ValueError("config.json: high_freq_factor must be above low_freq_factor.")
 
-        def blended(frequency: float) -> float:
+        def interpolate(frequency: float) -> float:
             turns = original * frequency / (2 * math.pi)
             share = min(max((turns - low) / (high - low), 0.0), 1.0)
             return share * frequency + (1 - share) * frequency / factor
 
-        return Rope(tuple(blended(f) for f in plain))
-    return _yarn(given, plain, theta, width, factor, original)
+        return Rope(tuple(interpolate(f) for f in unscaled))
+    return _yarn(parameters, unscaled, theta, width, factor, original)
 
 
 def scaling(config: Config) -> dict[str, Any]:
@@ -127,18 +127,18 @@ def scaling(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: if one is not an object, or they differ.
     """
-    found: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         entry = {} if config.get(key) is None else config[key]
         if not isinstance(entry, Mapping):
             raise ValueError(f"config.json: {key} = {_text.shown(entry)}; expected an object.")
-        clash = [name for name in entry if name in found and found[name] != entry[name]]
+        clash = [name for name in entry if name in parameters and parameters[name] != entry[name]]
         if clash:
             raise ValueError(
                 f"config.json: rope_scaling and rope_parameters differ in {_text.listed(clash)}."
             )
-        found |= entry
-    return found
+        parameters |= entry
+    return parameters
 
 
 def frequencies(theta: float, width: int) -> list[float]:
@@ -154,22 +154,22 @@ def frequencies(theta: float, width: int) -> list[float]:
 
 
 def _positive(config: Config, key: str, default: float | None) -> float:
-    found = number(config, key, default)
-    if found <= 0:
-        raise ValueError(f"config.json: {key} must be above 0, got {found}.")
-    return found
+    value = number(config, key, default)
+    if value <= 0:
+        raise ValueError(f"config.json: {key} must be above 0, got {value}.")
+    return value
 
 
-def _divisors(given: Config, key: str, count: int) -> list[float]:
+def _divisors(parameters: Config, key: str, count: int) -> list[float]:
     """One positive number per frequency."""
-    found = given[key]
-    fits = isinstance(found, list) and len(found) == count
-    if not fits or not all(_is_positive(x) for x in found):
+    divisors = parameters[key]
+    fits = isinstance(divisors, list) and len(divisors) == count
+    if not fits or not all(_is_positive(x) for x in divisors):
         raise ValueError(
             f"config.json: {key} must be {count} positive numbers, one per frequency, got "
-            f"{_text.quoted(found)}."
+            f"{_text.quoted(divisors)}."
         )
-    return found
+    return divisors
 
 
 def _is_positive(x: Any) -> bool:
@@ -177,43 +177,55 @@ def _is_positive(x: Any) -> bool:
     return is_number and math.isfinite(x) and x > 0
 
 
-def _longrope(given: Config, plain: Sequence[float], longest: int, original: int) -> Rope:
+def _longrope(
+    parameters: Config, unscaled: Sequence[float], max_positions: int, original: int
+) -> Rope:
     """Phi-3's table: divisors of each frequency, for texts up to the original length and beyond."""
-    stretch = longest / original
-    if given.get("factor") is not None:
-        stretch = _positive(given, "factor", 1.0)
+    stretch = max_positions / original
+    if parameters.get("factor") is not None:
+        stretch = _positive(parameters, "factor", 1.0)
     scale = 1.0
-    if given.get("attention_factor") is not None:
-        scale = number(given, "attention_factor", 1.0)
+    if parameters.get("attention_factor") is not None:
+        scale = number(parameters, "attention_factor", 1.0)
     elif stretch > 1:
         scale = math.sqrt(1 + math.log(stretch) / math.log(original))
-    short, long = (
-        tuple(f / s for f, s in zip(plain, _divisors(given, key, len(plain)), strict=True))
+    short_frequencies, long_frequencies = (
+        tuple(
+            f / s for f, s in zip(unscaled, _divisors(parameters, key, len(unscaled)), strict=True)
+        )
         for key in ("short_factor", "long_factor")
     )
-    return Rope(short, scale, long, original)
+    return Rope(short_frequencies, scale, long_frequencies, original)
 
 
 def _yarn(
-    given: Config, plain: Sequence[float], theta: float, width: int, factor: float, original: int
+    parameters: Config,
+    unscaled: Sequence[float],
+    theta: float,
+    width: int,
+    factor: float,
+    original: int,
 ) -> Rope:
     """YaRN: short waves are kept, long ones stretched, with a ramp in between (2309.00071)."""
 
     def scale(m: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1
 
-    attention = given.get("attention_factor")
+    attention = parameters.get("attention_factor")
     if attention is None:
-        m, m_all = given.get("mscale"), given.get("mscale_all_dim")
+        m, m_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
         attention = scale(m) / scale(m_all) if m and m_all else scale(1.0)
 
     def dimension(turns: float) -> float:
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(given.get("beta_fast") or 32), dimension(given.get("beta_slow") or 1)
-    if given.get("truncate", True):
+    low, high = (
+        dimension(parameters.get("beta_fast") or 32),
+        dimension(parameters.get("beta_slow") or 1),
+    )
+    if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    ramp = [min(max((i - low) / max(high - low, 1e-3), 0), 1) for i in range(len(plain))]
-    mixed = [r * f / factor + (1 - r) * f for r, f in zip(ramp, plain, strict=True)]
-    return Rope(tuple(mixed), attention)
+    ramp = [min(max((i - low) / max(high - low, 1e-3), 0), 1) for i in range(len(unscaled))]
+    interpolated = [r * f / factor + (1 - r) * f for r, f in zip(ramp, unscaled, strict=True)]
+    return Rope(tuple(interpolated), attention)

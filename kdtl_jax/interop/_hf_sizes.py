@@ -27,23 +27,23 @@ def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
     kernel, table = flat.get("embeddings/patches/kernel"), _positions(flat)
     if kernel is None or table is None:
         return {}
-    high, wide, channels, _ = kernel.shape
+    rows, columns, channels, _ = kernel.shape
     out: dict[str, Any] = {}
     if channels != config.get("num_channels", 3):
         out["num_channels"] = int(channels)
-    if _pair(config["patch_size"]) != (high, wide):
-        out["patch_size"] = int(high) if high == wide else [int(high), int(wide)]
+    if _pair(config["patch_size"]) != (rows, columns):
+        out["patch_size"] = int(rows) if rows == columns else [int(rows), int(columns)]
     count, (height, width) = table - tokens, _pair(config["image_size"])
-    if count == (height // high) * (width // wide):
+    if count == (height // rows) * (width // columns):
         return out
     side = math.isqrt(max(count, 0))
     if side * side != count or not side:
         raise ValueError(
             f"config.json: image_size = {config['image_size']} does not give the {count} patches "
-            f"of {[int(high), int(wide)]} that have positions. Give the config with their "
+            f"of {[int(rows), int(columns)]} that have positions. Give the config with their "
             "image_size."
         )
-    image = [int(side * high), int(side * wide)]
+    image = [int(side * rows), int(side * columns)]
     return out | {"image_size": image[0] if image[0] == image[1] else image}
 
 
@@ -66,8 +66,8 @@ def dinov2(flat: Flat, config: Config) -> dict[str, Any]:
     hidden, width = down.shape
     # The gated layer has two thirds of the units, rounded up to a multiple of 8.
     units = hidden if gated is None else math.ceil(hidden * 3 / 2)
-    before = int(config["hidden_size"] * config.get("mlp_ratio", 4))
-    if before == units or (gated is not None and _gated(before) == hidden):
+    configured = int(config["hidden_size"] * config.get("mlp_ratio", 4))
+    if configured == units or (gated is not None and _gated(configured) == hidden):
         return out
     ratio = units / width
     while int(width * ratio) < units:  # rounded down

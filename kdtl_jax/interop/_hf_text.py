@@ -17,12 +17,12 @@ from kdtl_jax.interop._hf_config import (
     share,
 )
 from kdtl_jax.interop._hf_encoders import check_heads, tokens
-from kdtl_jax.interop._hf_family import OWN_BIAS, Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_family import OWN_BIAS, Contents, Family, Head, dense, embedding, norm
 from kdtl_jax.interop._hf_rope import rope
 from kdtl_jax.interop.naming import Rule, conv1d, linear
 
 
-def _t5(v: dict[str, Any], found: Found) -> models.T5Encoder:
+def _t5(v: dict[str, Any], contents: Contents) -> models.T5Encoder:
     kind = v["feed_forward_proj"]
     is_gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
     name = "gelu_new" if kind == "gated-gelu" else name
@@ -93,7 +93,7 @@ t5 = Family(
     ),
     _t5,
     tokens,
-    copies={f"{each}encoder.embed_tokens.weight": "tokens/embedding" for each in _T5_PREFIXES},
+    copies={f"{prefix}encoder.embed_tokens.weight": "tokens/embedding" for prefix in _T5_PREFIXES},
     harmless="num_decoder_layers scale_decoder_outputs tie_word_embeddings classifier_dropout "
     "n_positions",
     other_heads=(r"((transformer\.)?decoder|lm_head|classification_head|classifier)\..*",),
@@ -114,7 +114,7 @@ def _modern_kinds(v: dict[str, Any]) -> list[str]:
     return [_KINDS[i % every > 0] for i in range(v["num_hidden_layers"])]
 
 
-def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
+def _modernbert(v: dict[str, Any], contents: Contents) -> models.ModernBert:
     depth = v["num_hidden_layers"]
     heads = check_heads(v["hidden_size"], v["num_attention_heads"])
     head_width = v["hidden_size"] // heads
@@ -124,15 +124,15 @@ def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
             f"config.json: layer_types = {_text.shown(kinds)}; expected {' or '.join(names)} for "
             f"each of the {depth} layers."
         )
-    given = v["rope_parameters"] or {}
-    if not isinstance(given, dict) or given.keys() - set(names):
+    parameters = v["rope_parameters"] or {}
+    if not isinstance(parameters, dict) or parameters.keys() - set(names):
         raise ValueError(
-            f"config.json: rope_parameters = {_text.shown(given)}; expected an object with "
+            f"config.json: rope_parameters = {_text.shown(parameters)}; expected an object with "
             f"{' and '.join(names)}."
         )
     thetas = dict(zip(names, (v["global_rope_theta"], v["local_rope_theta"]), strict=True))
     ropes = {
-        kind: rope({"rope_theta": theta, "rope_parameters": given.get(kind)}, head_width)
+        kind: rope({"rope_theta": theta, "rope_parameters": parameters.get(kind)}, head_width)
         for kind, theta in thetas.items()
     }
     if any(table != models.Rope(table.frequencies) for table in ropes.values()):
@@ -145,7 +145,7 @@ def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
         hidden=v["intermediate_size"],
         windows=tuple(None if k == names[0] else v["local_attention"] // 2 for k in kinds),
         ropes=tuple(ropes[kind].frequencies for kind in kinds),
-        **found.text_heads(),
+        **contents.text_heads(),
         pools_mean=v["classifier_pooling"] == "mean",
         activation=v["hidden_activation"],
         head_activation=v["classifier_activation"],
@@ -169,8 +169,8 @@ def _modern_head(task: str, name: str) -> Head:
         Rule("head.norm.weight", "pooler_norm/scale"),
         *dense("classifier", "head"),
     )
-    more = (Rule("head.dense.bias", "pooler/bias"), Rule("head.norm.bias", "pooler_norm/bias"))
-    return Head(task, (name,), rules, classes="classifier.weight", optional=more)
+    biases = (Rule("head.dense.bias", "pooler/bias"), Rule("head.norm.bias", "pooler_norm/bias"))
+    return Head(task, (name,), rules, classes="classifier.weight", optional=biases)
 
 
 modernbert = Family(
@@ -250,7 +250,7 @@ modernbert = Family(
 )
 
 
-def _deberta(v: dict[str, Any], found: Found) -> models.Deberta:
+def _deberta(v: dict[str, Any], contents: Contents) -> models.Deberta:
     kinds = v["pos_att_type"] or []
     kinds = [k.strip() for k in kinds.lower().split("|")] if isinstance(kinds, str) else kinds
     if not isinstance(kinds, list) or any(kind not in ("c2p", "p2c") for kind in kinds):
@@ -284,8 +284,8 @@ def _deberta(v: dict[str, Any], found: Found) -> models.Deberta:
         window_activation=v["conv_act"],
         window_groups=v["conv_groups"],
         embedding_width=v["embedding_size"],
-        **found.text_heads(),
-        has_own_bias=found.has_own_bias(),
+        **contents.text_heads(),
+        has_own_bias=contents.has_own_bias(),
         activation=v["hidden_act"],
         pooled_activation=v["pooler_hidden_act"],
         norm_epsilon=v["layer_norm_eps"],

@@ -14,7 +14,7 @@ from kdtl_jax.interop._hf_config import (
     share,
 )
 from kdtl_jax.interop._hf_encoders import check_heads, tokens
-from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_family import Contents, Family, Head, dense, embedding, norm
 from kdtl_jax.interop._hf_vision import tower_layers
 from kdtl_jax.interop.naming import Rule, linear
 
@@ -60,8 +60,8 @@ def _shared(v: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _clip(v: dict[str, Any], found: Found) -> models.ClipText:
-    projection = found.shapes.get("text_projection.weight")
+def _clip(v: dict[str, Any], contents: Contents) -> models.ClipText:
+    projection = contents.shapes.get("text_projection.weight")
     # Files from before the end token was recorded say 2 and mean the largest token.
     end = None if v["eos_token_id"] == 2 else v["eos_token_id"]
     return models.ClipText(**_shared(v), end=end, projection=projection[0] if projection else None)
@@ -94,7 +94,7 @@ clip_text = Family(
 )
 
 
-def _siglip(v: dict[str, Any], found: Found) -> models.SiglipText:
+def _siglip(v: dict[str, Any], contents: Contents) -> models.SiglipText:
     projection = v["hidden_size"] if v["projection_size"] is None else v["projection_size"]
     return models.SiglipText(**_shared(v), projection=projection)
 
@@ -134,16 +134,18 @@ def one_tower(config: Mapping[str, Any], tower: str | None) -> tuple[dict[str, A
             f"a {kind!r} folder holds two towers; pass tower='vision' or tower='text', got "
             f"{tower!r}."
         )
-    own, more = config.get(f"{tower}_config"), config.get(f"{tower}_config_dict") or {}
-    if not isinstance(own, Mapping):
+    nested = config.get(f"{tower}_config")
+    overrides = config.get(f"{tower}_config_dict") or {}
+    if not isinstance(nested, Mapping):
         raise ValueError(f"config.json of a {kind!r} folder has no {tower}_config.")
-    if not isinstance(more, Mapping):
+    if not isinstance(overrides, Mapping):
         raise ValueError(
-            f"config.json: {tower}_config_dict must be an object or null, got {_text.quoted(more)}."
+            f"config.json: {tower}_config_dict must be an object or null, got "
+            f"{_text.quoted(overrides)}."
         )
-    own = {**own, **more}
+    nested = {**nested, **overrides}
     # The class depends on whether there is a projection.
-    own = {key: value for key, value in own.items() if key != "architectures"}
-    own |= {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+    nested = {key: value for key, value in nested.items() if key != "architectures"}
+    nested |= {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
     projection = {"vision": "visual_projection", "text": "text_projection"}[tower]
-    return own | {"model_type": f"{kind}_{tower}_model"}, rf"({tower}_model|{projection})\..*"
+    return nested | {"model_type": f"{kind}_{tower}_model"}, rf"({tower}_model|{projection})\..*"

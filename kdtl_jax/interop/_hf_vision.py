@@ -23,8 +23,8 @@ from kdtl_jax.interop._hf_encoders import check_heads
 from kdtl_jax.interop._hf_family import (
     POOLER_PATHS,
     UNUSED_POOLER,
+    Contents,
     Family,
-    Found,
     Head,
     dense,
     embedding,
@@ -41,18 +41,19 @@ def image(v: dict[str, Any]) -> Any:
 
 def grid_of(v: dict[str, Any]) -> tuple[int, int]:
     """Patches per column and per row."""
-    (height, width), (high, wide) = v["image_size"], v["patch_size"]
-    if height < high or width < wide:
+    (height, width), (rows, columns) = v["image_size"], v["patch_size"]
+    if height < rows or width < columns:
         raise ValueError(
-            f"config.json: image_size {[height, width]} is smaller than patch_size {[high, wide]}."
+            f"config.json: image_size {[height, width]} is smaller than patch_size "
+            f"{[rows, columns]}."
         )
-    return height // high, width // wide
+    return height // rows, width // columns
 
 
 def unseen_of(v: dict[str, Any]) -> tuple[int, int]:
     """Pixels at the bottom and at the right that no patch covers."""
-    (height, width), (high, wide) = v["image_size"], v["patch_size"]
-    return height % high, width % wide
+    (height, width), (rows, columns) = v["image_size"], v["patch_size"]
+    return height % rows, width % columns
 
 
 def one_or_two(sizes: tuple[int, int]) -> int | tuple[int, int]:
@@ -83,7 +84,7 @@ vit_embeddings = (
 )
 
 
-def _patched(v: dict[str, Any]) -> dict[str, Any]:
+def _patch_sizes(v: dict[str, Any]) -> dict[str, Any]:
     """The fields that all vision transformers have."""
     return {
         "width": v["hidden_size"],
@@ -97,12 +98,12 @@ def _patched(v: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _vit(v: dict[str, Any], found: Found) -> models.ViT:
+def _vit(v: dict[str, Any], contents: Contents) -> models.ViT:
     return models.ViT(
-        **_patched(v),
+        **_patch_sizes(v),
         hidden=v["intermediate_size"],
-        classes=found.classes("image"),
-        has_pooler=found.has_pooler(),
+        classes=contents.classes("image"),
+        has_pooler=contents.has_pooler(),
         pooled_activation=v["pooler_act"],
         pooler_width=v["pooler_output_size"],
         qkv_bias=v["qkv_bias"],
@@ -157,13 +158,13 @@ vit = Family(
 )
 
 
-def _deit(v: dict[str, Any], found: Found) -> models.ViT:
-    classes = found.classes("image")
-    classes = found.classes("distilled") if classes is None else classes
-    return _vit(v, found).clone(
+def _deit(v: dict[str, Any], contents: Contents) -> models.ViT:
+    classes = contents.classes("image")
+    classes = contents.classes("distilled") if classes is None else classes
+    return _vit(v, contents).clone(
         classes=classes,
         has_distillation_token=True,
-        has_distillation_head=found.classes("distilled") is not None,
+        has_distillation_head=contents.classes("distilled") is not None,
     )
 
 
@@ -191,16 +192,16 @@ deit = vit._replace(
 )
 
 
-def _dinov2(v: dict[str, Any], found: Found) -> models.Dinov2:
+def _dinov2(v: dict[str, Any], contents: Contents) -> models.Dinov2:
     if v["image_size"][0] != v["image_size"][1]:
         raise ValueError("config.json: image_size of a 'dinov2' model must be a square.")
     hidden = int(v["hidden_size"] * v["mlp_ratio"])
     if v["use_swiglu_ffn"]:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
     return models.Dinov2(
-        **_patched(v),
+        **_patch_sizes(v),
         hidden=hidden,
-        classes=found.classes("image"),
+        classes=contents.classes("image"),
         is_gated=v["use_swiglu_ffn"],
         qkv_bias=v["qkv_bias"],
         dropout=v["hidden_dropout_prob"],
@@ -295,14 +296,17 @@ def _tower_fields(patch: int) -> tuple[Field, ...]:
     )
 
 
-def _tower_of(v: dict[str, Any]) -> dict[str, Any]:
-    own = {"hidden": v["intermediate_size"], "attention_dropout": v["attention_dropout"]}
-    return {**_patched(v), **own}
+def _tower_sizes(v: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **_patch_sizes(v),
+        "hidden": v["intermediate_size"],
+        "attention_dropout": v["attention_dropout"],
+    }
 
 
-def _clip_vision(v: dict[str, Any], found: Found) -> models.ClipVision:
-    projection = found.shapes.get("visual_projection.weight")
-    return models.ClipVision(**_tower_of(v), projection=projection[0] if projection else None)
+def _clip_vision(v: dict[str, Any], contents: Contents) -> models.ClipVision:
+    projection = contents.shapes.get("visual_projection.weight")
+    return models.ClipVision(**_tower_sizes(v), projection=projection[0] if projection else None)
 
 
 clip_vision = Family(
@@ -332,8 +336,8 @@ clip_vision = Family(
 )
 
 
-def _siglip_vision(v: dict[str, Any], found: Found) -> models.SiglipVision:
-    return models.SiglipVision(**_tower_of(v), has_pooler=v["vision_use_head"])
+def _siglip_vision(v: dict[str, Any], contents: Contents) -> models.SiglipVision:
+    return models.SiglipVision(**_tower_sizes(v), has_pooler=v["vision_use_head"])
 
 
 siglip_vision = Family(

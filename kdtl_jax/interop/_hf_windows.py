@@ -1,4 +1,4 @@
-"""Which layers of a published decoder only see a window."""
+"""Sliding windows of a published decoder's layers."""
 
 from collections.abc import Callable
 
@@ -22,10 +22,10 @@ def windows(
         return tuple(window if sliding(i) else None for i in range(layers))
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown or len(types) != layers:
-        strange = f" with {_text.listed(sorted(map(str, unknown)))}" if unknown else ""
+        problem = f" with {_text.listed(sorted(map(str, unknown)))}" if unknown else ""
         raise ValueError(
             f"layer_types must be {layers} times 'sliding_attention' or 'full_attention', got "
-            f"{len(types)} entries{strange}."
+            f"{len(types)} entries{problem}."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
@@ -41,10 +41,10 @@ def windows_if_used(
     """
     if config.get("use_sliding_window", False):
         return windows(config, layers, sliding, default)
-    whole, types = ["full_attention"] * layers, config.get("layer_types")
-    if types is not None and types != whole:
+    expected, types = ["full_attention"] * layers, config.get("layer_types")
+    if types is not None and types != expected:
         raise ValueError(
-            f"layer_types must be {len(whole)} times 'full_attention' if use_sliding_window "
+            f"layer_types must be {len(expected)} times 'full_attention' if use_sliding_window "
             f"is false, got {_text.shown(types)}."
         )
     return ()

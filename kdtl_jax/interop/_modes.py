@@ -57,39 +57,41 @@ def is_open(function: Callable[..., Any]) -> bool:
 
 def candidates(function: Callable[..., Any], train: bool) -> list[Flags]:
     """Ways to set the mode of `function`: names in its signature, or guesses for `**kwargs`."""
-    named = flags(accepted(function), train)
-    if named or not is_open(function):
-        return [named]
+    known_flags = flags(accepted(function), train)
+    if known_flags or not is_open(function):
+        return [known_flags]
     return [*(flags([name], train) for name in TRAINING + EVALUATION), {}]
 
 
 def arguments(
-    function: Callable[..., Any], before: int, given: Mapping[str, Any], example: str
+    function: Callable[..., Any], skip: int, values: Mapping[str, Any], example: str
 ) -> tuple[list[Any], dict[str, Any]]:
-    """`given` as positional and keyword arguments of `function`, behind `before` others.
+    """Splits `values` into positional and keyword arguments of `function`, after `skip` others.
 
-    Those that follow the others without a gap are given by position: `nn.remat` and `nn.jit` mark
-    static arguments by their position.
+    Those that follow the others without a gap are passed by position, because `nn.remat` and
+    `nn.jit` mark static arguments by their position.
 
     Raises:
       TypeError: if the function requires another argument; `example` says how to call it.
     """
     kinds = inspect.Parameter
-    named = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    rest = [p for p in inspect.signature(function).parameters.values() if p.kind in named][before:]
-    needed = [p.name for p in rest if p.default is kinds.empty and p.name not in given]
-    if needed:
+    named_kinds = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    parameters = [
+        p for p in inspect.signature(function).parameters.values() if p.kind in named_kinds
+    ][skip:]
+    missing = [p.name for p in parameters if p.default is kinds.empty and p.name not in values]
+    if missing:
         raise TypeError(
-            f"the module needs {', '.join(map(repr, needed))} besides its inputs, no known name of "
-            f"a mode ({', '.join(TRAINING[:3])}, deterministic, ...). Say how to call it: "
+            f"the module needs {', '.join(map(repr, missing))} besides its inputs, no known name "
+            f"of a mode ({', '.join(TRAINING[:3])}, deterministic, ...). Say how to call it: "
             f"{example}."
         )
-    first = []
-    for parameter in rest:
-        if parameter.kind is kinds.KEYWORD_ONLY or parameter.name not in given:
+    leading = []
+    for parameter in parameters:
+        if parameter.kind is kinds.KEYWORD_ONLY or parameter.name not in values:
             break
-        first.append(parameter.name)
-    return [given[name] for name in first], {n: x for n, x in given.items() if n not in first}
+        leading.append(parameter.name)
+    return [values[name] for name in leading], {n: x for n, x in values.items() if n not in leading}
 
 
 def first_that_follows(
@@ -98,10 +100,10 @@ def first_that_follows(
     """The first way in which all layers are in the right mode; the last one if there is none."""
     for way in ways[:-1]:
         try:
-            found = modes(way)
-        except (TypeError, KeyError):  # another argument is meant, somewhere below
+            layer_modes = modes(way)
+        except (TypeError, KeyError):  # some layer has another argument of this name
             continue
-        if all(training == train for training in found.values()):
+        if all(training == train for training in layer_modes.values()):
             return way
     return ways[-1]
 
@@ -120,31 +122,35 @@ def check(modes: Mapping[str, bool], train: bool, name: str, example: str) -> No
     """
     if not modes or (any(modes.values()) if train else not any(modes.values())):
         return
-    wrong = [path for path, training in modes.items() if training != train]
-    asked, other = ("training", "evaluation") if train else ("evaluation", "training")
-    listed = ", ".join(repr(path) for path in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    disagreeing = [path for path, training in modes.items() if training != train]
+    requested, other = ("training", "evaluation") if train else ("evaluation", "training")
+    paths = ", ".join(repr(path) for path in disagreeing[:5]) + (
+        ", ..." if len(disagreeing) > 5 else ""
+    )
     raise ValueError(
-        f"{name} was asked for {asked} mode, but {listed} ran in {other} mode. Its mode cannot be "
-        f"set by an argument of a known name ({', '.join(TRAINING[:3])}, deterministic, ...). "
+        f"{name} was asked for {requested} mode, but {paths} ran in {other} mode. Its mode cannot "
+        f"be set by an argument of a known name ({', '.join(TRAINING[:3])}, deterministic, ...). "
         f"Say how to call it: {example}."
     )
 
 
-def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+def changed(old_arrays: Mapping[str, Any], new_arrays: Mapping[str, Any]) -> set[str]:
     """Paths whose array was replaced; an array that a module does not change is the same object."""
-    return {path for path, leaf in after.items() if leaf is not before.get(path)}
+    return {path for path, leaf in new_arrays.items() if leaf is not old_arrays.get(path)}
 
 
 def changes(function: Callable[[], Any], state: Any) -> bool:
     """Whether a traced function of no arguments returns another state than `state`."""
-    replaced: list[bool] = []
+    differences: list[bool] = []
 
     def compare() -> None:
-        new = jax.tree.leaves(function())
-        replaced.extend(a is not b for a, b in zip(new, jax.tree.leaves(state), strict=True))
+        new_leaves = jax.tree.leaves(function())
+        differences.extend(
+            a is not b for a, b in zip(new_leaves, jax.tree.leaves(state), strict=True)
+        )
 
     jax.eval_shape(compare)
-    return any(replaced)
+    return any(differences)
 
 
 def draws(function: Callable[..., Any], *args: Any) -> bool:
@@ -152,13 +158,13 @@ def draws(function: Callable[..., Any], *args: Any) -> bool:
     return not _jaxprs.primitives(function, *args).isdisjoint({"random_bits", "threefry2x32"})
 
 
-def check_made(module: Any, is_made: bool, framework: str) -> None:
+def check_module(module: Any, is_valid: bool, framework: str) -> None:
     """Refuses anything that is not a module of a framework, such as its class or its parameters.
 
     Raises:
       TypeError: naming what was given.
     """
-    if not is_made:
+    if not is_valid:
         repair = f": write {module.__name__}(...)" if isinstance(module, type) else ""
         kind = module.__name__ if isinstance(module, type) else type(module).__name__
         raise TypeError(f"module must be a module of {framework}, got {kind}{repair}.")

@@ -68,7 +68,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
         lambda value: isinstance(value, bool),
     ),
     "modules_to_save": lambda value: (
-        isinstance(value, list) and all(isinstance(each, str) for each in value)
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
     ),
 }
 _PARTS = {
@@ -107,22 +107,26 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = config.get("peft_type", "LORA")
     if not isinstance(kind, str) or kind not in _READ:
-        raise refused(f"peft_type {_text.quoted(kind)}", f"expected one of {', '.join(_READ)}")
-    allowed = _READ[kind]
+        raise not_understood(
+            f"peft_type {_text.quoted(kind)}", f"expected one of {', '.join(_READ)}"
+        )
+    supported = _READ[kind]
     for key, value in config.items():
         if key in _HARMLESS or value is None or value is False or value in ({}, []):
             continue
-        if key not in allowed:
-            raise refused(f"{key} = {_text.shown(value)}", "it may change the merged weights")
-        known = allowed[key]
+        if key not in supported:
+            raise not_understood(
+                f"{key} = {_text.shown(value)}", "it may change the merged weights"
+            )
+        values = supported[key]
         # 1 is not True here: for one key, a flag and a number mean different things.
-        if known is not None and not any(type(value) is type(k) and value == k for k in known):
-            raise refused(f"{key} = {_text.shown(value)}", f"expected one of {known}")
-    for key, is_right in _TYPES.items():
-        if config.get(key) is not None and not is_right(config[key]):
-            raise refused(f"{key} = {_text.shown(config[key])}", "it has another type")
+        if values is not None and not any(type(value) is type(k) and value == k for k in values):
+            raise not_understood(f"{key} = {_text.shown(value)}", f"expected one of {values}")
+    for key, is_valid in _TYPES.items():
+        if config.get(key) is not None and not is_valid(config[key]):
+            raise not_understood(f"{key} = {_text.shown(config[key])}", "it has another type")
     if kind == "VERA" and not config.get("save_projection", True):
-        raise refused("save_projection = false", "PyTorch's generator drew the projections")
+        raise not_understood("save_projection = false", "PyTorch's generator drew the projections")
     return {**config, "peft_type": kind}
 
 
@@ -136,42 +140,45 @@ def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
     shared: dict[str, Any] = {}
     adapters: set[str] = set()
     for name, value in tensors.items():
-        short = name.removeprefix("base_model.model.")
-        match = part.fullmatch(short)
+        base_name = name.removeprefix("base_model.model.")
+        match = part.fullmatch(base_name)
         if match is not None:
             *adapter, last = match["rest"].split(".")[1:] or [""]
             if last not in ("", "weight", "bias"):
                 adapter, last = [*adapter, last], ""
             if len(adapter) > 1 or (last == "bias" and match["part"] != "lora_B"):
-                raise refused(
+                raise not_understood(
                     f"the tensor {_text.quoted(name)}", "it is not part of a known adapter"
                 )
             adapters |= set(adapter)
             key = match["part"] + (".bias" if last == "bias" else "")
             weights.setdefault(match["module"], {})[key] = value
-        elif kind == "VERA" and (of_all := _SHARED.fullmatch(name)):
-            shared[of_all[1]] = value
-        elif _replaces(short, config):
-            if ".original_module." not in short:  # the base's own tensor, beside the trained copy
-                replaced[_plain(short)] = value
+        elif kind == "VERA" and (shared_match := _SHARED.fullmatch(name)):
+            shared[shared_match[1]] = value
+        elif _is_replaced(base_name, config):
+            # An original module is the base's own tensor, beside the trained copy.
+            if ".original_module." not in base_name:
+                replaced[_base_name(base_name)] = value
         else:
-            raise refused(f"the tensor {_text.quoted(name)}", "it is not part of a known adapter")
+            raise not_understood(
+                f"the tensor {_text.quoted(name)}", "it is not part of a known adapter"
+            )
     if len(adapters) > 1:
-        raise refused(f"a file with the adapters {sorted(adapters)}", "save one of them")
+        raise not_understood(f"a file with the adapters {sorted(adapters)}", "save one of them")
     _check_parts(kind, weights, shared, config)
     return Adapter(config, weights, replaced, shared)
 
 
-def _plain(name: str) -> str:
+def _base_name(name: str) -> str:
     """The base's name for a tensor that PEFT has wrapped."""
     return re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)
 
 
-def _replaces(name: str, config: Mapping[str, Any]) -> bool:
+def _is_replaced(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor is a whole tensor of the base, as the configuration announces."""
     saved = config.get("modules_to_save") or []
-    module, _, last = _plain(name).rpartition(".")
-    if any(f".{module}.".find(f".{each}.") >= 0 for each in saved):
+    module, _, last = _base_name(name).rpartition(".")
+    if any(f".{module}.".find(f".{module_name}.") >= 0 for module_name in saved):
         return last in ("weight", "bias")
     return last == "bias" and config.get("bias", "none") != "none"
 
@@ -183,27 +190,29 @@ def _check_parts(
     config: Mapping[str, Any],
 ) -> None:
     if kind == "VERA" and set(shared) != {"vera_A", "vera_B"}:
-        raise refused(f"VeRA with the projections {sorted(shared)}", "expected vera_A and vera_B")
+        raise not_understood(
+            f"VeRA with the projections {sorted(shared)}", "expected vera_A and vera_B"
+        )
     for module, parts in weights.items():
-        wanted = {"lora_A", "lora_B"} if kind == "LORA" else set(_PARTS[kind])
+        required = {"lora_A", "lora_B"} if kind == "LORA" else set(_PARTS[kind])
         if "lora_embedding_A" in parts:
-            wanted = {"lora_embedding_A", "lora_embedding_B"}
+            required = {"lora_embedding_A", "lora_embedding_B"}
         optional = {"lora_magnitude_vector"} if config.get("use_dora") else set()
         optional |= {"lora_B.bias"} if config.get("lora_bias") else set()
-        if not wanted <= parts.keys() <= wanted | optional:
-            raise refused(
+        if not required <= parts.keys() <= required | optional:
+            raise not_understood(
                 f"{_text.quoted(module)} with {sorted(parts)}",
-                f"expected {sorted(wanted | optional)}",
+                f"expected {sorted(required | optional)}",
             )
         if optional & {"lora_magnitude_vector"} and not optional <= parts.keys() | {"lora_B.bias"}:
-            raise refused(
+            raise not_understood(
                 f"{_text.quoted(module)} without lora_magnitude_vector", "the adapter is a DoRA"
             )
 
 
-def refused(what: str, why: str) -> ValueError:
+def not_understood(part: str, reason: str) -> ValueError:
     """The error for a part of an adapter that is not understood."""
     return ValueError(
-        f"PEFT adapter: {what} is not understood ({why}). Merge it where it was made, with "
+        f"PEFT adapter: {part} is not understood ({reason}). Merge it where it was made, with "
         "merge_and_unload, or convert it to a plain LoRA."
     )

@@ -1,4 +1,4 @@
-"""The base's weights with a PEFT adapter merged, one tensor at a time."""
+"""Merges a PEFT adapter into the base's weights, one tensor at a time."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import numpy as np
 
 from kdtl_jax import _text, transforms, trees
 from kdtl_jax._types import Array
-from kdtl_jax.interop._peft_files import Adapter, refused
+from kdtl_jax.interop._peft_files import Adapter, not_understood
 
 Edit = Callable[[Any], Array]
 # Modules that are Conv1D in transformers, with kernels [in, out], in the models that have them.
@@ -34,7 +34,7 @@ def edits(
     Raises:
       ValueError: if the base lacks a tensor, a shape does not fit, or a square kernel is ambiguous.
     """
-    _refuse_of_tied(adapter, base, base_config or {})
+    _refuse_tied_embedding(adapter, base, base_config or {})
     out: dict[str, Edit] = {}
     for module, parts in adapter.weights.items():
         name = f"{module}.weight"
@@ -45,45 +45,45 @@ def edits(
             )
         bias = f"{module}.bias"
         shape = tuple(base[name].shape)
-        out[name], on_bias = _edits_of(adapter, module, parts, shape, base_config)
-        if on_bias is not None:
+        out[name], bias_edit = _module_edits(adapter, module, parts, shape, base_config)
+        if bias_edit is not None:
             if bias in base:
-                out[bias] = on_bias
+                out[bias] = bias_edit
             elif "lora_B.bias" in parts:
                 raise ValueError(
                     f"{_text.quoted(bias)} would be new: lora_bias needs a base with biases."
                 )
     for name, value in adapter.replaced.items():
         if name not in base or tuple(base[name].shape) != tuple(value.shape):
-            where = list(base[name].shape) if name in base else "nothing"
+            base_shape = list(base[name].shape) if name in base else "nothing"
             raise ValueError(
                 f"the adapter replaces {_text.quoted(name)} by {list(value.shape)}, the base has "
-                f"{where}."
+                f"{base_shape}."
             )
-        out[name] = _composed(out.get(name), value)
+        out[name] = _compose(out.get(name), value)
     return out
 
 
-def _refuse_of_tied(
+def _refuse_tied_embedding(
     adapter: Adapter, base: Mapping[str, Any], base_config: Mapping[str, Any]
 ) -> None:
     """Refuses to adapt an embedding that is also the output layer, which would change with it."""
-    named = [f"{module}.weight" for module in adapter.weights] + list(adapter.replaced)
-    tables = [name for name in named if _TABLE.search(name)]
+    names = [f"{module}.weight" for module in adapter.weights] + list(adapter.replaced)
+    embeddings = [name for name in names if _TABLE.search(name)]
     classes = base_config.get("architectures") or []
     is_tied = base_config.get("tie_word_embeddings", False) is True
     if classes:  # a class without an output layer ties nothing
         is_tied = base_config.get("tie_word_embeddings", True) is True
         is_tied &= any(_LANGUAGE.search(str(name)) is not None for name in classes)
-    if tables and is_tied and not any(_OUTPUT.search(name) for name in base):
-        raise refused(
-            f"an adapter of {_text.quoted(tables[0])}",
+    if embeddings and is_tied and not any(_OUTPUT.search(name) for name in base):
+        raise not_understood(
+            f"an adapter of {_text.quoted(embeddings[0])}",
             "the base's output layer is the same tensor and would change with it: store the base "
             "with a head of its own and tie_word_embeddings false",
         )
 
 
-def _edits_of(
+def _module_edits(
     adapter: Adapter,
     module: str,
     parts: Mapping[str, Any],
@@ -99,29 +99,29 @@ def _edits_of(
     if adapter.kind == "IA3":
         vector = parts["ia3_l"]
         if len(shape) != 2 or vector.size == 1:
-            raise refused(
+            raise not_understood(
                 f"ia3_l {list(vector.shape)} of {_text.quoted(module)} {list(shape)}",
                 "it does not say which side it scales; only kernels of two axes are supported",
             )
         is_input = vector.shape[0] == 1
         sides = (vector.size, None) if not is_input else (None, vector.size)
         flips = _is_flipped(config, module, shape, sides, base_config)
-        along = (lambda w: jnp.ravel(_wide(vector))[:, None]) if is_input == flips else (
-            lambda w: jnp.ravel(_wide(vector))[None]
+        scale = (lambda w: jnp.ravel(_upcast(vector))[:, None]) if is_input == flips else (
+            lambda w: jnp.ravel(_upcast(vector))[None]
         )  # fmt: skip
-        on_bias = None if is_input else (lambda b: _wide(b) * jnp.ravel(_wide(vector)))
-        return lambda w: _wide(w) * along(w), on_bias
+        bias_edit = None if is_input else (lambda b: _upcast(b) * jnp.ravel(_upcast(vector)))
+        return lambda w: _upcast(w) * scale(w), bias_edit
     if adapter.kind == "VERA":
         b, d = parts["vera_lambda_b"], parts["vera_lambda_d"]
-        first, second = adapter.shared["vera_A"], adapter.shared["vera_B"]
+        vera_a, vera_b = adapter.shared["vera_A"], adapter.shared["vera_B"]
         flips = _is_flipped(config, module, shape, (b.size, None), base_config)
         fan_in = shape[0] if flips else shape[1]
-        _fits(module, shape[::-1] if flips else shape, (b.size, fan_in), parts)
-        if first.shape != (d.size, first.shape[1]) or first.shape[1] < fan_in:
-            raise ValueError(f"{_text.quoted(module)} does not fit vera_A {list(first.shape)}.")
-        left = _wide(b)[:, None] * _wide(second[: b.size])
-        delta = left @ (_wide(d)[:, None] * _wide(first[:, :fan_in]))
-        return lambda w: _wide(w) + (delta.T if flips else delta), None
+        _check_fits(module, shape[::-1] if flips else shape, (b.size, fan_in), parts)
+        if vera_a.shape != (d.size, vera_a.shape[1]) or vera_a.shape[1] < fan_in:
+            raise ValueError(f"{_text.quoted(module)} does not fit vera_A {list(vera_a.shape)}.")
+        scaled_b = _upcast(b)[:, None] * _upcast(vera_b[: b.size])
+        delta = scaled_b @ (_upcast(d)[:, None] * _upcast(vera_a[:, :fan_in]))
+        return lambda w: _upcast(w) + (delta.T if flips else delta), None
     return _oft_edit(config, module, parts["oft_R"], shape, base_config), None
 
 
@@ -148,17 +148,19 @@ def _lora_edits(
     make = transforms.lora if magnitude is None else transforms.dora
     in_axis, out_axis = (-2, -1) if flips else (-1, -2)
     kind = make(alpha=scale, scaling=lambda alpha, rank: alpha, in_axis=in_axis, out_axis=out_axis)
-    left, right = _wide(a).reshape(rank, -1).T, _wide(b).reshape(out, rank).T
-    weights: Any = transforms.LoraWeights(left, right)
+    lora_a, lora_b = _upcast(a).reshape(rank, -1).T, _upcast(b).reshape(out, rank).T
+    weights: Any = transforms.LoraWeights(lora_a, lora_b)
     if magnitude is not None:
-        weights = transforms.DoraWeights(left, right, jnp.ravel(_wide(magnitude)))
+        weights = transforms.DoraWeights(lora_a, lora_b, jnp.ravel(_upcast(magnitude)))
 
     def edit(w: Any) -> Array:
-        matrix = _wide(w) if flips else _wide(w).reshape(out, -1)
+        matrix = _upcast(w) if flips else _upcast(w).reshape(out, -1)
         return kind.merge({"w": matrix}, {"w": weights})["w"].reshape(shape)
 
-    extra = parts.get("lora_B.bias")
-    return edit, None if extra is None else (lambda bias: _wide(bias) + scale * _wide(extra))
+    bias_update = parts.get("lora_B.bias")
+    return edit, None if bias_update is None else (
+        lambda bias: _upcast(bias) + scale * _upcast(bias_update)
+    )
 
 
 def _embedding_edit(
@@ -166,15 +168,15 @@ def _embedding_edit(
 ) -> Edit:
     """`W + s A^T B^T` for a table `[tokens, width]`; a DoRA normalizes its columns."""
     a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
-    _fits(module, shape, (a.shape[-1], b.shape[0]), parts)
-    pair = transforms.LoraWeights(_wide(a).T, _wide(b).T)
+    _check_fits(module, shape, (a.shape[-1], b.shape[0]), parts)
+    pair = transforms.LoraWeights(_upcast(a).T, _upcast(b).T)
     scale, magnitude = scale_of(config, module, a.shape[0]), parts.get("lora_magnitude_vector")
     make = transforms.lora if magnitude is None else transforms.dora
     kind = make(alpha=scale, scaling=lambda alpha, rank: alpha, in_axis=-2, out_axis=-1)
     weights: Any = pair
     if magnitude is not None:
-        weights = transforms.DoraWeights(*pair, jnp.ravel(_wide(magnitude)))
-    return lambda w: kind.merge({"w": _wide(w)}, {"w": weights})["w"]
+        weights = transforms.DoraWeights(*pair, jnp.ravel(_upcast(magnitude)))
+    return lambda w: kind.merge({"w": _upcast(w)}, {"w": weights})["w"]
 
 
 def _oft_edit(
@@ -193,23 +195,23 @@ def _oft_edit(
             f"{_text.quoted(module)}: {blocks} blocks of {size} do not rotate {list(shape)}."
         )
     upper = jnp.zeros((blocks, size, size), jnp.float32)
-    upper = upper.at[:, *np.triu_indices(size, 1)].set(_wide(skew))
+    upper = upper.at[:, *np.triu_indices(size, 1)].set(_upcast(skew))
     q = upper - jnp.swapaxes(upper, -1, -2)
     eye = jnp.eye(size, dtype=q.dtype)[None]
     if config.get("use_cayley_neumann", True):
         terms = int(config.get("num_cayley_neumann_terms", 5))
         terms = 4 if terms == 3 else terms  # as in PEFT's loop
-        turn, power = eye + (2 * q if terms > 1 else 0 * q), q
+        rotation, power = eye + (2 * q if terms > 1 else 0 * q), q
         for term in range(2, terms):
             power = power @ q
-            turn = turn + (1 if term == terms - 1 and term > 2 else 2) * power
+            rotation = rotation + (1 if term == terms - 1 and term > 2 else 2) * power
     else:
-        turn = jnp.linalg.solve(eye + q, eye - q)
+        rotation = jnp.linalg.solve(eye + q, eye - q)
 
     def edit(w: Any) -> Array:
-        rows = _wide(w) if flips else _wide(w).T
-        turned = (turn @ rows.reshape(blocks, size, -1)).reshape(rows.shape)
-        return turned if flips else turned.T
+        rows = _upcast(w) if flips else _upcast(w).T
+        rotated = (rotation @ rows.reshape(blocks, size, -1)).reshape(rows.shape)
+        return rotated if flips else rotated.T
 
     return edit
 
@@ -218,19 +220,21 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     """`alpha / r` or `alpha / sqrt(r)`; the patterns decide, and the rank must match them."""
 
     def pattern(key: str, default: float) -> float:
-        found = (
+        matches = (
             value
             for text, value in (config.get(key) or {}).items()
             if re.match(rf"(.*\.)?({text})$", module)
         )
-        return next(found, default)
+        return next(matches, default)
 
-    wanted = pattern("rank_pattern", config.get("r", rank))
-    if wanted != rank:
-        raise refused(f"{_text.quoted(module)} of rank {rank}", f"the configuration says {wanted}")
+    expected = pattern("rank_pattern", config.get("r", rank))
+    if expected != rank:
+        raise not_understood(
+            f"{_text.quoted(module)} of rank {rank}", f"the configuration says {expected}"
+        )
     alpha = pattern("alpha_pattern", config.get("lora_alpha", 8))
     if alpha is None:
-        raise refused("lora_alpha = None", "expected a number")
+        raise not_understood("lora_alpha = None", "expected a number")
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
 
@@ -249,37 +253,37 @@ def _is_flipped(
     if len(shape) != 2:
         return False
     out, fan_in = sides
-    straight = out in (None, shape[0]) and fan_in in (None, shape[1])
-    flipped = out in (None, shape[1]) and fan_in in (None, shape[0])
-    if straight != flipped:
-        return flipped
-    may_be = module.rpartition(".")[2] in _CONV1D
+    fits = out in (None, shape[0]) and fan_in in (None, shape[1])
+    fits_flipped = out in (None, shape[1]) and fan_in in (None, shape[0])
+    if fits != fits_flipped:
+        return fits_flipped
+    is_conv1d_name = module.rpartition(".")[2] in _CONV1D
     if base_config is not None and "model_type" in base_config:
-        return may_be and str(base_config["model_type"]) in _CONV1D_MODELS
-    if may_be or config.get("fan_in_fan_out"):
-        raise refused(
+        return is_conv1d_name and str(base_config["model_type"]) in _CONV1D_MODELS
+    if is_conv1d_name or config.get("fan_in_fan_out"):
+        raise not_understood(
             f"fan_in_fan_out of {_text.quoted(module)} {list(shape)}",
             "the kernel is square; the base's config.json would say which side is the input",
         )
     return False
 
 
-def _fits(
-    module: str, shape: tuple[int, ...], wanted: tuple[int, ...], parts: Mapping[str, Any]
+def _check_fits(
+    module: str, shape: tuple[int, ...], expected: tuple[int, ...], parts: Mapping[str, Any]
 ) -> None:
-    if tuple(shape) != tuple(wanted):
+    if tuple(shape) != tuple(expected):
         shapes = {part: list(value.shape) for part, value in parts.items()}
         raise ValueError(
             f"{_text.quoted(module)} {list(shape)} does not fit the adapter's {shapes}."
         )
 
 
-def _composed(edit: Edit | None, value: Any) -> Edit:
+def _compose(edit: Edit | None, value: Any) -> Edit:
     """Replaces the tensor, then applies the adapter to it."""
     return (lambda w: jnp.asarray(value)) if edit is None else (lambda w: edit(value))
 
 
-def _wide(x: Any) -> Array:
+def _upcast(x: Any) -> Array:
     """The array as float32 or wider."""
     array = jnp.asarray(x)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -82,11 +82,11 @@ def index(path: str | Path) -> Checkpoint:
       ValueError: if a file is truncated, in another format (such as a pickle) or inconsistent, or
         an index names files outside its folder or tensors that its files lack.
     """
-    found = _locate(Path(path))
-    if found.suffix == ".json":
-        return _index_shards(found)
-    tensors, metadata = parse(found)
-    return Checkpoint(tensors, metadata, (found,))
+    file = _locate(Path(path))
+    if file.suffix == ".json":
+        return _index_shards(file)
+    tensors, metadata = parse(file)
+    return Checkpoint(tensors, metadata, (file,))
 
 
 def _locate(path: Path) -> Path:
@@ -97,13 +97,13 @@ def _locate(path: Path) -> Path:
     for name in ("model.safetensors", index_name):
         if (path / name).is_file():
             return path / name
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if found:
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
         raise FileNotFoundError(
-            f"{path} holds {len(found)} safetensors files and no {index_name}; "
-            f"name one of them, such as {found[0].name}."
+            f"{path} holds {len(files)} safetensors files and no {index_name}; "
+            f"name one of them, such as {files[0].name}."
         )
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     hint = f" It has {pickles[0]}, a pickle, which is never loaded: convert it." if pickles else ""
@@ -118,7 +118,7 @@ def _index_shards(path: Path) -> Checkpoint:
     shards: dict[str, dict[str, Tensor]] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(weight_map.values())):
-        file = path.parent / _plain_name(path, name)
+        file = path.parent / _check_file_name(path, name)
         if not file.is_file():
             raise FileNotFoundError(f"{path} names {name}, which does not exist.")
         shards[name], more = parse(file)
@@ -138,7 +138,7 @@ def _index_shards(path: Path) -> Checkpoint:
     return Checkpoint(tensors, metadata, tuple(path.parent / name for name in sorted(shards)))
 
 
-def _plain_name(path: Path, name: str) -> str:
+def _check_file_name(path: Path, name: str) -> str:
     """A file name without any folder: an index must not reach outside its own folder."""
     windows = PureWindowsPath(name)
     plain = PurePosixPath(name).name == name == windows.name and name not in ("", ".", "..")
@@ -171,12 +171,12 @@ def stored_dtype(name: str, dtype: Any) -> str:
       TypeError: for dtypes that the format, or its readers, lack (complex128, fp8, objects, keys).
     """
     try:
-        little = np.dtype(dtype).newbyteorder("<")
+        little_endian = np.dtype(dtype).newbyteorder("<")
     except TypeError:
-        little = dtype
-    for known, stored in _names.items():
-        if little == known:
-            return stored
+        little_endian = dtype
+    for candidate, dtype_name in _names.items():
+        if little_endian == candidate:
+            return dtype_name
     raise TypeError(
         f"{_text.quoted(name)} has dtype {dtype}, which cannot be stored. Save arrays of float, "
         "int or bool only: take trees.partition(...)[0] of a tree with functions, and "
@@ -199,12 +199,14 @@ def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         start = file.read(32)
         _refuse_foreign(path, start)
         if size < 8:
-            raise _bad(path, f"{size} bytes are too few for a header; it is empty or truncated")
+            raise _invalid(path, f"{size} bytes are too few for a header; it is empty or truncated")
         (length,) = struct.unpack("<Q", start[:8])
         if length > max_header_bytes:
-            raise _bad(path, f"it claims a header of {length} bytes; it is not a safetensors file")
+            raise _invalid(
+                path, f"it claims a header of {length} bytes; it is not a safetensors file"
+            )
         if 8 + length > size:
-            raise _bad(
+            raise _invalid(
                 path, f"it claims a header of {length} bytes in a file of {size}; it is truncated"
             )
         file.seek(8)
@@ -212,7 +214,7 @@ def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header = json_object(path, raw, "its header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
-        raise _bad(path, "its __metadata__ must map strings to strings")
+        raise _invalid(path, "its __metadata__ must map strings to strings")
     payload = 8 + length
     tensors = {name: _entry(path, name, info, payload) for name, info in header.items()}
     _check_tiling(path, tensors, payload, size)
@@ -261,52 +263,52 @@ def json_file(path: Path) -> dict[str, Any]:
     """
     size = _files.regular(path).stat().st_size
     if size > max_header_bytes:
-        raise _bad(path, f"it has {size} bytes, more than {max_header_bytes}")
+        raise _invalid(path, f"it has {size} bytes, more than {max_header_bytes}")
     return json_object(path, path.read_bytes())
 
 
-def json_object(path: Path, raw: bytes, what: str = "it") -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or infinities; `what` names it in messages.
+def json_object(path: Path, raw: bytes, subject: str = "it") -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN or infinities; `subject` names it in messages.
 
     Raises:
       ValueError: naming the file.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        contents = dict(pairs)
+        if len(contents) < len(pairs):
             counts = Counter(name for name, _ in pairs)
-            twice = next(name for name, count in counts.items() if count > 1)
-            raise ValueError(f"the key {_text.quoted(twice)} appears twice")
-        return found
+            repeated = next(name for name, count in counts.items() if count > 1)
+            raise ValueError(f"the key {_text.quoted(repeated)} appears twice")
+        return contents
 
     def no_constant(text: str) -> Any:
         raise ValueError(f"{text} is not a number")
 
     # A tensor takes at least 50 characters, 11 of them these. Denser text would only cost memory.
     if len(raw) > 1_000_000 and sum(map(raw.count, (b'"', b"[", b"{"))) > len(raw) / 4:
-        raise _bad(path, f"{what} does not list tensors")
+        raise _invalid(path, f"{subject} does not list tensors")
     try:
         value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise _bad(path, f"{what} is not JSON ({_text.shown(str(error), 100)})") from None
+        raise _invalid(path, f"{subject} is not JSON ({_text.shown(str(error), 100)})") from None
     if not isinstance(value, dict):
-        raise _bad(path, f"{what} must be a JSON object, got {type(value).__name__}")
+        raise _invalid(path, f"{subject} must be a JSON object, got {type(value).__name__}")
     return value
 
 
 def _entry(path: Path, name: str, info: Any, payload: int) -> Tensor:
     if not isinstance(info, dict) or not info.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, f"tensor {_text.quoted(name)} must have dtype, shape and data_offsets")
+        raise _invalid(path, f"tensor {_text.quoted(name)} must have dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _bad(
+        raise _invalid(
             path,
             f"tensor {_text.quoted(name)} must have a shape and two offsets of whole numbers >= 0, "
             f"got {_text.shown(shape)} and {_text.shown(offsets)}",
         )
     if not isinstance(dtype, str) or dtype not in _dtypes and dtype not in _fp8_bytes:
-        raise _bad(
+        raise _invalid(
             path,
             f"tensor {_text.quoted(name)} has the dtype {_text.quoted(dtype)}; expected one of "
             f"{', '.join(_dtypes)}",
@@ -315,7 +317,7 @@ def _entry(path: Path, name: str, info: Any, payload: int) -> Tensor:
     begin, end = offsets
     need = math.prod(shape) * width
     if end - begin != need:
-        raise _bad(
+        raise _invalid(
             path,
             f"tensor {_text.quoted(name)} of {dtype}{_text.shown(shape)} needs {need} bytes, "
             f"but its offsets span {end - begin}",
@@ -328,11 +330,11 @@ def _check_tiling(path: Path, tensors: Mapping[str, Tensor], payload: int, size:
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][4:6]):
         if tensor.start != position:
             word = "overlaps" if tensor.start < position else "leaves a hole after"
-            raise _bad(path, f"tensor {_text.quoted(name)} {word} {previous}")
+            raise _invalid(path, f"tensor {_text.quoted(name)} {word} {previous}")
         position, previous = tensor.stop, _text.quoted(name)
     if position != size:
         word = "it is truncated" if position > size else "something was appended"
-        raise _bad(path, f"its tensors end at byte {position}, the file at {size}; {word}")
+        raise _invalid(path, f"its tensors end at byte {position}, the file at {size}; {word}")
 
 
 def _naturals(value: Any) -> bool:
@@ -346,16 +348,16 @@ def _naturals(value: Any) -> bool:
 
 def _refuse_foreign(path: Path, start: bytes) -> None:
     looks_like_header = start[8:9] == b"{"
-    for magic, what in _foreign:
+    for magic, description in _foreign:
         if start.startswith(magic) and not looks_like_header:
             repair = (
                 "Nothing is ever unpickled here: convert it where it was made, with "
                 "safetensors.torch.save_file(model.state_dict(), path)"
-                if "pickle" in what
+                if "pickle" in description
                 else "Expected a .safetensors file"
             )
-            raise _bad(path, f"it is {what}. {repair}")
+            raise _invalid(path, f"it is {description}. {repair}")
 
 
-def _bad(path: Path, reason: str) -> ValueError:
+def _invalid(path: Path, reason: str) -> ValueError:
     return ValueError(f"safetensors: {path} cannot be read: {reason}.")

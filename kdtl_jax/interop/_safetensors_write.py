@@ -56,15 +56,15 @@ def stream(
       OSError: if the disk is full; the old file then stays as it was.
       FileNotFoundError: if the file's folder does not exist.
     """
-    stored = {
+    dtypes_and_shapes = {
         name: (_header.stored_dtype(name, spec.dtype), tuple(spec.shape))
         for name, spec in specs.items()
     }
-    head, order = _header.encode(stored, metadata or {})
+    header, order = _header.encode(dtypes_and_shapes, metadata or {})
     with atomic_file(Path(path)) as file:
-        file.write(head)
+        file.write(header)
         for name in order:
-            _write(file, name, *stored[name], produce(name))
+            _write(file, name, *dtypes_and_shapes[name], produce(name))
 
 
 def save_sharded(
@@ -111,24 +111,24 @@ def stream_sharded(
     """
     sizes = {name: _size(spec) for name, spec in specs.items()}
     shards: list[dict[str, Any]] = [{}]
-    used = 0
+    shard_bytes = 0
     for name in sorted(specs, key=trees.natural_key):
-        if shards[-1] and used + sizes[name] > max_bytes:
+        if shards[-1] and shard_bytes + sizes[name] > max_bytes:
             shards.append({})
-            used = 0
+            shard_bytes = 0
         shards[-1][name] = specs[name]
-        used += sizes[name]
-    with new_folder(Path(folder)) as part:
+        shard_bytes += sizes[name]
+    with new_folder(Path(folder)) as new_path:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         for name, shard in zip(names, shards, strict=True):
-            stream(part / name, shard, produce, metadata=metadata)
+            stream(new_path / name, shard, produce, metadata=metadata)
         weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-        whole = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        with atomic_file(part / _header.index_name) as file:
-            file.write(json.dumps(whole, indent=1).encode())
-        for name, content in (beside(part) if beside else {}).items():
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(part / name) as file:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        with atomic_file(new_path / _header.index_name) as file:
+            file.write(json.dumps(index, indent=1).encode())
+        for name, content in (beside(new_path) if beside else {}).items():
+            (new_path / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(new_path / name) as file:
                 file.write(content)
 
 
@@ -146,23 +146,23 @@ def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], made: Any) -> None:
+def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], content: Any) -> None:
     """Writes one tensor, checked against its spec."""
-    if not isinstance(made, Iterator):
-        array = np.asarray(made)
-        came = (_header.stored_dtype(name, array.dtype), array.shape)
-        if came != (dtype, shape):
-            raise ValueError(f"{name!r} was announced as {(dtype, shape)}, got {came}.")
+    if not isinstance(content, Iterator):
+        array = np.asarray(content)
+        received = (_header.stored_dtype(name, array.dtype), array.shape)
+        if received != (dtype, shape):
+            raise ValueError(f"{name!r} was announced as {(dtype, shape)}, got {received}.")
         file.write(_bytes(array))
         return
     entries = 0
-    for piece in made:
+    for piece in content:
         array = np.asarray(piece)
-        came = _header.stored_dtype(name, array.dtype)
+        received = _header.stored_dtype(name, array.dtype)
         entries += array.size
-        if came != dtype or entries > math.prod(shape):
+        if received != dtype or entries > math.prod(shape):
             raise ValueError(
-                f"{name!r} was announced as {(dtype, shape)}, got pieces of {came} with "
+                f"{name!r} was announced as {(dtype, shape)}, got pieces of {received} with "
                 f"{entries} entries so far."
             )
         file.write(_bytes(array))
@@ -175,5 +175,5 @@ def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], made: 
 
 def _bytes(array: np.ndarray) -> memoryview:
     """Row-major little-endian bytes; bfloat16 does not support buffers, hence the uint8 view."""
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
+    little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little_endian).reshape(-1).view(np.uint8).data

@@ -11,61 +11,63 @@ from jax import Array
 from kdtl_jax import trees
 
 
-def named(calls: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Array]:
+def outputs_by_path(calls: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Array]:
     """`{path: array}` of the outputs of submodules.
 
     Repeated calls of one module are `path/0`, `path/1`, …; a tuple or dict of outputs is split in
     the same way, `path/0` or `path/weights`. If a submodule has such a name, its output takes
     precedence over an entry of the enclosing module's output.
     """
-    found: dict[str, Any] = {}
-    whole: set[str] = set()  # paths of whole outputs of submodules, not of entries
+    arrays: dict[str, Any] = {}
+    module_paths: set[str] = set()  # paths of a submodule's own output, not of its entries
     for path, outputs in calls:
         for i, output in enumerate(outputs):
-            here = path if len(outputs) == 1 else f"{path}/{i}"
+            call_path = path if len(outputs) == 1 else f"{path}/{i}"
             for key_path, leaf in jax.tree_util.tree_leaves_with_path(output):
-                inner = jax.tree_util.keystr(key_path, simple=True, separator="/")
-                name = f"{here}/{inner}" if inner else here
-                if isinstance(leaf, (jax.Array, np.ndarray)) and not (inner and name in whole):
-                    found[name] = leaf
-                    whole |= set() if inner else {name}
-    return found
+                suffix = jax.tree_util.keystr(key_path, simple=True, separator="/")
+                name = f"{call_path}/{suffix}" if suffix else call_path
+                if isinstance(leaf, (jax.Array, np.ndarray)) and not (
+                    suffix and name in module_paths
+                ):
+                    arrays[name] = leaf
+                    module_paths |= set() if suffix else {name}
+    return arrays
 
 
-def joined(
-    returned: Any, taps: Sequence[str], found: dict[str, Array], hint: str = ""
+def with_taps(
+    returned: Any, taps: Sequence[str], submodule_outputs: dict[str, Array], hint: str = ""
 ) -> dict[str, Array]:
-    """A module's outputs, and those of submodules that the taps select.
+    """Adds the outputs of submodules that the taps select to a module's own.
 
     An output of the module keeps its name even if a submodule has the same: `logits` are those that
     the module returns, even if the layer before a soft cap is called `logits`.
     """
     outputs = outputs_of(returned)
-    tapped = select(taps, found, hint)
-    return outputs | {path: x for path, x in tapped.items() if path not in outputs}
+    selected = select(taps, submodule_outputs, hint)
+    return outputs | {path: x for path, x in selected.items() if path not in outputs}
 
 
-def select(taps: Sequence[str], found: dict[str, Array], hint: str = "") -> dict[str, Array]:
-    """The outputs that the taps match; every tap must match one.
+def select(taps: Sequence[str], outputs: dict[str, Array], hint: str = "") -> dict[str, Array]:
+    """Selects the outputs that the taps match; every tap must match one.
 
     Raises:
       ValueError: if a tap matches nothing, with the nearest paths.
     """
-    chosen: dict[str, Array] = {}
+    selected: dict[str, Array] = {}
     for tap in [taps] if isinstance(taps, str) else taps:
-        hits = {path: x for path, x in found.items() if re.fullmatch(tap, path)}
-        if not hits:
-            near = ", ".join(repr(path) for path in trees.nearest(tap, list(found), n=8))
+        matches = {path: x for path, x in outputs.items() if re.fullmatch(tap, path)}
+        if not matches:
+            nearest = ", ".join(repr(path) for path in trees.nearest(tap, list(outputs), n=8))
             raise ValueError(
                 f"tap {tap!r} matches no submodule with an array output. Nearest paths: "
-                f"{near or 'none, there are no submodules'}.{hint}"
+                f"{nearest or 'none, there are no submodules'}.{hint}"
             )
-        chosen |= hits
-    return chosen
+        selected |= matches
+    return selected
 
 
 def outputs_of(returned: Any) -> dict[str, Array]:
-    """A module's outputs as a dict: the one it returns, or an array under `"logits"`.
+    """Converts what a module returns to a dict; a bare array becomes `"logits"`.
 
     In a tuple, the first array is the logits and the others are `"features"`. Nested outputs are
     named by their path, `"features/first"` or `"features/0"`.
@@ -75,17 +77,17 @@ def outputs_of(returned: Any) -> dict[str, Array]:
     """
     outputs = returned
     if isinstance(returned, (tuple, list)) and hasattr(next(iter(returned), None), "shape"):
-        logits, *others = returned
-        outputs = {"logits": logits, "features": others[0] if len(others) == 1 else others}
+        logits, *features = returned
+        outputs = {"logits": logits, "features": features[0] if len(features) == 1 else features}
     if not isinstance(outputs, Mapping):
         return {"logits": outputs}
-    found: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for name, x in outputs.items():
-        for inner, leaf in ({"": x} if name == "logits" else trees.flatten(x)).items():
-            found[path := f"{name}/{inner}" if inner else name] = leaf
+        for suffix, leaf in ({"": x} if name == "logits" else trees.flatten(x)).items():
+            arrays[path := f"{name}/{suffix}" if suffix else name] = leaf
             if name != "logits" and not hasattr(leaf, "shape"):
                 raise ValueError(
                     f"the model returns {path!r} as a {type(leaf).__name__}. Every output must be "
                     "an array."
                 )
-    return found
+    return arrays

@@ -9,118 +9,120 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 
-class Others(NamedTuple):
-    """Properties of a tree's leaves, by which each one is judged."""
+class Evidence(NamedTuple):
+    """Lengths in a tree, by which each leaf is judged."""
 
-    channels: set[int]  # that convolutions make
-    images: set[int]  # that convolutions read
-    read: set[int]  # lengths that linear layers read
-    made: set[int]  # lengths that linear layers make, other than flattened maps
-    entering: set[int]  # lengths that linear layers read and no layer makes
-    flattened: set[int]  # lengths of the maps that rules flatten
-    plain: set[int]  # lengths that are not maps, according to tables and rules
-    as_stored: bool  # a matrix of a linear layer is stored as it is here
+    channels: set[int]  # outputs of convolutions
+    images: set[int]  # inputs of convolutions
+    inputs: set[int]  # inputs of linear layers
+    outputs: set[int]  # outputs of linear layers, other than flattened maps
+    external_inputs: set[int]  # inputs of linear layers that no layer makes
+    flattened: set[int]  # maps that rules flatten
+    not_maps: set[int]  # lengths that are not maps, according to embeddings and rules
+    keeps_axes: bool  # whether a linear layer's matrix is stored with these axes
 
 
-def others(
+def gather_evidence(
     flat: Mapping[str, Any],
-    makers: Collection[str],
+    map_layers: Collection[str],
     flattened: Collection[int],
-    same: Collection[str],
-    linear: Collection[str],
-) -> Others:
-    """Describes a tree.
+    unchanged: Collection[str],
+    transposed: Collection[str],
+) -> Evidence:
+    """Collects what a tree's shapes and rules say about its leaves.
 
-    According to the rules, `makers` are the linear layers that make maps, the leaves `same` are
-    stored with these axes, and the kernels `linear` do not read maps.
+    According to the rules, `map_layers` are the linear layers that make maps, the leaves
+    `unchanged` are stored with these axes, and the kernels `transposed` do not read maps.
     """
     kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
     maps = [shape for shape in kernels.values() if len(shape) > 2]
     matrices = {path: shape for path, shape in kernels.items() if len(shape) == 2}
-    tables = [tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "embedding"]
-    read = {shape[0] for shape in matrices.values()}
-    made = {shape[1] for path, shape in matrices.items() if path not in makers}
+    embeddings = [tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "embedding"]
+    inputs = {shape[0] for shape in matrices.values()}
+    outputs = {shape[1] for path, shape in matrices.items() if path not in map_layers}
     channels = {shape[-1] for shape in maps}
-    entering = read - made - channels - {shape[-1] for shape in tables if shape}
-    if not entering and not maps and not tables:
-        entering = read  # as in an autoencoder: some input comes from outside
-    return Others(
+    external_inputs = inputs - outputs - channels - {shape[-1] for shape in embeddings if shape}
+    if not external_inputs and not maps and not embeddings:
+        external_inputs = inputs  # as in an autoencoder: some input comes from outside
+    return Evidence(
         channels=channels,
         images={shape[-2] for shape in maps},
-        read=read,
-        made=made,
-        entering=entering,
+        inputs=inputs,
+        outputs=outputs,
+        external_inputs=external_inputs,
         flattened=set(flattened),
-        plain={shape[-1] for shape in tables if shape}
-        | {shape[0] for path, shape in matrices.items() if path in linear},
-        as_stored=any(path in same for path in matrices),
+        not_maps={shape[-1] for shape in embeddings if shape}
+        | {shape[0] for path, shape in matrices.items() if path in transposed},
+        keeps_axes=any(path in unchanged for path in matrices),
     )
 
 
-def unclear(path: str, shape: tuple[int, ...], others: Others) -> str | None:
+def why_unclear(path: str, shape: tuple[int, ...], evidence: Evidence) -> str | None:
     """Why a leaf's axes cannot be inferred from its shape; None if they can."""
     name = path.split("/")[-1]
     start = f"{path} {list(shape)}: "
     if name == "kernel" and len(shape) > 2:
-        kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape))
-        if kind is None:
+        name_ = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape))
+        if name_ is None:
             return start + "Axes(...)"
-        transposed = kind.replace("conv", "conv_transpose")
-        return start + f"naming.{kind}, naming.{transposed} or Axes(...)"
+        transposed = name_.replace("conv", "conv_transpose")
+        return start + f"naming.{name_}, naming.{transposed} or Axes(...)"
     if name == "kernel" and len(shape) == 2:
-        if _reads_a_map(shape, others):
+        if _reads_a_map(shape, evidence):
             return start + "naming.flattened(channels, height, width), or naming.linear"
-        if _may_make_a_map(shape, others):
+        if _may_make_a_map(shape, evidence):
             return start + "naming.unflattened(channels, height, width), or naming.linear"
-        if others.as_stored and shape[0] == shape[1] > 1:
+        if evidence.keeps_axes and shape[0] == shape[1] > 1:
             return start + "naming.same, as another kernel here, or naming.linear"
         return None
     if name in ("scale", "bias", "mean", "var"):
         if len(shape) > 1:
             return start + "Axes(...)"
-        if shape and _is_of_a_map(shape[0], others):
+        if shape and _may_be_flattened(shape[0], evidence):
             return start + "naming.unflattened_vector(channels, height, width), or naming.same"
         return None
     if name == "embedding" and len(shape) <= 2:
         return None
     # If another order of the axes has another shape, a transfer refuses the wrong one. A window
     # from one channel to one is reversed in a transposed convolution.
-    long = [length for length in shape if length > 1]
-    if len(set(long)) < len(long) or (name == "weight" and len(shape) > 2 and shape[0] == shape[1]):
-        turned = ", naming.linear" if len(shape) == 2 else ""
-        return start + f"naming.same{turned} or Axes(...)"
+    lengths = [length for length in shape if length > 1]
+    if len(set(lengths)) < len(lengths) or (
+        name == "weight" and len(shape) > 2 and shape[0] == shape[1]
+    ):
+        alternatives = ", naming.linear" if len(shape) == 2 else ""
+        return start + f"naming.same{alternatives} or Axes(...)"
     return None
 
 
-def _is_of_a_map(length: int, others: Others) -> bool:
+def _may_be_flattened(length: int, evidence: Evidence) -> bool:
     """Whether a vector may belong to a flattened map: no layer has as many outputs of its own."""
-    if length in others.made | others.channels | others.images | others.plain:
+    if length in evidence.outputs | evidence.channels | evidence.images | evidence.not_maps:
         return False
-    return length in others.flattened or any(_is_multiple(length, n) for n in others.channels)
+    return length in evidence.flattened or any(_is_multiple(length, n) for n in evidence.channels)
 
 
-def _reads_a_map(shape: tuple[int, ...], others: Others) -> bool:
+def _reads_a_map(shape: tuple[int, ...], evidence: Evidence) -> bool:
     """Whether the inputs of a linear layer may be a flattened map."""
-    if any(_is_multiple(shape[0], channels) for channels in others.channels):
+    if any(_is_multiple(shape[0], channels) for channels in evidence.channels):
         return True
-    if shape[0] not in others.entering:
+    if shape[0] not in evidence.external_inputs:
         return False
     # Beside convolutions, maps may have been joined; without them, an image may come in.
-    return max(others.channels, default=1) > 1 or _is_color_image(shape[0])
+    return max(evidence.channels, default=1) > 1 or _is_color_image(shape[0])
 
 
-def _may_make_a_map(shape: tuple[int, ...], others: Others) -> bool:
+def _may_make_a_map(shape: tuple[int, ...], evidence: Evidence) -> bool:
     """Whether the outputs of a linear layer may become a map."""
-    if shape[1] in others.read - others.entering:
+    if shape[1] in evidence.inputs - evidence.external_inputs:
         return False  # An output that another linear layer reads is not a map.
     # An image of at most four channels is not made from more numbers than it has.
     if any(
         _is_multiple(shape[1], channels) and (channels > 4 or shape[1] > shape[0])
-        for channels in others.images
+        for channels in evidence.images
     ):
         return True
-    is_image = _is_color_image(shape[1]) and not others.channels
-    return is_image and (shape[1] in others.entering or shape[1] > shape[0])
+    is_image = _is_color_image(shape[1]) and not evidence.channels
+    return is_image and (shape[1] in evidence.external_inputs or shape[1] > shape[0])
 
 
 def _is_color_image(length: int) -> bool:

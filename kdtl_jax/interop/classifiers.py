@@ -28,7 +28,7 @@ from kdtl_jax.transforms import Report
 
 _CLASS = re.compile(r"(\w+)For(Sequence|Token)Classification")
 _SCORE = re.compile(r"(score|classifier)\.(weight|bias)")
-# What transformers takes for padding where a config does not say.
+# The padding tokens that transformers assumes if a config has none.
 _PADDING = {"gemma": 0, "gemma2": 0, "gemma3_text": 0, "phi3": 32000, "smollm3": 128004, "olmo2": 1}
 
 
@@ -65,30 +65,34 @@ def load(folder: str | Path, *, dtype: Any = None) -> Classifier:
     config = read_json(folder / "config.json")
     tensors = safetensors.views(safetensors.index(folder).tensors)
     _task(config)
-    of_score = {name: x for name, x in tensors.items() if _SCORE.fullmatch(name)}
-    heads = ["lm_head.weight"] if "lm_head.weight" in tensors else []
-    rest = {name: x for name, x in tensors.items() if name not in {*of_score, *heads}}
-    body = decoders.from_tensors(_of_body(config), rest, dtype=dtype)
-    rules = _rules(of_score)
-    found = naming.from_torch(of_score, rules)
-    if "score/kernel" not in found:
+    score_tensors = {name: x for name, x in tensors.items() if _SCORE.fullmatch(name)}
+    language_heads = ["lm_head.weight"] if "lm_head.weight" in tensors else []
+    body_tensors = {
+        name: x for name, x in tensors.items() if name not in {*score_tensors, *language_heads}
+    }
+    body = decoders.from_tensors(_decoder_config(config), body_tensors, dtype=dtype)
+    rules = _rules(score_tensors)
+    score_arrays = naming.from_torch(score_tensors, rules)
+    if "score/kernel" not in score_arrays:
         raise ValueError(
             f"{folder} has neither score.weight nor classifier.weight, a classifier's."
         )
-    classes = found["score/kernel"].shape[-1]
+    classes = score_arrays["score/kernel"].shape[-1]
     shapes = {"score/kernel": (body.model.config.width, classes), "score/bias": (classes,)}
-    score = {path: jax.ShapeDtypeStruct(shapes[path], jnp.float32) for path in found}
-    head, told = transforms.transfer(found, _hf_family.with_dtypes(score, found, dtype))
+    score = {path: jax.ShapeDtypeStruct(shapes[path], jnp.float32) for path in score_arrays}
+    head, head_report = transforms.transfer(
+        score_arrays, _hf_family.with_dtypes(score, score_arrays, dtype)
+    )
     report = body.report
     report = report._replace(
-        copied=(*report.copied, *told.copied),
-        extra=(*report.extra, *heads),
-        cast=(*report.cast, *told.cast),
-        shapes={**report.shapes, **told.shapes},
-        sizes={**report.sizes, **told.sizes},
+        copied=(*report.copied, *head_report.copied),
+        extra=(*report.extra, *language_heads),
+        cast=(*report.cast, *head_report.cast),
+        shapes={**report.shapes, **head_report.shapes},
+        sizes={**report.sizes, **head_report.sizes},
     )
     score = {path.removeprefix("score/"): leaf for path, leaf in head.items()}
-    return _made(body, score, rules, config, report)
+    return _build(body, score, rules, config, report)
 
 
 def student(source: Classifier, *, layers: Sequence[int]) -> Classifier:
@@ -97,10 +101,10 @@ def student(source: Classifier, *, layers: Sequence[int]) -> Classifier:
     Raises:
       ValueError: as `decoders.student`.
     """
-    small = decoders.student(source.decoder, layers=layers)
+    decoder = decoders.student(source.decoder, layers=layers)
     rules = [rule for rule in source.rules if rule.jax.startswith("score/")]
-    config = _like(source.config, small.config)
-    return _made(small, source.params["score"], rules, config, small.report)
+    config = _with_head_keys(source.config, decoder.config)
+    return _build(decoder, source.params["score"], rules, config, decoder.report)
 
 
 def save(
@@ -121,55 +125,59 @@ def save(
     """
     _task(config)
     tensors = naming.to_torch(params, rules)
-    out = _like(config, decoders.described(_of_body(config), tensors))
+    out = _with_head_keys(config, decoders.described(_decoder_config(config), tensors))
     _hf_family.set_labels(out, int(params["score"]["kernel"].shape[1]))
     _hf_folder.write(Path(folder), out, tensors)
 
 
-def _made(
-    body: PretrainedDecoder,
+def _build(
+    decoder: PretrainedDecoder,
     score: Params,
     rules: Sequence[Rule],
     config: dict[str, Any],
     report: Report,
 ) -> Classifier:
     if _task(config) == "Token":
-        model = models.token_classifier(body.model)
+        model = models.token_classifier(decoder.model)
     else:
         padding = config.get("pad_token_id", _PADDING.get(config["model_type"]))
         if padding is not None and type(padding) is not int:
             raise ValueError(
                 f"config.json: pad_token_id = {_text.shown(padding)}; expected an integer or null."
             )
-        model = models.text_classifier(body.model, padding=padding)
-    params = {**body.params, "score": score}
-    return Classifier(model, params, body, (*body.rules, *rules), config, report)
+        model = models.text_classifier(decoder.model, padding=padding)
+    params = {**decoder.params, "score": score}
+    return Classifier(model, params, decoder, (*decoder.rules, *rules), config, report)
 
 
 def _task(config: Mapping[str, Any]) -> str:
     """`"Sequence"` or `"Token"`, as the class is named."""
-    named = config.get("architectures") or []
-    found = _CLASS.fullmatch(str(named[0])) if isinstance(named, list) and named else None
-    if found is None:
+    architectures = config.get("architectures") or []
+    match = (
+        _CLASS.fullmatch(str(architectures[0]))
+        if isinstance(architectures, list) and architectures
+        else None
+    )
+    if match is None:
         raise ValueError(
-            f"config.json: architectures = {_text.shown(named)}; expected one class named "
+            f"config.json: architectures = {_text.shown(architectures)}; expected one class named "
             "…ForSequenceClassification or …ForTokenClassification. decoders.load reads language "
             "models."
         )
-    return found[2]
+    return match[2]
 
 
-def _of_body(config: Mapping[str, Any]) -> dict[str, Any]:
+def _decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the decoder alone, which has no head of its own."""
-    rest = {k: x for k, x in config.items() if k != "token_classification_bias"}
-    return {**rest, "tie_word_embeddings": True}
+    config = {k: x for k, x in config.items() if k != "token_classification_bias"}
+    return {**config, "tie_word_embeddings": True}
 
 
-def _like(config: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoder's config with the keys that concern the head from the classifier's."""
-    own = ("architectures", "tie_word_embeddings", "token_classification_bias")
-    rest = {key: value for key, value in body.items() if key not in own}
-    return rest | {key: config[key] for key in own if key in config}
+def _with_head_keys(config: Mapping[str, Any], decoder_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes the head's keys from a classifier's config, and all others from its decoder's."""
+    head_keys = ("architectures", "tie_word_embeddings", "token_classification_bias")
+    merged = {key: value for key, value in decoder_config.items() if key not in head_keys}
+    return merged | {key: config[key] for key in head_keys if key in config}
 
 
 def _rules(names: Mapping[str, Any]) -> tuple[Rule, ...]:

@@ -95,14 +95,16 @@ def from_tensors(
     """
     config = dict(config)
     _check_language_head(tensors)
-    built, rules, unused = _built(config, tensors)
-    model = models.decoder(built)
-    extra = tuple(name for name in tensors if re.fullmatch(_OTHER_HEADS, name))
-    kept = {name: array for name, array in tensors.items() if name not in {*unused, *extra}}
-    arrays = naming.from_torch(kept, rules, ignore=_BUFFERS)
+    decoder_config, rules, copies = _build_config(config, tensors)
+    model = models.decoder(decoder_config)
+    other_heads = tuple(name for name in tensors if re.fullmatch(_OTHER_HEADS, name))
+    weights = {
+        name: array for name, array in tensors.items() if name not in {*copies, *other_heads}
+    }
+    arrays = naming.from_torch(weights, rules, ignore=_BUFFERS)
     target = _hf_family.with_dtypes(jax.eval_shape(model.init, jax.random.key(0)), arrays, dtype)
     params, report = transforms.transfer(arrays, target)
-    report = report._replace(unused=tuple(sorted(unused)), extra=extra)
+    report = report._replace(unused=tuple(sorted(copies)), extra=other_heads)
     return PretrainedDecoder(model, params, rules, config, report)
 
 
@@ -112,9 +114,9 @@ def initialized(config: Mapping[str, Any], key: jax.Array) -> PretrainedDecoder:
     Raises:
       ValueError: if the family or a key is unknown.
     """
-    built, rules = _hf_decoders.decoder(config)
+    decoder_config, rules = _hf_decoders.decoder(config)
     prefix = _hf_decoders.FAMILIES[config["model_type"]].prefix
-    model = models.decoder(built)
+    model = models.decoder(decoder_config)
     params = jax.jit(model.init)(key)
     _, report = transforms.transfer(params, params)
     return PretrainedDecoder(model, params, _prefixed(rules, prefix), dict(config), report)
@@ -127,16 +129,16 @@ def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDe
       ValueError: if a position is out of range, or a config.json of this family cannot express the
         windows or rotary tables of these layers.
     """
-    whole = source.model.config
+    source_config = source.model.config
     layers = tuple(layers)
-    if not layers or not all(0 <= i < whole.layers for i in layers):
-        raise ValueError(f"layers must lie in 0..{whole.layers - 1}, got {list(layers)}.")
-    config, built = _of_layers(source.config, whole, layers)
-    model = models.decoder(built)
+    if not layers or not all(0 <= i < source_config.layers for i in layers):
+        raise ValueError(f"layers must lie in 0..{source_config.layers - 1}, got {list(layers)}.")
+    config, student_config = _select_layers(source.config, source_config, layers)
+    model = models.decoder(student_config)
     rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
     flat = trees.flatten(source.params)
-    chosen = {new: leaf for path, leaf in flat.items() for new in rename(path)}
-    target = _hf_family.with_dtypes(jax.eval_shape(model.init, jax.random.key(0)), chosen, None)
+    selected = {new: leaf for path, leaf in flat.items() for new in rename(path)}
+    target = _hf_family.with_dtypes(jax.eval_shape(model.init, jax.random.key(0)), selected, None)
     params, report = transforms.transfer(source.params, target, rename=rename)
     return PretrainedDecoder(model, params, source.rules, config, report)
 
@@ -200,95 +202,96 @@ def described(
     Raises:
       ValueError: if no config of this family describes the tensors, or a special token has no row.
     """
-    whole = _hf_decoders.decoder(config)[0]
+    source_config = _hf_decoders.decoder(config)[0]
     _hf_decoders.check_heads(config)
     flat = naming.from_torch(tensors, _rules(config, tensors), ignore=(*_BUFFERS, _OTHER_HEADS))
-    table, down = (flat.get(n) for n in ("tokens/embedding", "layers_0/mlp/down/kernel"))
-    if table is None or down is None:
+    embedding, down = (flat.get(n) for n in ("tokens/embedding", "layers_0/mlp/down/kernel"))
+    if embedding is None or down is None:
         raise ValueError("the tensors lack the embedding or the first layer.")
     out = dict(config)
     count = _hf_family.depth_of(flat)
-    if layers is not None or count != whole.layers:
-        if layers is None and max(len(set(whole.windows)), len(set(whole.ropes))) > 1:
+    if layers is not None or count != source_config.layers:
+        patterns = (source_config.windows, source_config.ropes)
+        if layers is None and any(len(set(pattern)) > 1 for pattern in patterns):
             raise ValueError(
-                f"{count} layers are written, and the {whole.layers} of config.json differ in "
-                "their windows or rotary tables. Give the config of the layers that were kept, "
+                f"{count} layers are written, and the {source_config.layers} of config.json differ "
+                "in their windows or rotary tables. Give the config of the layers that were kept, "
                 "as `student` makes it."
             )
-        out, _ = _of_layers(config, whole, [0] * count if layers is None else layers)
-    rows = int(table.shape[0])
+        out, _ = _select_layers(config, source_config, [0] * count if layers is None else layers)
+    rows = int(embedding.shape[0])
     check_tokens(config, rows)
     out["vocab_size"] = rows
-    if down.shape[0] != whole.hidden:
+    if down.shape[0] != source_config.hidden:
         out["n_inner" if "n_embd" in out else "intermediate_size"] = int(down.shape[0])
-    out["tie_word_embeddings"] = whole.is_tied and (
+    out["tie_word_embeddings"] = source_config.is_tied and (
         _HEAD not in tensors or (equal or equal_in(tensors))(_HEAD, _embedding(config, tensors))
     )
     _hf_family.set_dtype(out, tensors)
     if out.get("architectures"):
         out["architectures"] = [_hf_decoders.ARCHITECTURES[out["model_type"]]]
-    built, _, unused = _built(out, tensors, equal)
-    target = jax.eval_shape(models.decoder(built).init, jax.random.key(0))
-    if unused:
+    decoder_config, _, copies = _build_config(out, tensors, equal)
+    target = jax.eval_shape(models.decoder(decoder_config).init, jax.random.key(0))
+    if copies:
         flat.pop("head/kernel")
     transforms.plan_transfer(flat, target)
     return out
 
 
-def _of_layers(
-    config: Mapping[str, Any], whole: DecoderConfig, layers: Sequence[int]
+def _select_layers(
+    config: Mapping[str, Any], source_config: DecoderConfig, layers: Sequence[int]
 ) -> tuple[dict[str, Any], DecoderConfig]:
     """The config of some layers, with its per-layer values, and the decoder it must describe."""
-    built = whole._replace(
+    decoder_config = source_config._replace(
         layers=len(layers),
-        ropes=tuple(whole.ropes[i] for i in layers) if whole.ropes else (),
-        windows=tuple(whole.windows[i] for i in layers) if whole.windows else (),
+        ropes=tuple(source_config.ropes[i] for i in layers) if source_config.ropes else (),
+        windows=tuple(source_config.windows[i] for i in layers) if source_config.windows else (),
     )
     out = {**config, "n_layer" if "n_layer" in config else "num_hidden_layers": len(layers)}
     for key in ("layer_types", "no_rope_layers"):
         if isinstance(out.get(key), list):
             out[key] = [out[key][i] for i in layers]
-    wanted = (built.windows, built.ropes)
-    named = _hf_decoders.FAMILIES[config["model_type"]].reads
-    if _patterns(out) != wanted and "layer_types" in named and built.windows:
-        out["layer_types"] = [_KINDS[window is not None] for window in built.windows]
-    if _patterns(out) != wanted and "no_rope_layers" in named:
-        out["no_rope_layers"] = [int(any(rope.frequencies)) for rope in built.ropes]
-    if _patterns(out) != wanted:
+    expected = (decoder_config.windows, decoder_config.ropes)
+    known_keys = _hf_decoders.FAMILIES[config["model_type"]].reads
+    if _patterns(out) != expected and "layer_types" in known_keys and decoder_config.windows:
+        out["layer_types"] = [_KINDS[window is not None] for window in decoder_config.windows]
+    if _patterns(out) != expected and "no_rope_layers" in known_keys:
+        out["no_rope_layers"] = [int(any(rope.frequencies)) for rope in decoder_config.ropes]
+    if _patterns(out) != expected:
         raise ValueError(
             f"the layers {list(layers)} of a {config['model_type']!r} model have windows or "
             "rotary tables that its config.json cannot express; keep the pattern of its layers."
         )
-    return out, built
+    return out, decoder_config
 
 
 def _patterns(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The windows and rotary tables that a config gives to each layer."""
-    built = _hf_decoders.decoder(config)[0]
-    return built.windows, built.ropes
+    decoder_config = _hf_decoders.decoder(config)[0]
+    return decoder_config.windows, decoder_config.ropes
 
 
-def _built(
+def _build_config(
     config: Mapping[str, Any], tensors: Mapping[str, Any], equal: Equal | None = None
 ) -> tuple[DecoderConfig, tuple[Rule, ...], set[str]]:
     """The decoder of a config and its tensors, its rules, and the copies of tied tensors."""
     _check_sizes(config, tensors)
-    built, _ = _hf_decoders.decoder(config)
-    if built.layers > len(tensors):
+    decoder_config, _ = _hf_decoders.decoder(config)
+    if decoder_config.layers > len(tensors):
         raise ValueError(
-            f"config.json: {built.layers} layers; the file has {len(tensors)} tensors."
+            f"config.json: {decoder_config.layers} layers; the file has {len(tensors)} tensors."
         )
     rules = _rules(config, tensors)
-    embedding, unused = _embedding(config, tensors), set()
+    embedding, copies = _embedding(config, tensors), set()
     if _HEAD in tensors and embedding in tensors:
         is_copy = (equal or equal_in(tensors))(_HEAD, embedding)
-        built = built._replace(is_tied=is_copy and built.is_tied)
-        unused = {_HEAD} if built.is_tied else set()
-    elif not built.is_tied:
+        decoder_config = decoder_config._replace(is_tied=is_copy and decoder_config.is_tied)
+        copies = {_HEAD} if decoder_config.is_tied else set()
+    elif not decoder_config.is_tied:
         raise ValueError(
             f"config.json says that the head is not the embedding, and there is no {_HEAD!r}."
         )
-    return built, rules, unused
+    return decoder_config, rules, copies
 
 
 def _check_language_head(tensors: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def model(
             "module must be a module of Equinox, got functools.partial: JAX sees no arrays in it. "
             "Give the module itself, and pass call= to say how it is called."
         )
-    _modes.check_made(module, callable(module) and not isinstance(module, type), "Equinox")
+    _modes.check_module(module, callable(module) and not isinstance(module, type), "Equinox")
     params, static = eqx.partition(module, eqx.is_inexact_array)
 
     def apply(
@@ -85,39 +85,39 @@ def model(
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        ready = eqx.nn.inference_mode(eqx.combine(params, static), value=not train)
-        ready = _with_fields(ready, train)
+        prepared = eqx.nn.inference_mode(eqx.combine(params, static), value=not train)
+        prepared = _set_fields(prepared, train)
         size = jax.tree.leaves(inputs)[0].shape[0]
         keys = None if key is None else jax.random.split(key, size)
 
-        def whole(way: Call) -> tuple[Any, Any]:
-            return way(ready, _unused(model_state), inputs, key, train)
+        def run_batch(way: Call) -> tuple[Any, Any]:
+            return way(prepared, _copy_state(model_state), inputs, key, train)
 
-        def mapped(way: Call) -> tuple[Any, Any]:
-            fresh = _unused(model_state)
+        def run_mapped(way: Call) -> tuple[Any, Any]:
+            state_copy = _copy_state(model_state)
             return jax.vmap(
-                lambda x, k: way(ready, fresh, x, k, train),
+                lambda x, k: way(prepared, state_copy, x, k, train),
                 in_axes=(0, None if keys is None else 0),
                 out_axes=(0, None),
                 axis_name=axis_name,
             )(inputs, keys)
 
-        def told(run: Callable[[Call], tuple[Any, Any]]) -> tuple[Any, Any]:
+        def run_checked(run: Callable[[Call], tuple[Any, Any]]) -> tuple[Any, Any]:
             def modes(way: Call) -> dict[str, bool]:
-                found = _modes_of(module, lambda: run(way), model_state)
-                if keys is not None and not train and "dropout" not in found:
-                    found["dropout"] = _modes.draws(lambda: run(way))  # of a custom layer
-                return found
+                modes_found = _modes_of(module, lambda: run(way), model_state)
+                if keys is not None and not train and "dropout" not in modes_found:
+                    modes_found["dropout"] = _modes.draws(lambda: run(way))  # in a custom layer
+                return modes_found
 
             way = _modes.first_that_follows(_ways(module, train), train, modes)
             _modes.check(modes(way), train, type(module).__name__, _CALL)
             return run(way)
 
         if call is not None:
-            outputs, new_state = mapped(call)
+            outputs, new_state = run_mapped(call)
         else:
             try:
-                outputs, new_state = told(mapped)
+                outputs, new_state = run_checked(run_mapped)
             except RuntimeError as error:
                 if "requires a key" not in str(error):
                     raise
@@ -125,10 +125,10 @@ def model(
                     f"{type(module).__name__} has dropout that was given no key. Pass key=, which "
                     f"a module takes as its argument `key`, or say how to call it: {_CALL}."
                 ) from error
-            except Exception:  # whatever a module raises for a shape that it does not take
-                if not _maps_itself(ready, _ways(module, train), model_state, inputs):
+            except Exception:  # whatever a module raises for a shape it does not accept
+                if not _maps_itself(prepared, _ways(module, train), model_state, inputs):
                     raise
-                outputs, new_state = told(whole)
+                outputs, new_state = run_checked(run_batch)
         return _taps.outputs_of(outputs), new_state if train else model_state
 
     return Equinox(apply, params, state)
@@ -140,10 +140,10 @@ def _ways(module: Any, train: bool) -> list[Call]:
 
     def way(flags: _modes.Flags) -> Call:
         def call(module: Any, state: Any, inputs: Any, key: Any, train: bool) -> Any:
-            given = flags | ({"key": key} if takes_key else {})
-            first = (inputs,) if state is None else (inputs, state)
-            args, kwargs = _modes.arguments(function, 1 + len(first), given, _CALL)
-            outputs = module(*first, *args, **kwargs)
+            flags_and_key = flags | ({"key": key} if takes_key else {})
+            positional = (inputs,) if state is None else (inputs, state)
+            args, kwargs = _modes.arguments(function, 1 + len(positional), flags_and_key, _CALL)
+            outputs = module(*positional, *args, **kwargs)
             return (outputs, None) if state is None else outputs
 
         return call
@@ -151,7 +151,7 @@ def _ways(module: Any, train: bool) -> list[Call]:
     return [way(flags) for flags in _modes.candidates(function, train)]
 
 
-def _unused(state: Any) -> Any:
+def _copy_state(state: Any) -> Any:
     """A copy of a state, since Equinox refuses one that was used before."""
     return jax.tree.map(lambda leaf: leaf, state)
 
@@ -160,9 +160,9 @@ def _maps_itself(module: Any, ways: list[Call], state: Any, inputs: Any) -> bool
     """Whether a module takes batches of any size, and gives one row per example."""
 
     def rows(size: int) -> set[tuple[int, ...]]:
-        some = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), inputs)
+        batch = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), inputs)
         outputs = jax.eval_shape(
-            lambda x: ways[-1](module, _unused(state), x, jax.random.key(0), False)[0], some
+            lambda x: ways[-1](module, _copy_state(state), x, jax.random.key(0), False)[0], batch
         )
         return {x.shape[:1] for x in jax.tree.leaves(outputs)}
 
@@ -172,25 +172,25 @@ def _maps_itself(module: Any, ways: list[Call], state: Any, inputs: Any) -> bool
         return False
 
 
-def _with_fields(module: Any, train: bool) -> Any:
+def _set_fields(module: Any, train: bool) -> Any:
     """A copy with every field of a known name that holds a bool set, static ones too."""
     copy = jax.tree.map(lambda leaf: leaf, module)
     for node in _submodules(copy):
-        held = [name for name, value in vars(node).items() if isinstance(value, bool)]
-        for name, value in _modes.flags(held, train).items():
+        fields = [name for name, value in vars(node).items() if isinstance(value, bool)]
+        for name, value in _modes.flags(fields, train).items():
             object.__setattr__(node, name, value)  # on a fresh copy, which nobody else sees
     return copy
 
 
 def _submodules(module: Any) -> list[Any]:
-    found = [module] if isinstance(module, eqx.Module) else []
+    modules = [module] if isinstance(module, eqx.Module) else []
     children = jax.tree.leaves(
         module, is_leaf=lambda x: isinstance(x, eqx.Module) and x is not module
     )
     for child in children:
         if isinstance(child, eqx.Module) and child is not module:
-            found += _submodules(child)
-    return found
+            modules += _submodules(child)
+    return modules
 
 
 def _modes_of(module: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> dict[str, bool]:

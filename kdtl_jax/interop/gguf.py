@@ -41,7 +41,7 @@ def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
     _, dequantize = _package()
     reader = _open(path)
     fields = _fields(reader, lambda key: not key.startswith("tokenizer."))
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    stored_tensors = {tensor.name: tensor for tensor in reader.tensors}
     architecture = str(fields.get("general.architecture"))
     if architecture not in _MODEL_TYPES:
         raise ValueError(
@@ -49,19 +49,19 @@ def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
             f"(only {', '.join(_MODEL_TYPES)})."
         )
     extra = {
-        name: np.asarray(stored.pop(name).data, np.float32).ravel().tolist()
+        name: np.asarray(stored_tensors.pop(name).data, np.float32).ravel().tolist()
         for name in ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-        if name in stored
+        if name in stored_tensors
     }
-    table = stored.get("token_embd.weight")
+    table = stored_tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise ValueError(f"{path} has no tensor 'token_embd.weight' [tokens, width].")
     config = _config(architecture, fields, extra)
     config["vocab_size"] = int(table.shape[1])
-    config["tie_word_embeddings"] = "output.weight" not in stored
-    wanted = jnp.dtype(dtype or jnp.float32)
+    config["tie_word_embeddings"] = "output.weight" not in stored_tensors
+    target_dtype = jnp.dtype(dtype or jnp.float32)
     tensors = {}
-    for name, tensor in stored.items():
+    for name, tensor in stored_tensors.items():
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:  # the package only lists this type
@@ -69,8 +69,8 @@ def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
                 f"tensor {_text.quoted(name)} has the type {tensor.tensor_type.name}, which the "
                 "package gguf does not dequantize."
             ) from None
-        theirs, undo = _gguf_names.place(architecture, name, config)
-        tensors[theirs] = undo(array).astype(wanted)
+        torch_name, undo = _gguf_names.place(architecture, name, config)
+        tensors[torch_name] = undo(array).astype(target_dtype)
     return decoders.from_tensors(config, tensors)
 
 
@@ -145,7 +145,7 @@ _MODEL_TYPES: Mapping[str, str] = {
     "gpt2": "gpt2",
 }
 
-_PLAIN = {
+_HYPERPARAMETERS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -180,34 +180,41 @@ def _config(
 ) -> dict[str, Any]:
     """The config.json of the model that the file was converted from."""
     prefix = architecture + "."
-    own = {key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)}
-    names, elsewhere = _PLAIN, _READ_ELSEWHERE
+    hyperparameters = {
+        key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)
+    }
+    names, elsewhere = _HYPERPARAMETERS, _READ_ELSEWHERE
     if architecture == "gpt2":
         names, elsewhere = _GPT2, frozenset(("vocab_size", "attention.head_count_kv"))
     if architecture == "gemma3":
         names = names | {"rope.freq_base_swa": "rope_local_base_freq"}
-    unknown = sorted(own.keys() - names.keys() - elsewhere)
+    unknown = sorted(hyperparameters.keys() - names.keys() - elsewhere)
     if unknown:
         raise ValueError(
             f"a {architecture!r} file has hyperparameters that are not understood here: "
             f"{_text.shown(', '.join(unknown), 200)}."
         )
     config: dict[str, Any] = {"model_type": _MODEL_TYPES[architecture]}
-    config |= {names[key]: value for key, value in own.items() if key in names}
+    config |= {names[key]: value for key, value in hyperparameters.items() if key in names}
     if architecture == "gpt2":
         return config
-    width, heads = _count(own, "embedding_length"), _count(own, "attention.head_count")
-    head_width = _count(own, "attention.key_length", width // heads)
-    if _count(own, "attention.value_length", head_width) != head_width:
+    width, heads = (
+        _count(hyperparameters, "embedding_length"),
+        _count(hyperparameters, "attention.head_count"),
+    )
+    head_width = _count(hyperparameters, "attention.key_length", width // heads)
+    if _count(hyperparameters, "attention.value_length", head_width) != head_width:
         raise ValueError("keys and values of different widths are not supported.")
-    turning = _count(own, "rope.dimension_count", head_width)
-    if turning != head_width:
+    rotary_width = _count(hyperparameters, "rope.dimension_count", head_width)
+    if rotary_width != head_width:
         if architecture != "phi3":
-            raise ValueError(f"rotation of {turning} of {head_width} channels is not supported.")
-        config["partial_rotary_factor"] = turning / head_width
+            raise ValueError(
+                f"rotation of {rotary_width} of {head_width} channels is not supported."
+            )
+        config["partial_rotary_factor"] = rotary_width / head_width
     if architecture in ("gemma2", "gemma3"):
         # llama.cpp recognizes the largest models, whose queries are scaled differently, by depth.
-        largest = own.get("block_count") == {"gemma2": 46, "gemma3": 62}[architecture]
+        largest = hyperparameters.get("block_count") == {"gemma2": 46, "gemma3": 62}[architecture]
         config["query_pre_attn_scalar"] = width // heads if largest else head_width
         # A missing cap means no cap, not transformers' default.
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -217,46 +224,50 @@ def _config(
         config["sliding_window"] = None
     elif window is not None and architecture in ("qwen2", "qwen3"):
         # llama.cpp does not read their windows, and only some of a model's layers would have one.
-        if _count(own, "attention.sliding_window") < _count(own, "context_length"):
+        span = _count(hyperparameters, "attention.sliding_window")
+        length = _count(hyperparameters, "context_length")
+        if span < length:
             raise ValueError(
                 f"a {architecture!r} file with a sliding window of {window} positions, below its "
-                f"{own['context_length']}, is not supported: it does not say which layers have it."
+                f"{length}, is not supported: it does not say which layers have it."
             )
         del config["sliding_window"]
-    scaling = _scaling(own, factors, config)
+    scaling = _scaling(hyperparameters, factors, config)
     return config | ({"rope_scaling": scaling} if scaling else {})
 
 
 def _scaling(
-    own: Mapping[str, Any], factors: Mapping[str, list[float]], config: dict[str, Any]
+    hyperparameters: Mapping[str, Any], factors: Mapping[str, list[float]], config: dict[str, Any]
 ) -> dict[str, Any] | None:
     """`rope_scaling`: divisors of the frequencies, stored as tensors, or a linear factor."""
-    kind = own.get("rope.scaling.type", "none")
-    attention = own.get("rope.scaling.attn_factor")
-    by_tensors = {key.removesuffix(".weight") for key in factors}
-    if by_tensors:
-        if by_tensors not in ({"rope_freqs"}, {"rope_factors_long", "rope_factors_short"}):
+    kind = hyperparameters.get("rope.scaling.type", "none")
+    attention = hyperparameters.get("rope.scaling.attn_factor")
+    factor_names = {key.removesuffix(".weight") for key in factors}
+    if factor_names:
+        if factor_names not in ({"rope_freqs"}, {"rope_factors_long", "rope_factors_short"}):
             raise ValueError(
                 "a file has only rope_freqs, or rope_factors_long and rope_factors_short, got "
-                f"{' and '.join(sorted(by_tensors))}."
+                f"{' and '.join(sorted(factor_names))}."
             )
         if kind not in ("none", "longrope"):
             raise ValueError(
-                f"rope scaling {_text.quoted(kind)} beside {' and '.join(sorted(by_tensors))} is "
+                f"rope scaling {_text.quoted(kind)} beside {' and '.join(sorted(factor_names))} is "
                 "not supported."
             )
-        original = own.get("rope.scaling.original_context_length")
+        original = hyperparameters.get("rope.scaling.original_context_length")
         if original is None:
-            original = _count(own, "context_length", 2048)
+            original = _count(hyperparameters, "context_length", 2048)
         scaling: dict[str, Any] = {"rope_type": "longrope"}
-        if "rope_freqs" in by_tensors:  # Llama 3, whose blend is stored frequency by frequency
-            short = long = factors["rope_freqs.weight"]
+        if "rope_freqs" in factor_names:  # Llama 3, whose blend is stored frequency by frequency
+            short_factors = long_factors = factors["rope_freqs.weight"]
             scaling["attention_factor"] = 1.0
             scaling["original_max_position_embeddings"] = original
         else:
-            long, short = (factors[f"rope_factors_{n}.weight"] for n in ("long", "short"))
+            long_factors, short_factors = (
+                factors[f"rope_factors_{n}.weight"] for n in ("long", "short")
+            )
             config["original_max_position_embeddings"] = original
-        scaling |= {"short_factor": short, "long_factor": long}
+        scaling |= {"short_factor": short_factors, "long_factor": long_factors}
         return scaling if attention is None else scaling | {"attention_factor": attention}
     if kind not in ("none", "linear"):
         raise ValueError(
@@ -269,12 +280,12 @@ def _scaling(
         )
     if kind == "none":
         return None
-    return {"rope_type": "linear", "factor": own.get("rope.scaling.factor", 1.0)}
+    return {"rope_type": "linear", "factor": hyperparameters.get("rope.scaling.factor", 1.0)}
 
 
-def _count(own: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _count(hyperparameters: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A positive whole number among the hyperparameters."""
-    value = own.get(key, default)
+    value = hyperparameters.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key} must be a positive whole number, got {_text.quoted(value)}.")
     return value
@@ -300,18 +311,18 @@ def _open(path: str | Path) -> Any:
         _gguf_header.check(path)
         return reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        said = _text.shown(str(error), 200)
-        raise ValueError(f"{path} cannot be read as GGUF ({said}).") from None
+        message = _text.shown(str(error), 200)
+        raise ValueError(f"{path} cannot be read as GGUF ({message}).") from None
 
 
-def _fields(reader: Any, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    found = {}
+def _fields(reader: Any, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
+    contents = {}
     for name, field in reader.fields.items():
-        if wanted(name):
+        if is_wanted(name):
             try:
-                found[name] = field.contents()
+                contents[name] = field.contents()
             except (ValueError, IndexError, TypeError) as error:
                 raise ValueError(
                     f"{_text.quoted(name)} cannot be read ({_text.shown(str(error), 100)})."
                 ) from None
-    return found
+    return contents

@@ -54,9 +54,9 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
         batch statistics are not in the requested mode, or numbers are drawn in evaluation mode.
     """
     if isinstance(net, type) or not callable(net):
-        made = net.__name__ if isinstance(net, type) else type(net).__name__
+        kind = net.__name__ if isinstance(net, type) else type(net).__name__
         raise TypeError(
-            f"net must be an untransformed function of its inputs, got {made}. Write "
+            f"net must be an untransformed function of its inputs, got {kind}. Write "
             "haiku.model(lambda x, train: Net()(x, is_training=train)), without hk.transform."
         )
     transformed = hk.transform_with_state(_with_mode(net))
@@ -80,10 +80,10 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
         def record(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             out = next_call(*args, **kwargs)
             if isinstance(context.module, hk.BatchNorm) and context.method_name == "__call__":
-                given = (
+                arguments = (
                     inspect.signature(hk.BatchNorm.__call__).bind(None, *args, **kwargs).arguments
                 )
-                uses_batch = given["is_training"] or given.get("test_local_stats", False)
+                uses_batch = arguments["is_training"] or arguments.get("test_local_stats", False)
                 if isinstance(uses_batch, (bool, np.bool_)):
                     modes[context.module.module_name] = bool(uses_batch)
             if context.method_name == "__call__":
@@ -103,8 +103,8 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
                 "the net changed its state in evaluation mode: its batch statistics do not follow "
                 "the mode. Pass it on: lambda x, train: Net()(x, is_training=train)."
             )
-        named = _taps.joined(outputs, taps, _taps.named(calls.items()))
-        return named, new_state if train and model_state is not None else model_state
+        all_outputs = _taps.with_taps(outputs, taps, _taps.outputs_by_path(calls.items()))
+        return all_outputs, new_state if train and model_state is not None else model_state
 
     return Haiku(init, apply)
 
@@ -115,11 +115,11 @@ def _with_mode(net: Callable[..., Any]) -> Callable[[Any, bool], Any]:
     accepted = _modes.accepted(net)
     if _modes.flags(accepted, True):
 
-        def told(inputs: Any, train: bool) -> Any:
+        def call_with_mode(inputs: Any, train: bool) -> Any:
             args, kwargs = _modes.arguments(net, 1, _modes.flags(accepted, train), _CALL)
             return net(inputs, *args, **kwargs)
 
-        return told
+        return call_with_mode
     if len(names) == 1 and not _modes.is_open(net):
         return lambda inputs, train: net(inputs)
     raise TypeError(
@@ -130,4 +130,8 @@ def _with_mode(net: Callable[..., Any]) -> Callable[[Any, bool], Any]:
 
 
 def _flat(state: Any) -> dict[str, Any]:
-    return {f"{module}/{name}": x for module, held in state.items() for name, x in held.items()}
+    return {
+        f"{module}/{name}": x
+        for module, variables in state.items()
+        for name, x in variables.items()
+    }

@@ -41,7 +41,7 @@ from kdtl_jax.interop import (
 )
 from kdtl_jax.interop._hf_build import FAMILIES, family_of
 from kdtl_jax.interop._hf_config import Limits, read
-from kdtl_jax.interop._hf_family import Equal, Family, Found, Head
+from kdtl_jax.interop._hf_family import Contents, Equal, Family, Head
 from kdtl_jax.interop._hf_family import set_dtype as set_dtype
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.transforms import Report, transfer
@@ -91,20 +91,22 @@ def load(
       ImportError: if a repository is named and `huggingface_hub` is not installed.
     """
     folder = _folder(source)
-    config, own = _hf_towers.one_tower(read_json(folder / "config.json"), tower)
+    config, tower_names = _hf_towers.one_tower(read_json(folder / "config.json"), tower)
     family = family_of(config)
-    stored = safetensors.views(safetensors.index(folder).tensors)
-    views = {k: x for k, x in stored.items() if own is None or re.fullmatch(own, k)}
-    built = _hf_build.built(family, config, views)
-    tensors = {k: x for k, x in views.items() if k not in {*built.unused, *built.extra}}
-    arrays = naming.from_torch(tensors, built.rules)
-    variables, report = transfer(arrays, _hf_family.with_dtypes(built.variables, arrays, dtype))
+    file_views = safetensors.views(safetensors.index(folder).tensors)
+    views = {
+        k: x for k, x in file_views.items() if tower_names is None or re.fullmatch(tower_names, k)
+    }
+    parts = _hf_build.build(family, config, views)
+    tensors = {k: x for k, x in views.items() if k not in {*parts.unused, *parts.extra}}
+    arrays = naming.from_torch(tensors, parts.rules)
+    variables, report = transfer(arrays, _hf_family.with_dtypes(parts.variables, arrays, dtype))
     params = {k: v for k, v in variables.items() if k != "batch_stats"}
     state = {"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else None
-    others = tuple(name for name in stored if name not in views)
-    report = report._replace(extra=(*built.extra, *others), unused=built.unused)
-    run = linen.model(built.module, taps=taps).apply
-    return Pretrained(run, params, state, built.module, built.rules, config, report)
+    other_towers = tuple(name for name in file_views if name not in views)
+    report = report._replace(extra=(*parts.extra, *other_towers), unused=parts.unused)
+    run = linen.model(parts.module, taps=taps).apply
+    return Pretrained(run, params, state, parts.module, parts.rules, config, report)
 
 
 def reads_text(config: Mapping[str, Any]) -> bool:
@@ -147,15 +149,15 @@ def student(
     depth = source.config[family.depth]
     if not layers or not all(0 <= i < depth for i in layers):
         raise ValueError(f"layers must lie in 0..{depth - 1}, got {list(layers)}.")
-    config, rules = _shallower(family, source.config, layers), source.rules
+    config, rules = _config_of_layers(family, source.config, layers), source.rules
     rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
     flat = trees.flatten(source.params)
-    chosen = {new: leaf for path, leaf in flat.items() for new in rename(path)}
+    selected = {new: leaf for path, leaf in flat.items() for new in rename(path)}
     if classes is None:
         # Rebuilt: the config's per-layer values must be those of the chosen layers.
-        built = _hf_build.built(family, config, naming.to_torch(chosen, rules))
-        target, module = _hf_family.with_dtypes(built.variables, chosen, None), built.module
-        _check_layers(source.config["model_type"], layers, chosen, target)
+        parts = _hf_build.build(family, config, naming.to_torch(selected, rules))
+        target, module = _hf_family.with_dtypes(parts.variables, selected, None), parts.module
+        _check_layers(source.config["model_type"], layers, selected, target)
         params, report = transforms.transfer(source.params, target, rename=rename)
     else:
         head = _classifier(family)
@@ -164,21 +166,23 @@ def student(
             "id2label": {str(i): f"LABEL_{i}" for i in range(classes)},
             "label2id": {f"LABEL_{i}": i for i in range(classes)},
         }
-        for old in ("num_labels", "problem_type", "finetuning_task"):  # of the source's head
-            config.pop(old, None)
-        module = family.build(_values(family, config), _classified(head, classes))
+        for name in ("num_labels", "problem_type", "finetuning_task"):  # of the source's head
+            config.pop(name, None)
+        module = family.build(_values(family, config), _contents_with_head(head, classes))
         rules = _hf_family.rules_of(family, head, (), is_tied=True, prefix=family.prefix)
-        old = ("head", "distillation_head", "language")
-        body = {name: leaf for name, leaf in source.params.items() if name not in old}
-        fresh = {rule.jax.split("/")[0] for rule in (*head.rules, *head.optional)} | {"pooler"}
-        fresh -= body.keys()
-        target = _with_fresh(module, _example(family, config), chosen, fresh, key)
-        _check_layers(source.config["model_type"], layers, chosen, target)
-        new = [name for name in target if name in fresh]
+        heads = ("head", "distillation_head", "language")
+        body = {name: leaf for name, leaf in source.params.items() if name not in heads}
+        fresh_names = {rule.jax.split("/")[0] for rule in (*head.rules, *head.optional)} | {
+            "pooler"
+        }
+        fresh_names -= body.keys()
+        target = _init_new(module, _example(family, config), selected, fresh_names, key)
+        _check_layers(source.config["model_type"], layers, selected, target)
+        new_names = [name for name in target if name in fresh_names]
         # A pooler that the new model does not have is dropped.
         body = {name: x for name, x in body.items() if name != "pooler" or name in target}
         params, report = transforms.replace_head(
-            body, target, f"({'|'.join(new)})/.*", rename=rename
+            body, target, f"({'|'.join(new_names)})/.*", rename=rename
         )
     run = linen.model(module).apply
     return Pretrained(run, params, None, module, rules, config, report)
@@ -246,16 +250,18 @@ def described(
     equal = _hf_family.equal_in(tensors) if equal is None else equal
     family = next((f for f in FAMILIES if config.get("model_type") in f.model_types), None)
     if layers is not None and family is not None and family.depth is not None:
-        config = _shallower(family, config, layers)
+        config = _config_of_layers(family, config, layers)
     out = _hf_family.described(family, config, tensors, equal)
     if family is not None:
-        built = _hf_build.built(family, out, tensors, equal)
-        left = {k: x for k, x in tensors.items() if k not in {*built.unused, *built.extra}}
-        transforms.plan_transfer(naming.from_torch(left, built.rules), built.variables)
+        parts = _hf_build.build(family, out, tensors, equal)
+        weights = {k: x for k, x in tensors.items() if k not in {*parts.unused, *parts.extra}}
+        transforms.plan_transfer(naming.from_torch(weights, parts.rules), parts.variables)
     return out
 
 
-def _shallower(family: Family, config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+def _config_of_layers(
+    family: Family, config: Mapping[str, Any], layers: Sequence[int]
+) -> dict[str, Any]:
     assert family.depth is not None
     depth, out = config[family.depth], {**config, family.depth: len(layers)}
     if family.layer_kinds is not None and out.get("layer_types") is None:
@@ -269,18 +275,19 @@ def _shallower(family: Family, config: Mapping[str, Any], layers: Sequence[int])
 
 
 def _check_layers(
-    kind: str, layers: Sequence[int], chosen: Mapping[str, Any], target: PyTree
+    kind: str, layers: Sequence[int], selected: Mapping[str, Any], target: PyTree
 ) -> None:
     """Raises ValueError if a layer's parameters are not those of a layer at its new position."""
-    for path in sorted(chosen.keys() ^ trees.flatten(target).keys(), key=trees.natural_key):
+    for path in sorted(selected.keys() ^ trees.flatten(target).keys(), key=trees.natural_key):
         match = re.match(r"layers_(\d+)/(.*)", path)
         if match is None:
             continue
-        old, new = layers[int(match[1])], match[1]
-        here, there = ("has", "has none") if path in chosen else ("has no", "has it")
+        source_layer, target_layer = layers[int(match[1])], match[1]
+        at_source, at_target = ("has", "has none") if path in selected else ("has no", "has it")
         raise ValueError(
-            f"layer {old} of this {kind!r} model {here} {match[2]!r}; layer {new} of such a model "
-            f"{there}. Layer 0 differs from the others: keep it first, and only once."
+            f"layer {source_layer} of this {kind!r} model {at_source} {match[2]!r}; layer "
+            f"{target_layer} of such a model {at_target}. Layer 0 differs from the others: "
+            "keep it first, and only once."
         )
 
 
@@ -288,18 +295,19 @@ def _classifier(family: Family) -> Head:
     for head in family.heads:
         if head.task in ("sequence", "image"):
             return head
-    able = [f.model_types[0] for f in FAMILIES if any(h.classes is not None for h in f.heads)]
+    supported = [f.model_types[0] for f in FAMILIES if any(h.classes is not None for h in f.heads)]
     raise ValueError(
-        f"a {family.model_types[0]!r} model cannot take a new head; those of {', '.join(able)} can."
+        f"a {family.model_types[0]!r} model cannot take a new head; those of "
+        f"{', '.join(supported)} can."
     )
 
 
-def _classified(head: Head, classes: int) -> Found:
-    """What a file with this head would hold beside its body."""
+def _contents_with_head(head: Head, classes: int) -> Contents:
+    """The contents besides the body of a file with this head."""
     shapes: dict[str, tuple[int, ...]] = {head.classes or "": (classes,)}
     if head.has_pooler:
         shapes[_hf_family.POOLER] = ()
-    return Found(head, shapes, True)
+    return Contents(head, shapes, True)
 
 
 def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,19 +331,19 @@ def _folder(source: str | Path) -> Path:
             f"{source} is not a local folder. To fetch it from the hub install the "
             "extra: pip install 'kdtl_jax[hub]'."
         ) from None
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"]
-    return Path(hub.snapshot_download(str(source), allow_patterns=wanted))
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"]
+    return Path(hub.snapshot_download(str(source), allow_patterns=patterns))
 
 
-def _with_fresh(
+def _init_new(
     module: nn.Module, inputs: Any, arrays: Mapping[str, Any], names: set[str], key: Array | None
 ) -> dict[str, Any]:
-    """The module's parameters: initialized under `names`; elsewhere abstract, with dtypes."""
+    """Initializes a module's parameters under `names`; the others are abstract, with dtypes."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
     init = linen.model(module).init
     shapes = jax.eval_shape(init, jax.random.key(0), inputs).params
-    new = [name for name in shapes if name in names]
-    fresh = jax.jit(lambda key: {name: init(key, zeros).params[name] for name in new})
-    old = {name: leaf for name, leaf in shapes.items() if name not in names}
-    typed = _hf_family.with_dtypes(old, arrays, None)
-    return {**typed, **fresh(jax.random.key(0) if key is None else key)}
+    new_names = [name for name in shapes if name in names]
+    init_new = jax.jit(lambda key: {name: init(key, zeros).params[name] for name in new_names})
+    old_shapes = {name: leaf for name, leaf in shapes.items() if name not in names}
+    old_params = _hf_family.with_dtypes(old_shapes, arrays, None)
+    return {**old_params, **init_new(jax.random.key(0) if key is None else key)}

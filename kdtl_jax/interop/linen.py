@@ -69,7 +69,7 @@ def model(
         random stream that `rngs` and `key` do not provide.
     """
 
-    _modes.check_made(module, isinstance(module, nn.Module), "Linen")
+    _modes.check_module(module, isinstance(module, nn.Module), "Linen")
 
     def streams(key: Array | None, train: bool) -> dict[str, Array] | None:
         if key is None:
@@ -78,14 +78,14 @@ def model(
         return keys if train else {k: v for k, v in keys.items() if k != "dropout"}
 
     def init(key: Array, inputs: Any) -> Variables:
-        key_params, key_rest = jax.random.split(key)
-        keys = {"params": key_params, **(streams(key_rest, True) or {})}
+        key_params, key_streams = jax.random.split(key)
+        keys = {"params": key_params, **(streams(key_streams, True) or {})}
 
         def run(way: _Way) -> Any:
             return way.module.init(keys, inputs, False, method=way.call)
 
-        with _told(module):
-            variables = run(_chosen(_ways(module, call, train=False), False, run))
+        with _rephrased_errors(module):
+            variables = run(_choose_way(_ways(module, call, train=False), False, run))
         state = {k: v for k, v in variables.items() if k not in ("params", "intermediates")}
         return Variables(variables.get("params", {}), state or None)
 
@@ -107,43 +107,43 @@ def model(
                 method=way.call,
                 rngs=streams(key, train),
                 mutable=mutable,
-                capture_intermediates=_tapped if taps else False,
+                capture_intermediates=_is_submodule_call if taps else False,
             )
 
         def check() -> None:
             if call is None:
                 _modes.check(modes, train, type(module).__name__, _CALL)
 
-        with _told(module):
-            way = _chosen(_ways(module, call, train), train, run)
-        with _told(module), _recorded() as modes:
+        with _rephrased_errors(module):
+            way = _choose_way(_ways(module, call, train), train, run)
+        with _rephrased_errors(module), _record_modes() as modes:
             try:
                 outputs, updated = run(way, [*changing, "intermediates"] if taps else changing)
             except errors.ModifyScopeVariableError as error:
                 check()
                 raise ValueError(
                     f"{type(module).__name__} changes its variables in evaluation mode: "
-                    f"{_said(error)}. Say how to call it: {_CALL}."
+                    f"{_message(error)}. Say how to call it: {_CALL}."
                 ) from error
         if changing and not any(modes.values()) and _is_same(updated, model_state, "batch_stats"):
-            modes["batch_stats"] = False  # of a custom layer
+            modes["batch_stats"] = False  # in a custom layer
         check()
         calls = _calls(updated.get("intermediates") or {}, "") if taps else []
-        found = _taps.joined(outputs, taps, _taps.named(calls))
+        all_outputs = _taps.with_taps(outputs, taps, _taps.outputs_by_path(calls))
         if not changing:
-            return found, model_state
-        return found, {name: updated[name] for name in model_state}
+            return all_outputs, model_state
+        return all_outputs, {name: updated[name] for name in model_state}
 
     return Linen(init, apply)
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """Flax's message without its link."""
     return str(error).partition(" (http")[0].rstrip(".")
 
 
 @contextlib.contextmanager
-def _told(module: nn.Module) -> Iterator[None]:
+def _rephrased_errors(module: nn.Module) -> Iterator[None]:
     """Rephrases Flax's errors about a missing random stream or mode to say what to pass here."""
     try:
         yield
@@ -157,14 +157,15 @@ def _told(module: nn.Module) -> Iterator[None]:
         if "must be passed to the constructor or at call time" not in str(error):
             raise
         raise ValueError(
-            f"{type(module).__name__} holds a layer without a mode: {_said(error)}. Say how to "
+            f"{type(module).__name__} holds a layer without a mode: {_message(error)}. Say how to "
             f"call the module: {_CALL}."
         ) from error
     except errors.InvalidRngError as error:
         raise ValueError(
-            f"{type(module).__name__} reads a random stream that it was not given: {_said(error)}. "
-            "Pass key=, and name the streams besides dropout: linen.model(module, rngs=('dropout', "
-            f"'noise')). If it should draw nothing in this mode, say how to call it: {_CALL}."
+            f"{type(module).__name__} reads a random stream that it was not given: "
+            f"{_message(error)}. Pass key=, and name the streams besides dropout: "
+            "linen.model(module, rngs=('dropout', 'noise')). If it should draw nothing in this "
+            f"mode, say how to call it: {_CALL}."
         ) from error
 
 
@@ -185,10 +186,12 @@ def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
         fields = [name for name in fields if name not in STATISTICS and name not in options[0]]
     changes: dict[str, Any] = _modes.flags(fields, train)
     module = module.clone(**changes)
-    split = [_modes.arguments(type(module).__call__, 2, given, _CALL) for given in options]
+    arguments = [
+        _modes.arguments(type(module).__call__, 2, mode_flags, _CALL) for mode_flags in options
+    ]
     return [
         _Way(module, lambda bound, inputs, train, a=args, k=kwargs: bound(inputs, *a, **k))
-        for args, kwargs in split
+        for args, kwargs in arguments
     ]
 
 
@@ -200,21 +203,21 @@ def _mode_fields(module: nn.Module) -> list[str]:
     ]
 
 
-def _chosen(ways: list[_Way], train: bool, run: Callable[[_Way], Any]) -> _Way:
+def _choose_way(ways: list[_Way], train: bool, run: Callable[[_Way], Any]) -> _Way:
     def modes(way: _Way) -> dict[str, bool]:
-        with _recorded() as found:
+        with _record_modes() as modes_found:
             jax.eval_shape(lambda: run(way))
-        return found
+        return modes_found
 
     return _modes.first_that_follows(ways, train, modes)
 
 
 @contextlib.contextmanager
-def _recorded() -> Iterator[dict[str, bool]]:
+def _record_modes() -> Iterator[dict[str, bool]]:
     """Records the mode in which dropout and batch normalization run: `{path: training}`."""
-    found: dict[str, bool] = {}
+    modes: dict[str, bool] = {}
 
-    def note(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def record(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
         if context.method_name == "__call__":
             frozen = None
@@ -227,19 +230,19 @@ def _recorded() -> Iterator[dict[str, bool]]:
             elif isinstance(layer, nn.MultiHeadDotProductAttention) and layer.dropout_rate:
                 frozen = _first(kwargs.get("deterministic"), layer.deterministic)
             if isinstance(frozen, (bool, np.bool_)):
-                found["/".join(layer.path)] = not frozen
+                modes["/".join(layer.path)] = not frozen
         return run(*args, **kwargs)
 
-    with nn.intercept_methods(note):
-        yield found
+    with nn.intercept_methods(record):
+        yield modes
 
 
-def _is_same(updated: Mapping[str, Any], before: Mapping[str, Any], collection: str) -> bool:
+def _is_same(updated: Mapping[str, Any], original: Mapping[str, Any], collection: str) -> bool:
     """Whether a collection is unchanged."""
-    if collection not in before:
+    if collection not in original:
         return False
-    new, old = jax.tree.leaves(updated[collection]), jax.tree.leaves(before[collection])
-    return all(a is b for a, b in zip(new, old, strict=True))
+    leaves = (jax.tree.leaves(variables[collection]) for variables in (updated, original))
+    return all(a is b for a, b in zip(*leaves, strict=True))
 
 
 def _first(*values: Any) -> Any:
@@ -250,7 +253,7 @@ def _is_zero(rate: Any) -> bool:
     return isinstance(rate, (int, float)) and rate == 0
 
 
-def _tapped(module: nn.Module, method: str) -> bool:
+def _is_submodule_call(module: nn.Module, method: str) -> bool:
     return method == "__call__" and bool(module.path)
 
 

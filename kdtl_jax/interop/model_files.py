@@ -43,7 +43,7 @@ class About(NamedTuple):
 
 
 class Connected(NamedTuple):
-    """What a method that predicts through connectors needs in addition to the student."""
+    """The parts besides the student of a method that predicts through connectors."""
 
     method: str  # its name in `methods.table()`
     setup: methods.Setup  # with the teacher's head
@@ -54,7 +54,7 @@ class Connected(NamedTuple):
 class Model(NamedTuple):
     """A model read from its file."""
 
-    # Inputs [N, ...] as they come -> logits [N, classes], or numbers [N, K] in the targets' units.
+    # Raw inputs [N, ...] -> logits [N, classes], or numbers [N, K] in the targets' units.
     predict: Callable[[Any], np.ndarray]
     outputs: Callable[[Array], Array]  # the same, as a function of arrays for `jit`, `jax.export`
     about: About
@@ -72,54 +72,55 @@ def about(path: str | Path) -> About:
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file.")
     checkpoint = safetensors.index(path)
-    known = checkpoint.metadata
+    metadata = checkpoint.metadata
     try:
         mean, scale = (
-            None if name not in known else np.asarray(json.loads(known[name]), np.float32)
+            None if name not in metadata else np.asarray(json.loads(metadata[name]), np.float32)
             for name in ("input_mean", "input_scale")
         )
-        classes = int(known["classes"]) if "classes" in known else None
-        names = tuple(map(str, json.loads(known.get("class_names", "[]"))))
-        shape = tuple(map(int, json.loads(known["shape"]))) if "shape" in known else None
-        written = known.get("preprocessing")
-        form = None if written is None else datasets.preprocessing_from_json(written)
+        classes = int(metadata["classes"]) if "classes" in metadata else None
+        names = tuple(map(str, json.loads(metadata.get("class_names", "[]"))))
+        shape = tuple(map(int, json.loads(metadata["shape"]))) if "shape" in metadata else None
         scaling = None if mean is None or scale is None else Standardizer(mean, scale)
-        if form is not None and form.scaling is not None:
-            scaling = form.scaling  # in the precision in which it was measured
-        found = About(known.get("model"), classes, scaling, names, shape, form)
-        _check_sizes(found)
-        if (layers := models.depth(found.model or "")) > len(checkpoint.tensors):
+        preprocessing = metadata.get("preprocessing")
+        if preprocessing is not None:
+            preprocessing = datasets.preprocessing_from_json(preprocessing)
+            scaling = preprocessing.scaling or scaling  # the former in the measured precision
+        info = About(metadata.get("model"), classes, scaling, names, shape, preprocessing)
+        _check_sizes(info)
+        if (layers := models.depth(info.model or "")) > len(checkpoint.tensors):
             raise ValueError(f"{layers} layers in {len(checkpoint.tensors)} tensors")
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata are damaged ({_text.shown(str(error))}).") from None
-    return found
+    return info
 
 
 def _check_sizes(about: About) -> None:
     """Refuses sizes that no model has, or that contradict each other."""
-    shape, classes, form = about.shape or (), about.classes, about.preprocessing
-    if any(side < 1 for side in shape) or math.prod(shape) > MOST_INPUTS:
-        raise ValueError(f"inputs of shape {list(shape)}")
+    input_shape, classes, preprocessing = about.shape or (), about.classes, about.preprocessing
+    if any(side < 1 for side in input_shape) or math.prod(input_shape) > MOST_INPUTS:
+        raise ValueError(f"inputs of shape {list(input_shape)}")
     if classes is not None and not 0 < classes < 2**31:
         raise ValueError(f"{classes} classes")
     if about.names and classes is not None and len(about.names) != classes:
         raise ValueError(f"{len(about.names)} names of {classes} classes")
-    if form is not None and classes is not None and form.outputs not in (0, classes):
-        raise ValueError(f"{form.outputs} outputs of {classes} classes")
-    for scaling, fits in ((about.scaling, shape), (form and form.target_scaling, (classes or 1,))):
+    if preprocessing and classes is not None and preprocessing.outputs not in (0, classes):
+        raise ValueError(f"{preprocessing.outputs} outputs of {classes} classes")
+    targets = preprocessing and preprocessing.target_scaling
+    for scaling, expected in ((about.scaling, input_shape), (targets, (classes or 1,))):
         for part in scaling or ():
             if not np.isfinite(part).all():
                 raise ValueError("a scale that is not finite")
-            if fits and not _fits(part.shape, fits):
+            if expected and not _fits(part.shape, expected):
                 raise ValueError(f"a scale of shape {list(part.shape)}")
     if about.scaling is not None and not (about.scaling.scale != 0).all():
         raise ValueError("a scale that is 0")
 
 
-def _fits(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether an array of one shape broadcasts to another without enlarging it."""
-    return len(part) <= len(whole) and all(
-        side in (1, of) for side, of in zip(reversed(part), reversed(whole), strict=False)
+    return len(shape) <= len(target) and all(
+        side in (1, length) for side, length in zip(reversed(shape), reversed(target), strict=False)
     )
 
 
@@ -147,8 +148,7 @@ def save(
             f"about must say the model and its classes, got model={about.model!r} and "
             f"classes={about.classes!r}. Write About('my_model.py:Net', 10), say."
         )
-    known = {"model": about.model, "classes": about.classes}
-    metadata = {name: str(value) for name, value in known.items() if value is not None}
+    metadata = {"model": about.model, "classes": str(about.classes)}
     metadata["kind"] = PLAIN if connected is None else CONNECTED
     if about.scaling is not None:
         mean, scale = (json.dumps(x.tolist()) for x in about.scaling)
@@ -159,41 +159,41 @@ def save(
         metadata["shape"] = json.dumps(about.shape)
     if about.preprocessing is not None:
         metadata["preprocessing"] = datasets.preprocessing_to_json(about.preprocessing)
-    stored = tree(variables)
+    variables_tree = tree(variables)
     if connected is not None:
         metadata |= {"method": connected.method, "setup": _setup_text(connected.setup)}
-        stored = {"student": stored, **_connected_tree(connected)}
-    arrays = jax.tree.map(np.asarray, stored)
+        variables_tree = {"student": variables_tree, **_connected_tree(connected)}
+    arrays = jax.tree.map(np.asarray, variables_tree)
     safetensors.save(path, arrays, metadata={**metadata, **more})
 
 
 def tree(variables: Variables) -> PyTree:
-    """What a safetensors file of a model holds: parameters, or all collections by name."""
+    """The tree that a model's safetensors file holds: parameters, or all collections by name."""
     state = variables.model_state
-    if isinstance(state, nnx.State) or not isinstance(state, Mapping):  # of NNX and Equinox
+    if isinstance(state, nnx.State) or not isinstance(state, Mapping):  # from NNX and Equinox
         state = own.stored(state)
     return variables.params if state is None else {"params": variables.params, **state}
 
 
-def as_variables(found: PyTree, template: Variables) -> Variables:
+def as_variables(leaves: PyTree, template: Variables) -> Variables:
     """The inverse of `tree`."""
     if template.model_state is None:
-        return Variables(found)
-    return Variables(found["params"], {name: found[name] for name in template.model_state})
+        return Variables(leaves)
+    return Variables(leaves["params"], {name: leaves[name] for name in template.model_state})
 
 
 def filled(path: str, flat: Mapping[str, Any], template: Variables) -> Variables:
-    """The template's variables, from leaves by path as laid out by `tree`; `path` is for messages.
+    """Fills a template with leaves by path, as laid out by `tree`; `path` is for messages.
 
     Raises:
       ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
     """
     try:
-        found = safetensors.fill(tree(template), flat)
+        leaves = safetensors.fill(tree(template), flat)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error} Does it hold this model, for these classes?") from None
-    record.check_finite(path, found := jax.tree.map(np.array, found))
-    return as_variables(found, template)
+    record.check_finite(path, leaves := jax.tree.map(np.array, leaves))
+    return as_variables(leaves, template)
 
 
 def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = None) -> Model:
@@ -202,76 +202,76 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
     Args:
       path: a file written by `save`, by `kdtl distill` or by `kdtl transfer`.
       model: for a model of your own, its class or factory, as in `own.network`; for one from a
-        Hugging Face folder, the folder's module. A file never causes anything else to be read.
+        Hugging Face folder, the folder's module. Loading a file never reads anything else.
       shape: the shape of one input, for a file that does not record it; without it, the first
         batch determines it.
 
     Raises:
-      ValueError: if it is not such a file, in one line that says what it is, or if it is damaged.
+      ValueError: if it is not such a file or is damaged; the message says what it is, in one line.
     """
-    found = about(path)
+    info = about(path)
     metadata = safetensors.index(path).metadata
-    if found.model is None or found.classes is None:
+    if info.model is None or info.classes is None:
         raise ValueError(
             f"{path} holds weights, but does not say which model they belong to: kdtl distill or "
             "kdtl transfer did not write it. Name one of a run's students/*.safetensors."
         )
-    if is_own(found.model) and model is None:
+    if is_own(info.model) and model is None:
         raise ValueError(
-            f"{path} belongs to {found.model}, a model of your own. Pass it: model= here, --model "
+            f"{path} belongs to {info.model}, a model of your own. Pass it: model= here, --model "
             "on the command line."
         )
-    if (folder := hugging_face_of(found.model)) and model is None:
+    if (folder := hugging_face_of(info.model)) and model is None:
         raise ValueError(
             f"{path} belongs to the model of the Hugging Face folder {folder}. Pass it: "
             f"model=huggingface.load({folder!r}).module here, --model {folder} on the command line."
         )
-    found = found._replace(shape=found.shape or (None if shape is None else tuple(shape)))
-    built: dict[tuple[int, ...], Callable[[Array], Array]] = {}
+    info = info._replace(shape=info.shape or (None if shape is None else tuple(shape)))
+    cache: dict[tuple[int, ...], Callable[[Array], Array]] = {}
 
-    def of_shape(each: tuple[int, ...]) -> Callable[[Array], Array]:
-        if found.shape not in (None, each):
-            wanted, got = (", ".join(map(str, ("N", *x))) for x in (found.shape or (), each))
-            raise ValueError(f"{path}: inputs must be [{wanted}], got [{got}].")
-        if each not in built:
-            built[each] = _built(str(path), found, metadata, each, model)
-        return built[each]
+    def function_for(shape: tuple[int, ...]) -> Callable[[Array], Array]:
+        if info.shape not in (None, shape):
+            expected, received = (", ".join(map(str, ("N", *x))) for x in (info.shape or (), shape))
+            raise ValueError(f"{path}: inputs must be [{expected}], got [{received}].")
+        if shape not in cache:
+            cache[shape] = _build_function(str(path), info, metadata, shape, model)
+        return cache[shape]
 
-    if found.shape is not None:
-        of_shape(found.shape)  # errors of the file are reported now
+    if info.shape is not None:
+        function_for(info.shape)  # errors of the file are reported now
 
-    of_targets = found.preprocessing and found.preprocessing.target_scaling
+    units = info.preprocessing and info.preprocessing.target_scaling
 
     def outputs(inputs: Array) -> Array:
         scaled = jnp.asarray(inputs, jnp.float32)
-        if found.scaling is not None:
-            parts = (jnp.asarray(x, jnp.float32) for x in found.scaling)
+        if info.scaling is not None:
+            parts = (jnp.asarray(x, jnp.float32) for x in info.scaling)
             mean, scale = (jnp.broadcast_to(x, inputs.shape) for x in parts)
             scaled = (scaled - mean) / scale
-        answers = of_shape(tuple(inputs.shape[1:]))(scaled)
-        if of_targets is None:
+        answers = function_for(tuple(inputs.shape[1:]))(scaled)
+        if units is None:
             return answers
-        mean, scale = (jnp.asarray(x, jnp.float32)[None] for x in of_targets)
+        mean, scale = (jnp.asarray(x, jnp.float32)[None] for x in units)
         return answers * scale + mean
 
-    jitted: dict[tuple[int, ...], Callable[[Array], Array]] = {}
+    compiled: dict[tuple[int, ...], Callable[[Array], Array]] = {}
 
     def predict(inputs: Any) -> np.ndarray:
         inputs = np.asarray(inputs)
         if inputs.ndim < 1 or inputs.dtype.kind not in "iufb":
             raise ValueError(f"inputs must be numbers [N, ...], got {inputs.dtype} {inputs.shape}.")
-        each = tuple(inputs.shape[1:])
-        run = jitted.setdefault(each, jax.jit(of_shape(each)))
+        shape = tuple(inputs.shape[1:])
+        run = compiled.setdefault(shape, jax.jit(function_for(shape)))
 
-        def scaled(part: np.ndarray) -> Array:
-            scaling = found.scaling
-            part = part if scaling is None else (part - scaling.mean) / scaling.scale
-            return run(jnp.asarray(part.astype(np.float32)))
+        def scaled(rows: np.ndarray) -> Array:
+            scaling = info.scaling
+            rows = rows if scaling is None else (rows - scaling.mean) / scaling.scale
+            return run(jnp.asarray(rows.astype(np.float32)))
 
-        answers = networks.in_batches(scaled, inputs, found.classes or 0)
-        return answers if of_targets is None else answers * of_targets.scale + of_targets.mean
+        answers = networks.in_batches(scaled, inputs, info.classes or 0)
+        return answers if units is None else answers * units.scale + units.mean
 
-    return Model(predict, outputs, found, metadata)
+    return Model(predict, outputs, info, metadata)
 
 
 def hugging_face_of(text: str) -> str | None:
@@ -290,58 +290,58 @@ def _precision(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def _built(
-    path: str, found: About, metadata: Mapping[str, str], shape: tuple[int, ...], model: Any
+def _build_function(
+    path: str, info: About, metadata: Mapping[str, str], shape: tuple[int, ...], model: Any
 ) -> Callable[[Array], Array]:
-    """Scaled inputs to logits."""
-    assert found.model is not None and found.classes is not None
+    """Builds the function from scaled inputs to logits."""
+    assert info.model is not None and info.classes is not None
     example = jnp.zeros((1, *shape), jnp.float32)
     try:
         dtype = None if "precision" not in metadata else _precision(metadata["precision"])
-        if is_folder := hugging_face_of(found.model) is not None:
-            model = model.clone(classes=found.classes)  # it may have been trained for others
-        if is_folder or is_own(found.model):
-            net = own.network(model, classes=found.classes, example=example, dtype=dtype)
+        if is_folder := hugging_face_of(info.model) is not None:
+            model = model.clone(classes=info.classes)  # it may have been trained for others
+        if is_folder or is_own(info.model):
+            net = own.network(model, classes=info.classes, example=example, dtype=dtype)
         else:
-            net = networks.network(models.named(found.model, found.classes), example, dtype=dtype)
+            net = networks.network(models.named(info.model, info.classes), example, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {_text.shown(str(error), 1000)}") from None
     if metadata.get("kind") == CONNECTED:
-        return _through_connectors(path, net, found, metadata, example)
-    stored = filled(path, safetensors.load(path), networks.abstract(net, example))
-    return lambda x: net.apply(stored.params, stored.model_state, x)[0]["logits"]
+        return _connected_function(path, net, info, metadata, example)
+    loaded = filled(path, safetensors.load(path), networks.abstract(net, example))
+    return lambda x: net.apply(loaded.params, loaded.model_state, x)[0]["logits"]
 
 
-def _through_connectors(
-    path: str, net: Network, found: About, metadata: Mapping[str, str], example: Array
+def _connected_function(
+    path: str, net: Network, info: About, metadata: Mapping[str, str], example: Array
 ) -> Callable[[Array], Array]:
-    assert found.classes is not None
+    assert info.classes is not None
     entries, flat = {entry.name: entry for entry in methods.table()}, safetensors.load(path)
     head = {name: jnp.asarray(x) for name, x in flat.items() if name.startswith("teacher_head/")}
     try:
         entry = entries[metadata["method"]]
-        setup = _setup_from(json.loads(metadata["setup"]), found.classes)
+        setup = _setup_from(json.loads(metadata["setup"]), info.classes)
         setup = setup._replace(
             teacher_head=methods.Head(head["teacher_head/kernel"], head.get("teacher_head/bias"))
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
-    of_student = networks.abstract(net, example)
+    template = networks.abstract(net, example)
     method = entry.build(setup)
     key = jax.random.key(0)
-    like: dict[str, Any] = {
-        "student": tree(of_student),
+    templates: dict[str, Any] = {
+        "student": tree(template),
         "connectors": jax.eval_shape(method.connectors, key),
         "memory": jax.eval_shape(method.memory, key),
     }
-    stored = safetensors.fill(like, {name: x for name, x in flat.items() if name not in head})
-    record.check_finite(path, stored := jax.tree.map(np.array, stored))
-    student, predict = as_variables(stored["student"], of_student), method.predict
+    loaded = safetensors.fill(templates, {name: x for name, x in flat.items() if name not in head})
+    record.check_finite(path, loaded := jax.tree.map(np.array, loaded))
+    student, predict = as_variables(loaded["student"], template), method.predict
     assert predict is not None
 
     def logits(x: Array) -> Array:
         outputs, _ = net.apply(student.params, student.model_state, x)
-        return predict(stored["connectors"], stored["memory"], outputs)
+        return predict(loaded["connectors"], loaded["memory"], outputs)
 
     return logits
 
@@ -349,9 +349,11 @@ def _through_connectors(
 def _connected_tree(connected: Connected) -> dict[str, PyTree]:
     head = connected.setup.teacher_head
     assert head is not None, "a method that predicts through connectors reads the teacher's head"
-    stored = {"kernel": head.kernel, **({} if head.bias is None else {"bias": head.bias})}
-    both = {"connectors": connected.connectors, "memory": connected.memory}
-    return {**both, "teacher_head": stored}
+    return {
+        "connectors": connected.connectors,
+        "memory": connected.memory,
+        "teacher_head": {k: x for k, x in head._asdict().items() if x is not None},
+    }
 
 
 def _setup_text(setup: methods.Setup) -> str:
@@ -364,22 +366,22 @@ def _setup_text(setup: methods.Setup) -> str:
     return json.dumps({**shapes, **{name: getattr(setup, name) for name in fields}})
 
 
-def _setup_from(known: Mapping[str, Any], classes: int) -> methods.Setup:
+def _setup_from(fields: Mapping[str, Any], classes: int) -> methods.Setup:
     """The inverse of `_setup_text`."""
     student, teacher = (
-        {tap: jax.ShapeDtypeStruct(shape, dtype) for tap, (shape, dtype) in known[side].items()}
+        {tap: jax.ShapeDtypeStruct(shape, dtype) for tap, (shape, dtype) in fields[side].items()}
         for side in ("student", "teacher")
     )
     return methods.Setup(
         classes,
         student,
         teacher,
-        tuple((s, t) for s, t in known["pairs"]),
-        tuple(known["last"]),
+        tuple((s, t) for s, t in fields["pairs"]),
+        tuple(fields["last"]),
         examples=1,
         steps=1,
-        exclusive=known["exclusive"],
-        last_maps=None if known["last_maps"] is None else tuple(known["last_maps"]),
+        exclusive=fields["exclusive"],
+        last_maps=None if fields["last_maps"] is None else tuple(fields["last_maps"]),
     )
 
 

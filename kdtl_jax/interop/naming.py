@@ -56,8 +56,8 @@ def flattened(channels: int, *window: int) -> Axes:
 
     `flattened(64, 7, 7)` is for the layer `nn.Linear(64 * 7 * 7, ...)`.
     """
-    places = tuple(range(2, 2 + len(window)))
-    return Axes((*places, 1, 0), split=(None, (channels, *window)), join=(len(window) + 1, 1))
+    window_axes = tuple(range(2, 2 + len(window)))
+    return Axes((*window_axes, 1, 0), split=(None, (channels, *window)), join=(len(window) + 1, 1))
 
 
 def unflattened(channels: int, *window: int) -> Axes:
@@ -65,15 +65,15 @@ def unflattened(channels: int, *window: int) -> Axes:
 
     `unflattened_vector` is for its bias, or any other vector with one number per place.
     """
-    places = tuple(range(1, 1 + len(window)))
-    last = len(places) + 1
-    return Axes((last, *places, 0), split=((channels, *window), None), join=(1, last))
+    window_axes = tuple(range(1, 1 + len(window)))
+    last = len(window_axes) + 1
+    return Axes((last, *window_axes, 0), split=((channels, *window), None), join=(1, last))
 
 
 def unflattened_vector(channels: int, *window: int) -> Axes:
     """One number per channel and place of a flattened map: `[C * H * W]` and `[H * W * C]`."""
-    places = tuple(range(1, 1 + len(window)))
-    return Axes((*places, 0), split=((channels, *window),), join=(len(places) + 1,))
+    window_axes = tuple(range(1, 1 + len(window)))
+    return Axes((*window_axes, 0), split=((channels, *window),), join=(len(window_axes) + 1,))
 
 
 class Rule(NamedTuple):
@@ -111,10 +111,10 @@ def from_torch(
     for name, array in tensors.items():
         if any(pattern.fullmatch(name) for pattern in patterns):
             continue
-        path, axes = _translated(name, [(r.torch, r.jax, r.axes) for r in rules], _IGNORE)
+        path, axes = _translate(name, [(r.torch, r.jax, r.axes) for r in rules], _IGNORE)
         if path in out:
             raise ValueError(f"{name!r} and another tensor both become {path!r}.")
-        out[path] = _permuted(name, array, axes)
+        out[path] = _to_jax(name, array, axes)
     return out
 
 
@@ -126,10 +126,10 @@ def to_torch(tree: PyTree, rules: Sequence[Rule]) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for path, array in trees.flatten(tree).items():
-        name, axes = _translated(path, [(r.jax, r.torch, r.axes) for r in rules], ".")
+        name, axes = _translate(path, [(r.jax, r.torch, r.axes) for r in rules], ".")
         if name in out:
             raise ValueError(f"{path!r} and another path both become {name!r}.")
-        out[name] = _unpermuted(path, array, axes)
+        out[name] = _to_torch(path, array, axes)
     return out
 
 
@@ -140,11 +140,15 @@ def convention(
 
     `kernel`, `scale` and `embedding` become `weight`; `mean` and `var` become `running_mean` and
     `running_var`; a leading `params` or `batch_stats` is not part of the torch name. Matrices are
-    transposed. Give the axes that a shape does not determine: whether a kernel of more axes is of a
-    convolution, a transposed convolution or a stack of layers, whether a linear layer reads a
-    flattened map or makes one (beside convolutions, or of the size of a color image), what a scale
-    or bias of several axes is in torch, and whether a square leaf of another name is transposed, or
-    a square kernel beside one that is `same` (as in GPT-2).
+    transposed. Give the axes that a shape does not determine:
+
+    - whether a kernel of more axes belongs to a convolution, a transposed convolution or a stack of
+      layers;
+    - whether a linear layer reads a flattened map or makes one (beside convolutions, or of the size
+      of a color image);
+    - what a scale or bias of several axes is in torch;
+    - whether a square leaf of another name is transposed, or a square kernel beside one that is
+      `same` (as in GPT-2).
 
         naming.convention(variables, axes=[
             (".*/conv\\d/kernel", naming.conv2d),
@@ -163,19 +167,24 @@ def convention(
     torch_names = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
     torch_names |= {"mean": "running_mean", "var": "running_var"}
     flat = trees.flatten(tree)
-    said = _said(tree, list(flat), axes)
-    makers = [path for path, axes in said.items() if _makes_a_map(axes)]
-    kept, plain = ([p for p, axes in said.items() if axes == kind] for kind in (same, linear))
-    others = _unclear_axes.others(flat, makers, _flattened_lengths(said), kept, plain)
-    unclear = [
+    given_axes = _axes_by_path(tree, list(flat), axes)
+    map_layers = [path for path, axes in given_axes.items() if _makes_a_map(axes)]
+    unchanged, transposed = (
+        [p for p, axes in given_axes.items() if axes == kind] for kind in (same, linear)
+    )
+    evidence = _unclear_axes.gather_evidence(
+        flat, map_layers, _flattened_lengths(given_axes), unchanged, transposed
+    )
+    problems = [
         text
         for path, leaf in flat.items()
-        if path not in said and (text := _unclear_axes.unclear(path, tuple(leaf.shape), others))
+        if path not in given_axes
+        and (text := _unclear_axes.why_unclear(path, tuple(leaf.shape), evidence))
     ]
-    if unclear:
+    if problems:
         raise ValueError(
-            "the axes of these leaves cannot be told from their shapes; give them with "
-            "axes=[(path, naming.conv2d), ...]:\n  " + "\n  ".join(unclear[:12])
+            "the axes of these leaves cannot be inferred from their shapes; give them with "
+            "axes=[(path, naming.conv2d), ...]:\n  " + "\n  ".join(problems[:12])
         )
     rules = []
     for path, leaf in flat.items():
@@ -185,7 +194,7 @@ def convention(
         last = segments[-1]
         name = ".".join([*segments[:-1], torch_names.get(last, last)])
         is_matrix = last == "kernel" and len(leaf.shape) == 2
-        rules.append(Rule(prefix + name, path, said.get(path, linear if is_matrix else same)))
+        rules.append(Rule(prefix + name, path, given_axes.get(path, linear if is_matrix else same)))
     return rules
 
 
@@ -194,11 +203,11 @@ def covers(rules: Sequence[Rule], name: str) -> bool:
     return any(_pattern(rule.torch).fullmatch(name) for rule in rules)
 
 
-def _said(
-    tree: PyTree, names: Sequence[str], axes: Sequence[tuple[trees.Selector, Axes]]
+def _axes_by_path(
+    tree: PyTree, paths: Sequence[str], axes: Sequence[tuple[trees.Selector, Axes]]
 ) -> dict[str, Axes]:
     labels = trees.labels(tree, [(where, i) for i, (where, _) in enumerate(axes)], default=-1)
-    numbers = zip(names, jax.tree.leaves(labels), strict=True)
+    numbers = zip(paths, jax.tree.leaves(labels), strict=True)
     return {path: axes[number][1] for path, number in numbers if number >= 0}
 
 
@@ -208,17 +217,17 @@ def _makes_a_map(axes: Axes) -> bool:
     return split is not None and len(split) == 2 and split[0] is not None
 
 
-def _flattened_lengths(said: Mapping[str, Axes]) -> set[int]:
+def _flattened_lengths(axes_by_path: Mapping[str, Axes]) -> set[int]:
     """Lengths of the maps that rules flatten."""
-    flattening = [axes for axes in said.values() if axes.join is not None]
+    flattening = [axes for axes in axes_by_path.values() if axes.join is not None]
     return {math.prod(parts) for axes in flattening for parts in axes.split or () if parts}
 
 
-def _translated(name: str, table: Sequence[tuple[str, str, Axes]], hint: str) -> tuple[str, Axes]:
+def _translate(name: str, table: Sequence[tuple[str, str, Axes]], hint: str) -> tuple[str, Axes]:
     for source, target, axes in table:
-        found = _pattern(source).fullmatch(name)
-        if found is not None:
-            return target.format_map(found.groupdict()), axes
+        match = _pattern(source).fullmatch(name)
+        if match is not None:
+            return target.format_map(match.groupdict()), axes
     close = trees.nearest(name, [source for source, _, _ in table])
     raise ValueError(f"no rule covers {name!r}. The nearest rules are {close}. Add a rule{hint}")
 
@@ -231,7 +240,7 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def _permuted(name: str, array: Any, axes: Axes) -> Any:
+def _to_jax(name: str, array: Any, axes: Axes) -> Any:
     """The array with JAX's axes."""
     if axes == same:
         return array
@@ -239,24 +248,24 @@ def _permuted(name: str, array: Any, axes: Axes) -> Any:
     _check_axes(name, axes, len(pieces))
     order = axes.order or tuple(range(len(pieces)))
     sizes = [pieces[i] for i in order]
-    final = _joined(sizes, axes)
+    final = _joined_shape(sizes, axes)
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(final, array.dtype)
-    return _shaped(_flipped(_shaped(array, pieces).transpose(order), axes), final)
+    return _reshape(_flip(_reshape(array, pieces).transpose(order), axes), final)
 
 
-def _unpermuted(path: str, array: Any, axes: Axes) -> Any:
+def _to_torch(path: str, array: Any, axes: Axes) -> Any:
     """The array with torch's axes."""
     if axes == same:
         return array
     split = axes.split or (None,) * len(axes.order or array.shape)
     _check_axes(path, axes, sum(1 if part is None else len(part) for part in split))
-    sizes, whole = _sizes(path, array.shape, axes)
+    sizes, shape = _sizes(path, array.shape, axes)
     order = axes.order or tuple(range(len(sizes)))
     inverse = tuple(int(i) for i in np.argsort(order))
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(whole, array.dtype)
-    return _shaped(_flipped(_shaped(array, sizes), axes).transpose(inverse), whole)
+        return jax.ShapeDtypeStruct(shape, array.dtype)
+    return _reshape(_flip(_reshape(array, sizes), axes).transpose(inverse), shape)
 
 
 def _pieces(name: str, shape: Sequence[int], axes: Axes) -> tuple[int, ...]:
@@ -280,19 +289,19 @@ def _sizes(path: str, shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...]
     """The lengths of a JAX array's axes before joining, and those of the torch tensor."""
     if axes.split is None:
         _check_rank(path, shape, len(axes.order or shape))
-        whole = [shape[int(i)] for i in np.argsort(axes.order or range(len(shape)))]
-        return tuple(shape), tuple(whole)
+        torch_shape = [shape[int(i)] for i in np.argsort(axes.order or range(len(shape)))]
+        return tuple(shape), tuple(torch_shape)
     # Only one axis in a group may have an unknown length, and axes that are not split are alone.
-    known = [n for parts in axes.split for n in (parts or (None,))]
-    order = axes.order or tuple(range(len(known)))
+    lengths = [n for parts in axes.split for n in (parts or (None,))]
+    order = axes.order or tuple(range(len(lengths)))
     join = axes.join or (1,) * len(order)
     _check_rank(path, shape, len(join))
     sizes: list[int] = []
-    places = iter(order)
+    positions = iter(order)
     for length, count in zip(shape, join, strict=True):
-        group = [known[next(places)] for _ in range(count)]
-        rest = math.prod(n for n in group if n is not None)
-        group = [length // max(rest, 1) if n is None else n for n in group]
+        group = [lengths[next(positions)] for _ in range(count)]
+        known_product = math.prod(n for n in group if n is not None)
+        group = [length // max(known_product, 1) if n is None else n for n in group]
         if math.prod(group) != length:
             raise ValueError(
                 f"{path!r} has shape {list(shape)}, but its rule joins {group} into one axis. "
@@ -300,26 +309,26 @@ def _sizes(path: str, shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...]
             )
         sizes += group
     pieces = [sizes[int(i)] for i in np.argsort(order)]
-    whole, start = [], 0
+    torch_shape, start = [], 0
     for parts in axes.split:
         stop = start + len(parts or (None,))
-        whole.append(math.prod(pieces[start:stop]))
+        torch_shape.append(math.prod(pieces[start:stop]))
         start = stop
-    return tuple(sizes), tuple(whole)
+    return tuple(sizes), tuple(torch_shape)
 
 
-def _joined(sizes: Sequence[int], axes: Axes) -> tuple[int, ...]:
+def _joined_shape(sizes: Sequence[int], axes: Axes) -> tuple[int, ...]:
     if axes.join is None:
         return tuple(sizes)
-    ends = list(itertools.accumulate(axes.join))
-    return tuple(math.prod(sizes[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+    stops = list(itertools.accumulate(axes.join))
+    return tuple(math.prod(sizes[a:b]) for a, b in zip([0, *stops], stops, strict=False))
 
 
-def _shaped(array: Any, shape: Sequence[int]) -> Any:
+def _reshape(array: Any, shape: Sequence[int]) -> Any:
     return array if tuple(array.shape) == tuple(shape) else array.reshape(shape)
 
 
-def _flipped(array: Any, axes: Axes) -> Any:
+def _flip(array: Any, axes: Axes) -> Any:
     steps = tuple(slice(None, None, -1 if i in axes.flip else 1) for i in range(array.ndim))
     return array[steps] if axes.flip else array
 

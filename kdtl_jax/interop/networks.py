@@ -31,25 +31,25 @@ class Network(NamedTuple):
     layout: methods.Layout
 
 
-def network(made: nn.Module, example: Any, *, dtype: Any = None) -> Network:
+def network(module: nn.Module, example: Any, *, dtype: Any = None) -> Network:
     """Describes a module.
 
     Args:
-      made: an unbound Linen module.
+      module: an unbound Linen module.
       example: inputs `[1, ...]`, for shapes.
       dtype: the precision to compute in; outputs are float32 in any case. None leaves it unchanged.
 
     Raises:
       ValueError: if the module does not accept such inputs.
     """
-    taps, layout = _described(made) or ((), None)
-    plain = linen.model(made, taps=taps)
-    apply = _with_pooled(plain.apply)
+    taps, layout = _describe(module) or ((), None)
+    adapted = linen.model(module, taps=taps)
+    apply = _with_pooled(adapted.apply)
     if layout is None:
-        variables = jax.eval_shape(lambda: plain.init(jax.random.key(0), jnp.asarray(example)))
+        variables = jax.eval_shape(lambda: adapted.init(jax.random.key(0), jnp.asarray(example)))
         layout = methods.layout(apply, variables, example)
-    lowered = apply if dtype is None else precision.compute_in(apply, dtype)
-    return Network(plain.init, lowered, layout)
+    run = apply if dtype is None else precision.compute_in(apply, dtype)
+    return Network(adapted.init, run, layout)
 
 
 def abstract(net: Network, example: Any) -> Variables:
@@ -81,27 +81,27 @@ def _with_pooled(apply: ModelFn) -> ModelFn:
     return with_pooled
 
 
-def _described(made: nn.Module) -> tuple[tuple[str, ...], methods.Layout] | None:
+def _describe(module: nn.Module) -> tuple[tuple[str, ...], methods.Layout] | None:
     """Submodules to capture, and the layout, of the models of `kdtl_jax.models`."""
-    if isinstance(made, models.MLP):
-        hidden = tuple(f"hidden_{i}" for i in range(len(made.widths)))
-        before = {f"hidden_{i}": f"dense_{i}" for i in range(len(made.widths))}
+    if isinstance(module, models.MLP):
+        hidden = tuple(f"hidden_{i}" for i in range(len(module.widths)))
+        preactivations = {f"hidden_{i}": f"dense_{i}" for i in range(len(module.widths))}
         last = hidden[-1] if hidden else "logits"
-        return ((r"dense_\d+",) if hidden else ()), methods.Layout(hidden, last, before)
-    if isinstance(made, models.CNN):
-        blocks = tuple(f"block_{i}" for i in range(len(made.channels)))
-        before = {f"block_{i}": f"conv_{i}" for i in range(len(made.channels))}
-        return (r"conv_\d+",), methods.Layout(blocks, "pooled", before)
+        return ((r"dense_\d+",) if hidden else ()), methods.Layout(hidden, last, preactivations)
+    if isinstance(module, models.CNN):
+        blocks = tuple(f"block_{i}" for i in range(len(module.channels)))
+        preactivations = {f"block_{i}": f"conv_{i}" for i in range(len(module.channels))}
+        return (r"conv_\d+",), methods.Layout(blocks, "pooled", preactivations)
     stages = ("stem", "stage1", "stage2", "stage3")
-    if isinstance(made, models.ResNet):
-        before = {f"stage{i}": f"stage{i}_preact" for i in (1, 2, 3)}
-        return (), methods.Layout(stages, "pooled", before)
-    if isinstance(made, models.WideResNet):
+    if isinstance(module, models.ResNet):
+        preactivations = {f"stage{i}": f"stage{i}_preact" for i in (1, 2, 3)}
+        return (), methods.Layout(stages, "pooled", preactivations)
+    if isinstance(module, models.WideResNet):
         # Except for the last one, stages are sums that no activation has followed yet.
-        before = {"stage1": "stage1", "stage2": "stage2", "stage3": "final_norm"}
-        return ("final_norm",), methods.Layout(stages, "pooled", before)
-    if isinstance(made, models.ViT):
-        layers = tuple(f"layers_{i}" for i in range(made.layers))
+        preactivations = {"stage1": "stage1", "stage2": "stage2", "stage3": "final_norm"}
+        return ("final_norm",), methods.Layout(stages, "pooled", preactivations)
+    if isinstance(module, models.ViT):
+        layers = tuple(f"layers_{i}" for i in range(module.layers))
         attention = tuple(f"{layer}/attention" for layer in layers)
         taps = (r"layers_\d+", r"layers_\d+/attention/(query|key|value|probs)")
         return taps, methods.Layout(layers, "pooled", {}, attention)

@@ -71,11 +71,11 @@ def model(
       ValueError: when `apply` is traced, if a tap matches no output (the existing ones are listed),
         or dropout or batch statistics are not in the requested mode.
     """
-    _modes.check_made(module, isinstance(module, nnx.Module), "NNX")
+    _modes.check_module(module, isinstance(module, nnx.Module), "NNX")
     clean = nnx.clone(module)
     nnx.pop(clean, nnx.Intermediate)  # values that an earlier call may have sown
-    graph, params, rest = nnx.split(clean, nnx.Param, ...)
-    count = len(jax.tree.leaves(rest))
+    graph, params, state = nnx.split(clean, nnx.Param, ...)
+    count = len(jax.tree.leaves(state))
 
     def apply(
         params: nnx.State,
@@ -85,38 +85,41 @@ def model(
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        if (given := len(jax.tree.leaves(model_state))) != count:
+        count_given = len(jax.tree.leaves(model_state))
+        if count_given != count:
             raise ValueError(
                 f"{type(module).__name__} has {count} arrays besides its parameters (batch "
-                f"statistics, random streams), got {given}. Give the model's state: "
+                f"statistics, random streams), got {count_given}. Give the model's state: "
                 "train.init_state(..., model_state=state) for a student, Variables(params, state) "
                 "for a teacher."
             )
 
-        def run(way: Call) -> _Ran:
+        def run(way: Call) -> _CallResult:
             # Without the copy the module would share, and so mutate, the caller's variables.
             merged = nnx.merge(graph, params, model_state, copy=True)
             _set_mode(merged, train)
             if key is not None:
                 rekey(merged, key)
-            held, before = _parameters(merged), _arrays(merged)
-            outputs, found = _captured(
+            params_before, arrays_before = _parameters(merged), _arrays(merged)
+            outputs, submodule_outputs = _capture(
                 merged, lambda module, x: way(module, x, train), inputs, bool(taps)
             )
-            changed = _modes.changed(before, _arrays(merged))
-            is_jitted = bool(_modes.changed(held, _parameters(merged)))
-            return _Ran(merged, outputs, found, _modes_of(merged, changed), is_jitted)
+            changed = _modes.changed(arrays_before, _arrays(merged))
+            is_jitted = bool(_modes.changed(params_before, _parameters(merged)))
+            return _CallResult(
+                merged, outputs, submodule_outputs, _modes_of(merged, changed), is_jitted
+            )
 
         ways = [call] if call is not None else _ways(module, train)
-        way = _modes.first_that_follows(ways, train, lambda way: _traced(run, way))
+        way = _modes.first_that_follows(ways, train, lambda way: _traced_modes(run, way))
         ran = run(way)
         if call is None:
-            modes = _traced(run, way) if ran.is_jitted else ran.modes
+            modes = _traced_modes(run, way) if ran.is_jitted else ran.modes
             _modes.check(modes, train, type(module).__name__, _CALL)
-        named = _taps.joined(ran.outputs, taps, ran.found, INHERITED)
-        return named, nnx.split(ran.module, nnx.Param, ...)[2] if train else model_state
+        all_outputs = _taps.with_taps(ran.outputs, taps, ran.submodule_outputs, INHERITED)
+        return all_outputs, nnx.split(ran.module, nnx.Param, ...)[2] if train else model_state
 
-    return NNX(apply, params, rest)
+    return NNX(apply, params, state)
 
 
 def rekey(module: nnx.Module, key: Array) -> None:
@@ -131,20 +134,20 @@ def rekey(module: nnx.Module, key: Array) -> None:
             streams.setdefault(id(node), ("/".join(map(str, path)), node))
     ordered = sorted(streams.values(), key=lambda item: trees.natural_key(item[0]))
     for number, (_, stream) in enumerate(ordered):
-        old = stream.key.get_value()
+        old_key = stream.key.get_value()
         data = jax.random.key_data(jax.random.fold_in(key, number))
-        new = jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
+        new_key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(old_key))
         # Layers that are stacked (nnx.vmap, nnx.scan) have one key each.
-        stream.key.set_value(jax.random.split(new, old.shape) if old.shape else new)
+        stream.key.set_value(jax.random.split(new_key, old_key.shape) if old_key.shape else new_key)
         stream.count.set_value(jnp.zeros_like(stream.count.get_value()))
 
 
-class _Ran(NamedTuple):
+class _CallResult(NamedTuple):
     """A module after a call."""
 
     module: nnx.Module
     outputs: Any
-    found: dict[str, Array]
+    submodule_outputs: dict[str, Array]
     modes: dict[str, bool]
     is_jitted: bool  # nnx.jit replaces every array, changed or not
 
@@ -152,11 +155,13 @@ class _Ran(NamedTuple):
 def _ways(module: nnx.Module, train: bool) -> list[Call]:
     function = type(module).__call__
     options = _modes.candidates(function, train)
-    split = [_modes.arguments(function, 2, given, _CALL) for given in options]
-    return [lambda module, x, train, a=args, k=kwargs: module(x, *a, **k) for args, kwargs in split]
+    arguments = [_modes.arguments(function, 2, mode_flags, _CALL) for mode_flags in options]
+    return [
+        lambda module, x, train, a=args, k=kwargs: module(x, *a, **k) for args, kwargs in arguments
+    ]
 
 
-def _traced(run: Callable[[Call], _Ran], way: Call) -> dict[str, bool]:
+def _traced_modes(run: Callable[[Call], _CallResult], way: Call) -> dict[str, bool]:
     """The modes of a call that is only traced."""
     modes: dict[str, bool] = {}
     jitted: list[bool] = []
@@ -193,21 +198,23 @@ def _modes_of(module: nnx.Module, changed: set[str]) -> dict[str, bool]:
     first carry is drawn in either mode.
     """
     modes: dict[str, bool] = {}
-    drawn: set[str] = set()
+    drawn_streams: set[str] = set()
     draws_carry = False
     for key_path, node in nnx.iter_graph(module):
         path = "/".join(map(str, key_path))
-        own = {name for name in changed if name.startswith(f"{path}/" if path else "")}
+        changed_inside = {name for name in changed if name.startswith(f"{path}/" if path else "")}
         if isinstance(node, nnx.Module) and (_has_statistics(node) or _has_dropout(node)):
-            modes[path or type(node).__name__] = bool(own)
+            modes[path or type(node).__name__] = bool(changed_inside)
         elif isinstance(node, (nnx.RNN, nnx.RNNCellBase)):
             draws_carry = True
-        elif isinstance(node, nnx.RngStream) and own:
-            drawn.add(path)
+        elif isinstance(node, nnx.RngStream) and changed_inside:
+            drawn_streams.add(path)
     if draws_carry:
         return modes
-    unseen = {path for path in drawn if not any(path.startswith(f"{known}/") for known in modes)}
-    return modes | dict.fromkeys(sorted(unseen), True)
+    custom = {
+        path for path in drawn_streams if not any(path.startswith(f"{layer}/") for layer in modes)
+    }
+    return modes | dict.fromkeys(sorted(custom), True)
 
 
 def _has_statistics(layer: nnx.Module) -> bool:
@@ -235,7 +242,7 @@ def _flat(state: Any) -> dict[str, Any]:
     return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
 
 
-def _captured(
+def _capture(
     module: nnx.Module,
     call: Callable[[nnx.Module, Any], Any],
     inputs: Any,
@@ -251,14 +258,14 @@ def _captured(
             nnx.Intermediate,
             method_outputs=nnx.Intermediate if with_submodules else None,
         )
-        outputs, caught = run(module)
+        outputs, captured = run(module)
     else:  # flax < 0.12.6: sown values are in the module, outputs of submodules are unavailable
         outputs = call(module, inputs)
-        caught = nnx.pop(module, nnx.Intermediate)
+        captured = nnx.pop(module, nnx.Intermediate)
     calls = []
-    for key_path, variable in nnx.to_flat_state(caught):
+    for key_path, variable in nnx.to_flat_state(captured):
         path = "/".join(str(key) for key in key_path if key != "__call__")
         value = variable.get_value()
         if path:  # a tuple of values, or whatever a sow's reduce_fn makes of them
             calls.append((path, value if isinstance(value, tuple) else (value,)))
-    return outputs, _taps.named(calls)
+    return outputs, _taps.outputs_by_path(calls)

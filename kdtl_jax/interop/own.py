@@ -44,43 +44,45 @@ SHAPES = ("shape", "input_shape", "inputs_shape")
 FORMS = "a Linen module, an NNX or Equinox class, a factory of one, or functions (init, apply)"
 
 
-def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Network:
-    """The user's own model as a network.
+def network(model: Any, *, classes: int, example: Any, dtype: Any = None) -> Network:
+    """Builds a network from the user's own model.
 
     Args:
-      found: see the module.
+      model: any of the forms above.
       classes: the number of outputs.
       example: inputs `[1, ...]`.
       dtype: the precision to compute in; None leaves it unchanged.
 
     Raises:
-      TypeError: if it is none of these; the message says what it is and what to write instead.
-      ValueError: if it has no logits `[B, classes]`.
-      Exception: whatever the model itself raises, for instance for inputs that it does not accept.
+      TypeError: if it has none of these forms; the message says what it is and what to write.
+      ValueError: if it does not return logits `[B, classes]`.
+      Exception: whatever the model itself raises, for instance on inputs it does not accept.
     """
-    name = getattr(found, "__name__", type(found).__name__)
+    name = getattr(model, "__name__", type(model).__name__)
     example = jnp.asarray(example)
-    made = _made(found, classes, example.shape[1:], jax.random.key(0))
-    if isinstance(made, nn.Module):
-        net = networks.network(made, example)
-    elif pair := _pair(made):
-        net = _of_pair(*pair, _values(classes, example.shape[1:]))
-    elif (kind := _framework(made)) is None:
-        raise TypeError(f"{name} is {_kind(made)}, not a model. Expected {FORMS}.")
-    elif made is found or not (_takes(found, "key") or _takes(found, "rngs")):
+    built = _build(model, classes, example.shape[1:], jax.random.key(0))
+    if isinstance(built, nn.Module):
+        net = networks.network(built, example)
+    elif pair := _pair(built):
+        net = _pair_network(*pair, _values(classes, example.shape[1:]))
+    elif (kind := _framework(built)) is None:
+        raise TypeError(f"{name} is {_describe(built)}, not a model. Expected {FORMS}.")
+    elif built is model or not (_accepts(model, "key") or _accepts(model, "rngs")):
         raise TypeError(
             f"{name} holds one set of weights, and every seed would start from it. Give the class, "
             f"or a factory with the argument {'rngs' if kind == 'nnx' else 'key'}."
         )
     else:
-        of_key = functools.partial(_made, found, classes, example.shape[1:])
-        net = (_of_nnx if kind == "nnx" else _of_equinox)(made, of_key)
+        build = functools.partial(_build, model, classes, example.shape[1:])
+        net = (_nnx_network if kind == "nnx" else _equinox_network)(built, build)
     outputs = networks.output_shapes(net, example)
     logits = outputs.get("logits")
     shape = getattr(logits, "shape", None)
     if shape is None:
-        what = f"a {type(logits).__name__}" if "logits" in outputs else sorted(outputs)
-        raise ValueError(f'{name} returns {what}: no "logits". Return an array, or a dict with it.')
+        returned = f"a {type(logits).__name__}" if "logits" in outputs else sorted(outputs)
+        raise ValueError(
+            f'{name} returns {returned}: no "logits". Return an array, or a dict with it.'
+        )
     if shape != (1, classes):
         hint = ""
         if shape == (1, 1) and classes == 2:
@@ -97,46 +99,46 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
     return net
 
 
-def _made(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> Any:
-    """The model itself, as made by a class or a factory."""
-    known = isinstance(found, nn.Module) or _pair(found) or _framework(found)
-    if known or not callable(found):
-        return found
-    return found(**_arguments(found, classes, shape, key))
+def _build(model: Any, classes: int, shape: tuple[int, ...], key: Array) -> Any:
+    """The model itself; a class or a factory is called."""
+    is_model = isinstance(model, nn.Module) or _pair(model) or _framework(model)
+    if is_model or not callable(model):
+        return model
+    return model(**_arguments(model, classes, shape, key))
 
 
-def _arguments(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> dict[str, Any]:
-    """The arguments with which a class or a factory is called."""
-    name = getattr(found, "__name__", "it")
+def _arguments(model: Any, classes: int, shape: tuple[int, ...], key: Array) -> dict[str, Any]:
+    """The arguments for calling a class or a factory."""
+    name = getattr(model, "__name__", "it")
     values = _values(classes, shape) | {"key": key}
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     unknown = []
-    for parameter in _parameters(found):
+    for parameter in _parameters(model):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        needed = parameter.default is parameter.empty
+        is_required = parameter.default is parameter.empty
         if parameter.name == "rngs":
             from flax import nnx
 
-            given["rngs"] = nnx.Rngs(key)
-        elif parameter.name in values and (needed or parameter.name in (*CLASSES, "key")):
-            given[parameter.name] = values[parameter.name]
-        elif needed:
+            arguments["rngs"] = nnx.Rngs(key)
+        elif parameter.name in values and (is_required or parameter.name in (*CLASSES, "key")):
+            arguments[parameter.name] = values[parameter.name]
+        elif is_required:
             unknown.append(parameter.name)
     if unknown and unknown[0] == "params":
         raise TypeError(
             f"{name}(params, ...) is a function of parameters and needs another to make them. "
             f"Give a pair, net = (init, {name}), with init(key, inputs) -> params."
         )
-    if len(unknown) == 1 and not set(given) & set(CLASSES):
-        return {**given, unknown[0]: classes}
+    if len(unknown) == 1 and not set(arguments) & set(CLASSES):
+        return {**arguments, unknown[0]: classes}
     if unknown:
         raise TypeError(
             f"{name} needs {', '.join(unknown)}, with no known value. Give them defaults, or "
             f"write a factory: def build(classes): return {name}(...). classes, in_features, "
             "shape, channels, key and rngs are filled in."
         )
-    return given
+    return arguments
 
 
 def _values(classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -146,20 +148,20 @@ def _values(classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
     return {**values, **dict.fromkeys(SHAPES, shape), **channels}
 
 
-def _pair(found: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+def _pair(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """`(init, apply)`, if it is such a pair."""
-    if isinstance(found, nn.Module) or isinstance(found, type):
+    if isinstance(model, nn.Module) or isinstance(model, type):
         return None
-    init, apply = getattr(found, "init", None), getattr(found, "apply", None)
-    if init is None and isinstance(found, (tuple, list)) and len(found) == 2:
-        init, apply = found
+    init, apply = getattr(model, "init", None), getattr(model, "apply", None)
+    if init is None and isinstance(model, (tuple, list)) and len(model) == 2:
+        init, apply = model
     return (init, apply) if callable(init) and callable(apply) else None
 
 
-def _framework(found: Any) -> str | None:
+def _framework(model: Any) -> str | None:
     """`"nnx"` or `"equinox"` for one of their modules; neither is imported here."""
-    first = found[0] if isinstance(found, tuple) and len(found) == 2 else found
-    for base in type(first).__mro__:
+    module = model[0] if isinstance(model, tuple) and len(model) == 2 else model
+    for base in type(module).__mro__:
         if base.__module__.startswith("flax.nnx") and base.__name__ == "Module":
             return "nnx"
         if base.__module__.startswith("equinox") and base.__name__ == "Module":
@@ -167,18 +169,18 @@ def _framework(found: Any) -> str | None:
     return None
 
 
-def _takes(found: Any, name: str) -> bool:
-    return callable(found) and any(p.name == name for p in _parameters(found))
+def _accepts(model: Any, name: str) -> bool:
+    return callable(model) and any(p.name == name for p in _parameters(model))
 
 
-def _parameters(found: Any) -> list[inspect.Parameter]:
+def _parameters(model: Any) -> list[inspect.Parameter]:
     """The parameters of a factory, or of a class's `__init__`, which a metaclass may hide."""
-    if isinstance(found, type):
-        return list(inspect.signature(found.__init__).parameters.values())[1:]
-    return list(inspect.signature(found).parameters.values())
+    if isinstance(model, type):
+        return list(inspect.signature(model.__init__).parameters.values())[1:]
+    return list(inspect.signature(model).parameters.values())
 
 
-def _of_pair(
+def _pair_network(
     init: Callable[..., Any], apply: Callable[..., Any], values: dict[str, Any]
 ) -> Network:
     """A network of two functions; a model function and its variables are used as they are.
@@ -186,32 +188,32 @@ def _of_pair(
     `values` are the arguments of `init` by name, in addition to the key and the inputs.
     """
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(apply).parameters
-    names = [p.name for p in parameters.values() if p.kind in places]
-    needs_key = len(names) > 1 and names[1] in KEYS  # Haiku's order
-    named_key = [name for name in parameters if name in KEYS and not needs_key]
-    inputs_like = [name for name in names if name not in KEYS and not _modes.flags([name], True)]
-    is_model = len(inputs_like) > 2
-    if is_model and not ({"key", "train"} <= set(parameters) or _modes.is_open(apply)):
+    accepted = inspect.signature(apply).parameters
+    positional = [p.name for p in accepted.values() if p.kind in places]
+    needs_key = len(positional) > 1 and positional[1] in KEYS  # Haiku's order
+    key_names = [name for name in accepted if name in KEYS and not needs_key]
+    data = [name for name in positional if name not in KEYS and not _modes.flags([name], True)]
+    is_model = len(data) > 2
+    if is_model and not ({"key", "train"} <= set(accepted) or _modes.is_open(apply)):
         raise TypeError(
-            f"apply({', '.join(parameters)}) is not understood. Expected apply(params, inputs), "
+            f"apply({', '.join(accepted)}) is not understood. Expected apply(params, inputs), "
             "optionally with key and train, or apply(params, model_state, inputs, *, key=None, "
             "train=False), which returns (outputs, model_state). For a Haiku function with state, "
             "give interop.haiku.model(net), before it is transformed."
         )
 
     def start(key: Array, inputs: Any) -> Variables:
-        _, *others = inspect.signature(init).parameters.values()
+        _, *parameters = inspect.signature(init).parameters.values()
         flags = _modes.flags(_modes.accepted(init), True)
-        needed = [p.name for p in others if p.default is p.empty and p.name not in flags]
-        asked = [p.name for p in others if p.name in needed or p.name in CLASSES]
-        known = {name: values[name] for name in asked if name in values}
-        unknown = [name for name in needed if name not in known][:1]
-        if unknown and unknown[0] == others[0].name:
-            made = init(key, inputs, **known, **flags)
+        required = [p.name for p in parameters if p.default is p.empty and p.name not in flags]
+        names = [p.name for p in parameters if p.name in required or p.name in CLASSES]
+        arguments = {name: values[name] for name in names if name in values}
+        unknown = [name for name in required if name not in arguments][:1]
+        if unknown and unknown[0] == parameters[0].name:
+            variables = init(key, inputs, **arguments, **flags)
         else:
-            made = init(key, **dict.fromkeys(unknown, inputs), **known, **flags)
-        return made if isinstance(made, Variables) else Variables(made)
+            variables = init(key, **dict.fromkeys(unknown, inputs), **arguments, **flags)
+        return variables if isinstance(variables, Variables) else Variables(variables)
 
     def run(
         params: Any,
@@ -223,54 +225,54 @@ def _of_pair(
     ) -> tuple[Outputs, PyTree]:
         if is_model:
             return apply(params, model_state, inputs, key=key, train=train)
-        before = (params, key) if needs_key else (params,)
+        leading = (params, key) if needs_key else (params,)
 
         def call(flags: _modes.Flags) -> Any:
-            return apply(*before, inputs, **dict.fromkeys(named_key, key), **flags)
+            return apply(*leading, inputs, **dict.fromkeys(key_names, key), **flags)
 
         def modes(flags: _modes.Flags) -> dict[str, bool]:
-            jax.eval_shape(lambda: call(flags))  # all that can be checked: whether it takes them
+            # This only checks that `apply` accepts the flags; its layers cannot be inspected.
+            jax.eval_shape(lambda: call(flags))
             return {}
 
-        way = _modes.first_that_follows(_modes.candidates(apply, train), train, modes)
-        return _taps.outputs_of(call(way)), model_state
+        flags = _modes.first_that_follows(_modes.candidates(apply, train), train, modes)
+        return _taps.outputs_of(call(flags)), model_state
 
     return Network(start, run, methods.Layout(()))
 
 
-def _of_nnx(made: Any, build: Callable[[Array], Any]) -> Network:
+def _nnx_network(module: Any, build: Callable[[Array], Any]) -> Network:
     from flax import nnx
 
-    from kdtl_jax.interop import nnx as door
+    from kdtl_jax.interop import nnx as adapter
 
-    inner = door.model(made)
+    adapted = adapter.model(module)
 
     def start(key: Array, inputs: Any) -> Variables:
-        _, params, rest = nnx.split(build(key), nnx.Param, ...)
-        return Variables(params, stored(rest))
+        _, params, state = nnx.split(build(key), nnx.Param, ...)
+        return Variables(params, stored(state))
 
-    return Network(start, _with_state(inner.apply, inner.model_state), methods.Layout(()))
+    return Network(start, _with_state(adapted.apply, adapted.model_state), methods.Layout(()))
 
 
-def _of_equinox(made: Any, build: Callable[[Array], Any]) -> Network:
+def _equinox_network(model: Any, build: Callable[[Array], Any]) -> Network:
     import equinox as eqx
 
-    from kdtl_jax.interop import equinox as door
+    from kdtl_jax.interop import equinox as adapter
 
-    module, state = made if isinstance(made, tuple) else (made, None)
-    inner = door.model(module, state)
+    adapted = adapter.model(*model) if isinstance(model, tuple) else adapter.model(model)
 
     def start(key: Array, inputs: Any) -> Variables:
-        new = build(key)
-        own, first = new if isinstance(new, tuple) else (new, None)
-        params, _ = eqx.partition(own, eqx.is_inexact_array)
-        return Variables(params, stored(first))
+        built = build(key)
+        module, state = built if isinstance(built, tuple) else (built, None)
+        params, _ = eqx.partition(module, eqx.is_inexact_array)
+        return Variables(params, stored(state))
 
-    return Network(start, _with_state(inner.apply, inner.model_state), methods.Layout(()))
+    return Network(start, _with_state(adapted.apply, adapted.model_state), methods.Layout(()))
 
 
 def stored(state: Any) -> PyTree:
-    """A framework's state as a collection that files can hold, with random keys as numbers."""
+    """Converts a framework's state to a collection for files, with random keys as numbers."""
     if not jax.tree.leaves(state):
         return None
     return {
@@ -278,9 +280,9 @@ def stored(state: Any) -> PyTree:
     }
 
 
-def _with_state(apply: ModelFn, like: Any) -> ModelFn:
-    """The model function with its state as `stored` keeps it."""
-    empty = not jax.tree.leaves(like)
+def _with_state(apply: ModelFn, template: Any) -> ModelFn:
+    """Wraps a model function so that its state has the form of `stored`."""
+    is_stateless = not jax.tree.leaves(template)
 
     def run(
         params: Any,
@@ -290,24 +292,24 @@ def _with_state(apply: ModelFn, like: Any) -> ModelFn:
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        state = like
-        if not empty:
+        state = template
+        if not is_stateless:
             state = jax.tree.map(
-                lambda own, x: (
-                    jax.random.wrap_key_data(x, impl=jax.random.key_impl(own))
-                    if _checks.is_key(own)
+                lambda leaf, x: (
+                    jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf))
+                    if _checks.is_key(leaf)
                     else x
                 ),
-                like,
+                template,
                 model_state["state"],
             )
-        outputs, new = apply(params, state, inputs, key=key, train=train)
-        return outputs, None if empty else stored(new)
+        outputs, updated = apply(params, state, inputs, key=key, train=train)
+        return outputs, None if is_stateless else stored(updated)
 
     return run
 
 
-def _kind(made: Any) -> str:
-    if hasattr(made, "dtype"):
+def _describe(model: Any) -> str:
+    if hasattr(model, "dtype"):
         return "an array"
-    return "a plain function" if inspect.isfunction(made) else f"{type(made).__name__}"
+    return "a plain function" if inspect.isfunction(model) else f"{type(model).__name__}"

@@ -1,8 +1,8 @@
 """Adapters as PEFT saves them: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
-    found = peft.load("adapter/")        # every key and tensor is understood, or refused
-    params = peft.merge(tensors, found)  # {torch name: array}, as merge_and_unload gives them
-    peft.save("copy/", found)
+    adapter = peft.load("adapter/")        # every key and tensor is understood, or refused
+    params = peft.merge(tensors, adapter)  # {torch name: array}, as merge_and_unload gives them
+    peft.save("copy/", adapter)
 
 Supported are LoRA (rank and alpha patterns, rsLoRA, DoRA, `lora_bias`, embeddings, convolutions),
 IA3, VeRA with its projections saved, OFT, trained biases, and `modules_to_save`. PiSSA, OLoRA,
@@ -56,9 +56,9 @@ def merge(
 
     Arguments and errors are those of `edits`; each tensor keeps its dtype.
     """
-    changed = edits(adapter, tensors, base_config)
+    edits_by_name = edits(adapter, tensors, base_config)
     return {
-        name: changed[name](x).astype(x.dtype) if name in changed else x
+        name: edits_by_name[name](x).astype(x.dtype) if name in edits_by_name else x
         for name, x in tensors.items()
     }
 
@@ -70,7 +70,7 @@ def save(folder: str | Path, adapter: Adapter) -> None:
       FileExistsError: if the folder exists and is not empty.
     """
     tensors = {
-        f"{PREFIX}{module}.{_stored(part)}": value
+        f"{PREFIX}{module}.{_stored_name(part)}": value
         for module, parts in adapter.weights.items()
         for part, value in parts.items()
     }
@@ -134,25 +134,25 @@ def from_lora(
         parts[module] = {"lora_A": pair.a.T, "lora_B": pair.b.T}
         if isinstance(pair, transforms.DoraWeights):
             parts[module]["lora_magnitude_vector"] = pair.magnitude
-    ranks = {module: int(each["lora_A"].shape[0]) for module, each in parts.items()}
+    ranks = {module: int(tensors["lora_A"].shape[0]) for module, tensors in parts.items()}
     rank = next(iter(ranks.values()), 1)
-    made = {
+    required = {
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {re.escape(m): r for m, r in ranks.items() if r != rank},
         "lora_alpha": alpha,
         "use_rslora": is_root_rank,
-        "use_dora": any("lora_magnitude_vector" in each for each in parts.values()),
+        "use_dora": any("lora_magnitude_vector" in tensors for tensors in parts.values()),
         "target_modules": sorted(parts),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    return Adapter(check_config(made | config), parts, {}, {})
+    return Adapter(check_config(required | config), parts, {}, {})
 
 
-def _stored(part: str) -> str:
+def _stored_name(part: str) -> str:
     """A part's name in a file."""
-    alone = ("lora_embedding", "lora_magnitude", "ia3", "vera")
-    return part if part.startswith(alone) or part.endswith(".bias") else f"{part}.weight"
+    parameters = ("lora_embedding", "lora_magnitude", "ia3", "vera")  # not modules with a weight
+    return part if part.startswith(parameters) or part.endswith(".bias") else f"{part}.weight"

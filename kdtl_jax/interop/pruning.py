@@ -93,85 +93,85 @@ def narrow(
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
       (2407.14679), Minitron, which measures all importances by activations.
     """
-    whole = source.model.config
+    wide = source.model.config
     if key_heads is None:
-        key_heads = whole.key_heads if heads is None else min(whole.key_heads, heads)
-    given = {"width": width, "heads": heads, "key_heads": key_heads, "hidden": hidden}
-    asked = {n: getattr(whole, n) if size is None else size for n, size in given.items()}
-    for name, size in asked.items():
-        if not 0 < size <= getattr(whole, name):
-            raise ValueError(f"{name} must lie in 1..{getattr(whole, name)}, got {size}.")
-    per = whole.heads // whole.key_heads
-    if asked["heads"] % key_heads or asked["heads"] // key_heads > per:
+        key_heads = wide.key_heads if heads is None else min(wide.key_heads, heads)
+    requested = {"width": width, "heads": heads, "key_heads": key_heads, "hidden": hidden}
+    sizes = {n: getattr(wide, n) if size is None else size for n, size in requested.items()}
+    for name, size in sizes.items():
+        if not 0 < size <= getattr(wide, name):
+            raise ValueError(f"{name} must lie in 1..{getattr(wide, name)}, got {size}.")
+    most = wide.heads // wide.key_heads
+    if sizes["heads"] % key_heads or sizes["heads"] // key_heads > most:
         raise ValueError(
-            f"heads must be a multiple of key_heads, at most {per} to each, got {asked['heads']} "
+            f"heads must be a multiple of key_heads, at most {most} to each, got {sizes['heads']} "
             f"and {key_heads}."
         )
-    config = _config(source.config, asked, whole)
-    built = _hf_decoders.decoder(config)[0]
-    sizes = {name: getattr(built, name) for name in (*asked, "head_width")}
-    if sizes != {**asked, "head_width": whole.head_width}:
+    config = _config(source.config, sizes, wide)
+    narrow_config = _hf_decoders.decoder(config)[0]
+    built_sizes = {name: getattr(narrow_config, name) for name in (*sizes, "head_width")}
+    if built_sizes != {**sizes, "head_width": wide.head_width}:
         raise ValueError(
-            f"config.json of a {config['model_type']!r} model cannot express {asked} with heads "
-            f"of width {whole.head_width}."
+            f"config.json of a {config['model_type']!r} model cannot express {sizes} with heads "
+            f"of width {wide.head_width}."
         )
     _hf_decoders.check_heads(config)
-    apart = _apart(source.params, whole)
-    kept = _chosen(source, apart, asked, tokens)
-    params = _fused(_narrowed(apart, whole, kept), whole)
-    model = models.decoder(built._replace(is_tied=whole.is_tied))
+    split_params = _split_fused(source.params, wide)
+    kept = _select(source, split_params, sizes, tokens)
+    params = _fuse(_slice_params(split_params, wide, kept), wide)
+    model = models.decoder(narrow_config._replace(is_tied=wide.is_tied))
     target = jax.eval_shape(model.init, jax.random.key(0))
     _, report = transforms.transfer(params, target)
     return PretrainedDecoder(model, params, source.rules, config, report), kept
 
 
-def _config(config: dict[str, Any], asked: dict[str, int], whole: DecoderConfig) -> dict[str, Any]:
-    new, read = dict(config), _hf_decoders.FAMILIES[config["model_type"]].reads
-    keys = {name: next((k for k in of if k in read), None) for name, of in KEYS.items()}
+def _config(config: dict[str, Any], sizes: dict[str, int], wide: DecoderConfig) -> dict[str, Any]:
+    out, known_keys = dict(config), _hf_decoders.FAMILIES[config["model_type"]].reads
+    keys = {name: next((k for k in of if k in known_keys), None) for name, of in KEYS.items()}
     for name, key in keys.items():
-        if key and (new.get(key) is not None or asked[name] != getattr(whole, name)):
-            new[key] = asked[name]
-    if asked["width"] != asked["heads"] * whole.head_width or "head_dim" in new:
-        new |= {"head_dim": whole.head_width} if "head_dim" in read else {}
-    built = _hf_decoders.decoder(new)[0]
+        if key and (out.get(key) is not None or sizes[name] != getattr(wide, name)):
+            out[key] = sizes[name]
+    if sizes["width"] != sizes["heads"] * wide.head_width or "head_dim" in out:
+        out |= {"head_dim": wide.head_width} if "head_dim" in known_keys else {}
+    narrow_config = _hf_decoders.decoder(out)[0]
     for name, key in keys.items():  # a default that follows from another size
-        if key and getattr(built, name) != asked[name]:
-            new[key] = asked[name]
-    return new
+        if key and getattr(narrow_config, name) != sizes[name]:
+            out[key] = sizes[name]
+    return out
 
 
-def _apart(params: Params, whole: DecoderConfig) -> Params:
+def _split_fused(params: Params, wide: DecoderConfig) -> Params:
     """The parameters with query, key and value, and gate and up, as separate matrices."""
-    q, kv = whole.heads * whole.head_width, whole.key_heads * whole.head_width
-    cuts = {"qkv": (q, q + kv), "gate_up": (whole.hidden,)}
+    q, kv = wide.heads * wide.head_width, wide.key_heads * wide.head_width
+    cuts = {"qkv": (q, q + kv), "gate_up": (wide.hidden,)}
 
     def split(part: Params) -> Params:
         out = {name: weights for name, weights in part.items() if name not in FUSED}
         for name in FUSED.keys() & part.keys():
-            pieces = {k: jnp.split(x, cuts[name], axis=-1) for k, x in part[name].items()}
-            for i, own in enumerate(FUSED[name]):
-                out[own] = {k: each[i] for k, each in pieces.items()}
+            arrays_by_key = {k: jnp.split(x, cuts[name], axis=-1) for k, x in part[name].items()}
+            for i, piece_name in enumerate(FUSED[name]):
+                out[piece_name] = {k: arrays[i] for k, arrays in arrays_by_key.items()}
         return out
 
     return _over_parts(params, split)
 
 
-def _fused(params: Params, whole: DecoderConfig) -> Params:
-    """The inverse of `_apart`."""
-    names = {"qkv": whole.fuses_qkv, "gate_up": whole.fuses_gate}
+def _fuse(params: Params, wide: DecoderConfig) -> Params:
+    """The inverse of `_split_fused`."""
+    names = {"qkv": wide.fuses_qkv, "gate_up": wide.fuses_gate}
 
-    def joined(part: Params) -> Params:
+    def fuse(part: Params) -> Params:
         out = dict(part)
         for name in [name for name, is_fused in names.items() if is_fused]:
             if not out.keys() >= set(FUSED[name]):
                 continue
-            pieces = [out.pop(own) for own in FUSED[name]]
+            pieces = [out.pop(piece_name) for piece_name in FUSED[name]]
             out[name] = {
-                k: jnp.concatenate([each[k] for each in pieces], axis=-1) for k in pieces[0]
+                k: jnp.concatenate([piece[k] for piece in pieces], axis=-1) for k in pieces[0]
             }
         return out
 
-    return _over_parts(params, joined)
+    return _over_parts(params, fuse)
 
 
 def _over_parts(params: Params, change: Callable[[Params], Params]) -> Params:
@@ -183,96 +183,100 @@ def _over_parts(params: Params, change: Callable[[Params], Params]) -> Params:
     }
 
 
-def _chosen(
-    source: PretrainedDecoder, params: Params, asked: dict[str, int], tokens: Array | None
+def _select(
+    source: PretrainedDecoder, params: Params, sizes: dict[str, int], tokens: Array | None
 ) -> Kept:
-    """The most important units, ascending; groups of heads first, then heads within their group.
+    """Selects the most important units, ascending: groups of heads, then heads in each group.
 
     `params` are the source's with fused matrices split.
     """
-    whole = source.model.config
+    wide = source.model.config
     rows: dict[str, list[np.ndarray]] = {"heads": [], "key_heads": [], "hidden": []}
-    whole_sum, kept_sum = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
-    per = whole.heads // whole.key_heads
+    total_scores, kept_scores = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
+    group_size = wide.heads // wide.key_heads
     if tokens is None:
-        layers = [_of_weights(whole, params[f"layers_{i}"]) for i in range(whole.layers)]
-        channels = _channels(params, whole.layers)
+        layers = [_weight_importance(wide, params[f"layers_{i}"]) for i in range(wide.layers)]
+        channels = _channel_importance(params, wide.layers)
     else:
-        layers, channels = _of_text(source, tokens)
-    for each, units in layers:
-        each = each.reshape(whole.key_heads, per)
-        groups = _top(each.sum(axis=1), asked["key_heads"])
-        inside = [_top(each[g], asked["heads"] // asked["key_heads"]) + g * per for g in groups]
-        found = {
-            "heads": (each.ravel(), np.concatenate(inside)),
-            "key_heads": (each.sum(axis=1), groups),
-            "hidden": (units, _top(units, asked["hidden"])),
+        layers, channels = _activation_importance(source, tokens)
+    for head_scores, unit_scores in layers:
+        head_scores = head_scores.reshape(wide.key_heads, group_size)
+        groups = _top(head_scores.sum(axis=1), sizes["key_heads"])
+        count = sizes["heads"] // sizes["key_heads"]
+        heads = [_top(head_scores[g], count) + g * group_size for g in groups]
+        selections = {
+            "heads": (head_scores.ravel(), np.concatenate(heads)),
+            "key_heads": (head_scores.sum(axis=1), groups),
+            "hidden": (unit_scores, _top(unit_scores, sizes["hidden"])),
         }
-        for name, (scores, own) in found.items():
-            rows[name].append(own)
-            whole_sum[name] += float(scores.sum())
-            kept_sum[name] += float(scores[own].sum())
-    own = _top(channels, asked["width"])
-    shares = {"width": float(channels[own].sum() / (channels.sum() or 1))}
-    shares |= {name: kept_sum[name] / (whole_sum[name] or 1) for name in rows}
-    stacked = {name: np.stack(found) for name, found in rows.items()}
-    return Kept(channels=own, shares=shares, **stacked)
+        for name, (scores, index) in selections.items():
+            rows[name].append(index)
+            total_scores[name] += float(scores.sum())
+            kept_scores[name] += float(scores[index].sum())
+    index = _top(channels, sizes["width"])
+    shares = {"width": float(channels[index].sum() / (channels.sum() or 1))}
+    shares |= {name: kept_scores[name] / (total_scores[name] or 1) for name in rows}
+    stacked = {name: np.stack(indices) for name, indices in rows.items()}
+    return Kept(channels=index, shares=shares, **stacked)
 
 
-def _of_weights(whole: DecoderConfig, layer: Params) -> tuple[np.ndarray, np.ndarray]:
+def _weight_importance(wide: DecoderConfig, layer: Params) -> tuple[np.ndarray, np.ndarray]:
     """Importance of a layer's heads `[heads]` and hidden units `[hidden]`."""
     mlp, attention = layer["mlp"], layer["attention"]
     units = _norm(mlp["down"]["kernel"], 0) * _norm(mlp["up"]["kernel"], 1)
     if "gate" in mlp:
         units = units * _norm(mlp["gate"]["kernel"], 1)
-    out = _norm(attention["out"]["kernel"], 0).reshape(whole.heads, whole.head_width)
-    value = _norm(attention["value"]["kernel"], 1).reshape(whole.key_heads, whole.head_width)
-    of_value = np.repeat(np.sqrt((value**2).sum(-1)), whole.heads // whole.key_heads)
-    return np.sqrt((out**2).sum(-1)) * of_value, units
+    outputs = _norm(attention["out"]["kernel"], 0).reshape(wide.heads, wide.head_width)
+    values = _norm(attention["value"]["kernel"], 1).reshape(wide.key_heads, wide.head_width)
+    value_norms = np.repeat(np.sqrt((values**2).sum(-1)), wide.heads // wide.key_heads)
+    return np.sqrt((outputs**2).sum(-1)) * value_norms, units
 
 
-def _of_text(
+def _activation_importance(
     source: PretrainedDecoder, tokens: Array
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """The same for every layer, and for the channels, by the outputs on a text."""
+    """Importance of every layer's heads and hidden units, and of the channels, on a text."""
     config = source.model.config
     units, stream = models.unit_names(config), models.tap_names(config)
-    inner = (config.head_width, 1) * config.layers
+    inner_sizes = (config.head_width, 1) * config.layers
 
-    def of_row(params: Params, row: Array) -> tuple[list[Array], Array]:
-        hidden, found = source.model.tap((*units, *stream), params, row[None])
-        whole = jnp.stack([*(found[name] for name in stream), hidden])
-        scale = jnp.sqrt(jnp.mean(jnp.square(whole), axis=-1, keepdims=True))
-        whole = whole / jnp.where(scale > 0, scale, 1)
-        pairs = zip(units, inner, strict=True)
-        each = [transforms.importance_by_activation(found[n], inner=size) for n, size in pairs]
-        return each, jnp.mean(jnp.abs(whole), axis=(0, 1, 2))
+    def row_scores(params: Params, row: Array) -> tuple[list[Array], Array]:
+        hidden, activations = source.model.tap((*units, *stream), params, row[None])
+        residual = jnp.stack([*(activations[name] for name in stream), hidden])
+        scale = jnp.sqrt(jnp.mean(jnp.square(residual), axis=-1, keepdims=True))
+        residual = residual / jnp.where(scale > 0, scale, 1)
+        pairs = zip(units, inner_sizes, strict=True)
+        squares = [
+            transforms.importance_by_activation(activations[n], inner=size) for n, size in pairs
+        ]
+        return squares, jnp.mean(jnp.abs(residual), axis=(0, 1, 2))
 
     @jax.jit
     def scores(params: Params, tokens: Array) -> tuple[list[Array], Array]:
-        # One row at a time, since the outputs of all its layers are held in memory.
-        each, channels = jax.lax.map(lambda row: of_row(params, row), tokens)
-        return [jnp.sqrt(jnp.sum(jnp.square(x), axis=0)) for x in each], jnp.mean(channels, axis=0)
+        # One row at a time, because the outputs of all layers are in memory.
+        squares, channels = jax.lax.map(lambda row: row_scores(params, row), tokens)
+        norms = [jnp.sqrt(jnp.sum(jnp.square(x), axis=0)) for x in squares]
+        return norms, jnp.mean(channels, axis=0)
 
-    each, channels = jax.device_get(scores(source.params, tokens))
-    return list(zip(each[::2], each[1::2], strict=True)), channels
+    squares, channels = jax.device_get(scores(source.params, tokens))
+    return list(zip(squares[::2], squares[1::2], strict=True)), channels
 
 
-def _channels(params: Params, layers: int) -> np.ndarray:
-    """Importance of every channel by its weights, `[width]`."""
+def _channel_importance(params: Params, layers: int) -> np.ndarray:
+    """Importance of every channel `[width]`, from the weights that read or write it."""
     squares = _norm(params["tokens"]["embedding"], 1) ** 2
     for i in range(layers):
         layer = params[f"layers_{i}"]
         for part in ("attention", "mlp"):
             for name, weights in layer[part].items():
                 if "kernel" in weights:
-                    written = name in ("out", "down")
-                    squares = squares + _norm(weights["kernel"], 1 if written else 0) ** 2
+                    is_output = name in ("out", "down")
+                    squares = squares + _norm(weights["kernel"], 1 if is_output else 0) ** 2
     return np.sqrt(squares)
 
 
-def _narrowed(params: Params, whole: DecoderConfig, kept: Kept) -> Params:
-    size = whole.head_width
+def _slice_params(params: Params, wide: DecoderConfig, kept: Kept) -> Params:
+    size = wide.head_width
 
     def take(leaf: Array, *axes: np.ndarray | None) -> Array:
         for axis, index in enumerate(axes):
@@ -283,8 +287,8 @@ def _narrowed(params: Params, whole: DecoderConfig, kept: Kept) -> Params:
         return (heads[:, None] * size + np.arange(size)).ravel()
 
     def dense(weights: Params, rows: np.ndarray, cols: np.ndarray) -> Params:
-        found = {"kernel": take(weights["kernel"], rows, cols)}
-        return found | ({"bias": take(weights["bias"], cols)} if "bias" in weights else {})
+        out = {"kernel": take(weights["kernel"], rows, cols)}
+        return out | ({"bias": take(weights["bias"], cols)} if "bias" in weights else {})
 
     w = kept.channels
 
@@ -293,32 +297,32 @@ def _narrowed(params: Params, whole: DecoderConfig, kept: Kept) -> Params:
         sides = {"query": (w, q), "key": (w, k), "value": (w, k), "out": (q, w)}
         sides |= {"up": (w, kept.hidden[i]), "gate": (w, kept.hidden[i])}
         sides |= {"down": (kept.hidden[i], w)}
-        new: dict[str, Any] = {}
+        out: dict[str, Any] = {}
         for kind in ("attention", "mlp"):
-            new[kind] = {n: dense(x, *sides[n]) for n, x in part[kind].items() if n in sides}
+            out[kind] = {n: dense(x, *sides[n]) for n, x in part[kind].items() if n in sides}
         for n, x in part["attention"].items():
             if n in ("query_norm", "key_norm"):
-                own = None if whole.has_head_norms else {"query_norm": q, "key_norm": k}[n]
-                new["attention"][n] = {m: take(y, own) for m, y in x.items()}
+                index = None if wide.has_head_norms else {"query_norm": q, "key_norm": k}[n]
+                out["attention"][n] = {m: take(y, index) for m, y in x.items()}
         norms = {n: {m: take(y, w) for m, y in part[n].items()} for n in NORMS if n in part}
-        return new | norms
+        return out | norms
 
-    new: dict[str, Any] = {}
+    out: dict[str, Any] = {}
     for name, part in params.items():
         if name.startswith("layers_"):
-            new[name] = layer(int(name.removeprefix("layers_")), part)
+            out[name] = layer(int(name.removeprefix("layers_")), part)
         elif name in ("tokens", "positions"):
-            new[name] = {"embedding": take(part["embedding"], None, w)}
+            out[name] = {"embedding": take(part["embedding"], None, w)}
         elif name == "norm":
-            new[name] = {m: take(y, w) for m, y in part.items()}
+            out[name] = {m: take(y, w) for m, y in part.items()}
         else:
-            new[name] = {m: take(y, w) if m == "kernel" else y for m, y in part.items()}
-    return new
+            out[name] = {m: take(y, w) if m == "kernel" else y for m, y in part.items()}
+    return out
 
 
-def _norm(kernel: Array, of: int) -> np.ndarray:
-    """Norms of a kernel's rows (`of=0`) or columns (`of=1`)."""
-    return np.sqrt(np.square(np.asarray(kernel, np.float32)).sum(axis=1 - of))
+def _norm(kernel: Array, axis: int) -> np.ndarray:
+    """Norms of a kernel's rows (`axis=0`) or columns (`axis=1`)."""
+    return np.sqrt(np.square(np.asarray(kernel, np.float32)).sum(axis=1 - axis))
 
 
 def _top(scores: np.ndarray | Sequence[float], count: int) -> np.ndarray:

@@ -100,30 +100,30 @@ def take(
       ValueError: if the file has become shorter since its header was read.
     """
     _header.numpy_dtype(tensor.name, tensor.dtype)
-    whole = {axis: np.arange(n) for axis, n in enumerate(tensor.shape) if axis not in indices}
-    which = [np.asarray({**whole, **indices}[axis]) for axis in range(len(tensor.shape))]
-    if not all(each.size for each in which):
+    defaults = {axis: np.arange(n) for axis, n in enumerate(tensor.shape) if axis not in indices}
+    positions = [np.asarray({**defaults, **indices}[axis]) for axis in range(len(tensor.shape))]
+    if not all(selection.size for selection in positions):
         return
-    rest = tensor.shape[1:]
-    row = math.prod(rest)
+    inner_shape = tensor.shape[1:]
+    row = math.prod(inner_shape)
     width = (tensor.stop - tensor.start) // tensor.shape[0]
-    for run in _runs(which[0], max(1, size // row)):
+    for run in _runs(positions[0], max(1, size // row)):
         low, high = int(run.min()), int(run.max()) + 1
         piece = _piece(tensor, tensor.start + low * width, tensor.start + high * width)
-        piece = np.take(piece.reshape(-1, *rest), run - low, 0)
-        for axis, each in enumerate(which[1:], 1):
-            piece = np.take(piece, each, axis)
+        piece = np.take(piece.reshape(-1, *inner_shape), run - low, 0)
+        for axis, selection in enumerate(positions[1:], 1):
+            piece = np.take(piece, selection, axis)
         yield piece.ravel()
 
 
 def _runs(indices: np.ndarray, rows: int) -> Iterator[np.ndarray]:
     """Consecutive parts of `indices`, each within `rows` neighboring rows."""
     start, least, most = 0, int(indices[0]), int(indices[0])
-    for i, at in enumerate(indices.tolist()):
-        least, most = min(least, at), max(most, at)
+    for i, position in enumerate(indices.tolist()):
+        least, most = min(least, position), max(most, position)
         if most - least >= rows:
             yield indices[start:i]
-            start, least, most = i, at, at
+            start, least, most = i, position, position
     yield indices[start:]
 
 
@@ -155,8 +155,8 @@ def load(path: str | Path, *, where: trees.Selector = trees.everything) -> dict[
     tensors = index(path).tensors
     # ShapeDtypeStruct leaves: a Tensor is itself a tuple, which jax would flatten.
     leaves = {name: jax.ShapeDtypeStruct(t.shape, jnp.float32) for name, t in tensors.items()}
-    chosen = trees.mask(leaves, where) if leaves else {}
-    names = sorted((name for name in tensors if chosen[name]), key=trees.natural_key)
+    selected = trees.mask(leaves, where) if leaves else {}
+    names = sorted((name for name in tensors if selected[name]), key=trees.natural_key)
     return views({name: tensors[name] for name in names})
 
 
@@ -206,26 +206,26 @@ def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
       TypeError: if a dtype differs; the message names the leaf.
       ValueError: if a leaf is missing, extra or of another shape; the message lists them.
     """
-    wanted = trees.flatten(like)
-    wrong = [f"missing {_text.quoted(path)}" for path in wanted if path not in flat]
-    wrong += [f"extra {_text.quoted(path)}" for path in flat if path not in wanted]
-    both = [path for path in wanted if path in flat]
-    wrong += [
+    expected = trees.flatten(like)
+    mismatches = [f"missing {_text.quoted(path)}" for path in expected if path not in flat]
+    mismatches += [f"extra {_text.quoted(path)}" for path in flat if path not in expected]
+    shared = [path for path in expected if path in flat]
+    mismatches += [
         f"{_text.quoted(path)} is {list(np.shape(flat[path]))}, expected "
-        f"{list(np.shape(wanted[path]))}"
-        for path in both
-        if np.shape(flat[path]) != np.shape(wanted[path])
+        f"{list(np.shape(expected[path]))}"
+        for path in shared
+        if np.shape(flat[path]) != np.shape(expected[path])
     ]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    if mismatches:
+        remainder = f" and {len(mismatches) - 8} more" if len(mismatches) > 8 else ""
         raise ValueError(
-            f"the file does not fit the template: {'; '.join(wrong[:8])}{more}. "
+            f"the file does not fit the template: {'; '.join(mismatches[:8])}{remainder}. "
             "To adapt it, load without a template and use transforms.transfer."
         )
-    for path in both:
-        if jnp.result_type(flat[path]) != jnp.result_type(wanted[path]):
+    for path in shared:
+        if jnp.result_type(flat[path]) != jnp.result_type(expected[path]):
             raise TypeError(
                 f"{_text.quoted(path)} is {jnp.result_type(flat[path])}, expected "
-                f"{jnp.result_type(wanted[path])}. transforms.transfer converts and reports it."
+                f"{jnp.result_type(expected[path])}. transforms.transfer converts and reports it."
             )
-    return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in wanted])
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in expected])

@@ -26,7 +26,7 @@ from kdtl_jax.interop.model_files import HUGGING_FACE, About
 LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
 # The prefix of parameters' paths in a file that holds a model's collections.
 PARAMS = "params/"
-_HOW = ("image_mean", "image_std")
+_STATISTICS = ("image_mean", "image_std")
 # Other keys of a preprocessor_config.json, which do not change the numbers of an image that
 # already has the model's size and channels.
 _NO_NUMBERS = frozenset(
@@ -52,8 +52,8 @@ class Source(NamedTuple):
     path: str | None
     about: About  # its description of itself
     # All leaves, as `model_files.tree` lays them out. If a folder holds more than one tree, those
-    # of the tree that has the names of `like`, or else of the innermost one.
-    tree: Callable[[PyTree], PyTree] = lambda like: None
+    # of the tree that has the template's names, or else of the innermost one.
+    tree: Callable[[PyTree], PyTree] = lambda template: None
     metadata: Mapping[str, str] = MappingProxyType({})  # of a file
 
 
@@ -65,16 +65,16 @@ def opened(path: str) -> Source:
     """
     if is_hugging_face(path):
         about = About(f"{HUGGING_FACE}{path}", scaling=scaling(path), names=class_names(path))
-        return Source(path, about, lambda like: _of_hugging_face(path))
+        return Source(path, about, lambda template: _hugging_face_tree(path))
     if is_orbax(path):
-        return Source(path, About(), lambda like: from_orbax(path, like))
+        return Source(path, About(), lambda template: from_orbax(path, template))
     about = model_files.about(path)
     metadata = safetensors.index(path).metadata
-    return Source(path, about, lambda like: from_safetensors(path, like), metadata)
+    return Source(path, about, lambda template: from_safetensors(path, template), metadata)
 
 
 def variables(source: Source, template: Variables) -> Variables:
-    """The template's variables.
+    """Loads a source's weights as the template's variables.
 
     Raises:
       OSError: if the file cannot be read.
@@ -87,8 +87,8 @@ def variables(source: Source, template: Variables) -> Variables:
             f"{source.path} holds a student of {method}, which answers through connectors and its "
             "teacher's head: it cannot be used as a network. Name another file of the run."
         )
-    found = source.tree(model_files.tree(template))
-    return model_files.filled(str(source.path), trees.flatten(found), template)
+    leaves = source.tree(model_files.tree(template))
+    return model_files.filled(str(source.path), trees.flatten(leaves), template)
 
 
 def is_hugging_face(path: str) -> bool:
@@ -97,23 +97,23 @@ def is_hugging_face(path: str) -> bool:
 
 
 def pretrained(folder: str) -> Pretrained:
-    """The model of a Hugging Face folder.
+    """Loads the model of a Hugging Face folder.
 
     Raises:
       ValueError: if the model reads text, or cannot take a new head for classes.
     """
-    found = huggingface.load(folder)
-    kind = _text.quoted(found.config["model_type"])
-    if huggingface.reads_text(found.config):
+    model = huggingface.load(folder)
+    kind = _text.quoted(model.config["model_type"])
+    if huggingface.reads_text(model.config):
         raise ValueError(f"{folder}: a model of the type {kind} reads text, not images or tables.")
-    if not hasattr(found.module, "classes"):
+    if not hasattr(model.module, "classes"):
         raise ValueError(f"{folder}: a model of the type {kind} cannot take a head for classes.")
-    return found
+    return model
 
 
-def _of_hugging_face(folder: str) -> PyTree:
-    found = pretrained(folder)
-    return model_files.tree(Variables(*jax.tree.map(np.asarray, (found.params, found.model_state))))
+def _hugging_face_tree(folder: str) -> PyTree:
+    model = pretrained(folder)
+    return model_files.tree(Variables(*jax.tree.map(np.asarray, (model.params, model.model_state))))
 
 
 def class_names(folder: str) -> tuple[str, ...]:
@@ -123,59 +123,65 @@ def class_names(folder: str) -> tuple[str, ...]:
       ValueError: if its config does not number them 0..K-1.
     """
     file = Path(folder) / "config.json"
-    known = _files.read_json(file).get("id2label")
-    if not isinstance(known, dict) or not known:
+    id2label = _files.read_json(file).get("id2label")
+    if not isinstance(id2label, dict) or not id2label:
         return ()
     try:
-        numbered = {int(number): str(name) for number, name in known.items()}
-        names = tuple(numbered[i] for i in range(len(known)))
+        names_by_number = {int(number): str(name) for number, name in id2label.items()}
+        names = tuple(names_by_number[i] for i in range(len(id2label)))
     except (ValueError, KeyError):
         raise ValueError(
-            f"{file}: id2label must name the classes 0..{len(known) - 1}, got "
-            f"{_text.shown(str(list(known)), 200)}."
+            f"{file}: id2label must name the classes 0..{len(id2label) - 1}, got "
+            f"{_text.shown(str(list(id2label)), 200)}."
         ) from None
     return () if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def kind(folder: str) -> Kind | None:
     """The kind of task of a Hugging Face folder's head; None if its config does not say."""
-    said = _files.read_json(Path(folder) / "config.json").get("problem_type")
-    return _KINDS.get(said) if isinstance(said, str) else None
+    problem_type = _files.read_json(Path(folder) / "config.json").get("problem_type")
+    return _KINDS.get(problem_type) if isinstance(problem_type, str) else None
 
 
 def scaling(folder: str) -> Standardizer | None:
-    """How a Hugging Face folder's images are scaled, from 0..255; None if it does not say.
+    """The scaling of a Hugging Face folder's images, from 0..255; None if it does not say.
 
     Raises:
       ValueError: naming the file, if its values cannot be used to scale images, or it names an
         unknown step.
     """
     file = Path(folder) / "preprocessor_config.json"
-    known = _files.read_json(file) if file.is_file() else {}
-    read = {*_HOW, "do_normalize", "do_rescale", "rescale_factor"}
-    said = {key for key, value in known.items() if value not in (None, False, "", [], {})}
-    if strange := sorted(said - _NO_NUMBERS - read):
+    config = _files.read_json(file) if file.is_file() else {}
+    used_keys = {*_STATISTICS, "do_normalize", "do_rescale", "rescale_factor"}
+    set_keys = {key for key, value in config.items() if value not in (None, False, "", [], {})}
+    if strange := sorted(set_keys - _NO_NUMBERS - used_keys):
         raise ValueError(
             f"{file}: {_text.listed(strange)} is not known here, and may change the numbers of an "
             "image. Remove it if it does not."
         )
-    if known.get("do_normalize", True) and not known.keys() >= {*_HOW}:
+    if config.get("do_normalize", True) and not config.keys() >= {*_STATISTICS}:
         return None
     try:
-        factor = known.get("rescale_factor", 1 / 255) if known.get("do_rescale", True) else 1
-        stated = [known[name] for name in _HOW] if known.get("do_normalize", True) else (0, 1)
-        mean, deviation, factor = (np.asarray(part, np.float32) for part in (*stated, factor))
+        factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1
+        statistics = (
+            [config[name] for name in _STATISTICS] if config.get("do_normalize", True) else (0, 1)
+        )
+        mean, deviation, factor = (np.asarray(part, np.float32) for part in (*statistics, factor))
         with np.errstate(all="ignore"):
-            made = Standardizer(mean / factor, deviation / factor)
-        if not (np.isfinite(made.mean).all() and np.isfinite(made.scale).all()):
+            standardizer = Standardizer(mean / factor, deviation / factor)
+        if not (np.isfinite(standardizer.mean).all() and np.isfinite(standardizer.scale).all()):
             raise ValueError("not finite")
-        if made.mean.ndim > 1 or made.scale.ndim > 1 or not (made.scale > 0).all():
+        if (
+            standardizer.mean.ndim > 1
+            or standardizer.scale.ndim > 1
+            or not (standardizer.scale > 0).all()
+        ):
             raise ValueError("not one number above 0 per channel")
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{file}: image_mean, image_std and rescale_factor cannot be used ({error})."
         ) from None
-    return made
+    return standardizer
 
 
 def sides(folder: str) -> tuple[int, int] | None:
@@ -184,29 +190,30 @@ def sides(folder: str) -> tuple[int, int] | None:
     None if it does not say. Convolutional networks accept other sizes, with worse results.
     """
     file = Path(folder) / "preprocessor_config.json"
-    known = _files.read_json(file) if file.is_file() else {}
-    size = known.get("crop_size") if known.get("do_center_crop") else known.get("size")
+    config = _files.read_json(file) if file.is_file() else {}
+    size = config.get("crop_size") if config.get("do_center_crop") else config.get("size")
     if isinstance(size, Mapping):
         shortest = size.get("shortest_edge")
         size = [size.get("height", shortest), size.get("width", shortest)]
-    both = size if isinstance(size, list) else [size, size]
-    found = [side for side in both if isinstance(side, int)]
-    if not known.get("do_resize", True) or not len(found) == len(both) == 2:
+    lengths = size if isinstance(size, list) else [size, size]
+    whole_lengths = [side for side in lengths if isinstance(side, int)]
+    if not config.get("do_resize", True) or not len(whole_lengths) == len(lengths) == 2:
         return None
-    return found[0], found[1]
+    return whole_lengths[0], whole_lengths[1]
 
 
-def from_safetensors(path: str, like: PyTree = None) -> PyTree:
-    """The leaves of a file by name; without `params/` if all begin with it, as from Flax's `init`.
+def from_safetensors(path: str, template: PyTree = None) -> PyTree:
+    """Loads the leaves of a file by name.
 
-    It is kept if the names of `like` begin with it too.
+    If all names begin with `params/`, as from Flax's `init`, the prefix is removed, unless names of
+    the template have it too.
     """
-    found = safetensors.load(path)
-    asked = () if like is None else trees.flatten(like)
-    if found and all(name.startswith(PARAMS) for name in found):
-        if not any(name.startswith(PARAMS) for name in asked):
-            return {name.removeprefix(PARAMS): leaf for name, leaf in found.items()}
-    return found
+    leaves = safetensors.load(path)
+    names = () if template is None else trees.flatten(template)
+    if leaves and all(name.startswith(PARAMS) for name in leaves):
+        if not any(name.startswith(PARAMS) for name in names):
+            return {name.removeprefix(PARAMS): leaf for name, leaf in leaves.items()}
+    return leaves
 
 
 def is_orbax(path: str) -> bool:
@@ -214,21 +221,21 @@ def is_orbax(path: str) -> bool:
     return Path(path).is_dir() and _tree_in(Path(path)) is not None
 
 
-def from_orbax(path: str, like: PyTree = None) -> PyTree:
-    """A tree in an Orbax folder: the one that has the names of `like`, or else most of them.
+def from_orbax(path: str, template: PyTree = None) -> PyTree:
+    """Loads the tree of an Orbax folder that has the template's names, or else most of them.
 
-    If parameters are beside other things (an optimizer's state), the tree is `params`. Without
-    `like`, it is the innermost tree of parameters, with batch statistics beside it.
+    If parameters are beside other things (an optimizer's state), the tree is `params`. Without a
+    template, it is the innermost tree of parameters, with the batch statistics beside it.
     """
-    candidates = [*_within(_restored(path))]
-    if like is not None:
-        names = trees.flatten(like).keys()
-        flat = [trees.flatten(each) for each in candidates]
-        fits = [each for each in flat if each.keys() == names]
-        return (fits or [max(flat, key=lambda each: len(each.keys() & names))])[0]
-    *outer, params = candidates
-    if outer and "batch_stats" in outer[-1]:
-        return {"params": params, "batch_stats": outer[-1]["batch_stats"]}
+    candidates = [*_subtrees(_restored(path))]
+    if template is not None:
+        names = trees.flatten(template).keys()
+        flat_trees = [trees.flatten(tree) for tree in candidates]
+        matches = [tree for tree in flat_trees if tree.keys() == names]
+        return (matches or [max(flat_trees, key=lambda tree: len(tree.keys() & names))])[0]
+    *enclosing, params = candidates
+    if enclosing and "batch_stats" in enclosing[-1]:
+        return {"params": params, "batch_stats": enclosing[-1]["batch_stats"]}
     return params
 
 
@@ -241,32 +248,32 @@ def _restored(path: str) -> Any:
     reader = ocp.PyTreeCheckpointer()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that arrays come without a sharding
-            _check_announced(folder, reader.metadata(folder.absolute()))
+            warnings.simplefilter("ignore")  # the arrays have no sharding
+            _check_size(folder, reader.metadata(folder.absolute()))
             return reader.restore(folder.absolute())
     except Exception as error:  # Orbax, TensorStore and JAX raise their own kinds of errors
-        said = _text.shown(" ".join(str(error).split()) or type(error).__name__, 200)
-        raise ValueError(f"{path} cannot be read by Orbax ({said}).") from error
+        message = _text.shown(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise ValueError(f"{path} cannot be read by Orbax ({message}).") from error
 
 
-def _check_announced(folder: Path, metadata: Any) -> None:
-    """Refuses arrays that files of this size cannot unpack to, before memory is allocated."""
-    inside = getattr(metadata, "item_metadata", metadata)  # of later versions
-    announced = jax.tree.leaves(getattr(inside, "tree", inside))
-    shapes = [leaf.shape for leaf in announced if getattr(leaf, "shape", None) is not None]
-    asked = sum(math.prod(shape) for shape in shapes)
+def _check_size(folder: Path, metadata: Any) -> None:
+    """Refuses arrays too large for files of this size, before memory is allocated."""
+    item = getattr(metadata, "item_metadata", metadata)  # in later versions
+    leaves = jax.tree.leaves(getattr(item, "tree", item))
+    shapes = [leaf.shape for leaf in leaves if getattr(leaf, "shape", None) is not None]
+    count = sum(math.prod(shape) for shape in shapes)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if asked > max(LARGE, MOST_PACKED * size):
-        raise ValueError(f"its arrays have {asked:,} numbers, its files {size:,} bytes")
+    if count > max(LARGE, MOST_PACKED * size):
+        raise ValueError(f"its arrays have {count:,} numbers, its files {size:,} bytes")
 
 
-def _within(found: Any) -> Iterator[Any]:
+def _subtrees(tree: Any) -> Iterator[Any]:
     """A tree, and the trees named params or state in it."""
-    yield found
-    if isinstance(found, Mapping):
+    yield tree
+    if isinstance(tree, Mapping):
         for name in ITEMS:
-            if isinstance(found.get(name), Mapping):
-                yield from _within(found[name])
+            if isinstance(tree.get(name), Mapping):
+                yield from _subtrees(tree[name])
 
 
 def _tree_in(folder: Path) -> Path | None:
