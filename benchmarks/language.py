@@ -215,6 +215,27 @@ def torch_steps(student: Any, teacher: Any, tokens: np.ndarray, expected: list[f
     return {"torch eager": build(False), "torch.compile": build(True)}
 
 
+def products(source: decoders.PretrainedDecoder, rows: int) -> Form:
+    """Every kernel times a few rows, once per sampled token: what a decoder cannot do without."""
+    table = source.params["tokens"]["embedding"]
+    kernels = [
+        leaf for leaf in jax.tree.leaves(source.params) if leaf.ndim == 2 and leaf is not table
+    ]
+    inputs = jax.random.normal(jax.random.key(6), (rows, max(len(k) for k in kernels)))
+
+    @jax.jit
+    def run(kernels: list[Array], inputs: Array) -> Array:
+        def step(_: Any, largest: Array) -> Array:
+            for kernel in kernels:  # one after another, as in a decoder
+                outputs = (inputs[:, : len(kernel)] + 1e-9 * largest) @ kernel
+                largest = jnp.max(outputs)
+            return largest
+
+        return jax.lax.fori_loop(0, NEW, step, jnp.float32(0))
+
+    return lambda: run([*kernels, table.T], inputs).block_until_ready()
+
+
 def sampling(rounds: int, clock: Clock) -> Results:
     print(f"\nSampling: {NEW} tokens after {PROMPT}")
     student, _ = decoder_pair()
@@ -232,6 +253,7 @@ def sampling(rounds: int, clock: Clock) -> Results:
         ).block_until_ready()
 
     forms: dict[str, Form] = {f"kdtl_jax, {rows} rows": ours(rows) for rows in (1, 8)}
+    forms |= {f"products alone, {rows} rows": products(student, rows) for rows in (1, 8)}
     if has_peer("torch", "torch==2.13.0") and has_peer("transformers", "transformers==5.24.0"):
         import torch
 
