@@ -39,7 +39,7 @@ TABLES: dict[str, Callable[[str], str]] = {
 def test_rows_of_tables(
     tmp_path: Path, name: str, end: str, mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_csv, "LONGEST", 2**18)  # sixteen times less, in as much less time
+    monkeypatch.setattr(_csv, "MAX_ROW_LENGTH", 2**18)  # sixteen times less, in as much less time
     path = tmp_path / f"a.{end}"
     path.write_text(TABLES[name](mark))
     said = "a row has more than 262,144 characters|field larger than field limit"

@@ -229,7 +229,7 @@ def test_a_gzipped_table_that_is_damaged_or_too_large(
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.csv\.gz: (not a CSV text file|needs a header)"):
             datasets.read_splits(str(path))
-    monkeypatch.setattr(_csv, "LARGE", 2**20)
+    monkeypatch.setattr(_csv, "LARGE_BYTES", 2**20)
     for start in (b"a,label\n", "a,label\n".encode("utf-16")):
         path.write_bytes(gzip.compress(start + bytes(2**22)))
         with pytest.raises(ValueError, match="unpack it first: gunzip a.csv.gz"):

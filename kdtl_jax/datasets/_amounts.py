@@ -14,12 +14,12 @@ import numpy as np
 
 DAYS = "days since 1970-01-01"
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-SIGNS = "$€£¥₹"
+CURRENCIES = "$€£¥₹"
 # One separator for all thousands, and a decimal point.
 NUMBER = re.compile(
-    rf"(?P<minus>[+-]?)(?P<before>[{SIGNS}]?) ?(?P<late_minus>-?)"
-    r"(?P<whole>[1-9]\d{0,2}(?P<mark>[,' \u00a0\u202f])\d{3}(?:(?P=mark)\d{3})*|\d+)?"
-    rf"(?P<rest>(?:\.\d*)?(?:[eE][+-]?\d+)?)[ \u00a0\u202f]?(?P<after>[%{SIGNS}]?)"
+    rf"(?P<sign>[+-]?)(?P<prefix>[{CURRENCIES}]?) ?(?P<inner_sign>-?)"
+    r"(?P<integer>[1-9]\d{0,2}(?P<separator>[,' \u00a0\u202f])\d{3}(?:(?P=separator)\d{3})*|\d+)?"
+    rf"(?P<fraction>(?:\.\d*)?(?:[eE][+-]?\d+)?)[ \u00a0\u202f]?(?P<suffix>[%{CURRENCIES}]?)"
 )
 ISO = re.compile(r"\d{4}-\d\d-\d\d(?:[T ].*)?")
 
@@ -32,7 +32,7 @@ class Amount(NamedTuple):
 
 
 def amount(cell: str, *, decimal_comma: bool = False) -> Amount | None:
-    """What a cell represents; None if it is neither an amount nor a date."""
+    """Parses a cell; None if it is neither an amount nor a date."""
     cell = cell.strip()
     if ISO.fullmatch(cell):
         return _days(cell)
@@ -43,15 +43,15 @@ def amount(cell: str, *, decimal_comma: bool = False) -> Amount | None:
     try:
         return Amount(float(cell), "")
     except ValueError:
-        found = NUMBER.fullmatch(cell)
-    if found is None or (found["before"] and found["after"]):
+        match = NUMBER.fullmatch(cell)
+    if match is None or (match["prefix"] and match["suffix"]):
         return None
-    digits = re.sub(r"\D", "", found["whole"] or "")
+    digits = re.sub(r"\D", "", match["integer"] or "")
     try:
-        value = float(f"{found['minus']}{found['late_minus']}{digits}{found['rest']}")
+        value = float(f"{match['sign']}{match['inner_sign']}{digits}{match['fraction']}")
     except ValueError:
         return None
-    return Amount(value, found["before"] or found["after"])
+    return Amount(value, match["prefix"] or match["suffix"])
 
 
 def amounts(
@@ -59,42 +59,42 @@ def amounts(
 ) -> tuple[np.ndarray, str] | None:
     """Numbers `[N]` with NaN for None, and their unit; None unless all cells have one unit."""
     cells = list(cells)
-    known = {x: amount(x, decimal_comma=decimal_comma) for x in {*cells} if x is not None}
-    units = {found and found.unit for found in known.values()}
+    parsed = {x: amount(x, decimal_comma=decimal_comma) for x in {*cells} if x is not None}
+    units = {result and result.unit for result in parsed.values()}
     if len(units) != 1 or None in units:
         return None
-    values = {cell: found.value for cell, found in known.items() if found is not None}
+    values = {cell: result.value for cell, result in parsed.items() if result is not None}
     numbers = [np.nan if cell is None else values[cell] for cell in cells]
     return np.array(numbers), units.pop() or ""
 
 
-def kind(unit: str) -> str:
-    """A cell of this unit, in words."""
+def cell_type(unit: str) -> str:
+    """Describes cells of this unit."""
     if unit == DAYS:
         return "a date"
     return f"a number with {unit!r}" if unit else "a plain number"
 
 
-def written(value: float, unit: str) -> str:
-    """The amount in a short form: `12.5%`, `$3`, the day of a date."""
+def format_amount(value: float, unit: str) -> str:
+    """Formats an amount briefly: `12.5%`, `$3`, the day of a date."""
     if unit == DAYS:
         return str(np.datetime64(int(np.floor(value + 0.01)), "D"))
     number = f"{value:.5g}"
     return number + unit if unit == "%" else unit + number
 
 
-def told(cell: str, decimal_comma: bool) -> str:
-    """How this cell and others like it are read."""
-    found = amount(cell, decimal_comma=decimal_comma)
-    assert found is not None
-    unit = f" {DAYS}" if found.unit == DAYS else ""
-    return f"{cell!r:.40} is read as {found.value:.10g}{unit}, and others like it"
+def reading_notice(cell: str, decimal_comma: bool) -> str:
+    """The notice that tells how a text cell is read as a number."""
+    parsed = amount(cell, decimal_comma=decimal_comma)
+    assert parsed is not None
+    unit = f" {DAYS}" if parsed.unit == DAYS else ""
+    return f"{cell!r:.40} is read as {parsed.value:.10g}{unit}, and others like it"
 
 
 def _days(cell: str) -> Amount | None:
     try:
-        when = datetime.datetime.fromisoformat(cell)
+        date = datetime.datetime.fromisoformat(cell)
     except ValueError:
         return None
-    when = when.replace(tzinfo=when.tzinfo or datetime.UTC)
-    return Amount((when - EPOCH) / datetime.timedelta(days=1), DAYS)
+    date = date.replace(tzinfo=date.tzinfo or datetime.UTC)
+    return Amount((date - EPOCH) / datetime.timedelta(days=1), DAYS)

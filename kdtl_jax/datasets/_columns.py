@@ -1,7 +1,7 @@
-"""How the columns of a table become inputs: numbers, or one number per category of text.
+"""Encodes the columns of a table as inputs: numbers, or one number per category of text.
 
-The training part determines what a column becomes, which is kept as a `Column`, so that other parts
-and data read later are encoded in the same way.
+The training part determines the encoding of each column, a `Column`, which is stored so that other
+parts and later data are encoded in the same way.
 """
 
 import re
@@ -11,7 +11,7 @@ import numpy as np
 
 from kdtl_jax.datasets import _amounts
 from kdtl_jax.datasets._preprocessing import Column
-from kdtl_jax.datasets._tables import Missing, Table, check_read, empty, is_number
+from kdtl_jax.datasets._tables import Missing, Table, check_model_columns, is_number, missing_mask
 
 MOST_CATEGORIES = 1000
 # 31/01/2024, 31-Jan-2024, Jan 31, 2024: dates not in ISO 8601.
@@ -24,63 +24,63 @@ DATE = re.compile(
 def columns_of(
     table: Table, rows: np.ndarray, *, missing: Missing | None, one_hot: bool
 ) -> tuple[Column, ...]:
-    """What each column becomes, determined by the training rows.
+    """Decides how to encode each column, from the training rows.
 
     Args:
       table: the inputs.
-      rows: those of the training part.
-      missing: what fills a missing value; None or "drop" fills nothing.
+      rows: the training rows.
+      missing: how to fill missing values; None or "drop" fills none.
       one_hot: whether text becomes one input per category.
 
     Raises:
-      ValueError: naming the row and column of text, or of a missing value that nothing fills.
+      ValueError: naming the row and column of text, or of a missing value without a fill.
     """
-    made = []
+    result = []
     for name, column in table.columns.items():
         part = column[rows]
-        there = part[~empty(part)]
-        lacking = empty(column)
-        fills = missing not in (None, "drop")
-        if lacking.any() and not fills:
-            row = int(np.flatnonzero(lacking)[0])
+        present = part[~missing_mask(part)]
+        is_missing = missing_mask(column)
+        fill = missing not in (None, "drop")
+        if is_missing.any() and not fill:
+            row = int(np.flatnonzero(is_missing)[0])
             raise ValueError(
                 f"{table.name}: {table.at(row)}, column {name!r:.80}: no value "
-                f"({int(lacking.sum())} of {len(column)} are missing). Fill them in (--missing "
+                f"({int(is_missing.sum())} of {len(column)} are missing). Fill them in (--missing "
                 "mean, median, most_frequent) or leave such rows out (--missing drop)."
             )
-        if not len(there):
+        if not len(present):
             raise ValueError(
                 f"{table.name}: column {name!r:.80} has no value in the training part. Drop it "
                 f"(--drop-columns)."
             )
         # Text whose cells are all plain numbers is text by its file's type, such as codes.
-        if (read := _numbers_in(table, column)) is not None and (
-            column.dtype == np.float64 or not all(map(is_number, column[~lacking]))
+        if (parsed := _numbers_in(table, column)) is not None and (
+            column.dtype == np.float64 or not all(map(is_number, column[~is_missing]))
         ):
-            values, unit = read
-            values = values[rows][~empty(part)]
-            made.append(Column(name, (), _fill(values, missing) if fills else None, unit))
+            values, unit = parsed
+            values = values[rows][~missing_mask(part)]
+            result.append(Column(name, (), _fill(values, missing) if fill else None, unit))
         else:
-            made.append(_text_column(table, name, column, there, missing, one_hot))
-    return tuple(made)
+            result.append(_text_column(table, name, column, present, missing, one_hot))
+    return tuple(result)
 
 
-def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
+def encode(table: Table, columns: Sequence[Column]) -> np.ndarray:
     """Inputs `[N, D]`, float64: one number per column, or one per category.
 
     A category that the training part does not have is encoded as all zeros.
 
     Raises:
-      ValueError: if a column is missing, has text instead of numbers, or has a missing value that
-        nothing fills; row and column are named.
+      ValueError: if a column is missing, has text instead of numbers, or has a missing value
+        without a fill; row and column are named.
     """
-    out = np.empty((table.size, sum(len(column.categories) or 1 for column in columns)))
-    check_read(table.name, [column.name for column in columns], list(table.columns))
-    at = 0
+    inputs = np.empty((table.size, sum(len(column.categories) or 1 for column in columns)))
+    check_model_columns(table.name, [column.name for column in columns], list(table.columns))
+    start = 0
     for column in columns:
-        values, lacking = table.columns[column.name], empty(table.columns[column.name])
-        if lacking.any() and column.fill is None:
-            row = int(np.flatnonzero(lacking)[0])
+        values, is_missing = table.columns[column.name], missing_mask(table.columns[column.name])
+        if is_missing.any() and column.fill is None:
+            row = int(np.flatnonzero(is_missing)[0])
             raise ValueError(
                 f"{table.name}: {table.at(row)}, column {column.name!r:.80}: no value, and the "
                 "training data had none missing."
@@ -88,29 +88,29 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
         # Filled last: a column with only missing values may be of either type.
         if column.categories:
             texts = _as_text(values)
-            texts[lacking] = column.fill
-            end = at + len(column.categories)
-            out[:, at:end] = texts[:, None] == np.array(column.categories, object)[None]
-            at = end
+            texts[is_missing] = column.fill
+            end = start + len(column.categories)
+            inputs[:, start:end] = texts[:, None] == np.array(column.categories, object)[None]
+            start = end
             continue
-        read = (np.full(len(values), np.nan), column.unit)
-        if not lacking.all():
-            read = _numbers_in(table, values)
-        if read is None or read[1] != column.unit:
+        parsed = (np.full(len(values), np.nan), column.unit)
+        if not is_missing.all():
+            parsed = _numbers_in(table, values)
+        if parsed is None or parsed[1] != column.unit:
             raise _not_a_number(table, column.name, values, column.unit)
-        values = read[0]
+        values = parsed[0]
         if column.fill is not None:
-            values = np.where(lacking, column.fill, values)
-        out[:, at] = values
-        at += 1
-    return out
+            values = np.where(is_missing, column.fill, values)
+        inputs[:, start] = values
+        start += 1
+    return inputs
 
 
 def cell_of(column: Column, inputs: np.ndarray) -> str:
-    """A cell of this column, recovered from its inputs `[1]` or `[categories]`, up to rounding."""
+    """Recovers a column's cell from its inputs `[1]` or `[categories]`, up to rounding."""
     if column.categories:
         return column.categories[int(inputs.argmax())] if inputs.max() > 0.5 else "another"
-    return _amounts.written(float(inputs[0]), column.unit)
+    return _amounts.format_amount(float(inputs[0]), column.unit)
 
 
 def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
@@ -119,12 +119,12 @@ def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
     for column in columns:
         if column.categories:
             values = table.columns[column.name]
-            texts = _as_text(values[~empty(values)])
-            new = sorted(set(texts) - set(column.categories))
-            if new:
+            texts = _as_text(values[~missing_mask(values)])
+            unknown = sorted(set(texts) - set(column.categories))
+            if unknown:
                 notices.append(
-                    f"column {column.name!r:.80}: {new[0]!r:.80} does not occur in the training "
-                    f"part ({len(new)} such categories): all of its inputs are 0"
+                    f"column {column.name!r:.80}: {unknown[0]!r:.80} does not occur in the "
+                    f"training part ({len(unknown)} such categories): all of its inputs are 0"
                 )
     return notices
 
@@ -134,10 +134,10 @@ def amounts_read(table: Table, columns: Sequence[Column]) -> list[str]:
     notices = []
     for column in columns:
         cells = table.columns[column.name]
-        if cells.dtype == object and not column.categories and not empty(cells).all():
+        if cells.dtype == object and not column.categories and not missing_mask(cells).all():
             cell = next(cell for cell in cells if cell is not None and not is_number(cell))
             notices.append(
-                f"column {column.name!r:.80}: {_amounts.told(cell, table.decimal_comma)}"
+                f"column {column.name!r:.80}: {_amounts.reading_notice(cell, table.decimal_comma)}"
             )
     return notices
 
@@ -146,13 +146,13 @@ def _text_column(
     table: Table,
     name: str,
     column: np.ndarray,
-    there: np.ndarray,
+    present: np.ndarray,
     missing: Missing | None,
     one_hot: bool,
 ) -> Column:
     if not one_hot:
         raise _not_a_number(table, name, column)
-    texts = _as_text(there)
+    texts = _as_text(present)
     categories, counts = np.unique(texts.astype(str), return_counts=True)
     if len(categories) > MOST_CATEGORIES or (len(texts) >= 20 and 2 * len(categories) > len(texts)):
         raise ValueError(
@@ -178,30 +178,30 @@ def _numbers_in(table: Table, column: np.ndarray) -> tuple[np.ndarray, str] | No
 def _not_a_number(
     table: Table, name: str, column: np.ndarray, unit: str | None = None
 ) -> ValueError:
-    """The error naming the first cell that is not a number in this unit, or in the first cell's."""
-    there = np.flatnonzero(~empty(column)).tolist()
-    read = [_amounts.amount(str(column[i]), decimal_comma=table.decimal_comma) for i in there]
+    """The error for the first cell that is not a number in `unit` (default: the first cell's)."""
+    rows = np.flatnonzero(~missing_mask(column)).tolist()
+    amounts = [_amounts.amount(str(column[i]), decimal_comma=table.decimal_comma) for i in rows]
     if unit is None:
-        unit = next((found.unit for found in read if found), "")
-    found = zip(there, read, strict=True)
-    wrong = ((i, x) for i, x in found if x is None or x.unit != unit)
-    row, amount = next(wrong, (there[0], read[0]))
-    cell, what = column.tolist()[row], "is not a number"
+        unit = next((amount.unit for amount in amounts if amount), "")
+    pairs = zip(rows, amounts, strict=True)
+    mismatches = ((i, amount) for i, amount in pairs if amount is None or amount.unit != unit)
+    row, amount = next(mismatches, (rows[0], amounts[0]))
+    cell, problem = column.tolist()[row], "is not a number"
     repair = "Make it one input per category (--text-columns one-hot), or drop it (--drop-columns)."
     if not isinstance(cell, (str, float)):
         repair = "Drop it (--drop-columns)."
     elif amount is not None and amount.unit != unit:
-        what = f"is {_amounts.kind(amount.unit)}, expected {_amounts.kind(unit)}"
+        problem = f"is {_amounts.cell_type(amount.unit)}, expected {_amounts.cell_type(unit)}"
         repair = "Write the whole column in one form, or drop it (--drop-columns)."
     elif amount is not None:
-        what = "is text, not a number"
+        problem = "is text, not a number"
     elif DATE.fullmatch(str(cell)):
-        what = "is a date in an ambiguous form"
+        problem = "is a date in an ambiguous form"
         repair = "Write it as in 2024-01-31, or drop it (--drop-columns)."
     elif is_number(re.sub(r"[\s,'%$€£¥]", "", str(cell))):
         repair = "Write plain numbers, such as 1234.5, or drop it (--drop-columns)."
     return ValueError(
-        f"{table.name}: {table.at(row)}, column {name!r:.80}: {cell!r:.80} {what}. {repair}"
+        f"{table.name}: {table.at(row)}, column {name!r:.80}: {cell!r:.80} {problem}. {repair}"
     )
 
 
@@ -210,12 +210,12 @@ def _fill(values: np.ndarray, missing: Missing | None) -> float:
         return float(values.mean())
     if missing == "median":
         return float(np.median(values))
-    found, counts = np.unique(values, return_counts=True)
-    return float(found[counts.argmax()])
+    distinct, counts = np.unique(values, return_counts=True)
+    return float(distinct[counts.argmax()])
 
 
 def _as_text(column: np.ndarray) -> np.ndarray:
-    """A column as text, with whole numbers without a fraction."""
+    """A column as text; whole numbers have no fraction."""
     if column.dtype == np.float64:
         column = np.array([int(x) if x.is_integer() else x for x in column.tolist()], object)
     return np.array([str(cell) for cell in column], object)

@@ -1,4 +1,4 @@
-"""What a labeled data set is, the checks that every reader makes, and the built-in digits.
+"""Labeled data sets, the checks that all readers share, and the built-in digits.
 
 The digits: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine
 Learning Repository, 1998, https://doi.org/10.24432/C50P49, licensed under the Creative Commons
@@ -15,8 +15,8 @@ import numpy as np
 from kdtl_jax import _text
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 
-PIECE = 4096  # rows that are checked together
-FEWEST_ROWS = 20  # with at least this many rows, labels that hardly repeat are taken for an id
+ROWS_PER_CHECK = 4096  # rows that are checked together
+MIN_ROWS = 20  # with at least this many rows, labels that hardly repeat are taken for an id
 
 
 class Dataset(NamedTuple):
@@ -33,7 +33,7 @@ class Dataset(NamedTuple):
     labels: np.ndarray  # int32 [N]; for other kinds [N, classes]
     classes: int  # the number of classes, labels or numbers
     names: tuple[str, ...] = ()  # of the classes, if they are not the numbers themselves
-    notices: tuple[str, ...] = ()  # what the reader reports
+    notices: tuple[str, ...] = ()  # from the reader
     form: Preprocessing = Preprocessing()  # how the inputs were read
 
     @property
@@ -78,7 +78,7 @@ def checked(
     *,
     like: Dataset | None = None,
 ) -> Dataset:
-    """A `Dataset`, after checking every value. All readers share these rules for labels.
+    """Makes a `Dataset` after checking every value. All readers share these rules for labels.
 
     Labels may be whole numbers `[N]` or `[N, 1]`, text, or one-hot rows `[N, K]`. Numbers 0..K-1
     are kept; text and other codes (10, 20, 30) are numbered in sorted order, with their names in
@@ -97,29 +97,29 @@ def checked(
         infinite; rows are named.
     """
     inputs, labels = np.asarray(inputs), np.asarray(labels)
-    flat, notices = _one_per_example(name, inputs, labels)
+    label_vector, notices = _label_vector(name, inputs, labels)
     if inputs.size == 0:
         raise ValueError(f"{name}: holds no examples, got inputs {list(inputs.shape)}.")
     inputs = finite_numbers(name, inputs)
-    found = _whole(name, flat)
+    values = _integers_or_text(name, label_vector)
     one_hot = labels.shape[-1] if labels.ndim == 2 and labels.shape[-1] > 1 else None
     if like is not None:
-        numbers, count, names = *_numbered_like(name, found, like), like.names
+        numbers, count, names = *_number_classes_like(name, values, like), like.names
     elif classes is not None or one_hot is not None:
-        numbers, count, names = *_in_range(name, found, classes or one_hot or 0), ()
+        numbers, count, names = *_in_range(name, values, classes or one_hot or 0), ()
     else:
-        numbers, names, notice = _numbered(name, found)
+        numbers, names, notice = _number_classes(name, values)
         count, notices = int(numbers.max()) + 1, [*notices, *notice]
     return Dataset(name, inputs, numbers.astype(np.int32), count, names, (*notices,))
 
 
-def _one_per_example(
+def _label_vector(
     name: str, inputs: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
     """Labels `[N]`, from `[N, 1]` or one-hot `[N, K]` as well."""
-    flat, notices = labels, []
+    label_vector, notices = labels, []
     if labels.ndim == 2 and labels.shape[1] == 1:
-        flat = labels[:, 0]
+        label_vector = labels[:, 0]
     elif labels.ndim == 2 and labels.dtype.kind in "iufb" and labels.size:
         if not np.isin(labels, (0, 1)).all() or not (labels.sum(axis=1) == 1).all():
             row = int(np.flatnonzero(labels.sum(axis=1) != 1)[:1].sum())
@@ -127,17 +127,17 @@ def _one_per_example(
                 f"{name}: labels {list(labels.shape)} are not one-hot, see row {row}: every row "
                 "needs a single 1 among zeros. Several labels per example need target='labels'."
             )
-        flat = labels.argmax(axis=1)
+        label_vector = labels.argmax(axis=1)
         notices = [f"labels are one-hot rows: read as the numbers 0..{labels.shape[1] - 1}"]
-    if inputs.ndim < 1 or flat.ndim != 1 or len(inputs) != len(flat):
+    if inputs.ndim < 1 or label_vector.ndim != 1 or len(inputs) != len(label_vector):
         raise ValueError(
             f"{name}: one label per example is needed, got inputs {list(inputs.shape)} and labels "
             f"{list(labels.shape)}. Are these two files of one split?"
         )
-    return flat, notices
+    return label_vector, notices
 
 
-def _whole(name: str, labels: np.ndarray) -> np.ndarray:
+def _integers_or_text(name: str, labels: np.ndarray) -> np.ndarray:
     """Labels as integers of any width, or as text that is not numeric."""
     if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels):
         labels = labels.astype(str)
@@ -153,11 +153,11 @@ def _whole(name: str, labels: np.ndarray) -> np.ndarray:
         return labels.astype(np.int8) if labels.dtype.kind == "b" else labels
     if labels.dtype.itemsize < 8:  # float16 ends below the bound
         labels = labels.astype(np.float64)
-    odd = np.flatnonzero(
+    bad = np.flatnonzero(
         ~np.isfinite(labels) | (labels != np.floor(labels)) | (np.abs(labels) > 2.0**53)
     )
-    if len(odd):
-        row = int(odd[0])
+    if len(bad):
+        row = int(bad[0])
         if np.abs(labels[row]) > 2.0**53 and np.isfinite(labels[row]):
             raise ValueError(
                 f"{name}: labels must be whole numbers, got {labels[row]:g} at row {row}: above "
@@ -190,76 +190,77 @@ def from_text(name: str, labels: np.ndarray) -> np.ndarray:
 
 
 def _in_range(name: str, labels: np.ndarray, classes: int) -> tuple[np.ndarray, int]:
-    """Numbers 0..classes-1."""
-    if labels.dtype.kind == "U" and all(re.fullmatch("[0-9]{1,18}", each) for each in labels):
-        labels = labels.astype(np.int64)  # of classes that are numbers: leading zeros say nothing
+    """Checks that labels are numbers 0..classes-1."""
+    if labels.dtype.kind == "U" and all(re.fullmatch("[0-9]{1,18}", label) for label in labels):
+        labels = labels.astype(np.int64)  # the classes are numbers: ignore leading zeros
     if labels.dtype.kind == "U":
         raise ValueError(
             f"{name}: labels must lie in 0..{classes - 1}, got {str(labels[0])!r} at row 0."
         )
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(bad):
         raise ValueError(
-            f"{name}: labels must lie in 0..{classes - 1}, got {labels[wrong[0]]} at row "
-            f"{wrong[0]} ({len(wrong)} such rows). Renumber the labels from 0, or drop these rows."
+            f"{name}: labels must lie in 0..{classes - 1}, got {labels[bad[0]]} at row "
+            f"{bad[0]} ({len(bad)} such rows). Renumber the labels from 0, or drop these rows."
         )
     return labels, classes
 
 
-def _numbered_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.ndarray, int]:
-    """The labels in another part's numbering of classes."""
+def _number_classes_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.ndarray, int]:
+    """Numbers the classes of the labels as another part does."""
     if not like.names:
         return _in_range(name, labels, like.classes)
     text = labels.astype(str)
     order = np.argsort(like.names)
-    places = np.searchsorted(np.array(like.names)[order], text).clip(max=like.classes - 1)
-    numbers = order[places]
-    wrong = np.flatnonzero(np.array(like.names)[numbers] != text)
-    if len(wrong):
-        listed = ", ".join(like.names[:8]) + (", …" if like.classes > 8 else "")
+    positions = np.searchsorted(np.array(like.names)[order], text).clip(max=like.classes - 1)
+    numbers = order[positions]
+    bad = np.flatnonzero(np.array(like.names)[numbers] != text)
+    if len(bad):
+        class_list = ", ".join(like.names[:8]) + (", …" if like.classes > 8 else "")
         raise ValueError(
-            f"{name}: label {_text.quoted(str(text[wrong[0]]))} at row {wrong[0]} does not occur "
-            f"in the training part or the model, whose classes are {_text.shown(listed, 800)}."
+            f"{name}: label {_text.quoted(str(text[bad[0]]))} at row {bad[0]} does not occur "
+            f"in the training part or the model, whose classes are {_text.shown(class_list, 800)}."
         )
     return numbers, like.classes
 
 
-def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+def _number_classes(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
     """Numbers 0..K-1, the names of the classes if they differ, and notices."""
-    found, numbers = np.unique(labels, return_inverse=True)
-    if len(found) == 1:
+    distinct, numbers = np.unique(labels, return_inverse=True)
+    if len(distinct) == 1:
         raise ValueError(
-            f"{name}: every label is {_text.shown(str(found[0]), 80)}: one class cannot be "
+            f"{name}: every label is {_text.shown(str(distinct[0]), 80)}: one class cannot be "
             "learned. Is this the label column? Give classes= for a part in which the others "
             "happen to be missing."
         )
-    if len(labels) >= FEWEST_ROWS and 2 * len(found) > len(labels):
+    if len(labels) >= MIN_ROWS and 2 * len(distinct) > len(labels):
         raise ValueError(
-            f"{name}: {len(found)} different labels in {len(labels)} examples: an id or a "
+            f"{name}: {len(distinct)} different labels in {len(labels)} examples: an id or a "
             "measurement? Name the column of labels (--label), or learn numbers (--target "
             "numbers). In Python, classes= says that these are classes."
         )
-    is_text = found.dtype.kind == "U"
-    if not is_text and found[0] < 0 and found.tolist() != [-1, 1]:  # these are two classes
-        _in_range(name, labels, int(found[-1]) + 1)  # raises
-    if not is_text and found[0] == 0 and found[-1] == len(found) - 1:
+    is_text = distinct.dtype.kind == "U"
+    if not is_text and distinct[0] < 0 and distinct.tolist() != [-1, 1]:  # these are two classes
+        _in_range(name, labels, int(distinct[-1]) + 1)  # raises
+    if not is_text and distinct[0] == 0 and distinct[-1] == len(distinct) - 1:
         return labels, (), []
-    names = tuple(map(str, found))
-    listed = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
-    listed = _text.shown(listed, 600)
-    return numbers, names, [f"labels {listed} are numbered 0..{len(names) - 1} in this order"]
+    names = tuple(map(str, distinct))
+    label_list = _text.shown(", ".join(names[:6]) + (", …" if len(names) > 6 else ""), 600)
+    return numbers, names, [f"labels {label_list} are numbered 0..{len(names) - 1} in this order"]
 
 
 def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
     """Inputs as float32, or as float64 if float32 would round their differences away."""
     if inputs.dtype.kind not in "iufb":
         raise ValueError(f"{name}: inputs must be numbers, got {inputs.dtype}.")
-    # What overflows float32 becomes infinite, and is refused below.
+    # Values that overflow float32 become infinite, and are refused below.
     with np.errstate(over="ignore", invalid="ignore"):
         single = np.ascontiguousarray(inputs, np.float32)
-    rest = tuple(range(1, single.ndim))
-    pieces = range(0, len(single), PIECE)
-    finite = [np.isfinite(single[at : at + PIECE]).all(axis=rest) for at in pieces]
+    feature_axes = tuple(range(1, single.ndim))
+    finite = [
+        np.isfinite(single[start : start + ROWS_PER_CHECK]).all(axis=feature_axes)
+        for start in range(0, len(single), ROWS_PER_CHECK)
+    ]
     finite = np.concatenate([np.zeros(0, bool), *finite])
     if not finite.all():
         rows = np.flatnonzero(~finite)

@@ -14,7 +14,7 @@ from kdtl_jax import _checks
 from kdtl_jax.datasets._arrays import DEFLATE
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-PIECE = 2**20
+CHUNK_BYTES = 2**20
 
 
 def is_idx_folder(folder: Path) -> bool:
@@ -27,47 +27,47 @@ def _files_of(folder: Path, part: str, kind: str) -> list[Path]:
 
 
 def idx_file(folder: Path, part: str, kind: str) -> Path:
-    """The one file of a part: `train-images-idx3-ubyte`, `train-images.idx3-ubyte.gz`, …"""
-    found = _files_of(folder, part, kind)
-    if part == "t10k" and not found:
-        found = _files_of(folder, "test", kind)
-    if not found:
-        there = sorted(entry.name for entry in folder.iterdir())[:8]
+    """The file of a part: `train-images-idx3-ubyte`, `train-images.idx3-ubyte.gz`, …"""
+    files = _files_of(folder, part, kind)
+    if part == "t10k" and not files:
+        files = _files_of(folder, "test", kind)
+    if not files:
+        entries = sorted(entry.name for entry in folder.iterdir())[:8]
         raise ValueError(
             f"{folder}: has no {part}-{kind}-idx file (.gz or not); it has "
-            f"{there or 'nothing'}. Expected MNIST's four files."
+            f"{entries or 'nothing'}. Expected MNIST's four files."
         )
-    return found[0]
+    return files[0]
 
 
 def idx_shape(path: Path) -> tuple[int, ...]:
     """The shape in an idx file's header; nothing else is read."""
-    with _opened(path) as (file, _):
+    with _open(path) as (file, _):
         _, shape = _header(path, file)
     return tuple(shape)
 
 
 def read_idx_array(path: str | Path) -> np.ndarray:
-    """One idx file as an array in native byte order; unpacks no more than its header announces.
+    """Reads an idx file as an array in native byte order, up to the size in its header.
 
     Raises:
       TypeError: if `path` is not a path.
     """
     path = _checks.path(path=path)
-    with _opened(path) as (file, packed):
-        most = path.stat().st_size * (DEFLATE if packed else 1)
-        return _idx_array(path, file, most, packed=packed)
+    with _open(path) as (file, is_gzipped):
+        max_bytes = path.stat().st_size * (DEFLATE if is_gzipped else 1)
+        return _idx_array(path, file, max_bytes, is_gzipped=is_gzipped)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, bool]]:
+def _open(path: Path) -> Iterator[tuple[Any, bool]]:
     """The file, unpacked if it is gzipped, and whether it is."""
     with path.open("rb") as file:
-        start = file.read(2)
-        if not start:
+        magic = file.read(2)
+        if not magic:
             raise ValueError(f"{path}: the file is empty.")
         file.seek(0)
-        if start != b"\x1f\x8b":
+        if magic != b"\x1f\x8b":
             yield file, False
             return
         try:
@@ -78,44 +78,44 @@ def _opened(path: Path) -> Iterator[tuple[Any, bool]]:
 
 
 def _header(path: Path, file: Any) -> tuple[np.dtype, list[int]]:
-    raw = file.read(4)
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES or not 0 < raw[3] <= 32:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES or not 0 < magic[3] <= 32:
         raise ValueError(
-            f"{path}: not an idx file: the first bytes are {raw[:4].hex(' ')}, expected 00 00 "
+            f"{path}: not an idx file: the first bytes are {magic[:4].hex(' ')}, expected 00 00 "
             "then a type (08 for bytes) and the number of dimensions."
         )
-    head = file.read(4 * raw[3])
-    if len(head) < 4 * raw[3]:
+    dimensions = file.read(4 * magic[3])
+    if len(dimensions) < 4 * magic[3]:
         raise ValueError(
-            f"{path}: holds {4 + len(head)} bytes, which end within its header. Is the download "
-            "complete?"
+            f"{path}: holds {4 + len(dimensions)} bytes, which end within its header. Is the "
+            "download complete?"
         )
-    shape = [int.from_bytes(head[i : i + 4], "big") for i in range(0, len(head), 4)]
-    return np.dtype(_TYPES[raw[2]]), shape
+    shape = [int.from_bytes(dimensions[i : i + 4], "big") for i in range(0, len(dimensions), 4)]
+    return np.dtype(_TYPES[magic[2]]), shape
 
 
-def _idx_array(path: Path, file: Any, most: int, *, packed: bool) -> np.ndarray:
-    """The array in an open file of at most `most` bytes."""
+def _idx_array(path: Path, file: Any, max_bytes: int, *, is_gzipped: bool) -> np.ndarray:
+    """Reads the array in an open file of at most `max_bytes` bytes."""
     dtype, shape = _header(path, file)
     start = 4 + 4 * len(shape)
     expected = start + math.prod(shape) * dtype.itemsize
-    content, more = bytearray(), b"-"
-    while more and len(content) + start <= expected <= most:
-        more = file.read(min(PIECE, expected - start - len(content) + 1))
-        content += more
+    content, chunk = bytearray(), b"-"
+    while chunk and len(content) + start <= expected <= max_bytes:
+        chunk = file.read(min(CHUNK_BYTES, expected - start - len(content) + 1))
+        content += chunk
     size = start + len(content)
     if size != expected:
-        there = str(size if packed else most)
-        if packed and expected > most:
-            there = f"at most {most}"
-        elif packed and size > expected:
-            there = f"at least {size}"
+        found = str(size if is_gzipped else max_bytes)
+        if is_gzipped and expected > max_bytes:
+            found = f"at most {max_bytes}"
+        elif is_gzipped and size > expected:
+            found = f"at least {size}"
         raise ValueError(
-            f"{path}: holds {there} bytes, but its header {shape} of {dtype} asks for {expected}. "
+            f"{path}: holds {found} bytes, but its header {shape} of {dtype} asks for {expected}. "
             "Is the download complete?"
         )
     try:
-        found = np.frombuffer(content, dtype).reshape(shape)
+        array = np.frombuffer(content, dtype).reshape(shape)
     except ValueError as error:
         raise ValueError(f"{path}: its header {shape} makes no array ({error}).") from None
-    return found.astype(dtype.newbyteorder("="))
+    return array.astype(dtype.newbyteorder("="))

@@ -1,4 +1,4 @@
-"""Images: folders of classes (`train/cat/1.png`), and bytes of image files in other data.
+"""Images: folders of classes (`train/cat/1.png`), and encoded images within other data.
 
 Gray images have one channel, color images three, or four with transparency; 16-bit and float images
 are gray. Pixels are as stored: 0 to 255, 0 to 65535, or any numbers. A mixture is converted to a
@@ -27,14 +27,15 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jfif", ".jpe", ".jp2", ".avif"),
 )
 # Filler words in the names of the folders of parts: train_images, seg_train.
-FILLING = {"images", "image", "imgs", "img", "pictures", "photos", "data", "set", "split", "seg"}
-HIDDEN = (".", "__", "@")  # prefixes of folders that programs create: .ipynb_checkpoints, @eaDir
-MOST_PIXELS = 2**26  # of one image
+FILLERS = {"images", "image", "imgs", "img", "pictures", "photos", "data", "set", "split", "seg"}
+# Of folders that programs create: .ipynb_checkpoints, @eaDir.
+HIDDEN_PREFIXES = (".", "__", "@")
+MAX_PIXELS = 2**26  # of one image
 CHANNELS = {"L": 1, "I;16": 1, "F": 1, "RGB": 3, "RGBA": 4}
-DEEPER = 257  # 65535 / 255: from 8 bits to 16
-ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)  # of EXIF
+DEPTH_SCALE = 257  # 65535 / 255: from 8 bits to 16
+ORIENTATION, ROTATED = 274, (5, 6, 7, 8)  # of EXIF
 # What Pillow raises on broken files.
-_BROKEN = (
+_READ_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, MemoryError),
     *(OverflowError, struct.error, zlib.error, Image.DecompressionBombError),
 )
@@ -52,9 +53,9 @@ class Pictures(NamedTuple):
         return len(self.files)
 
     def at(self, row: int) -> str:
-        """An image as messages name it."""
-        found = self.files[row]
-        return str(found) if isinstance(found, Path) else f"{self.name}: image {row}"
+        """The name of an image in messages."""
+        file = self.files[row]
+        return str(file) if isinstance(file, Path) else f"{self.name}: image {row}"
 
 
 class Folder(NamedTuple):
@@ -70,44 +71,48 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def parts_of(folder: Path) -> dict[str, Path]:
-    """The folders of parts by part, if the folder is divided: `train`, `test`, …"""
-    found: dict[str, Path] = {}
-    inside = _folders(folder)
+def part_folders(folder: Path) -> dict[str, Path]:
+    """`{part: folder}` if the folder is divided into parts: `train`, `test`, …"""
+    result: dict[str, Path] = {}
+    folders = _folders(folder)
     for part, names in PARTS.items():
-        plain = [path for path in inside if path.name.lower() in names]
-        filled = [path for path in inside if _stands_for(path, names)]
-        if either := plain + filled:
-            found[part] = either[0]
+        exact = [path for path in folders if path.name.lower() in names]
+        approximate = [path for path in folders if _is_part_name(path, names)]
+        if matches := exact + approximate:
+            result[part] = matches[0]
     # A class may be called train_set; a divided folder has two parts or more.
-    is_divided = len(found) > 1 or any(path.name.lower() in PARTS["train"] for path in inside)
-    return found if "train" in found and is_divided else {}
+    is_divided = len(result) > 1 or any(path.name.lower() in PARTS["train"] for path in folders)
+    return result if "train" in result and is_divided else {}
 
 
-def others_of(folder: Path, parts: Mapping[str, Path]) -> list[str]:
-    """The folders with images beside those of the parts."""
-    beside = [path for path in _folders(folder) if path not in parts.values()]
-    return [path.name for path in beside if any(map(is_image, path.rglob("*")))]
+def other_folders(folder: Path, parts: Mapping[str, Path]) -> list[str]:
+    """The names of other folders with images."""
+    others = [path for path in _folders(folder) if path not in parts.values()]
+    return [path.name for path in others if any(map(is_image, path.rglob("*")))]
 
 
-def in_classes(folder: Path) -> Folder:
+def images_by_class(folder: Path) -> Folder:
     """The images of a folder with one folder per class, in the order of their names."""
-    files, classes, notices, others = [], [], [], 0
-    deep = []
-    for inside in _folders(folder):
-        own = all_images(inside)
-        deep += [inside.name] if any(path.parent != inside for path in own) else []
-        others += sum(p.is_file() and not p.name.startswith(".") for p in inside.iterdir())
-        others -= sum(path.parent == inside for path in own)
-        if not own:
-            notices.append(f"folder {inside.name!r:.80} has no image: left out")
-        files += own
-        classes += [inside.name] * len(own)
-    if deep:
-        listed = f"{deep[0]!r:.80}{' and others' if deep[1:] else ''}"
-        notices.append(f"folders within {listed} are not told apart: the class is the outer one")
-    if others > 0:
-        notices.append(f"files that are not images are left out: {others}")
+    files, classes, notices, other_files = [], [], [], 0
+    nested = []
+    for class_folder in _folders(folder):
+        images = all_images(class_folder)
+        nested += [class_folder.name] if any(path.parent != class_folder for path in images) else []
+        other_files += sum(
+            p.is_file() and not p.name.startswith(".") for p in class_folder.iterdir()
+        )
+        other_files -= sum(path.parent == class_folder for path in images)
+        if not images:
+            notices.append(f"folder {class_folder.name!r:.80} has no image: left out")
+        files += images
+        classes += [class_folder.name] * len(images)
+    if nested:
+        folder_list = f"{nested[0]!r:.80}{' and others' if nested[1:] else ''}"
+        notices.append(
+            f"folders within {folder_list} are not told apart: the class is the outer one"
+        )
+    if other_files > 0:
+        notices.append(f"files that are not images are left out: {other_files}")
     return Folder(files, classes, tuple(notices))
 
 
@@ -118,84 +123,89 @@ def all_images(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         if is_image(path)
         and path.is_file()
-        and not any(name.startswith(HIDDEN) for name in path.relative_to(folder).parts[:-1])
+        and not any(
+            name.startswith(HIDDEN_PREFIXES) for name in path.relative_to(folder).parts[:-1]
+        )
     )
 
 
-def form_of(
+def array_form(
     pictures: Pictures, rows: Sequence[int] | np.ndarray, image_size: tuple[int, int] | None
 ) -> tuple[Images, tuple[int, ...], list[str]]:
-    """How these images become arrays, the shape of one, and notices.
+    """Decides how to convert images to arrays; also returns the shape of one, and notices.
 
     Raises:
-      ValueError: naming two files of different sizes, if no size is given, or a broken file.
+      ValueError: naming two files of different sizes if `image_size` is None, or a broken file.
     """
     kinds = dict.fromkeys(CHANNELS, 0)
-    first: dict[tuple[int, int], int] = {}
-    of_kind: dict[str, int] = {}
+    row_by_size: dict[tuple[int, int], int] = {}
+    row_by_kind: dict[str, int] = {}
     for row in rows:
         kind, size = _header(pictures, row)
         kinds[kind] += 1
-        of_kind.setdefault(kind, row)
-        first.setdefault(size, row)
-        if image_size is None and len(first) > 1:
-            one, other = [(f"{h}x{w}", pictures.at(at)) for (h, w), at in first.items()][:2]
+        row_by_kind.setdefault(kind, row)
+        row_by_size.setdefault(size, row)
+        if image_size is None and len(row_by_size) > 1:
+            (first, i), (other, j) = row_by_size.items()
             raise ValueError(
-                f"{pictures.name}: images differ in size: {one[1]} is {one[0]} (height x width), "
-                f"{other[1]} is {other[0]}. Resize all of them with --image-size."
+                f"{pictures.name}: images differ in size: {pictures.at(i)} is "
+                f"{first[0]}x{first[1]} (height x width), {pictures.at(j)} is "
+                f"{other[0]}x{other[1]}. Resize all of them with --image-size."
             )
-    there = [kind for kind, count in kinds.items() if count]
-    if "F" in there and len(there) > 1:
-        other = next(kind for kind in there if kind != "F")
+    present = [kind for kind, count in kinds.items() if count]
+    if "F" in present and len(present) > 1:
+        other = next(kind for kind in present if kind != "F")
         raise ValueError(
-            f"{pictures.name}: {pictures.at(of_kind['F'])} has floats as pixels, but "
-            f"{pictures.at(of_kind[other])} has whole numbers. Save them all in one form."
+            f"{pictures.name}: {pictures.at(row_by_kind['F'])} has floats as pixels, but "
+            f"{pictures.at(row_by_kind[other])} has whole numbers. Save them all in one form."
         )
-    mode, notices = there[-1], []
-    if len(there) > 1:
-        listed = ", ".join(f"{kinds[kind]} {kind}" for kind in there)
-        scaled = ""
-        if "I;16" in there:
-            how = "8 bits times" if mode == "I;16" else "16 bits divided by"
-            scaled = f", those of {how} {DEEPER}"
-        notices.append(f"images of different kinds ({listed}) are all read as {mode}{scaled}")
-    height, width = image_size or next(iter(first))
+    mode, notices = present[-1], []
+    if len(present) > 1:
+        kind_counts = ", ".join(f"{kinds[kind]} {kind}" for kind in present)
+        scaling = ""
+        if "I;16" in present:
+            conversion = "8 bits times" if mode == "I;16" else "16 bits divided by"
+            scaling = f", those of {conversion} {DEPTH_SCALE}"
+        notices.append(f"images of different kinds ({kind_counts}) are all read as {mode}{scaling}")
+    height, width = image_size or next(iter(row_by_size))
     return Images(mode, image_size is not None), (height, width, CHANNELS[mode]), notices
 
 
-def decoded(
-    pictures: Pictures, rows: Sequence[int] | np.ndarray, images: Images, shape: tuple[int, ...]
+def decode_images(
+    pictures: Pictures, rows: Sequence[int] | np.ndarray, form: Images, shape: tuple[int, ...]
 ) -> np.ndarray:
     """The images `rows` as float32 `[N, H, W, C]`.
 
     Raises:
       ValueError: naming a broken file, or one of another size if nothing is resized.
     """
-    out = np.empty((len(rows), *shape), np.float32)
+    images = np.empty((len(rows), *shape), np.float32)
 
-    def put(place: int) -> None:
-        out[place] = _decoded(pictures, rows[place], images, shape)
+    def decode(i: int) -> None:
+        images[i] = _decode(pictures, rows[i], form, shape)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
         warnings.simplefilter("ignore")  # from Pillow, about odd files that it can read
-        for _ in pool.map(put, range(len(rows))):
+        for _ in pool.map(decode, range(len(rows))):
             pass
-    return out
+    return images
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN))
+    return sorted(
+        p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN_PREFIXES)
+    )
 
 
-def _stands_for(path: Path, names: Sequence[str]) -> bool:
-    """Whether a folder's name is one of a part's names, apart from `FILLING`."""
-    words = {*re.split(r"[^a-z0-9]+", path.name.lower())} - {"", *FILLING}
+def _is_part_name(path: Path, names: Sequence[str]) -> bool:
+    """Whether a folder's name is one of a part's names, ignoring `FILLERS`."""
+    words = {*re.split(r"[^a-z0-9]+", path.name.lower())} - {"", *FILLERS}
     return len(words) == 1 and words <= {*names}
 
 
-def _opened(pictures: Pictures, row: int) -> Any:
-    found = pictures.files[row]
-    return Image.open(found if isinstance(found, Path) else io.BytesIO(found))
+def _open(pictures: Pictures, row: int) -> Any:
+    file = pictures.files[row]
+    return Image.open(file if isinstance(file, Path) else io.BytesIO(file))
 
 
 def _header(pictures: Pictures, row: int) -> tuple[str, tuple[int, int]]:
@@ -203,15 +213,15 @@ def _header(pictures: Pictures, row: int) -> tuple[str, tuple[int, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with _opened(pictures, row) as image:
+            with _open(pictures, row) as image:
                 width, height = image.size
-                if image.getexif().get(ORIENTATION) in SIDEWAYS:
+                if image.getexif().get(ORIENTATION) in ROTATED:
                     width, height = height, width
-                if width * height > MOST_PIXELS:
+                if width * height > MAX_PIXELS:
                     raise ValueError(f"{width} x {height} pixels are too many")
                 return _kind(image), (height, width)
-        except _BROKEN as error:
-            raise _broken(pictures, row, error) from None
+        except _READ_ERRORS as error:
+            raise _read_error(pictures, row, error) from None
 
 
 def _kind(image: Any) -> str:
@@ -223,49 +233,49 @@ def _kind(image: Any) -> str:
     return "RGBA" if alpha else "RGB"
 
 
-def _decoded(pictures: Pictures, row: int, images: Images, shape: tuple[int, ...]) -> np.ndarray:
+def _decode(pictures: Pictures, row: int, form: Images, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        with _opened(pictures, row) as image:
-            if image.width * image.height > MOST_PIXELS:
+        with _open(pictures, row) as image:
+            if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             image = ImageOps.exif_transpose(image)
-            image = _in_mode(image, images.mode)
+            image = _convert(image, form.mode)
             height, width = shape[:2]
             size = f"{image.height}x{image.width}"
-            if images.resize and (image.width, image.height) != (width, height):
+            if form.resize and (image.width, image.height) != (width, height):
                 image = image.resize((width, height), Image.Resampling.BILINEAR)
-            found = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
-    except _BROKEN as error:
-        raise _broken(pictures, row, error) from None
-    if found.shape != tuple(shape):
+            array = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
+    except _READ_ERRORS as error:
+        raise _read_error(pictures, row, error) from None
+    if array.shape != tuple(shape):
         raise ValueError(
             f"{pictures.at(row)}: an image of {size} (height x width), but {height}x{width} is "
             "expected. Resize it, or train with --image-size, which resizes all images."
         )
-    return found
+    return array
 
 
-def _in_mode(image: Any, mode: str) -> Any:
-    """The image with pixels of another kind, in that kind's scale.
+def _convert(image: Any, mode: str) -> Any:
+    """Converts pixels to another kind, in that kind's scale.
 
     Raises:
       ValueError: if the two have no common scale.
     """
     kind = _kind(image)
     if kind != mode and "F" in (kind, mode):
-        found = "floats" if kind == "F" else "whole numbers"
-        raise ValueError(f"its pixels are {found}, but {mode} is expected")
+        pixels = "floats" if kind == "F" else "whole numbers"
+        raise ValueError(f"its pixels are {pixels}, but {mode} is expected")
     if mode in ("I;16", "F"):  # as floats, which Pillow resizes
-        shallow = kind != mode
-        values = np.asarray(image.convert("L") if shallow else image).astype(np.float32)
-        return Image.fromarray(values * DEEPER if shallow else values)
+        is_8_bit = kind != mode
+        values = np.asarray(image.convert("L") if is_8_bit else image).astype(np.float32)
+        return Image.fromarray(values * DEPTH_SCALE if is_8_bit else values)
     if kind == "I;16":
-        values = np.asarray(image) / DEEPER
+        values = np.asarray(image) / DEPTH_SCALE
         if values.min() < 0 or values.max() > 255:
             raise ValueError(f"its pixels are not 16-bit, but {mode} is expected")
         image = Image.fromarray(values.round().astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
 
 
-def _broken(pictures: Pictures, row: int, error: Exception) -> ValueError:
+def _read_error(pictures: Pictures, row: int, error: Exception) -> ValueError:
     return ValueError(f"{pictures.at(row)}: not a readable image ({str(error)[:120]}).")

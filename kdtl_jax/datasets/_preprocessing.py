@@ -1,7 +1,7 @@
-"""What turns files into a model's inputs, and its outputs into predictions, as one value.
+"""How files become a model's inputs, and its outputs become predictions.
 
-It is computed only from the training part and stored in model files, so that other data are later
-read in the same way.
+A `Preprocessing` is measured on the training part alone and stored in model files, so that other
+data are later read in the same way.
 """
 
 import json
@@ -12,11 +12,11 @@ import numpy as np
 
 from kdtl_jax import _text
 
-# What a model predicts: one class, several labels, or numbers; KINDS lists them.
+# What a model predicts: one class, several labels, or numbers.
 Kind = Literal["classes", "labels", "numbers"]
-# The values of `Kind`.
+# All values of `Kind`.
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# What reading malformed JSON raises.
+# The errors raised on malformed JSON.
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 
@@ -49,8 +49,10 @@ class Images(NamedTuple):
 
 
 class Preprocessing(NamedTuple):
-    """How a model's data are read: `scaled = (inputs - mean) / scale`; `kind` says what it
-    predicts."""
+    """How to read a model's data, and what the model predicts.
+
+    Inputs are scaled as `(inputs - mean) / scale`.
+    """
 
     kind: Kind = "classes"  # of targets: one class, several labels at once, or numbers
     names: tuple[str, ...] = ()  # of classes, labels or numbers; () if they have none
@@ -62,78 +64,83 @@ class Preprocessing(NamedTuple):
     scaling: Standardizer | None = None  # of inputs
     target_scaling: Standardizer | None = None  # of numbers; outputs are in these units
     inputs: str | None = None  # the array or column of inputs, if the user named it
-    leaves_out: bool = False  # whether to drop rows with missing values, when targets are read, too
+    leaves_out: bool = False  # whether labeled rows with missing values are dropped
 
 
 def preprocessing_to_json(preprocessing: Preprocessing) -> str:
-    """Text for a model's file, exact to the bit."""
-    known = preprocessing._asdict()
-    known["columns"] = [column._asdict() for column in preprocessing.columns]
+    """JSON text for a model's file; floats survive to the bit."""
+    record = preprocessing._asdict()
+    record["columns"] = [column._asdict() for column in preprocessing.columns]
     if preprocessing.images is not None:
-        known["images"] = preprocessing.images._asdict()
+        record["images"] = preprocessing.images._asdict()
     for name in ("scaling", "target_scaling"):
-        if (found := known[name]) is not None:
-            known[name] = {"mean": _listed(found.mean), "scale": _listed(found.scale)}
-    return json.dumps(known)
+        if (scaling := record[name]) is not None:
+            record[name] = {
+                "mean": _array_to_json(scaling.mean),
+                "scale": _array_to_json(scaling.scale),
+            }
+    return json.dumps(record)
 
 
 def preprocessing_from_json(text: str) -> Preprocessing:
-    """The value that `preprocessing_to_json` wrote.
+    """Reads the text that `preprocessing_to_json` wrote.
 
     Raises:
       ValueError: if the text does not describe one.
     """
     try:
-        known = json.loads(text)
-        kind, images = known["kind"], known["images"]
+        record = json.loads(text)
+        kind, images = record["kind"], record["images"]
         if kind not in KINDS:
             raise ValueError(f"targets of kind {kind!r:.40}")
-        names, outputs = _strings(known["names"]), int(known["outputs"])
+        names, outputs = _strings_from_json(record["names"]), int(record["outputs"])
         if names and len(names) != outputs:
             raise ValueError(f"{len(names)} names of {outputs} outputs")
         return Preprocessing(
             kind,
             names,
             outputs,
-            tuple(map(int, known["shape"])),
-            _strings(known["targets"]),
-            tuple(_column(column) for column in known["columns"]),
+            tuple(map(int, record["shape"])),
+            _strings_from_json(record["targets"]),
+            tuple(_column_from_json(column) for column in record["columns"]),
             None if images is None else Images(str(images["mode"]), bool(images["resize"])),
-            _standardizer(known["scaling"]),
-            _standardizer(known["target_scaling"]),
-            None if known.get("inputs") is None else str(known["inputs"]),
-            bool(known.get("leaves_out", False)),
+            _standardizer_from_json(record["scaling"]),
+            _standardizer_from_json(record["target_scaling"]),
+            None if record.get("inputs") is None else str(record["inputs"]),
+            bool(record.get("leaves_out", False)),
         )
     except _MALFORMED as error:
         raise ValueError(f"no description of preprocessing ({_text.shown(str(error))}).") from None
 
 
-def _listed(x: np.ndarray) -> dict[str, Any]:
+def _array_to_json(x: np.ndarray) -> dict[str, Any]:
     return {"dtype": str(x.dtype), "values": x.tolist()}
 
 
-def _standardizer(known: Mapping[str, Any] | None) -> Standardizer | None:
-    if known is None:
+def _standardizer_from_json(record: Mapping[str, Any] | None) -> Standardizer | None:
+    if record is None:
         return None
     mean, scale = (
-        np.asarray(known[name]["values"], np.float64 if known[name]["dtype"] == "float64"
-                   else np.float32)
+        np.asarray(
+            record[name]["values"],
+            np.float64 if record[name]["dtype"] == "float64" else np.float32,
+        )
         for name in ("mean", "scale")
-    )  # fmt: skip
+    )
     if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale != 0).all()):
         raise ValueError("a scale that is 0 or not finite")
     return Standardizer(mean, scale)
 
 
-def _column(known: Mapping[str, Any]) -> Column:
-    fill = known["fill"]
+def _column_from_json(record: Mapping[str, Any]) -> Column:
+    fill = record["fill"]
     if not isinstance(fill, (int, float, str, type(None))):
         raise ValueError("a fill value that is not a number or text")
-    unit = str(known.get("unit", ""))
-    return Column(str(known["name"]), _strings(known["categories"]), fill, unit)
+    unit = str(record.get("unit", ""))
+    return Column(str(record["name"]), _strings_from_json(record["categories"]), fill, unit)
 
 
-def _strings(known: Sequence[Any]) -> tuple[str, ...]:
-    if not isinstance(known, list):
+def _strings_from_json(strings: Sequence[Any]) -> tuple[str, ...]:
+    if not isinstance(strings, list):
         raise ValueError("names that are not a list")
-    return tuple(map(str, known))
+    return tuple(map(str, strings))

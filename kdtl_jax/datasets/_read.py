@@ -19,7 +19,7 @@ from kdtl_jax.datasets._idx import read_idx_array
 from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._preprocessing import Preprocessing
 from kdtl_jax.datasets._source import Choices, Source
-from kdtl_jax.datasets._splits import Splits, drawn, stratified
+from kdtl_jax.datasets._splits import Splits, stratified, with_drawn_parts
 from kdtl_jax.datasets._tables import Missing, Table
 from kdtl_jax.datasets._targets import Target, from_arrays
 
@@ -47,8 +47,8 @@ def read_splits(
       text: `digits`, or a file or folder of any kind in `FORMATS`.
       label: the label column, or several separated by commas; or the array of labels.
       inputs: the array of inputs, or a column of images; None means the usual names.
-      target: what the targets are; "auto" decides by the values.
-      missing: what replaces a table's missing values, measured on the training part, or "drop" to
+      target: the kind of targets; "auto" decides by the values.
+      missing: how to fill a table's missing values, measured on the training part, or "drop" to
         leave such rows out; None makes them an error.
       one_hot: whether to turn text columns into one input per category; else they are an error.
       drop: columns of a table to leave out.
@@ -56,13 +56,13 @@ def read_splits(
       validation: fraction of the training rows (of all rows, if there is no test part either).
       test: fraction of all rows, if there is no test part.
       seed: for drawing rows; parts keep the proportions of classes.
-      preprocessing: of a model; inputs and targets are read as it expects. Its choices replace
-        those above, except that rows may be dropped and images resized to its size. Nothing is
-        scaled.
+      preprocessing: a model's; inputs and targets are read as the model expects. It replaces the
+        choices above, except that rows may be dropped and images resized to the model's size.
+        Nothing is scaled.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
-      ValueError: if there is no such data, or its contents are not valid.
+      ValueError: if there are no such data, or their contents are not valid.
     """
     if text == "digits":
         if drop or image_size is not None:
@@ -70,35 +70,35 @@ def read_splits(
                 "digits: has no columns to leave out (--drop-columns) and no image files to resize "
                 "(--image-size)."
             )
-        whole, like = digits(), _model(preprocessing)
+        data, like = digits(), _model_dataset(preprocessing)
         if target != "auto" or like is not None:
-            whole = from_arrays(whole.name, *whole[1:3], target=target, like=like)
-        return stratified(whole, validation=validation, test=test, seed=seed)
+            data = from_arrays(data.name, data.inputs, data.labels, target=target, like=like)
+        return stratified(data, validation=validation, test=test, seed=seed)
     path = _checks.path(text=text)
     if not path.exists():
-        known = "" if path.suffix else f" Expected {FORMATS}."  # a name with an end means a file
-        raise ValueError(f"{text}: no such file or folder.{known}")
+        expected = "" if path.suffix else f" Expected {FORMATS}."  # a suffix means a file
+        raise ValueError(f"{text}: no such file or folder.{expected}")
     choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
-    found = sources(path, choices)
-    first = found.get("train") or found["whole"]._replace(name=path.name)
-    like = _model(preprocessing)
-    train = _numbered(first, target, like)
-    given = {part: _numbered(found[part], target, train) for part in PARTS[1:] if part in found}
-    parts = drawn(train, given.get("validation"), given.get("test"), validation, test, seed)
-    origins = [first, *(found[p] if p in given else first for p in PARTS[1:])]
-    form, notices = _given_form(preprocessing, choices), []
+    stored = sources(path, choices)
+    first = stored.get("train") or stored["whole"]._replace(name=path.name)
+    train = _number_targets(first, target, _model_dataset(preprocessing))
+    others = {p: _number_targets(stored[p], target, train) for p in PARTS[1:] if p in stored}
+    splits = with_drawn_parts(
+        train, others.get("validation"), others.get("test"), validation, test, seed
+    )
+    origins = [first, *(stored[p] if p in others else first for p in PARTS[1:])]
+    form, notices = _model_form(preprocessing, choices), []
     if form is None:
-        form, notices = _form(first, parts.train, choices)
-    made = [
-        _encoded(origin, part, form)._replace(name=path.name)
-        for origin, part in zip(origins, parts, strict=True)
+        form, notices = _fit_form(first, splits.train, choices)
+    parts = [
+        _encode(origin, part, form)._replace(name=path.name)
+        for origin, part in zip(origins, splits, strict=True)
     ]
-    notices += _unknown(found, form)
-    told = (*first.notices, *made[0].notices, *notices)
-    shapes = [part.inputs.shape[1:] for part in made]
+    notices = (*first.notices, *parts[0].notices, *notices, *_input_notices(stored, form))
+    shapes = [part.inputs.shape[1:] for part in parts]
     if len(set(shapes)) > 1:
         raise ValueError(f"{path}: parts have examples of different shapes, {shapes}.")
-    return Splits(made[0]._replace(notices=tuple(dict.fromkeys(told))), *made[1:])
+    return Splits(parts[0]._replace(notices=tuple(dict.fromkeys(notices))), *parts[1:])
 
 
 def read(
@@ -115,7 +115,7 @@ def read(
     classes: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Dataset:
-    """Everything that a path holds as one `Dataset`: all of its parts, the training part first.
+    """Reads all parts of the data at a path as one `Dataset`, the training part first.
 
     Args:
       path: as for `read_splits`, or the idx file of images.
@@ -128,7 +128,7 @@ def read(
       drop: as for `read_splits`.
       image_size: as for `read_splits`.
       classes: number of classes, as in `checked`; None numbers the labels that occur.
-      preprocessing: of a model; inputs and targets are read as it expects. Nothing is scaled.
+      preprocessing: a model's; inputs and targets are read as the model expects. Nothing is scaled.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
@@ -136,27 +136,25 @@ def read(
     """
     path = _checks.path(path=path)
     choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
-    found = _idx_pair(path, labels) or sources(path, choices)
-    like = _model(preprocessing)
-    named = _in_order(found)
-    first = _numbered(named[0], target, like, classes)
-    parts = [first, *(_numbered(source, target, first) for source in named[1:])]
-    form, notices = _given_form(preprocessing, choices), []
+    stored = _training_first(_idx_files(path, labels) or sources(path, choices))
+    first = _number_targets(stored[0], target, _model_dataset(preprocessing), classes)
+    parts = [first, *(_number_targets(source, target, first) for source in stored[1:])]
+    form, notices = _model_form(preprocessing, choices), []
     if form is None:
-        form, notices = _form(named[0], first, choices)
-    made = [_encoded(source, part, form) for source, part in zip(named, parts, strict=True)]
-    whole = together = made[0]
-    if len(made) > 1:
-        all_inputs, all_labels = (
-            np.concatenate(x) for x in zip(*(part[1:3] for part in made), strict=True)
+        form, notices = _fit_form(stored[0], first, choices)
+    parts = [_encode(source, part, form) for source, part in zip(stored, parts, strict=True)]
+    data = parts[0]
+    notices = (*(n for source in stored for n in source.notices), *data.notices, *notices)
+    if len(parts) > 1:
+        data = data._replace(
+            inputs=np.concatenate([part.inputs for part in parts]),
+            labels=np.concatenate([part.labels for part in parts]),
         )
-        together = whole._replace(inputs=all_inputs, labels=all_labels)
-    told = (*(note for source in named for note in source.notices), *whole.notices, *notices)
-    return together._replace(notices=tuple(dict.fromkeys(told)))
+    return data._replace(notices=tuple(dict.fromkeys(notices)))
 
 
 def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Inputs `[N, ...]` as a model reads them, from data with or without targets, unscaled.
+    """Reads unscaled inputs `[N, ...]` for a model, from data with or without targets.
 
     Args:
       path: anything that `read_splits` takes (columns and arrays of targets are ignored), or one
@@ -179,7 +177,7 @@ class Unlabeled(NamedTuple):
 
 
 def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
-    """`read_inputs`, with the files that the inputs come from, and notices.
+    """As `read_inputs`, with the files that the inputs come from, and notices.
 
     Raises:
       ValueError: if the files cannot be read, hold no examples, or do not fit what the model was
@@ -191,23 +189,24 @@ def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
         inputs=preprocessing.inputs,
         with_targets=False,
         targets=preprocessing.targets,
-        takes=preprocessing,
+        model=preprocessing,
     )
-    found = sources(_checks.path(path=path), choices)
-    made = [_inputs(source, None, preprocessing) for source in _in_order(found)]
-    inputs = made[0] if len(made) == 1 else np.concatenate(made)
+    stored = sources(_checks.path(path=path), choices)
+    ordered = _training_first(stored)
+    parts = [_encode_inputs(source, None, preprocessing) for source in ordered]
+    inputs = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if not len(inputs):
         raise ValueError(f"{path}: holds no examples.")
     _source.check_shape(str(path), inputs.shape, preprocessing)
-    pictures = [s.inputs for s in _in_order(found) if isinstance(s.inputs, Pictures)]
-    files = [file for each in pictures for file in each.files if isinstance(file, Path)]
-    named = tuple(map(str, files)) if len(files) == len(inputs) else ()
-    return Unlabeled(inputs, named, tuple(_unknown(found, preprocessing)))
+    pictures = [source.inputs for source in ordered if isinstance(source.inputs, Pictures)]
+    files = [file for part in pictures for file in part.files if isinstance(file, Path)]
+    names = tuple(map(str, files)) if len(files) == len(inputs) else ()
+    return Unlabeled(inputs, names, tuple(_input_notices(stored, preprocessing)))
 
 
-def _in_order(found: dict[str, Source]) -> list[Source]:
-    """The training part, or what replaces it, first."""
-    return [found[part] for part in ("whole", *PARTS) if part in found]
+def _training_first(stored: dict[str, Source]) -> list[Source]:
+    """The parts in order: the undivided data or the training part comes first."""
+    return [stored[part] for part in ("whole", *PARTS) if part in stored]
 
 
 def _choices(
@@ -227,7 +226,7 @@ def _choices(
     if preprocessing is None:
         is_labels = target == "labels"
         return Choices(
-            label, inputs, missing, tuple(drop), image_size, one_hot, may_be_none=is_labels
+            label, inputs, missing, tuple(drop), image_size, one_hot, allow_unlabeled=is_labels
         )
     if not isinstance(preprocessing, Preprocessing):
         raise TypeError(
@@ -243,47 +242,53 @@ def _choices(
         inputs or preprocessing.inputs,
         missing,
         image_size=image_size,
-        may_be_none=is_labels,
-        takes=preprocessing,
+        allow_unlabeled=is_labels,
+        model=preprocessing,
     )
 
 
-def _model(preprocessing: Preprocessing | None) -> Dataset | None:
-    """An empty part that has a model's classes; None where it has none of its own."""
+def _model_dataset(preprocessing: Preprocessing | None) -> Dataset | None:
+    """An empty `Dataset` with a model's classes; None if the model has none."""
     if preprocessing is None or not preprocessing.outputs:
         return None
-    nothing = np.zeros(0, np.float32)
+    empty = np.zeros(0, np.float32)
     outputs, names = preprocessing.outputs, preprocessing.names
-    return Dataset("the model", nothing, nothing, outputs, names, form=preprocessing)
+    return Dataset("the model", empty, empty, outputs, names, form=preprocessing)
 
 
-def _idx_pair(path: Path, labels: str | Path | None) -> dict[str, Source]:
+def _idx_files(path: Path, labels: str | Path | None) -> dict[str, Source]:
     if labels is not None and not (path.is_dir() or path.suffix):
         inputs = _source.with_channels(read_idx_array(path))
         return {"whole": Source(str(path), inputs, read_idx_array(labels))}
     return {}
 
 
-def _numbered(
+def _number_targets(
     source: Source, target: Target, like: Dataset | None, classes: int | None = None
 ) -> Dataset:
-    """The targets of a part; its inputs are rows of the source if they still have to be encoded."""
+    """A part with numbered classes; inputs that are not arrays yet stand as row numbers."""
     inputs = source.inputs
     if not isinstance(inputs, np.ndarray):
         inputs = np.zeros((inputs.size, 1), np.float32)
-    made = from_arrays(
-        source.name, inputs, source.targets, target=target, classes=classes, like=like,
-        names=source.names, decimal_comma=source.decimal_comma,
-    )  # fmt: skip
-    if made.kind != "classes" and not made.names and len(source.columns) == made.classes:
-        made = made._replace(names=source.columns)
+    data = from_arrays(
+        source.name,
+        inputs,
+        source.targets,
+        target=target,
+        classes=classes,
+        like=like,
+        names=source.names,
+        decimal_comma=source.decimal_comma,
+    )
+    if data.kind != "classes" and not data.names and len(source.columns) == data.classes:
+        data = data._replace(names=source.columns)
     if not isinstance(source.inputs, np.ndarray):
-        made = made._replace(inputs=np.arange(len(inputs)))
-    return made
+        data = data._replace(inputs=np.arange(len(inputs)))
+    return data
 
 
-def _given_form(preprocessing: Preprocessing | None, choices: Choices) -> Preprocessing | None:
-    """A model's form, with the user's choices: rows left out, images resized to its size."""
+def _model_form(preprocessing: Preprocessing | None, choices: Choices) -> Preprocessing | None:
+    """A model's form with the user's choices: rows dropped, images resized to its size."""
     if preprocessing is None:
         return None
     images = preprocessing.images
@@ -292,14 +297,18 @@ def _given_form(preprocessing: Preprocessing | None, choices: Choices) -> Prepro
     return preprocessing._replace(images=images, leaves_out=choices.missing == "drop")
 
 
-def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessing, list[str]]:
-    """How this training part is read, except for the scaling."""
+def _fit_form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessing, list[str]]:
+    """The form of a training part, except for the scaling."""
     form = Preprocessing(
-        train.kind, train.names, train.classes, targets=source.columns,
-        inputs=choices.inputs, leaves_out=choices.missing == "drop",
-    )  # fmt: skip
+        train.kind,
+        train.names,
+        train.classes,
+        targets=source.columns,
+        inputs=choices.inputs,
+        leaves_out=choices.missing == "drop",
+    )
     if isinstance(source.inputs, Table):
-        _check_not_resized(source.name, choices)
+        _check_no_resizing(source.name, choices)
         columns = _columns.columns_of(
             source.inputs, train.inputs, missing=choices.missing, one_hot=choices.one_hot
         )
@@ -307,53 +316,55 @@ def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessi
         notices = _columns.amounts_read(source.inputs, columns)
         return form._replace(columns=columns, shape=(width,)), notices
     if isinstance(source.inputs, Pictures):
-        images, shape, notices = _images.form_of(source.inputs, train.inputs, choices.image_size)
+        images, shape, notices = _images.array_form(source.inputs, train.inputs, choices.image_size)
         return form._replace(images=images, shape=shape), notices
-    _check_not_resized(source.name, choices)
+    _check_no_resizing(source.name, choices)
     return form._replace(shape=train.inputs.shape[1:]), []
 
 
-def _check_not_resized(name: str, choices: Choices) -> None:
+def _check_no_resizing(name: str, choices: Choices) -> None:
     if choices.image_size is not None:
         raise ValueError(
             f"{name}: holds no image files, and only those are resized (--image-size)."
         )
 
 
-def _encoded(source: Source, part: Dataset, form: Preprocessing) -> Dataset:
-    """A part with its inputs in place of rows; its form records which targets were read."""
+def _encode(source: Source, part: Dataset, form: Preprocessing) -> Dataset:
+    """Encodes the inputs of a part; its form records which targets were read."""
     inputs = part.inputs
     if not isinstance(source.inputs, np.ndarray):
-        inputs = _inputs(source, inputs, form)
-    read = form._replace(kind=part.kind, targets=source.columns or form.targets)
-    return part._replace(inputs=inputs, form=read)
+        inputs = _encode_inputs(source, inputs, form)
+    form = form._replace(kind=part.kind, targets=source.columns or form.targets)
+    return part._replace(inputs=inputs, form=form)
 
 
-def _inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.ndarray:
+def _encode_inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.ndarray:
     """The inputs of some rows, or of all."""
-    found = source.inputs
-    if isinstance(found, Table):
-        _source.check_columns(source.name, tuple(found.columns), form)
-        table = found if rows is None else found.take(rows)
-        return finite_numbers(source.name, _columns.encoded(table, form.columns))
-    if isinstance(found, Pictures):
-        _source.check_pictures(source.name, form)
+    inputs = source.inputs
+    if isinstance(inputs, Table):
+        _source.check_columns(source.name, tuple(inputs.columns), form)
+        table = inputs if rows is None else inputs.take(rows)
+        return finite_numbers(source.name, _columns.encode(table, form.columns))
+    if isinstance(inputs, Pictures):
+        _source.check_images(source.name, form)
         assert form.images is not None
-        rows = np.arange(found.size) if rows is None else rows
-        return _images.decoded(found, rows, form.images, form.shape)
-    return finite_numbers(source.name, found if rows is None else found[rows])
+        rows = np.arange(inputs.size) if rows is None else rows
+        return _images.decode_images(inputs, rows, form.images, form.shape)
+    return finite_numbers(source.name, inputs if rows is None else inputs[rows])
 
 
-def _unknown(found: dict[str, Source], form: Preprocessing) -> list[str]:
-    """Notices about inputs that a model, or the training part, may not know."""
-    inputs = [source.inputs for source in found.values()]
-    notes = [
-        note
+def _input_notices(stored: dict[str, Source], form: Preprocessing) -> list[str]:
+    """Notices about categories that are new to the model, and about inputs without names."""
+    inputs = [source.inputs for source in stored.values()]
+    notices = [
+        notice
         for table in inputs
         if isinstance(table, Table)
-        for note in _columns.unknown_categories(table, form.columns)
+        for notice in _columns.unknown_categories(table, form.columns)
     ]
-    if form.columns and any(isinstance(each, np.ndarray) for each in inputs):
-        listed = ", ".join(column.name for column in form.columns)
-        notes.append(f"inputs have no column names: they are taken for {listed:.200} in this order")
-    return notes
+    if form.columns and any(isinstance(part, np.ndarray) for part in inputs):
+        names = ", ".join(column.name for column in form.columns)
+        notices.append(
+            f"inputs have no column names: they are taken for {names:.200} in this order"
+        )
+    return notices

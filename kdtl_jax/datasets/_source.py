@@ -1,4 +1,4 @@
-"""One part of a data set as stored, before targets are numbered and inputs encoded."""
+"""One part of a data set as stored, before classes are numbered and inputs encoded."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from kdtl_jax.datasets._tables import Missing, Table
 
 
 class Choices(NamedTuple):
-    """The choices that a path alone does not determine."""
+    """How to read a path: the user's choices, and the model to read for."""
 
     label: str = "label"
     inputs: str | None = None
@@ -20,15 +20,15 @@ class Choices(NamedTuple):
     drop: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
     one_hot: bool = False
-    with_targets: bool = True  # if False, sources need none, and `targets` are columns to leave out
+    with_targets: bool = True  # if False, data need none, and `targets` are columns to leave out
     targets: tuple[str, ...] = ()
-    may_be_none: bool = False  # an empty cell of targets is an example without any label
-    takes: Preprocessing | None = None  # form of the model to read inputs for, if any
+    allow_unlabeled: bool = False  # whether an empty cell of targets means no labels
+    model: Preprocessing | None = None  # of the model to read for, if any
 
     @property
-    def kept(self) -> tuple[str, ...]:
-        """The columns of inputs that a model reads; () means all."""
-        return () if self.takes is None else tuple(column.name for column in self.takes.columns)
+    def model_columns(self) -> tuple[str, ...]:
+        """The columns of inputs that the model reads; () means all."""
+        return () if self.model is None else tuple(column.name for column in self.model.columns)
 
 
 class Source(NamedTuple):
@@ -38,35 +38,35 @@ class Source(NamedTuple):
     inputs: np.ndarray | Table | Pictures
     targets: Any = None  # [N] or [N, K]
     names: tuple[str, ...] = ()  # of the classes 0..K-1, or of K columns of targets
-    columns: tuple[str, ...] = ()  # where the targets were found
+    columns: tuple[str, ...] = ()  # of the targets
     notices: tuple[str, ...] = ()
     decimal_comma: bool = False  # in text
 
 
 def with_channels(inputs: np.ndarray) -> np.ndarray:
     """Images `[N, H, W]` with a channel axis, numbers `[N]` as `[N, 1]`."""
-    return inputs.reshape(_with_channels(inputs.shape))
+    return inputs.reshape(_shape_with_channels(inputs.shape))
 
 
-def _with_channels(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_with_channels(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape, 1) if len(shape) in (1, 3) else shape
 
 
 def check_shape(name: str, shape: tuple[int, ...], form: Preprocessing | None) -> None:
-    """Refuses an array `[N, ...]`, perhaps not yet read, whose shape a model does not take.
+    """Refuses the shape `[N, ...]` of an array that a model does not take.
 
     Raises:
       ValueError: naming both shapes.
     """
-    each = _with_channels(shape)[1:]
-    if form is not None and form.shape and each != form.shape:
+    got = _shape_with_channels(shape)[1:]
+    if form is not None and form.shape and got != form.shape:
         raise ValueError(
-            f"{name}: its examples are {list(each)}, but the model takes {list(form.shape)}."
+            f"{name}: its examples are {list(got)}, but the model takes {list(form.shape)}."
         )
 
 
 def check_columns(name: str, header: Sequence[str], form: Preprocessing | None) -> None:
-    """Refuses a table, perhaps not yet read, that lacks a model's inputs.
+    """Refuses the header of a table that lacks a model's inputs.
 
     Raises:
       ValueError: naming the first missing column, or the shape that the model takes.
@@ -75,10 +75,10 @@ def check_columns(name: str, header: Sequence[str], form: Preprocessing | None) 
         return
     if not form.columns:
         raise ValueError(f"{name}: a table, but the model takes {list(form.shape)}, not columns.")
-    _tables.check_read(name, [column.name for column in form.columns], header)
+    _tables.check_model_columns(name, [column.name for column in form.columns], header)
 
 
-def check_pictures(name: str, form: Preprocessing | None) -> None:
+def check_images(name: str, form: Preprocessing | None) -> None:
     """Refuses image files if a model was not trained on image files.
 
     Raises:

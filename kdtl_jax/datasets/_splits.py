@@ -18,21 +18,21 @@ class Splits(NamedTuple):
 
     def __repr__(self) -> str:
         """Shapes and sizes in place of arrays."""
-        part, sizes = (
-            self.train,
-            ", ".join(f"{n} {len(x.labels)}" for n, x in self._asdict().items()),
+        train = self.train
+        sizes = ", ".join(f"{name} {len(part.labels)}" for name, part in self._asdict().items())
+        shapes = f"inputs {train.inputs.dtype}{list(train.inputs.shape[1:])}"
+        return (
+            f"Splits({_text.quoted(train.name)}, {shapes}, {train.classes} {train.kind}: {sizes})"
         )
-        about = f"inputs {part.inputs.dtype}{list(part.inputs.shape[1:])}"
-        return f"Splits({_text.quoted(part.name)}, {about}, {part.classes} {part.kind}: {sizes})"
 
 
 def stratified(
     data: Dataset, *, validation: float = 0.2, test: float = 0.2, seed: int = 0
 ) -> Splits:
-    """Train, validation and test rows, with the proportion of every class equal in each part.
+    """Splits rows into train, validation and test parts with equal proportions of classes.
 
     A function of `(labels, fractions, seed)` alone. Each part keeps the data set's order. Rows with
-    several labels or with numbers are drawn regardless of these.
+    several labels or with numbers are drawn regardless of them.
 
     Raises:
       ValueError: if fractions are negative or leave nothing to train on, or a class has too few
@@ -53,22 +53,22 @@ def stratified(
         rows = rng.permutation(rows)
         cuts = [round(test * len(rows)), round((test + validation) * len(rows))]
         pieces = np.split(rows, cuts)
-        asked = [test > 0, validation > 0, True]
-        if len(rows) and any(a and not len(p) for a, p in zip(asked, pieces, strict=True)):
-            what = f"class {_name(data, label)} has" if is_classes else "there are"
+        fractions = (test, validation, 1 - test - validation)
+        if len(rows) and any(f > 0 and not len(p) for f, p in zip(fractions, pieces, strict=True)):
+            subject = f"class {_class_name(data, label)} has" if is_classes else "there are"
             raise ValueError(
-                f"{data.name}: {what} {len(rows)} examples, too few for "
+                f"{data.name}: {subject} {len(rows)} examples, too few for "
                 f"every part with validation={validation}, test={test}. Merge or drop the class, "
                 "or change the fractions."
             )
         for part, piece in zip(parts, pieces, strict=True):
             part.append(piece)
-    test_rows, validation_rows, train_rows = (np.sort(np.concatenate(p)) for p in parts)
+    test_rows, validation_rows, train_rows = (np.sort(np.concatenate(part)) for part in parts)
     return Splits(*(data.subset(rows) for rows in (train_rows, validation_rows, test_rows)))
 
 
 def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
-    """`count` examples of every class, drawn from `data`: a few-label training set.
+    """Draws `count` examples of every class: a few-label training set.
 
     Raises:
       ValueError: if a class has fewer, or targets are not classes.
@@ -76,19 +76,19 @@ def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
     if data.kind != "classes":
         raise ValueError(f"{data.name}: targets are {data.kind}: there is no number per class.")
     rng = np.random.default_rng(seed)
-    chosen = []
+    rows_per_class = []
     for label in np.unique(data.labels):
         rows = np.flatnonzero(data.labels == label)
         if len(rows) < count:
             raise ValueError(
-                f"{data.name}: class {_name(data, label)} has {len(rows)} examples, but {count} "
-                "are needed."
+                f"{data.name}: class {_class_name(data, label)} has {len(rows)} examples, but "
+                f"{count} are needed."
             )
-        chosen.append(rng.permutation(rows)[:count])
-    return data.subset(np.sort(np.concatenate(chosen)))
+        rows_per_class.append(rng.permutation(rows)[:count])
+    return data.subset(np.sort(np.concatenate(rows_per_class)))
 
 
-def _name(data: Dataset, label: int) -> str:
+def _class_name(data: Dataset, label: int) -> str:
     return _text.shown(data.class_names()[label], 80)
 
 
@@ -101,9 +101,9 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
     rows = np.flatnonzero(np.isin(data.labels, classes))
     if not len(rows):
         raise ValueError(f"{data.name} has no example of classes {list(classes)}.")
-    kept = data.subset(rows)
-    return kept._replace(
-        labels=kept.labels - np.int32(classes.start),
+    subset = data.subset(rows)
+    return subset._replace(
+        labels=subset.labels - np.int32(classes.start),
         classes=len(classes),
         # Class 5 keeps its name when it becomes number 0.
         names=data.class_names()[classes.start : classes.stop]
@@ -113,32 +113,31 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
 
 
 def standardizer(train: Dataset) -> Standardizer:
-    """Mean 0 and standard deviation 1 per feature: per image channel, per vector entry.
+    """Measures the scaling to mean 0 and standard deviation 1 per image channel or vector entry.
 
-    Measured on training data only and applied to all parts. Pixels share one scale: with a scale
-    of its own, a pixel that is nearly always blank here would be huge in a task that uses it.
+    Measured on training data only and applied to all parts. Pixels share one scale per channel:
+    scaled alone, a pixel that is nearly always blank here would be huge in a task that uses it.
     A constant feature is only shifted.
     """
     axes = tuple(range(train.inputs.ndim - 1)) if train.inputs.ndim == 4 else (0,)
-    kind = train.inputs.dtype
+    dtype = train.inputs.dtype
     mean = train.inputs.mean(axis=axes, dtype=np.float64)
     deviation = train.inputs.std(axis=axes, dtype=np.float64)
-    # Constant means varying by less than the rounding of the values, in any unit.
-    varies = deviation > np.finfo(kind).eps * np.abs(mean)
-    return Standardizer(mean.astype(kind), np.where(varies, deviation, 1.0).astype(kind))
+    # A feature is constant if it varies by less than its rounding, in any unit.
+    varies = deviation > np.finfo(dtype).eps * np.abs(mean)
+    return Standardizer(mean.astype(dtype), np.where(varies, deviation, 1.0).astype(dtype))
 
 
 def standardized(splits: Splits) -> Splits:
-    """All three parts standardized by the training part."""
-    measured = standardizer(splits.train)
-    return Splits(*(measured.apply(part) for part in splits))
+    """Standardizes all three parts by the training part."""
+    scaling = standardizer(splits.train)
+    return Splits(*(scaling.apply(part) for part in splits))
 
 
 def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
-    """All parts standardized by the training part, inputs and targets that are numbers, and how.
+    """Standardizes inputs, and targets that are numbers, by the training part.
 
-    The returned `Preprocessing` describes everything that was done to inputs and targets as read
-    from the file.
+    The returned `Preprocessing` describes all that was done to the inputs and targets in the file.
 
     Raises:
       TypeError: if `splits` are not those of a reader.
@@ -160,23 +159,22 @@ def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
 
 
 def scaled(splits: Splits, preprocessing: Preprocessing) -> Splits:
-    """All parts scaled as a `Preprocessing` says: inputs, and targets that are numbers.
-
-    The parts' `form` records it, too.
-    """
-    scaling, of_targets = preprocessing.scaling, preprocessing.target_scaling
+    """Scales inputs, and targets that are numbers, by a `Preprocessing`; `form` records it."""
+    scaling, target_scaling = preprocessing.scaling, preprocessing.target_scaling
     parts = [part if scaling is None else scaling.apply(part) for part in splits]
-    if of_targets is not None:
+    if target_scaling is not None:
         parts = [
             part._replace(
-                labels=((part.labels - of_targets.mean) / of_targets.scale).astype(np.float32)
+                labels=((part.labels - target_scaling.mean) / target_scaling.scale).astype(
+                    np.float32
+                )
             )
             for part in parts
         ]
     return Splits(*(part._replace(form=part.form._replace(scaling=scaling)) for part in parts))
 
 
-def drawn(
+def with_drawn_parts(
     train: Dataset,
     validation_part: Dataset | None,
     test_part: Dataset | None,

@@ -22,91 +22,93 @@ def is_table(path: Path) -> bool:
 
 def table_files(folder: Path) -> dict[str, list[Path]]:
     """The files of tables in a folder and in the folders inside it, by part."""
-    found: dict[str, list[Path]] = {}
+    result: dict[str, list[Path]] = {}
     for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
         is_hidden = path.name.startswith((".", "cache-"))
         if not is_table(path) or is_hidden or not path.is_file():
             continue
         words = set(re.split(r"[^a-z0-9]+", "/".join(path.relative_to(folder).parts).lower()))
         parts = [part for part, names in PARTS.items() if words & set(names)]
-        found.setdefault(parts[0] if parts else "whole", []).append(path)
-    if "train" in found:
-        found.pop("whole", None)
-    return found
+        result.setdefault(parts[0] if parts else "whole", []).append(path)
+    if "train" in result:
+        result.pop("whole", None)
+    return result
 
 
-def labeled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, Source]:
-    """The parts of tables; one without labels, as in competitions, is left out.
+def labeled_sources(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, Source]:
+    """The parts of tables; a part without labels, as in competitions, is left out.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
       ValueError: if a file is damaged or lacks the label column.
     """
-    found: dict[str, Source] = {}
+    result: dict[str, Source] = {}
     for part in ("whole", "train", "validation", "test"):
         paths = files.get(part, ())
         if not paths:
             continue
-        first = found.get("train")
+        first = result.get("train")
         if paths[0].suffix.lower() in _arrow.SUFFIXES:
-            source = _of_arrow(paths, choices, first)
+            source = _arrow_source(paths, choices, first)
         elif len(paths) == 1:
-            source = _of_csv(paths[0], choices, first)
+            source = _csv_source(paths[0], choices, first)
         else:
             raise ValueError(
                 f"{paths[0].parent}: {paths[0].name} and {paths[1].name} both hold the {part} "
                 "part. Name one file."
             )
         if source is not None:
-            found[part] = source
+            result[part] = source
         elif first is not None:
-            note = f"{paths[0].name} has no labels: left out"
-            found["train"] = first._replace(notices=(*first.notices, note))
-    return found
+            notice = f"{paths[0].name} has no labels: left out"
+            result["train"] = first._replace(notices=(*first.notices, notice))
+    return result
 
 
-def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None:
+def _csv_source(path: Path, choices: Choices, first: Source | None) -> Source | None:
     header, _ = _csv.header_of(path)
-    is_of_images = choices.takes is not None and choices.takes.images is not None
+    reads_images = choices.model is not None and choices.model.images is not None
     if not choices.with_targets:
-        if header and not is_of_images:
-            _source.check_columns(str(path), _csv.distinct(header), choices.takes)
-        table = _inputs_alone(_csv.read_csv(path, choices.targets), choices)
-        return _with_images(path, Source(str(path), table), choices)
+        if header and not reads_images:
+            _source.check_columns(str(path), _csv.unique_names(header), choices.model)
+        table = _drop_targets(_csv.read_csv(path, choices.targets), choices)
+        return _with_named_images(path, Source(str(path), table), choices)
     if not header:
         _csv.read_csv(path)  # raises: it is empty
     if first is not None and not set(first.columns) & set(header):
         return None
     names = _label_columns(str(path), header, choices)
-    if not is_of_images:
-        _source.check_columns(str(path), _csv.distinct(header), choices.takes)
-    source = _of_table(_csv.read_csv(path, names), names, choices)
-    return _with_images(path, source, choices)
+    if not reads_images:
+        _source.check_columns(str(path), _csv.unique_names(header), choices.model)
+    source = _table_source(_csv.read_csv(path, names), names, choices)
+    return _with_named_images(path, source, choices)
 
 
-def _with_images(path: Path, source: Source, choices: Choices) -> Source:
-    """The source with the images that a column of its table names, if there is one.
+def _with_named_images(path: Path, source: Source, choices: Choices) -> Source:
+    """Replaces a table's inputs by the images that one of its columns names, if any does.
 
     Raises:
-      ValueError: naming the first row without its image, or the table if it must name images.
+      ValueError: naming the first row without its image, or the table if the model takes images.
     """
     table = source.inputs
     assert isinstance(table, Table)
-    if choices.kept:  # the model reads columns
+    if choices.model_columns:  # the model reads columns
         return source
     for name, column in table.columns.items():
         folder = image_folder(path, column[0]) if table.size else None
         if folder is None or not all(isinstance(cell, str) for cell in column):
             continue
         files = [folder / cell for cell in column]
-        lacking = next((row for row, file in enumerate(files) if not file.is_file()), None)
-        if lacking is not None:
-            raise ValueError(f"{path}: {table.at(lacking)}: there is no file {files[lacking]}.")
+        missing_row = next((row for row, file in enumerate(files) if not file.is_file()), None)
+        if missing_row is not None:
+            raise ValueError(
+                f"{path}: {table.at(missing_row)}: there is no file {files[missing_row]}."
+            )
         others = [other for other in table.columns if other != name]
-        left = f", columns {', '.join(others)} are left out" if others else ""
-        note = f"inputs are the images that the column {name!r:.80} names{left:.200}"
-        return source._replace(inputs=Pictures(str(path), files), notices=(*source.notices, note))
-    if choices.takes is not None and choices.takes.images is not None:
+        ignored = f", columns {', '.join(others)} are left out" if others else ""
+        notice = f"inputs are the images that the column {name!r:.80} names{ignored:.200}"
+        return source._replace(inputs=Pictures(str(path), files), notices=(*source.notices, notice))
+    if choices.model is not None and choices.model.images is not None:
         raise ValueError(f"{path}: no column names image files beside it, which the model takes.")
     return source
 
@@ -115,172 +117,183 @@ def image_folder(path: Path, cell: Any) -> Path | None:
     """The path of the image that a table's cell names: beside the table, or one folder below."""
     if not isinstance(cell, str) or not is_image(Path(cell)):
         return None
-    below = sorted(each for each in path.parent.iterdir() if each.is_dir())
-    return next((each for each in (path.parent, *below) if (each / cell).is_file()), None)
-
-
-def _label_columns(name: str, header: Sequence[str], choices: Choices) -> tuple[str, ...]:
-    there = [column for column in header if column not in choices.drop]
-    return _tables.label_columns(name, there, choices.label)
-
-
-def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
-    if choices.kept:
-        _tables.check_read(table.name, choices.kept, list(table.columns))
-        others = [name for name in table.columns if name not in (*choices.kept, *names)]
-        table = _tables.dropped(table, others)
-        table = table._replace(notices=(*table.notices, *_left_out(others, choices)))
-    table = _tables.without_index(_tables.dropped(table, choices.drop), names)
-    if choices.missing == "drop":
-        table = _tables.complete(table)
-    table, targets = _tables.targets_of(table, names, may_be_none=choices.may_be_none)
-    several = tuple(names) if len(names) > 1 else ()
-    return Source(
-        table.name, table, targets, several, tuple(names), table.notices, table.decimal_comma
+    subfolders = sorted(folder for folder in path.parent.iterdir() if folder.is_dir())
+    return next(
+        (folder for folder in (path.parent, *subfolders) if (folder / cell).is_file()), None
     )
 
 
-def _left_out(names: Sequence[str], choices: Choices) -> tuple[str, ...]:
+def _label_columns(name: str, header: Sequence[str], choices: Choices) -> tuple[str, ...]:
+    columns = [column for column in header if column not in choices.drop]
+    return _tables.label_columns(name, columns, choices.label)
+
+
+def _table_source(table: Table, names: Sequence[str], choices: Choices) -> Source:
+    if choices.model_columns:
+        _tables.check_model_columns(table.name, choices.model_columns, list(table.columns))
+        ignored = [name for name in table.columns if name not in (*choices.model_columns, *names)]
+        table = _tables.without_columns(table, ignored)
+        table = table._replace(notices=(*table.notices, *_ignored_notices(ignored, choices)))
+    table = _tables.without_index(_tables.without_columns(table, choices.drop), names)
+    if choices.missing == "drop":
+        table = _tables.without_missing(table)
+    table, targets = _tables.split_targets(table, names, allow_unlabeled=choices.allow_unlabeled)
+    target_names = tuple(names) if len(names) > 1 else ()
+    return Source(
+        table.name, table, targets, target_names, tuple(names), table.notices, table.decimal_comma
+    )
+
+
+def _ignored_notices(names: Sequence[str], choices: Choices) -> tuple[str, ...]:
     """Notices about columns that a model does not read."""
-    others = [name for name in names if name not in choices.drop]
-    note = f"columns that the model does not read are left out: {', '.join(others)}"
-    return (f"{note:.300}",) if others else ()
+    ignored = [name for name in names if name not in choices.drop]
+    notice = f"columns that the model does not read are left out: {', '.join(ignored)}"
+    return (f"{notice:.300}",) if ignored else ()
 
 
-def _inputs_alone(table: Table, choices: Choices) -> Table:
-    return _tables.dropped(table, [name for name in choices.targets if name in table.columns])
+def _drop_targets(table: Table, choices: Choices) -> Table:
+    return _tables.without_columns(
+        table, [name for name in choices.targets if name in table.columns]
+    )
 
 
-def _of_arrow(paths: Sequence[Path], choices: Choices, first: Source | None) -> Source | None:
+def _arrow_source(paths: Sequence[Path], choices: Choices, first: Source | None) -> Source | None:
     header = _arrow.header_of(paths[0])
     if first is not None and not set(first.columns) & set(header):
         return None
     names = choices.targets
     if choices.with_targets:
         names = _label_columns(str(paths[0]), header, choices)
-    _tables.check_there(str(paths[0]), choices.drop, header)
-    kept = [name for name in header if name not in (*names, *choices.drop)]
-    left_out: tuple[str, ...] = ()
-    if choices.kept and set(choices.kept) <= {*header}:
-        read = (*choices.kept, choices.inputs)
-        left_out = _left_out([name for name in kept if name not in read], choices)
-        kept = [name for name in kept if name in read]
-    asked = [choices.inputs] if choices.inputs in kept else kept
-    _check_row(paths[0], asked, kept, choices)
-    found = _arrow.read_arrow(paths, [*asked, *(names if choices.with_targets else ())])
-    choices = choices._replace(drop=())  # they were not read
-    wide = _wide(found, kept, choices)
-    table = Table(found.name, found.scalars)
-    if wide is None:
-        if lists := [name for name in kept if name in found.lists]:
+    _tables.check_columns_exist(str(paths[0]), choices.drop, header)
+    input_columns = [name for name in header if name not in (*names, *choices.drop)]
+    ignored_notices: tuple[str, ...] = ()
+    if choices.model_columns and set(choices.model_columns) <= {*header}:
+        model_inputs = (*choices.model_columns, choices.inputs)
+        ignored_notices = _ignored_notices(
+            [name for name in input_columns if name not in model_inputs], choices
+        )
+        input_columns = [name for name in input_columns if name in model_inputs]
+    columns = [choices.inputs] if choices.inputs in input_columns else input_columns
+    _check_first_row(paths[0], columns, input_columns, choices)
+    data = _arrow.read_arrow(paths, [*columns, *(names if choices.with_targets else ())])
+    choices = choices._replace(drop=())  # these columns were not read
+    array_column = _array_column(data, input_columns, choices)
+    table = Table(data.name, data.scalars)
+    if array_column is None:
+        if lists := [name for name in input_columns if name in data.lists]:
             raise ValueError(
-                f"{found.name}: column {lists[0]!r:.80} holds lists of different lengths. Drop it "
+                f"{data.name}: column {lists[0]!r:.80} holds lists of different lengths. Drop it "
                 "(--drop-columns)."
             )
         if not choices.with_targets:
-            return Source(found.name, _inputs_alone(table, choices))
-        if all(name in found.scalars for name in names):
-            source = _of_table(table, names, choices)
-            known = found.names.get(names[0], ()) if len(names) == 1 else ()
-            notices = (*left_out, *source.notices)
-            return source._replace(names=known or source.names, notices=notices)
-    inputs: Any = table if wide is None else _columns_inputs(found, wide)
+            return Source(data.name, _drop_targets(table, choices))
+        if all(name in data.scalars for name in names):
+            source = _table_source(table, names, choices)
+            class_names = data.names.get(names[0], ()) if len(names) == 1 else ()
+            notices = (*ignored_notices, *source.notices)
+            return source._replace(names=class_names or source.names, notices=notices)
+    inputs: Any = table if array_column is None else _column_inputs(data, array_column)
     notices = ()
-    if others := [name for name in kept if wide is not None and name != wide]:
-        notices = (f"columns {', '.join(others)[:200]} are left out: inputs are {wide!r}",)
+    ignored = [name for name in input_columns if name != array_column]
+    if array_column is not None and ignored:
+        notices = (f"columns {', '.join(ignored)[:200]} are left out: inputs are {array_column!r}",)
     if not choices.with_targets:
-        return Source(found.name, inputs, notices=notices)
-    targets, known = _targets(found, names)
-    if wide is None:  # lists of labels with columns of numbers
-        columns = {name: found.scalars[name] for name in kept}
-        inputs = _tables.without_index(Table(found.name, columns, np.arange(len(targets))), ())
+        return Source(data.name, inputs, notices=notices)
+    targets, class_names = _targets(data, names)
+    if array_column is None:  # lists of labels with columns of numbers
+        scalars = {name: data.scalars[name] for name in input_columns}
+        inputs = _tables.without_index(Table(data.name, scalars, np.arange(len(targets))), ())
         if choices.missing == "drop":
-            inputs = _tables.complete(inputs)
+            inputs = _tables.without_missing(inputs)
         targets, notices = targets[inputs.rows], inputs.notices
-    if known and targets.dtype == np.float64 and len(targets) and (targets == -1).all():
-        return None if first is not None else Source(found.name, inputs, targets)
-    several = tuple(names) if len(names) > 1 else known
-    return Source(found.name, inputs, targets, several, tuple(names), notices)
+    if class_names and targets.dtype == np.float64 and len(targets) and (targets == -1).all():
+        return None if first is not None else Source(data.name, inputs, targets)
+    target_names = tuple(names) if len(names) > 1 else class_names
+    return Source(data.name, inputs, targets, target_names, tuple(names), notices)
 
 
-def _check_row(path: Path, asked: Sequence[str], kept: Sequence[str], choices: Choices) -> None:
-    """Refuses, by the first row and before reading the rest, what a model does not take."""
-    if choices.takes is None:
+def _check_first_row(
+    path: Path, columns: Sequence[str], input_columns: Sequence[str], choices: Choices
+) -> None:
+    """Refuses data that a model does not take, from the first row, before reading the rest."""
+    if choices.model is None:
         return
-    row = _arrow.first_row(path, [name for name in _arrow.wide_columns(path) if name in asked])
-    if row.lists:  # no row, or one with something missing
+    row = _arrow.first_row(path, [name for name in _arrow.array_columns(path) if name in columns])
+    if row.lists:  # no row, or one with missing values
         return
-    wide = _wide(row, kept, choices)
-    if wide is None:
-        _source.check_columns(row.name, kept, choices.takes)
-    elif wide in row.pictures:
-        _source.check_pictures(row.name, choices.takes)
+    array_column = _array_column(row, input_columns, choices)
+    if array_column is None:
+        _source.check_columns(row.name, input_columns, choices.model)
+    elif array_column in row.pictures:
+        _source.check_images(row.name, choices.model)
     else:
-        _source.check_shape(row.name, row.vectors[wide].shape, choices.takes)
+        _source.check_shape(row.name, row.vectors[array_column].shape, choices.model)
 
 
-def _wide(found: ArrowTable, kept: Sequence[str], choices: Choices) -> str | None:
-    """The column whose images or arrays are the inputs; None if all number columns are."""
+def _array_column(table: ArrowTable, input_columns: Sequence[str], choices: Choices) -> str | None:
+    """The column of images or arrays that is the inputs; None if the inputs are number columns."""
     if choices.inputs is not None:
-        if choices.inputs not in found.pictures and choices.inputs not in found.vectors:
+        if choices.inputs not in table.pictures and choices.inputs not in table.vectors:
             raise ValueError(
-                f"{found.name}: has no column {choices.inputs!r:.80} of images or arrays; it has "
-                f"{list(kept)!s:.300}."
+                f"{table.name}: has no column {choices.inputs!r:.80} of images or arrays; it has "
+                f"{list(input_columns)!s:.300}."
             )
         return choices.inputs
-    wide = [name for name in (*found.pictures, *found.vectors) if name in kept]
-    if len(wide) > 1:
+    matches = [name for name in (*table.pictures, *table.vectors) if name in input_columns]
+    if len(matches) > 1:
         raise ValueError(
-            f"{found.name}: columns {', '.join(wide)[:200]} all hold inputs. Choose one with "
+            f"{table.name}: columns {', '.join(matches)[:200]} all hold inputs. Choose one with "
             "--inputs."
         )
-    return wide[0] if wide else None
+    return matches[0] if matches else None
 
 
-def _columns_inputs(found: ArrowTable, name: str) -> Pictures | np.ndarray:
-    if name in found.pictures:
-        return Pictures(f"{found.name}: column {name!r}", found.pictures[name])
-    return _source.with_channels(found.vectors[name])
+def _column_inputs(table: ArrowTable, name: str) -> Pictures | np.ndarray:
+    if name in table.pictures:
+        return Pictures(f"{table.name}: column {name!r}", table.pictures[name])
+    return _source.with_channels(table.vectors[name])
 
 
-def _targets(found: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+def _targets(table: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Targets `[N]` or `[N, K]`, and the names of their classes."""
     columns = []
     for name in names:
-        if name in found.scalars:
-            column = found.scalars[name]
-            if (lacking := _tables.empty(column)).any():
+        if name in table.scalars:
+            column = table.scalars[name]
+            if (missing := _tables.missing_mask(column)).any():
                 raise ValueError(
-                    f"{found.name}: row {np.flatnonzero(lacking)[0]} has no label "
-                    f"({int(lacking.sum())} such rows)."
+                    f"{table.name}: row {np.flatnonzero(missing)[0]} has no label "
+                    f"({int(missing.sum())} such rows)."
                 )
-        elif name in found.lists:
-            column = found.lists[name]
-        elif name in found.vectors:
-            column = found.vectors[name]
+        elif name in table.lists:
+            column = table.lists[name]
+        elif name in table.vectors:
+            column = table.vectors[name]
         else:
-            raise ValueError(f"{found.name}: column {name!r:.80} holds images, not labels.")
+            raise ValueError(f"{table.name}: column {name!r:.80} holds images, not labels.")
         columns.append(column)
     if len(columns) > 1:
         return np.stack(columns, axis=1), ()
-    known = found.names.get(names[0], ())
+    class_names = table.names.get(names[0], ())
     column = columns[0]
     if column.ndim == 2 and (
-        known or (column.dtype.kind in "iu" and not np.isin(column, (0, 1)).all())
+        class_names or (column.dtype.kind in "iu" and not np.isin(column, (0, 1)).all())
     ):  # lists that happen to have one length
         column = _arrow.objects(column.tolist())
-    if known and column.dtype == object:  # several classes in a list
-        named = [_named(found.name, row, cell, known) for row, cell in enumerate(column)]
-        column = _arrow.objects(named)
-    return column, known
+    if class_names and column.dtype == object:  # several classes in a list
+        class_lists = [
+            _class_names(table.name, row, cell, class_names) for row, cell in enumerate(column)
+        ]
+        column = _arrow.objects(class_lists)
+    return column, class_names
 
 
-def _named(name: str, row: int, cell: Any, known: Sequence[str]) -> list[str] | None:
-    """The names of a list of class numbers; None is kept, and refused with other empty cells."""
+def _class_names(name: str, row: int, cell: Any, class_names: Sequence[str]) -> list[str] | None:
+    """The names of a list of class numbers; None stays, and is refused with other empty cells."""
     if cell is None or None in cell:
         return None
-    if any(i not in range(len(known)) for i in cell):
+    if any(i not in range(len(class_names)) for i in cell):
         raise ValueError(
-            f"{name}: labels must lie in 0..{len(known) - 1}, got {cell!s:.80} at row {row}."
+            f"{name}: labels must lie in 0..{len(class_names) - 1}, got {cell!s:.80} at row {row}."
         )
-    return [known[int(i)] for i in cell]
+    return [class_names[int(i)] for i in cell]

@@ -17,11 +17,11 @@ from kdtl_jax.datasets._dataset import Dataset, checked, finite_numbers, from_te
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 from kdtl_jax.datasets._tables import is_number
 
-# What the label column holds; auto decides by its values.
+# The kind of targets; auto decides by the values.
 Target = Literal["auto", "classes", "labels", "numbers"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 SEPARATORS = "|;"  # between labels in one cell; also "," if targets are given as labels
-MOST_LABELS = 10_000
+MAX_LABELS = 10_000
 QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 LIST = re.compile(r"""\[((?:\s*(?:'[^']*'|"[^"]*")\s*,?)*)\s*\]""")
 
@@ -55,269 +55,274 @@ def from_arrays(
     """
     if not np.ndim(targets):
         raise ValueError(f"{name}: targets must hold one value per example, got {targets!r:.80}.")
-    found, told = _listed(_plain(np.asarray(targets))), ()
-    if (read := _read(found, target if like is None else like.kind, decimal_comma)) is not None:
-        found, told = read
-    kind = like.kind if like is not None else _kind(name, found, target)
+    values, amount_notices = _parse_lists(_simplify(np.asarray(targets))), ()
+    amounts = _parse_amounts(values, target if like is None else like.kind, decimal_comma)
+    if amounts is not None:
+        values, amount_notices = amounts
+    kind = like.kind if like is not None else _detect_kind(name, values, target)
     if kind == "classes":
-        return _classes(name, inputs, found, classes, like, names)
+        return _class_dataset(name, inputs, values, classes, like, names)
     inputs = finite_numbers(name, inputs)
-    if len(found) != len(inputs) or found.ndim > 2:
+    if len(values) != len(inputs) or values.ndim > 2:
         raise ValueError(
             f"{name}: targets of every example are needed, got inputs {list(inputs.shape)} and "
-            f"targets {list(found.shape)}. Are these two files of one split?"
+            f"targets {list(values.shape)}. Are these two files of one split?"
         )
     if not inputs.size:
         raise ValueError(f"{name}: holds no examples, got inputs {list(inputs.shape)}.")
-    if kind == "numbers" and (stacked := _equal_numbers(found)) is not None:
-        found = stacked
-    make = _labels if kind == "labels" else _numbers
-    labels, names, notices = make(name, found, like, tuple(names))
+    if kind == "numbers" and (stacked := _stack_integer_lists(values)) is not None:
+        values = stacked
+    convert = _multi_hot_labels if kind == "labels" else _regression_targets
+    labels, names, notices = convert(name, values, like, tuple(names))
     form = Preprocessing(kind, names, labels.shape[1])
-    return Dataset(name, inputs, labels, labels.shape[1], names, (*told, *notices), form)
+    return Dataset(name, inputs, labels, labels.shape[1], names, (*amount_notices, *notices), form)
 
 
-def _classes(
+def _class_dataset(
     name: str,
     inputs: np.ndarray,
-    found: np.ndarray,
+    targets: np.ndarray,
     classes: int | None,
     like: Dataset | None,
     names: Sequence[str],
 ) -> Dataset:
     if not names:
-        return checked(name, inputs, found, classes, like=like)
+        return checked(name, inputs, targets, classes, like=like)
     count, notices = len(names), ()
-    if found.ndim == 2 and found.shape[1] > 1:
-        note = (
+    if targets.ndim == 2 and targets.shape[1] > 1:
+        notice = (
             f"columns {_text.shown(', '.join(names[:6]), 300)} are one-hot: read as one class each"
         )
-        count, notices = classes, (note,)
-    unnamed = like is not None and not like.names
-    made = checked(name, inputs, found, count, like=like if unnamed else None)
-    made = made._replace(names=tuple(names), notices=notices)
-    if like is None or unnamed:
-        return made
-    return checked(name, inputs, np.array(names)[made.labels], like=like)._replace(notices=notices)
+        count, notices = classes, (notice,)
+    ignores_names = like is not None and not like.names
+    data = checked(name, inputs, targets, count, like=like if ignores_names else None)
+    data = data._replace(names=tuple(names), notices=notices)
+    if like is None or ignores_names:
+        return data
+    return checked(name, inputs, np.array(names)[data.labels], like=like)._replace(notices=notices)
 
 
-def _in_order_of(
+def _match_columns(
     name: str, targets: np.ndarray, names: tuple[str, ...], like: Dataset | None
 ) -> np.ndarray:
-    """Columns of targets in the order of another part's, or unchanged if either has no names."""
+    """Reorders columns of targets as in another part; no change if either has no names."""
     if like is None or not names or not like.names or names == like.names:
         return targets
     if set(names) != set(like.names):
-        wanted, got = (_text.shown(", ".join(each), 300) for each in (like.names, names))
-        raise ValueError(f"{name}: the columns of targets are {got}, expected {wanted}.")
+        expected, got = (_text.shown(", ".join(each), 300) for each in (like.names, names))
+        raise ValueError(f"{name}: the columns of targets are {got}, expected {expected}.")
     return targets[:, [names.index(each) for each in like.names]]
 
 
-def _plain(found: np.ndarray) -> np.ndarray:
-    """Objects that are all text or all numbers as such; bytes as text; `[N, 1]` as `[N]`."""
-    if found.dtype.kind == "O" and found.size:
-        cells = found.ravel()
+def _simplify(targets: np.ndarray) -> np.ndarray:
+    """Converts objects to text or numbers if all are, bytes to text, and `[N, 1]` to `[N]`."""
+    if targets.dtype.kind == "O" and targets.size:
+        cells = targets.ravel()
         if all(isinstance(cell, str) for cell in cells):
-            found = found.astype(str)
+            targets = targets.astype(str)
         elif all(isinstance(cell, (int, float, np.number, np.bool_)) for cell in cells):
-            found = found.astype(np.float64)
-    if found.dtype.kind == "S":
-        found = np.char.decode(found, "utf-8", "replace")
-    return found[:, 0] if found.ndim == 2 and found.shape[1] == 1 else found
+            targets = targets.astype(np.float64)
+    if targets.dtype.kind == "S":
+        targets = np.char.decode(targets, "utf-8", "replace")
+    return targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
 
 
-def _listed(found: np.ndarray) -> np.ndarray:
-    """Lists of text stored in a table in Python's notation, "['cat', 'dog']", as lists."""
-    if found.dtype.kind != "U" or found.ndim != 1 or not len(found):
-        return found
-    cells = [LIST.fullmatch(cell.strip()) for cell in found.tolist()]
+def _parse_lists(targets: np.ndarray) -> np.ndarray:
+    """Parses lists of text in Python's notation, such as "['cat', 'dog']"."""
+    if targets.dtype.kind != "U" or targets.ndim != 1 or not len(targets):
+        return targets
+    cells = [LIST.fullmatch(cell.strip()) for cell in targets.tolist()]
     if not all(cells) or not any(cell and cell[1] for cell in cells):
-        return found
-    out = np.empty(len(found), object)
-    out[:] = [[a or b for a, b in QUOTED.findall(cell[1])] for cell in cells if cell]
-    return out
+        return targets
+    lists = np.empty(len(targets), object)
+    lists[:] = [[a or b for a, b in QUOTED.findall(cell[1])] for cell in cells if cell]
+    return lists
 
 
-def _read(
-    found: np.ndarray, kind: Target, decimal_comma: bool
+def _parse_amounts(
+    targets: np.ndarray, kind: Target, decimal_comma: bool
 ) -> tuple[np.ndarray, tuple[str, ...]] | None:
-    """Amounts such as "$1,234" as numbers, if numbers are meant or they have fractions, with
-    notices about them. None if there is nothing to read."""
-    if found.dtype.kind != "U" or found.ndim != 1 or kind not in ("auto", "numbers"):
+    """Parses amounts such as "$1,234" if `kind` is "numbers" or they have fractions.
+
+    Returns:
+      Numbers and notices about them; None if the targets stay as they are.
+    """
+    if targets.dtype.kind != "U" or targets.ndim != 1 or kind not in ("auto", "numbers"):
         return None
-    marked = next((cell for cell in found.tolist() if not is_number(cell)), None)
-    read = _amounts.amounts(found.tolist(), decimal_comma=decimal_comma)
-    if marked is None or read is None or read[1] == _amounts.DAYS:
+    cell_with_unit = next((text for text in targets.tolist() if not is_number(text)), None)
+    amounts = _amounts.amounts(targets.tolist(), decimal_comma=decimal_comma)
+    if cell_with_unit is None or amounts is None or amounts[1] == _amounts.DAYS:
         return None
-    if kind == "auto" and (read[0] == np.floor(read[0])).all():
+    if kind == "auto" and (amounts[0] == np.floor(amounts[0])).all():
         return None
-    return read[0], (f"targets: {_amounts.told(marked, decimal_comma)}",)
+    return amounts[0], (f"targets: {_amounts.reading_notice(cell_with_unit, decimal_comma)}",)
 
 
-def _kind(name: str, found: np.ndarray, target: Target) -> Kind:
+def _detect_kind(name: str, targets: np.ndarray, target: Target) -> Kind:
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r:.40}.")
     if target != "auto":
         return target
-    if found.dtype.kind == "O":
-        known = [cell for cell in found.ravel() if not _lacks(cell)]
-        lists = all(isinstance(cell, (list, tuple, np.ndarray)) for cell in known)
-        if _equal_numbers(found) is not None:
+    if targets.dtype.kind == "O":
+        cells = [each for each in targets.ravel() if not _is_missing(each)]
+        lists = all(isinstance(each, (list, tuple, np.ndarray)) for each in cells)
+        if _stack_integer_lists(targets) is not None:
             raise ValueError(
-                f"{name}: the lists of {len(found[0])} whole numbers may be labels that an example "
-                "has, or numbers. Say which: --target labels or --target numbers."
+                f"{name}: the lists of {len(targets[0])} whole numbers may be labels that an "
+                "example has, or numbers. Say which: --target labels or --target numbers."
             )
-        return "labels" if lists and known else "classes"
-    if found.ndim == 2 and found.dtype.kind in "iufb" and found.size:
-        if np.isin(found, (0, 1)).all():
-            return "classes" if (found.sum(axis=1) == 1).all() else "labels"
-        if found.dtype.kind == "f":
+        return "labels" if lists and cells else "classes"
+    if targets.ndim == 2 and targets.dtype.kind in "iufb" and targets.size:
+        if np.isin(targets, (0, 1)).all():
+            return "classes" if (targets.sum(axis=1) == 1).all() else "labels"
+        if targets.dtype.kind == "f":
             return "numbers"
         raise ValueError(
-            f"{name}: targets {list(found.shape)} of {found.dtype} are neither 0 and 1 nor "
+            f"{name}: targets {list(targets.shape)} of {targets.dtype} are neither 0 and 1 nor "
             "fractions: classes of several questions, or numbers? Choose one column with --label, "
             "or --target numbers."
         )
-    if found.dtype.kind == "U" and found.ndim == 1:
-        if any(mark in cell for mark in SEPARATORS for cell in found):
+    if targets.dtype.kind == "U" and targets.ndim == 1:
+        if any(mark in each for mark in SEPARATORS for each in targets):
             return "labels"
-        found = from_text(name, np.char.strip(found)) if not (found == "").any() else found
-    if found.dtype.kind == "f":
-        finite = found[np.isfinite(found)]
+        targets = from_text(name, np.char.strip(targets)) if not (targets == "").any() else targets
+    if targets.dtype.kind == "f":
+        finite = targets[np.isfinite(targets)]
         return "numbers" if (finite != np.floor(finite)).any() else "classes"
     return "classes"
 
 
-def _labels(
-    name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
+def _multi_hot_labels(
+    name: str, targets: np.ndarray, like: Dataset | None, names: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
     """`[N, K]` of 0 and 1, float32, and the names of the labels."""
-    if found.ndim == 1 and (like is None or like.classes == 1):
-        answers = _answers(found)  # to one question: whether an example has the label
-        found = found if answers is None else answers[:, None]
-    if found.ndim == 2:
-        return _multi_hot(name, found, like, names)
+    if targets.ndim == 1 and (like is None or like.classes == 1):
+        binary = _binary_column(targets)  # to one question: whether an example has the label
+        targets = targets if binary is None else binary[:, None]
+    if targets.ndim == 2:
+        return _check_multi_hot(name, targets, like, names)
     if like is not None and not like.names:
         raise ValueError(
             f"{name}: the {like.classes} labels of the training part or of the model have no names "
-            f"with which to match a cell such as {found[0]!s:.80}. Give "
+            f"with which to match a cell such as {targets[0]!s:.80}. Give "
             f"[N, {like.classes}] of 0 and 1."
         )
-    mark = _separator(found, like.names if like is not None else names)
-    rows = [_split(name, i, cell, mark) for i, cell in enumerate(found)]
-    known = like.names if like is not None else names
-    known = known or tuple(sorted({label for row in rows for label in row}, key=_in_order))
-    place = {label: i for i, label in enumerate(known)}
-    if not 1 < len(known) <= MOST_LABELS:
+    separator = _separator(targets, like.names if like is not None else names)
+    rows = [_split_cell(name, i, cell, separator) for i, cell in enumerate(targets)]
+    labels = like.names if like is not None else names
+    labels = labels or tuple(sorted({label for row in rows for label in row}, key=_natural_order))
+    column_of = {label: i for i, label in enumerate(labels)}
+    if not 1 < len(labels) <= MAX_LABELS:
         raise ValueError(
-            f"{name}: {len(known)} different labels in {len(rows)} examples; from 2 to "
-            f"{MOST_LABELS:,} are possible. Is this the label column?"
+            f"{name}: {len(labels)} different labels in {len(rows)} examples; from 2 to "
+            f"{MAX_LABELS:,} are possible. Is this the label column?"
         )
-    hot = np.zeros((len(rows), len(known)), np.float32)
+    multi_hot = np.zeros((len(rows), len(labels)), np.float32)
     for i, row in enumerate(rows):
         for label in row:
-            if label not in place:
-                listed = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
+            if label not in column_of:
+                label_list = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
                 raise ValueError(
                     f"{name}: label {label!r:.80} at row {i} does not occur in the training part "
-                    f"or the model, whose labels are {listed}."
+                    f"or the model, whose labels are {label_list}."
                 )
-            hot[i, place[label]] = 1
-    shown = ", ".join(known[:6]) + (", …" if len(known) > 6 else "")
-    notice = f"several labels per example, {len(known)} in all: {shown}"
-    return hot, known, [] if like is not None else [notice]
+            multi_hot[i, column_of[label]] = 1
+    label_list = ", ".join(labels[:6]) + (", …" if len(labels) > 6 else "")
+    notice = f"several labels per example, {len(labels)} in all: {label_list}"
+    return multi_hot, labels, [] if like is not None else [notice]
 
 
-def _answers(found: np.ndarray) -> np.ndarray | None:
-    """0 and 1 from one column that holds only these, or yes and no; None for other columns."""
-    if found.dtype.kind in "iufb":
-        return found if np.isin(found, (0, 1)).all() else None
-    if found.dtype.kind != "U":
+def _binary_column(targets: np.ndarray) -> np.ndarray | None:
+    """0 and 1 from a column that holds only these, or yes and no; None for other columns."""
+    if targets.dtype.kind in "iufb":
+        return targets if np.isin(targets, (0, 1)).all() else None
+    if targets.dtype.kind != "U":
         return None
-    said = np.char.lower(np.char.strip(found))
+    words = np.char.lower(np.char.strip(targets))
     pairs = (("0", "1"), ("no", "yes"), ("false", "true"))
     return next(
-        ((said == pair[1]).astype(np.int64) for pair in pairs if np.isin(said, pair).all()), None
+        ((words == pair[1]).astype(np.int64) for pair in pairs if np.isin(words, pair).all()), None
     )
 
 
-def _multi_hot(
-    name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
+def _check_multi_hot(
+    name: str, targets: np.ndarray, like: Dataset | None, names: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
-    count = found.shape[1] if like is None else like.classes
-    if found.dtype.kind not in "iufb" or found.shape[1] != count or not count:
+    count = targets.shape[1] if like is None else like.classes
+    if targets.dtype.kind not in "iufb" or targets.shape[1] != count or not count:
         raise ValueError(
             f"{name}: several labels per example must be [N, {count}] of 0 and 1, got "
-            f"{list(found.shape)} of {found.dtype}."
+            f"{list(targets.shape)} of {targets.dtype}."
         )
-    wrong = np.flatnonzero(~np.isin(found, (0, 1)).all(axis=1))
-    if len(wrong):
+    invalid = np.flatnonzero(~np.isin(targets, (0, 1)).all(axis=1))
+    if len(invalid):
         raise ValueError(
             f"{name}: several labels per example must be 0 or 1, got "
-            f"{found[wrong[0]].tolist()!s:.80} at row {wrong[0]}."
+            f"{targets[invalid[0]].tolist()!s:.80} at row {invalid[0]}."
         )
     columns = "1 column: a label that" if count == 1 else f"{count} columns: several labels that"
     notice = f"targets are 0 or 1 in {columns} an example has or lacks"
-    found = _in_order_of(name, found, names, like)
-    known = (like.names if like is not None else ()) or names
-    return found.astype(np.float32), known, [] if like is not None else [notice]
+    targets = _match_columns(name, targets, names, like)
+    label_names = (like.names if like is not None else ()) or names
+    return targets.astype(np.float32), label_names, [] if like is not None else [notice]
 
 
-def _numbers(
-    name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
+def _regression_targets(
+    name: str, values: np.ndarray, like: Dataset | None, names: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
     """`[N, K]` float64 in their own units."""
-    if found.dtype.kind == "U":
-        flat = np.char.strip(found)
+    if values.dtype.kind == "U":
+        flat = np.char.strip(values)
         try:
-            found = flat.astype(np.float64)
+            values = flat.astype(np.float64)
         except ValueError:
             row = next(i for i, cell in enumerate(flat.ravel()) if not is_number(cell))
-            shown = str(flat.ravel()[row])
+            cell = str(flat.ravel()[row])
             raise ValueError(
-                f"{name}: targets must be numbers, got {shown!r:.80} at row "
+                f"{name}: targets must be numbers, got {cell!r:.80} at row "
                 f"{row // max(1, flat[0].size)}."
             ) from None
-    if found.dtype.kind not in "iufb":
-        raise ValueError(f"{name}: targets must be numbers, got {found.dtype}.")
-    targets = found.reshape(len(found), -1).astype(np.float64)
+    if values.dtype.kind not in "iufb":
+        raise ValueError(f"{name}: targets must be numbers, got {values.dtype}.")
+    targets = values.reshape(len(values), -1).astype(np.float64)
     with np.errstate(over="ignore"):  # what overflows float32 is refused
-        wrong = np.flatnonzero(~np.isfinite(targets.astype(np.float32)).all(axis=1))
-    if len(wrong):
+        invalid = np.flatnonzero(~np.isfinite(targets.astype(np.float32)).all(axis=1))
+    if len(invalid):
         raise ValueError(
-            f"{name}: targets must be finite numbers, got {targets[wrong[0]].tolist()!s:.80} at "
-            f"row {wrong[0]} ({len(wrong)} such rows)."
+            f"{name}: targets must be finite numbers, got {targets[invalid[0]].tolist()!s:.80} at "
+            f"row {invalid[0]} ({len(invalid)} such rows)."
         )
     if like is not None:
         if targets.shape[1] != like.classes:
             raise ValueError(
                 f"{name}: {like.classes} numbers per example are needed, got {targets.shape[1]}."
             )
-        return _in_order_of(name, targets, names, like), like.names, []
+        return _match_columns(name, targets, names, like), like.names, []
     constant = np.flatnonzero((targets == targets[:1]).all(axis=0))
     if len(constant):
-        which = _text.shown(names[constant[0]], 80) if names else constant[0]
+        target = _text.shown(names[constant[0]], 80) if names else constant[0]
         raise ValueError(
-            f"{name}: every target {which} is {targets[0, constant[0]]:g}: nothing can be learned."
+            f"{name}: every target {target} is {targets[0, constant[0]]:g}: nothing can be learned."
         )
-    one = "a number" if targets.shape[1] == 1 else f"{targets.shape[1]} numbers"
-    return targets, names, [f"targets are {one} per example (regression)"]
+    description = "a number" if targets.shape[1] == 1 else f"{targets.shape[1]} numbers"
+    return targets, names, [f"targets are {description} per example (regression)"]
 
 
-def _separator(found: np.ndarray, known: Sequence[str]) -> str | None:
-    """The separator between labels in a cell, which no known label contains."""
-    cells = [cell for cell in found if isinstance(cell, str)]
-    for mark in f"{SEPARATORS},":
-        if any(mark in cell for cell in cells) and not any(mark in label for label in known):
-            return mark
+def _separator(targets: np.ndarray, labels: Sequence[str]) -> str | None:
+    """The separator between labels in a cell, one that no known label contains."""
+    cells = [cell for cell in targets if isinstance(cell, str)]
+    for separator in f"{SEPARATORS},":
+        is_used = any(separator in cell for cell in cells)
+        if is_used and not any(separator in label for label in labels):
+            return separator
     return None
 
 
-def _split(name: str, row: int, cell: Any, mark: str | None) -> list[str]:
-    parts = cell.split(mark) if isinstance(cell, str) and mark else cell
+def _split_cell(name: str, row: int, cell: Any, separator: str | None) -> list[str]:
+    parts = cell.split(separator) if isinstance(cell, str) and separator else cell
     if not isinstance(parts, (list, tuple, np.ndarray)):
         parts = [parts]
-    if any(_lacks(part) for part in parts):
+    if any(_is_missing(part) for part in parts):
         raise ValueError(
             f"{name}: a label is missing at row {row}, got {cell!s:.80}. Fill it in or leave it "
             "out; an example without labels has an empty list."
@@ -325,22 +330,22 @@ def _split(name: str, row: int, cell: Any, mark: str | None) -> list[str]:
     return [text for part in parts if (text := str(part).strip())]
 
 
-def _equal_numbers(found: np.ndarray) -> np.ndarray | None:
-    """`[N, K]` of lists of K whole numbers each, K > 1."""
-    if found.dtype.kind != "O" or not found.size or not isinstance(found[0], list):
+def _stack_integer_lists(targets: np.ndarray) -> np.ndarray | None:
+    """Stacks lists of K > 1 whole numbers each as `[N, K]`; None for other targets."""
+    if targets.dtype.kind != "O" or not targets.size or not isinstance(targets[0], list):
         return None
-    length = len(found[0])
-    if length < 2 or not all(isinstance(row, list) and len(row) == length for row in found):
+    length = len(targets[0])
+    if length < 2 or not all(isinstance(row, list) and len(row) == length for row in targets):
         return None
-    if not all(isinstance(cell, int) for row in found for cell in row):
+    if not all(isinstance(cell, int) for row in targets for cell in row):
         return None
-    return np.array(found.tolist())
+    return np.array(targets.tolist())
 
 
-def _lacks(cell: Any) -> bool:
+def _is_missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and np.isnan(cell))
 
 
-def _in_order(label: str) -> tuple[int, int | str]:
+def _natural_order(label: str) -> tuple[int, int | str]:
     """Whole numbers in order, then text."""
     return (0, int(label)) if label.isdecimal() and len(label) < 19 else (1, label)
