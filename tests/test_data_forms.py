@@ -353,10 +353,22 @@ def test_choices_that_do_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         "u,v,label\n" + "".join(f"{u},{v},{w}\n" for (u, v), w in zip(x, y, strict=True))
     )
-    folder = image_folder(tmp_path)
+    folder = image_folder(tmp_path / "images")
     for name in ("digits", tmp_path / "a.npz", folder):
         with pytest.raises(ValueError, match=r"no column.*--drop-columns"):
             datasets.read_splits(str(name), drop=("u",))
     for name in ("digits", tmp_path / "a.npz", tmp_path / "a.csv"):
         with pytest.raises(ValueError, match=r"no image files.*--image-size"):
             datasets.read_splits(str(name), image_size=(4, 4))
+    np.savez(
+        tmp_path / "pictures.npz",
+        x=np.zeros((30, 4, 4, 1), np.float32),
+        y=np.array(["ant", "bee"])[y],
+    )
+    arrays, pictures = (datasets.read(name).form for name in (tmp_path / "a.npz", folder))
+    assert pictures is not None and pictures.shape == (4, 4, 1)
+    for name, form in (("a.npz", arrays), ("pictures.npz", pictures)):
+        with pytest.raises(ValueError, match=r"no image files.*--image-size"):
+            datasets.read(tmp_path / name, image_size=(4, 4), preprocessing=form)
+    with pytest.raises(ValueError, match=r"image_size must be that of the model, \(4, 4\), got"):
+        datasets.read(folder, image_size=(3, 2), preprocessing=pictures)

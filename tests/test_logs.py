@@ -83,6 +83,9 @@ def test_a_lost_file_is_told_once_a_method_has_saved_steps(folder: Path) -> None
     (folder / "checkpoints" / "kd" / "3").mkdir()
     with pytest.warns(UserWarning, match=r"metrics\.jsonl is missing: its metrics are lost"):
         assert _logs.begun(folder) == {}
+    (folder / "metrics.jsonl").write_text("\n")
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl holds no metrics: those of the saved"):
+        assert _logs.begun(folder) == {}
 
 
 def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:

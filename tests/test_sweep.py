@@ -94,6 +94,11 @@ def test_bad_sweeps_say_what_to_do() -> None:
     for seed in (2**40, -(2**31) - 1):
         with pytest.raises(ValueError, match="'seed' must fit int32"):
             sweep.grid(seed=[seed])
+    for value in (1e39, -1e39, 1e-46):
+        with pytest.raises(ValueError, match="values of axis 'a' must fit float32.*got"):
+            sweep.grid(a=[1.0, value])
+    with pytest.raises(ValueError, match="axis 'a' must fit float32.*got"):
+        sweep.sample(3, a=sweep.Range(1, 1e40, log=True))
     with pytest.raises(ValueError, match=r"single values at \['x/0', 'x/1'\].*jnp.asarray"):
         sweep.vmap(lambda p: p["x"])({"x": [1.0, 2.0]})
     with pytest.raises(ValueError, match="loop over them in Python"):

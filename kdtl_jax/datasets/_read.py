@@ -87,7 +87,7 @@ def read_splits(
         train, others.get("validation"), others.get("test"), validation, test, seed
     )
     origins = [first, *(stored[p] if p in others else first for p in PARTS[1:])]
-    form, notices = _model_form(preprocessing, choices), []
+    form, notices = _model_form(preprocessing, choices, origins), []
     if form is None:
         form, notices = _fit_form(first, splits.train, choices)
     parts = [
@@ -139,7 +139,7 @@ def read(
     stored = _training_first(_idx_files(path, labels) or sources(path, choices))
     first = _number_targets(stored[0], target, _model_dataset(preprocessing), classes)
     parts = [first, *(_number_targets(source, target, first) for source in stored[1:])]
-    form, notices = _model_form(preprocessing, choices), []
+    form, notices = _model_form(preprocessing, choices, stored), []
     if form is None:
         form, notices = _fit_form(stored[0], first, choices)
     parts = [_encode(source, part, form) for source, part in zip(stored, parts, strict=True)]
@@ -287,12 +287,24 @@ def _number_targets(
     return data
 
 
-def _model_form(preprocessing: Preprocessing | None, choices: Choices) -> Preprocessing | None:
+def _model_form(
+    preprocessing: Preprocessing | None, choices: Choices, stored: Sequence[Source]
+) -> Preprocessing | None:
     """A model's form with the user's choices: rows dropped, images resized to its size."""
     if preprocessing is None:
         return None
     images = preprocessing.images
-    if images is not None and choices.image_size == preprocessing.shape[:2]:
+    if choices.image_size is not None:
+        for source in stored:
+            if images is None or not isinstance(source.inputs, Pictures):
+                _check_no_resizing(source.name, choices)
+        height, width = preprocessing.shape[:2]
+        if choices.image_size != (height, width):
+            raise ValueError(
+                f"image_size must be that of the model, {(height, width)}, got "
+                f"{choices.image_size}. Leave it out, or give the model's."
+            )
+        assert images is not None
         images = images._replace(resize=True)
     return preprocessing._replace(images=images, leaves_out=choices.missing == "drop")
 

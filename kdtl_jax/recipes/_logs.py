@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,18 +135,22 @@ def begun(folder: Path) -> Lines:
     """The lines that a run's file has already; `of_method` adds those of the methods that follow.
 
     The file is read once here, not once per method. Lines that cannot be read are dropped from it;
-    if it is missing although a method has saved steps, a warning says that its metrics are lost.
+    if it is missing or holds none although a method has saved steps, a warning says that the
+    metrics are lost.
     """
     file, lines = folder / "metrics.jsonl", Lines()
     if jax.process_index() != 0:  # one process writes it
         return lines
+    saved = any(map(checkpoint.steps, folder.glob("checkpoints/*")))
     if file.exists():
         with loop.metrics_file(file, stays=lambda line: True):
             pass
-    elif not any(map(checkpoint.steps, folder.glob("checkpoints/*"))):  # nothing has been logged
+    elif not saved:  # nothing has been logged
         return lines
     for line in of_methods(folder):
         lines.setdefault(line["method"], []).append(line)
+    if saved and not lines and file.exists():
+        warnings.warn(f"{file} holds no metrics: those of the saved steps are lost.", stacklevel=2)
     return lines
 
 
