@@ -164,13 +164,13 @@ def uskd(setup: Setup) -> Method:
     both heads' probabilities, as in the paper; the authors' code adds log-probabilities.
     """
     exclusive_classes(setup)
-    of_student = _layers.every(setup)[0][0]
-    shape = jax.eval_shape(_layers.as_vector, setup.student[of_student])
+    student_tap = _layers.every(setup)[0][0]
+    shape = jax.eval_shape(_layers.as_vector, setup.student[student_tap])
     head = connectors.linear(setup.classes)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         x = logits(inputs)
-        weak = head.apply(inputs.connectors, _layers.as_vector(inputs.student[of_student]))
+        weak = head.apply(inputs.connectors, _layers.as_vector(inputs.student[student_tap]))
         student, other = (losses.non_target_logits(z, x.labels) for z in (x.student, weak))
         zipf = losses.zipf_targets(jax.nn.softmax(student) + jax.nn.softmax(other), x.labels)
         weight = losses.uskd_weight(x.student, x.labels, where=x.where)

@@ -32,9 +32,9 @@ def hint(setup: Setup) -> Method:
     Romero et al., 2015 (1412.6550). Task 1, hint 100: RepDistiller and mdistiller, which train both
     at once (the paper trains the hint first).
     """
-    found = _layers.layers(setup, _layers.middle(setup))
+    layers = _layers.layers(setup, _layers.middle(setup))
     weights = {"task": 1.0, "hint": 100.0}
-    return pairwise(setup, "hint", by_example(losses.mse), found, weights, connector=regressor)
+    return pairwise(setup, "hint", by_example(losses.mse), layers, weights, connector=regressor)
 
 
 def cosine(setup: Setup) -> Method:
@@ -42,28 +42,28 @@ def cosine(setup: Setup) -> Method:
 
     Sanh et al., DistilBERT, 2019 (1910.01108), whose term for tokens is `hidden_cosine`.
     """
-    found = _layers.layers(setup, _layers.every(setup))
+    layers = _layers.layers(setup, _layers.every(setup))
     weights = {"task": 1.0, "cosine": 1.0}
 
     def loss(student: Array, teacher: Array) -> Array:
         values = losses.cosine_distance(student, teacher)  # of every position
         return jnp.mean(values.reshape(len(values), -1), axis=1)
 
-    return pairwise(setup, "cosine", by_example(loss), found, weights, connector=connectors.linear)
+    return pairwise(setup, "cosine", by_example(loss), layers, weights, connector=connectors.linear)
 
 
 def ridge_hint(setup: Setup) -> Method:
-    """The hint of the deepest layer through the best linear map, which is solved for in the loss.
+    """The hint of the deepest layer through the best linear map, solved for inside the loss.
 
     Golub and Pereyra, Separable nonlinear least squares: the variable projection method, 2003.
     Nothing besides the student is trained; task 1, hint 1.
     """
-    found = _layers.layers(setup, _layers.deepest(setup))
+    layers = _layers.layers(setup, _layers.deepest(setup))
 
     def loss(student: Array, teacher: Array, where: Array | None) -> Array:
         return losses.ridge_hint(student, teacher, where=where)
 
-    return pairwise(setup, "hint", loss, found, {"task": 1.0, "hint": 1.0})
+    return pairwise(setup, "hint", loss, layers, {"task": 1.0, "hint": 1.0})
 
 
 def vid(setup: Setup) -> Method:
@@ -72,18 +72,18 @@ def vid(setup: Setup) -> Method:
     Ahn et al., 2019 (1904.05835). The mean comes from three 1x1 convolutions; the variance is
     learned per channel and starts at 5. Task 1, vid 1: RepDistiller.
     """
-    found = _layers.layers(setup, _layers.every(setup))
-    means = [connectors.mlp((t.shape[-1],) * 3, bias=False) for t in found.teacher]
+    layers = _layers.layers(setup, _layers.every(setup))
+    means = [connectors.mlp((t.shape[-1],) * 3, bias=False) for t in layers.teacher]
     variance = connectors.variance()
 
     def init(key: Array) -> Params:
         variances = [variance] * len(means)
-        return _layers.init_each(means, found.student, key) | _layers.init_each(
-            variances, found.teacher, key, prefix="variance"
+        return _layers.init_each(means, layers.student, key) | _layers.init_each(
+            variances, layers.teacher, key, prefix="variance"
         )
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        params, features = inputs.connectors, found.read(inputs.student, inputs.teacher)
+        params, features = inputs.connectors, layers.read(inputs.student, inputs.teacher)
         features = _layers.connect(means, params, features, inputs.real)
         values = [
             losses.vid(mean, teacher, variance.apply(params[f"variance_{i}"], teacher))
@@ -104,9 +104,9 @@ def ickd(setup: Setup) -> Method:
     def loss(student: Array, teacher: Array) -> Array:
         return teacher.shape[-1] * losses.ickd(student, teacher)
 
-    found = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
+    layers = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
     weights = {"task": 1.0, "ickd": 500 / 256}
-    return pairwise(setup, "ickd", by_example(loss), found, weights, connector=projection)
+    return pairwise(setup, "ickd", by_example(loss), layers, weights, connector=projection)
 
 
 def pkd(setup: Setup) -> Method:
@@ -114,13 +114,13 @@ def pkd(setup: Setup) -> Method:
 
     Cao et al., 2022 (2207.02039). Task 1, pkd 1: mmrazor's default.
     """
-    found = _layers.layers(setup, _layers.every(setup))
+    layers = _layers.layers(setup, _layers.every(setup))
     weights = {"task": 1.0, "pkd": 1.0}
 
     def loss(student: Array, teacher: Array, where: Array | None) -> Array:
         return losses.pkd_pearson(student, teacher, where=where)
 
-    return pairwise(setup, "pkd", loss, found, weights, connector=connectors.conv1x1)
+    return pairwise(setup, "pkd", loss, layers, weights, connector=connectors.conv1x1)
 
 
 def mgd(setup: Setup, *, masked: float = 0.15) -> Method:
@@ -130,24 +130,24 @@ def mgd(setup: Setup, *, masked: float = 0.15) -> Method:
     the teacher's features are generated from the rest. Task 1, mgd 7e-5, masked 0.15: the authors'
     classification settings.
     """
-    found = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
-    channels = found.teacher[0].shape[-1]
+    layers = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
+    channels = layers.teacher[0].shape[-1]
     align, generate = connectors.conv1x1(channels), connectors.generator(channels)
 
     def init(key: Array) -> Params:
         key_align, key_generate = jax.random.split(key)
         return {
-            "align": align.init(key_align, found.student[0]),
-            "generator": generate.init(key_generate, found.teacher[0]),
+            "align": align.init(key_align, layers.student[0]),
+            "generator": generate.init(key_generate, layers.teacher[0]),
         }
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         params, (key, _) = inputs.connectors, key_and_step(inputs)
-        [(student, teacher)] = found.read(inputs.student, inputs.teacher)
+        [(student, teacher)] = layers.read(inputs.student, inputs.teacher)
         student = align.apply(params["align"], student)
         keep = jax.random.bernoulli(key, 1 - masked, (len(student), 1, 1, channels))
-        rest = jnp.where(keep, student, jnp.zeros((), student.dtype))
-        generated = generate.apply(params["generator"], rest)
+        kept = jnp.where(keep, student, jnp.zeros((), student.dtype))
+        generated = generate.apply(params["generator"], kept)
         return {"mgd": losses.squared_distance(generated, teacher)}
 
     return method(setup, terms, {"task": 1.0, "mgd": 7e-5}, connectors=init)
@@ -160,16 +160,17 @@ def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     1; torchdistill's distance, one value for the whole batch, has weight 2.
     """
     exclusive_classes(setup)
-    of_student, of_teacher = setup.last
-    teacher_shape = setup.teacher[of_teacher]
+    student_tap, teacher_tap = setup.last
+    teacher_shape = setup.teacher[teacher_tap]
     project = projection(teacher_shape.shape[-1])
     norm = connectors.batch_norm()
-    plain = norm.init(jax.random.key(0), teacher_shape)  # scale 1, offset 0: nothing to learn
+    # Scale 1, offset 0: nothing to learn.
+    identity_params = norm.init(jax.random.key(0), teacher_shape)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         where = inputs.real
-        student = project.apply(inputs.connectors, inputs.student[of_student], where=where)
-        teacher = norm.apply(plain, inputs.teacher[of_teacher], where=where)
+        student = project.apply(inputs.connectors, inputs.student[student_tap], where=where)
+        teacher = norm.apply(identity_params, inputs.teacher[teacher_tap], where=where)
         logits = inputs.student["logits"], inputs.teacher["logits"]
         return {
             "srd": losses.srd(student, teacher),
@@ -177,7 +178,7 @@ def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
         }
 
     def init(key: Array) -> Params:
-        return project.init(key, setup.student[of_student])
+        return project.init(key, setup.student[student_tap])
 
     return method(setup, terms, {"task": 1.0, "srd": 1.0, "kd": 1.0}, connectors=init)
 
@@ -190,12 +191,12 @@ def features_first(term: str, weight: float, setup: Setup) -> dict[str, Weight]:
 
     RepDistiller's two-stage methods train 30 epochs on features, then 240 on the labels.
     """
-    end = max(round(30 / 270 * setup.steps), 1)
+    switch_step = max(round(30 / 270 * setup.steps), 1)
 
-    def switched(before: float, after: float) -> Weight:
-        values = map(optax.constant_schedule, (before, after))
-        said = f"{before:g}, after {end} steps {after:g}"
-        return schedule(optax.join_schedules([*values], [end]), said)
+    def switched(first: float, second: float) -> Weight:
+        values = map(optax.constant_schedule, (first, second))
+        description = f"{first:g}, after {switch_step} steps {second:g}"
+        return schedule(optax.join_schedules([*values], [switch_step]), description)
 
     return {"task": switched(0.0, 1.0), term: switched(weight, 0.0)}
 
@@ -212,27 +213,27 @@ def review(setup: Setup) -> Method:
     (`losses.hcl`), summed over layers. Task 1, hcl 1 after a linear warm-up over 20 of 240 epochs:
     mdistiller, whose weight is 1, 5 or 8 depending on the pair.
     """
-    found = _layers.layers(setup, _layers.every(setup), _layers.maps)
-    count = len(found.student)
-    width = min(WIDEST, max(student.shape[-1] for student in found.student))
-    fusions = [connectors.abf(width, teacher.shape[-1]) for teacher in found.teacher]
+    layers = _layers.layers(setup, _layers.every(setup), _layers.maps)
+    count = len(layers.student)
+    width = min(WIDEST, max(student.shape[-1] for student in layers.student))
+    fusions = [connectors.abf(width, teacher.shape[-1]) for teacher in layers.teacher]
 
     def init(key: Array) -> Params:
         params, residual = {}, None
         for i in reversed(range(count)):
-            x = found.student[i], residual
+            x = layers.student[i], residual
             params[f"pair_{i}"] = fusions[i].init(jax.random.fold_in(key, i), x)
             _, residual = jax.eval_shape(fusions[i].apply, params[f"pair_{i}"], x)
         return params
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        where, features = inputs.real, found.read(inputs.student, inputs.teacher)
+        where, features = inputs.real, layers.read(inputs.student, inputs.teacher)
         fused, residual = [], None
         for i in reversed(range(count)):
             student, teacher = features[i]
             params, x = inputs.connectors[f"pair_{i}"], (student, residual)
-            mixed, residual = fusions[i].apply(params, x, where=where)
-            fused.append((mixed, teacher))
+            fused_map, residual = fusions[i].apply(params, x, where=where)
+            fused.append((fused_map, teacher))
         return {"hcl": _layers.total(by_example(losses.hcl), fused, None)}
 
     return method(setup, terms, {"task": 1.0, "hcl": warmed_up(1.0, setup)}, connectors=init)
@@ -246,8 +247,8 @@ def ft(setup: Setup) -> Method:
     loss alone: the factor that teaches is a constant. Task 1, ft 1000 (torchdistill's weight for
     the mean over elements), reconstruction 1.
     """
-    found = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
-    [student_shape], [teacher_shape] = found.student, found.teacher
+    layers = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
+    [student_shape], [teacher_shape] = layers.student, layers.teacher
     channels = teacher_shape.shape[-1]
     paraphrase = connectors.paraphraser(channels)
     translate = connectors.translator(student_shape.shape[-1], max(channels // 2, 1))
@@ -260,7 +261,7 @@ def ft(setup: Setup) -> Method:
         }
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        [(student, teacher)] = found.read(inputs.student, inputs.teacher)
+        [(student, teacher)] = layers.read(inputs.student, inputs.teacher)
         params, where = inputs.connectors, inputs.real
         factor, rebuilt = paraphrase.apply(params["paraphraser"], teacher, where=where)
         factor = jax.lax.stop_gradient(factor)
@@ -286,15 +287,15 @@ def ab(setup: Setup) -> Method:
     def loss(student: Array, teacher: Array) -> Array:
         return losses.activation_boundary(student, teacher) * (3 / 1000)
 
-    found = _layers.layers(setup, _layers.every(setup))
+    layers = _layers.layers(setup, _layers.every(setup))
     return pairwise(
         setup,
         "ab",
         by_example(loss),
-        found,
+        layers,
         features_first("ab", 1.0, setup),
         connector=projection,
-        layer_weights=halving(len(found.student)),
+        layer_weights=halving(len(layers.student)),
     )
 
 
@@ -316,15 +317,15 @@ def ofd(setup: Setup) -> Method:
     def loss(student: Array, teacher: Array, where: Array | None) -> Array:
         return losses.partial_l2(student, teacher, margin=_mean_below_zero(teacher, where))
 
-    found = _layers.layers(setup, [setup.before_activation[pair] for pair in setup.pairs])
+    layers = _layers.layers(setup, [setup.before_activation[pair] for pair in setup.pairs])
     return pairwise(
         setup,
         "ofd",
         loss,
-        found,
+        layers,
         {"task": 1.0, "ofd": 0.001},
         connector=projection,
-        layer_weights=halving(len(found.student)),
+        layer_weights=halving(len(layers.student)),
     )
 
 
@@ -332,9 +333,9 @@ def _mean_below_zero(x: Array, where: Array | None) -> Array:
     """`E[x | x < 0]` per channel over this batch, 0 for a channel that is never negative: `[C]`."""
     if where is not None:
         x = jnp.where(jnp.expand_dims(where, tuple(range(1, x.ndim))), x, 0)
-    below = jnp.minimum(x, 0).reshape(-1, x.shape[-1])
-    count = jnp.sum(below < 0, axis=0, dtype=x.dtype)
-    return jnp.sum(below, axis=0) / jnp.maximum(count, 1)
+    negatives = jnp.minimum(x, 0).reshape(-1, x.shape[-1])
+    count = jnp.sum(negatives < 0, axis=0, dtype=x.dtype)
+    return jnp.sum(negatives, axis=0) / jnp.maximum(count, 1)
 
 
 def fsp(setup: Setup) -> Method:
@@ -344,14 +345,14 @@ def fsp(setup: Setup) -> Method:
     the teacher's widths by 1x1 convolutions. Task 1, fsp 50, trained before the task for 30 of 270
     epochs: RepDistiller's script, whose first stage does not read the weight.
     """
-    found = _layers.layers(setup, _layers.every(setup, at_least=2), _layers.maps)
+    layers = _layers.layers(setup, _layers.every(setup, at_least=2), _layers.maps)
     glue = [
         connectors.identity() if s.shape[-1] == t.shape[-1] else connectors.conv1x1(t.shape[-1])
-        for s, t in zip(found.student, found.teacher, strict=True)
+        for s, t in zip(layers.student, layers.teacher, strict=True)
     ]
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        features = found.read(inputs.student, inputs.teacher)
+        features = layers.read(inputs.student, inputs.teacher)
         features = _layers.connect(glue, inputs.connectors, features, inputs.real)
         flows = []
         for (s1, t1), (s2, t2) in zip(features, features[1:], strict=False):
@@ -360,6 +361,6 @@ def fsp(setup: Setup) -> Method:
         return {"fsp": sum(flows[1:], flows[0])}
 
     def init(key: Array) -> Params:
-        return _layers.init_each(glue, found.student, key)
+        return _layers.init_each(glue, layers.student, key)
 
     return method(setup, terms, features_first("fsp", 50.0, setup), connectors=init)

@@ -30,9 +30,9 @@ def at(setup: Setup) -> Method:
     paper does not square the norm.)
     """
     why = "a normalized attention map of one position is always 1"
-    found = layers_of_maps(setup, _layers.every(setup), because=why)
+    layers = layers_of_maps(setup, _layers.every(setup), because=why)
     return pairwise(
-        setup, "at", by_example(losses.attention_transfer), found, {"task": 1.0, "at": 1000.0}
+        setup, "at", by_example(losses.attention_transfer), layers, {"task": 1.0, "at": 1000.0}
     )
 
 
@@ -42,8 +42,8 @@ def nst(setup: Setup) -> Method:
     Huang and Wang, 2017 (1707.01219). Task 1, nst 50: RepDistiller.
     """
     why = "a channel normalized over one position is only a sign"
-    found = layers_of_maps(setup, _layers.every(setup), because=why)
-    return pairwise(setup, "nst", by_example(losses.nst), found, {"task": 1.0, "nst": 50.0})
+    layers = layers_of_maps(setup, _layers.every(setup), because=why)
+    return pairwise(setup, "nst", by_example(losses.nst), layers, {"task": 1.0, "nst": 50.0})
 
 
 def cwd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
@@ -57,9 +57,9 @@ def cwd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
         return losses.cwd(student, teacher, temperature=temperature)
 
     why = "a softmax over one position is always 1"
-    found = layers_of_maps(setup, _layers.deepest(setup), because=why)
+    layers = layers_of_maps(setup, _layers.deepest(setup), because=why)
     weights = {"task": 1.0, "cwd": 50.0}
-    return pairwise(setup, "cwd", by_example(loss), found, weights, connector=connectors.conv1x1)
+    return pairwise(setup, "cwd", by_example(loss), layers, weights, connector=connectors.conv1x1)
 
 
 def wkd_f(setup: Setup) -> Method:
@@ -72,9 +72,9 @@ def wkd_f(setup: Setup) -> Method:
     def loss(student: Array, teacher: Array) -> Array:
         return losses.wkd_feature(student, teacher, mean_weight=4.0)
 
-    found = layers_of_maps(setup, _layers.deepest(setup), because="one position has no variance")
+    layers = layers_of_maps(setup, _layers.deepest(setup), because="one position has no variance")
     weights = {"task": 1.0, "wkd_f": cooled_down(0.08, setup)}
-    return pairwise(setup, "wkd_f", by_example(loss), found, weights, connector=regressor)
+    return pairwise(setup, "wkd_f", by_example(loss), layers, weights, connector=regressor)
 
 
 def catkd(setup: Setup) -> Method:
@@ -91,13 +91,13 @@ def catkd(setup: Setup) -> Method:
             "output 'pooled' of both models"
         )
     why = "a class activation map normalized over one position is only a sign"
-    found = layers_of_maps(setup, [setup.last_maps], because=why)
+    layers = layers_of_maps(setup, [setup.last_maps], because=why)
     teacher_kernel, student_head = needs_teacher_head(setup).kernel, setup.student_head
     if student_head is None:
         raise ValueError(no_head("student"))
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        [(student, teacher)] = found.read(inputs.student, inputs.teacher)
+        [(student, teacher)] = layers.read(inputs.student, inputs.teacher)
         student = student @ student_head(inputs.params).kernel.astype(student.dtype)
         teacher = teacher @ jax.lax.stop_gradient(teacher_kernel).astype(teacher.dtype)
         resolution = min(2, *student.shape[1:3])
@@ -124,12 +124,12 @@ def simkd(setup: Setup) -> Method:
     """
     head = needs_teacher_head(setup)
     pair = setup.last if setup.last_maps is None else setup.last_maps
-    found = _layers.layers(setup, [pair], _layers.maps)
-    of_teacher = setup.teacher[pair[1]]
-    projector = connectors.simkd_projector(of_teacher.shape[-1])
+    layers = _layers.layers(setup, [pair], _layers.maps)
+    teacher_shape = setup.teacher[pair[1]]
+    projector = connectors.simkd_projector(teacher_shape.shape[-1])
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
-        [(student, teacher)] = found.read(inputs.student, inputs.teacher)
+        [(student, teacher)] = layers.read(inputs.student, inputs.teacher)
         student, measured = projector.measure(inputs.connectors, student, where=inputs.real)
         running = connectors.running_update(inputs.memory, measured)
         return {"simkd": losses.mse(student, teacher)}, running
@@ -137,17 +137,17 @@ def simkd(setup: Setup) -> Method:
     def predict(params: Params, memory: PyTree, student: Outputs) -> Array:
         # Only the size of the teacher's map matters here: the student's map is pooled to it.
         features = student[pair[0]]
-        blank = jnp.zeros((features.shape[0], *of_teacher.shape[1:]), features.dtype)
-        [(features, _)] = found.read(student, {pair[1]: blank})
+        blank = jnp.zeros((features.shape[0], *teacher_shape.shape[1:]), features.dtype)
+        [(features, _)] = layers.read(student, {pair[1]: blank})
         projected = projector.evaluate(params, memory, features)
         return classify(head, _layers.as_vector(projected))
 
     def init(key: Array) -> Params:
-        return projector.init(key, found.student[0])
+        return projector.init(key, layers.student[0])
 
     def running(key: Array) -> PyTree:
         params = jax.eval_shape(init, key)
-        return connectors.running_init(projector, params, found.student[0])
+        return connectors.running_init(projector, params, layers.student[0])
 
     weights = {"task": 0.0, "simkd": 1.0}
     return method(setup, terms, weights, connectors=init, memory=running, predict=predict)
@@ -159,18 +159,18 @@ def srrl(setup: Setup) -> Method:
     Yang et al., ICLR 2021. r is a 1x1 convolution, batch norm and ReLU on the head's input. Task 1,
     feature 1, classifier 5: cls_KD.
     """
-    head, (of_student, of_teacher) = needs_teacher_head(setup), setup.last
-    connector = regressor(setup.teacher[of_teacher].shape[-1])
+    head, (student_tap, teacher_tap) = needs_teacher_head(setup), setup.last
+    connector = regressor(setup.teacher[teacher_tap].shape[-1])
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student = inputs.student[of_student]
+        student = inputs.student[student_tap]
         student = connector.apply(inputs.connectors, student, where=inputs.real)
-        teacher = inputs.teacher[of_teacher]
+        teacher = inputs.teacher[teacher_tap]
         logits = classify(head, student), classify(head, teacher)
         return {"feature": losses.mse(student, teacher), "classifier": losses.mse(*logits)}
 
     def init(key: Array) -> Params:
-        return connector.init(key, setup.student[of_student])
+        return connector.init(key, setup.student[student_tap])
 
     return method(setup, terms, {"task": 1.0, "feature": 1.0, "classifier": 5.0}, connectors=init)
 

@@ -1,4 +1,4 @@
-"""Matched layers: which ones are matched, and how they are brought to corresponding shapes.
+"""Matched layers, and the views that bring their features to corresponding shapes.
 
 A vector `[B, C]` is a map of one position. Anything that normalizes or compares *over* positions
 would be constant on it, so methods that do so require more than one position.
@@ -28,7 +28,7 @@ class Layers(NamedTuple):
     """Matched layers, viewed in the same way on both sides."""
 
     read: Callable[[Outputs, Outputs], Features]  # of the student's and the teacher's outputs
-    student: list[jax.ShapeDtypeStruct]  # what `read` gives of the student
+    student: list[jax.ShapeDtypeStruct]  # the student's part of what `read` returns
     teacher: list[jax.ShapeDtypeStruct]
 
 
@@ -82,14 +82,15 @@ def every(setup: Setup, *, at_least: int = 1) -> Sequence[Pair]:
     """
     check_setup(setup)
     if len(setup.pairs) < at_least:
-        said = f"needs {at_least} matched layers, but this pair of models has {len(setup.pairs)}"
-        both = {"student": setup.student, "teacher": setup.teacher}
-        if bare := [name for name, outputs in both.items() if {*outputs} <= {"logits"}]:
-            said += (
-                f" (the {' and the '.join(bare)} {'returns' if len(bare) == 1 else 'return'} "
+        message = f"needs {at_least} matched layers, but this pair of models has {len(setup.pairs)}"
+        models = {"student": setup.student, "teacher": setup.teacher}
+        if bare := [name for name, outputs in models.items() if {*outputs} <= {"logits"}]:
+            message += (
+                f" (the {' and the '.join(bare)} "
+                f"{'returns' if len(bare) == 1 else 'return'} "
                 "logits alone: let it return features too, in a dict or a tuple)"
             )
-        raise ValueError(said)
+        raise ValueError(message)
     return setup.pairs
 
 
@@ -109,16 +110,18 @@ def layers(setup: Setup, pairs: Sequence[Pair], view: View = same_positions) -> 
     Raises:
       ValueError: if two token layers have different lengths.
     """
-    for of_student, of_teacher in pairs:
-        student, teacher = setup.student[of_student].shape, setup.teacher[of_teacher].shape
+    for student_tap, teacher_tap in pairs:
+        student, teacher = setup.student[student_tap].shape, setup.teacher[teacher_tap].shape
         if len(student) == len(teacher) == 3 and student[1] != teacher[1]:
             raise ValueError(
-                f"needs equally many tokens on both sides, but {of_student!r} has {student[1]} and "
-                f"{of_teacher!r} {teacher[1]}"
+                f"needs equally many tokens on both sides, but {student_tap!r} has {student[1]} "
+                f"and {teacher_tap!r} {teacher[1]}"
             )
 
     def read(student: Outputs, teacher: Outputs) -> Features:
-        return [view(student[of_student], teacher[of_teacher]) for of_student, of_teacher in pairs]
+        return [
+            view(student[student_tap], teacher[teacher_tap]) for student_tap, teacher_tap in pairs
+        ]
 
     shapes = jax.eval_shape(read, dict(setup.student), dict(setup.teacher))
     return Layers(read, [s for s, _ in shapes], [t for _, t in shapes])
@@ -130,17 +133,17 @@ def layers_of_maps(setup: Setup, pairs: Sequence[Pair], *, because: str) -> Laye
     Raises:
       ValueError: if a map has a single position; `because` explains why more are needed.
     """
-    found = layers(setup, pairs, maps)
-    if any(x.shape[1] * x.shape[2] < 2 for x in found.student):
+    matched = layers(setup, pairs, maps)
+    if any(x.shape[1] * x.shape[2] < 2 for x in matched.student):
         raise ValueError(f"needs feature maps with positions: {because}")
-    return found
+    return matched
 
 
 def pairwise(
     setup: Setup,
     term: str,
     loss: PairLoss,
-    found: Layers,
+    layers: Layers,
     weights: Mapping[str, Weight],
     *,
     connector: Callable[[int], Connector] | None = None,
@@ -153,37 +156,42 @@ def pairwise(
       term: its name.
       loss: of the features of one pair, `[B]`; `by_example` makes one from a loss that needs no
         mask.
-      found: the layers.
+      layers: the layers.
       weights: of the task and the term.
       connector: made from the teacher's number of channels; None compares the features directly.
       layer_weights: w; 1 each by default.
     """
     if connector is None:
 
-        def plain(inputs: Inputs) -> dict[str, Array]:
-            features = found.read(inputs.student, inputs.teacher)
+        def direct(inputs: Inputs) -> dict[str, Array]:
+            features = layers.read(inputs.student, inputs.teacher)
             return {term: total(loss, features, inputs.real, layer_weights)}
 
-        return method(setup, plain, weights)
-    glue = [connector(teacher.shape[-1]) for teacher in found.teacher]
+        return method(setup, direct, weights)
+    layer_connectors = [connector(teacher.shape[-1]) for teacher in layers.teacher]
 
     def connected(inputs: Inputs) -> dict[str, Array]:
-        where, features = inputs.real, found.read(inputs.student, inputs.teacher)
-        features = connect(glue, inputs.connectors, features, where)
+        where, features = inputs.real, layers.read(inputs.student, inputs.teacher)
+        features = connect(layer_connectors, inputs.connectors, features, where)
         return {term: total(loss, features, where, layer_weights)}
 
     return method(
-        setup, connected, weights, connectors=lambda key: init_each(glue, found.student, key)
+        setup,
+        connected,
+        weights,
+        connectors=lambda key: init_each(layer_connectors, layers.student, key),
     )
 
 
 def connect(
-    glue: Sequence[Connector], params: Params, features: Features, where: Array | None
+    layer_connectors: Sequence[Connector], params: Params, features: Features, where: Array | None
 ) -> Features:
     """The student's features through their connectors, the teacher's unchanged."""
     return [
         (connector.apply(params[f"pair_{i}"], student, where=where), teacher)
-        for i, (connector, (student, teacher)) in enumerate(zip(glue, features, strict=True))
+        for i, (connector, (student, teacher)) in enumerate(
+            zip(layer_connectors, features, strict=True)
+        )
     ]
 
 
@@ -206,7 +214,7 @@ def total(
 
 
 def init_each(
-    glue: Sequence[Connector],
+    layer_connectors: Sequence[Connector],
     shapes: Sequence[jax.ShapeDtypeStruct],
     key: Array,
     *,
@@ -215,7 +223,7 @@ def init_each(
     """Parameters of one connector per shape: `{"pair_0": ..., "pair_1": ...}`."""
     return {
         f"{prefix}_{i}": connector.init(jax.random.fold_in(key, i), x)
-        for i, (connector, x) in enumerate(zip(glue, shapes, strict=True))
+        for i, (connector, x) in enumerate(zip(layer_connectors, shapes, strict=True))
     }
 
 

@@ -114,8 +114,8 @@ def nkd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     """
 
     def terms(x: Logits) -> dict[str, Array]:
-        apart = (losses.non_target_logits(z, x.labels) for z in (x.student, x.teacher))
-        others = losses.soft_cross_entropy(*apart, temperature=temperature)
+        logits_pair = (losses.non_target_logits(z, x.labels) for z in (x.student, x.teacher))
+        others = losses.soft_cross_entropy(*logits_pair, temperature=temperature)
         target = losses.target_cross_entropy(x.student, x.teacher, x.labels)
         return {"target": target, "others": temperature**2 * others}
 
@@ -251,8 +251,8 @@ def mlld(setup: Setup, *, temperatures: Sequence[Scalar] = (2.0, 3.0, 4.0, 5.0, 
             [level(*sides, temperature=t, where=x.where) for t in temperatures]
             for level in (losses.batch_correlation, losses.class_correlation)
         )
-        found = {"kd": kd, "batch": batch, "classes": classes}
-        return {name: sum(values[1:], values[0]) for name, values in found.items()}
+        values_by_term = {"kd": kd, "batch": batch, "classes": classes}
+        return {name: sum(values[1:], values[0]) for name, values in values_by_term.items()}
 
     return of_logits(setup, terms, {"task": 0.1, "kd": 0.9, "batch": 0.9, "classes": 0.9})
 

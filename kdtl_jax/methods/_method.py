@@ -1,4 +1,4 @@
-"""What a method is, and what methods share: masks, keys, schedules, requirements."""
+"""`Method`, and what methods share: masks, keys, schedules, requirements."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -57,22 +57,22 @@ def method(
     check_setup(setup)
 
     def with_task(inputs: Inputs) -> Any:
-        found, task = terms(inputs), setup.task(inputs)
+        distillation, task = terms(inputs), setup.task(inputs)
         assert not isinstance(task, tuple), "a task keeps no memory"
-        if isinstance(found, tuple):
-            return {**task, **found[0]}, found[1]
-        return {**task, **found}
+        if isinstance(distillation, tuple):
+            return {**task, **distillation[0]}, distillation[1]
+        return {**task, **distillation}
 
     return Method(with_task, weights, connectors, memory, predict)
 
 
 def alone(setup: Setup) -> Method:
-    """The task without a teacher: the baseline of every comparison."""
+    """Trains on the task without a teacher: the baseline of every comparison."""
     return method(setup, lambda inputs: {}, {"task": 1.0})
 
 
 def count(x: Array, where: Array | None) -> Array | int:
-    """How many examples are real, at least 1, in x's dtype."""
+    """The number of real examples, at least 1, in x's dtype."""
     return len(x) if where is None else jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)
 
 
@@ -116,13 +116,16 @@ def no_head(side: str) -> str:
     )
 
 
-def schedule(made: optax.Schedule, said: str) -> Schedule:
-    """An optax schedule of a float step (its divisions pass strict promotion), shown as `said`."""
+def schedule(values: optax.Schedule, description: str) -> Schedule:
+    """An optax schedule of a float step (its divisions need one under strict promotion).
+
+    `description` describes it where a method's weights are printed.
+    """
 
     def run(step: Array) -> Array:
-        return jnp.asarray(made(jnp.asarray(step, jnp.float32)))
+        return jnp.asarray(values(jnp.asarray(step, jnp.float32)))
 
-    run.__qualname__ = said  # shown when a method's weights are printed
+    run.__qualname__ = description
     return run
 
 
@@ -130,13 +133,13 @@ def warmed_up(weight: float, setup: Setup) -> Schedule:
     """0 to `weight` over the first 20 of 240 parts of the run, mdistiller's epochs."""
     check_setup(setup)
     steps = max(round(20 / 240 * setup.steps), 1)
-    said = f"0 to {weight:g} over {steps} steps"
-    return schedule(optax.linear_schedule(0.0, weight, steps), said)
+    description = f"0 to {weight:g} over {steps} steps"
+    return schedule(optax.linear_schedule(0.0, weight, steps), description)
 
 
 def cooled_down(weight: float, setup: Setup) -> Schedule:
     """`weight`, decaying to 0 along a half cosine over the last 90 of 240 parts of the run."""
     start = round(150 / 240 * setup.steps)
     decay = optax.cosine_decay_schedule(weight, max(setup.steps - start, 1))
-    made = optax.join_schedules([optax.constant_schedule(weight), decay], [start])
-    return schedule(made, f"{weight:g}, after {start} steps down to 0 at {setup.steps}")
+    values = optax.join_schedules([optax.constant_schedule(weight), decay], [start])
+    return schedule(values, f"{weight:g}, after {start} steps down to 0 at {setup.steps}")

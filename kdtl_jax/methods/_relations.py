@@ -24,12 +24,12 @@ def sp(setup: Setup) -> Method:
     Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019 (1907.09682). Task 1, sp 3000:
     RepDistiller.
     """
-    found = _layers.layers(setup, _layers.deepest(setup), _layers.unchanged)
+    layers = _layers.layers(setup, _layers.deepest(setup), _layers.unchanged)
 
     def loss(student: Array, teacher: Array, where: Array | None) -> Array:
         return losses.sp(student, teacher, where=where)
 
-    return pairwise(setup, "sp", loss, found, {"task": 1.0, "sp": 3000.0})
+    return pairwise(setup, "sp", loss, layers, {"task": 1.0, "sp": 3000.0})
 
 
 def rkd(setup: Setup) -> Method:
@@ -39,10 +39,10 @@ def rkd(setup: Setup) -> Method:
     50: RepDistiller and mdistiller.
     """
     check_setup(setup)
-    of_student, of_teacher = setup.last
+    student_tap, teacher_tap = setup.last
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        sides = inputs.student[of_student], inputs.teacher[of_teacher]
+        sides = inputs.student[student_tap], inputs.teacher[teacher_tap]
         where = inputs.real
         return {
             "distance": losses.rkd_distance(*sides, where=where),
@@ -64,8 +64,8 @@ def pkt(setup: Setup) -> Method:
         return values / count(values, where)
 
     check_setup(setup)
-    found = _layers.layers(setup, [setup.last], _layers.unchanged)
-    return pairwise(setup, "pkt", loss, found, {"task": 1.0, "pkt": 30000.0})
+    layers = _layers.layers(setup, [setup.last], _layers.unchanged)
+    return pairwise(setup, "pkt", loss, layers, {"task": 1.0, "pkt": 30000.0})
 
 
 def cc(setup: Setup) -> Method:
@@ -75,12 +75,12 @@ def cc(setup: Setup) -> Method:
     configuration.
     """
     check_setup(setup)
-    found = _layers.layers(setup, [setup.last], _layers.unchanged)
+    layers = _layers.layers(setup, [setup.last], _layers.unchanged)
 
     def loss(student: Array, teacher: Array, where: Array | None) -> Array:
         return losses.cc(student, teacher, where=where)
 
-    return pairwise(setup, "cc", loss, found, {"task": 1.0, "cc": 0.003})
+    return pairwise(setup, "cc", loss, layers, {"task": 1.0, "cc": 0.003})
 
 
 def itrd(setup: Setup) -> Method:
@@ -92,12 +92,12 @@ def itrd(setup: Setup) -> Method:
     correlation; here the floor is 1e-12.
     """
     check_setup(setup)
-    of_student, of_teacher = setup.last
-    embed = connectors.linear(setup.teacher[of_teacher].shape[-1])
+    student_tap, teacher_tap = setup.last
+    embed = connectors.linear(setup.teacher[teacher_tap].shape[-1])
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        teacher, where = inputs.teacher[of_teacher], inputs.real
-        student = embed.apply(inputs.connectors, inputs.student[of_student])
+        teacher, where = inputs.teacher[teacher_tap], inputs.real
+        student = embed.apply(inputs.connectors, inputs.student[student_tap])
         mutual = losses.itrd_mutual(student, teacher, where=where)
         distance = jnp.abs(losses.feature_correlation(student, teacher, where=where) - 1)
         return {
@@ -106,7 +106,7 @@ def itrd(setup: Setup) -> Method:
         }
 
     def init(key: Array) -> Params:
-        return embed.init(key, setup.student[of_student])
+        return embed.init(key, setup.student[student_tap])
 
     weights = {"task": 1.0, "correlation": 2.0, "mutual": 0.05}
     return method(setup, terms, weights, connectors=init)
@@ -120,18 +120,18 @@ _EMBED = connectors.chain(connectors.linear(WIDTH), connectors.unit_norm())
 
 def _init_embeddings(setup: Setup, key: Array) -> Params:
     key_student, key_teacher = jax.random.split(key)
-    of_student, of_teacher = setup.last
+    student_tap, teacher_tap = setup.last
     return {
-        "student": _EMBED.init(key_student, setup.student[of_student]),
-        "teacher": _EMBED.init(key_teacher, setup.teacher[of_teacher]),
+        "student": _EMBED.init(key_student, setup.student[student_tap]),
+        "teacher": _EMBED.init(key_teacher, setup.teacher[teacher_tap]),
     }
 
 
-def _embedded(setup: Setup, inputs: Inputs) -> tuple[Array, Array]:
-    params, (of_student, of_teacher) = inputs.connectors, setup.last
+def _embed(setup: Setup, inputs: Inputs) -> tuple[Array, Array]:
+    params, (student_tap, teacher_tap) = inputs.connectors, setup.last
     return (
-        _EMBED.apply(params["student"], inputs.student[of_student]),
-        _EMBED.apply(params["teacher"], inputs.teacher[of_teacher]),
+        _EMBED.apply(params["student"], inputs.student[student_tap]),
+        _EMBED.apply(params["teacher"], inputs.teacher[teacher_tap]),
     )
 
 
@@ -149,16 +149,16 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
     negatives = min(NEGATIVES, n - 1)
 
     def side(
-        bank: memory.Bank, queries: Array, drawn: Array, inputs: Inputs
+        bank: memory.Bank, queries: Array, samples: Array, inputs: Inputs
     ) -> tuple[Array, Array]:
         """The values of one side, and its normalizer."""
         constant, where = jax.lax.stop_gradient(queries), inputs.real
-        given = {"temperature": temperature, "where": where}
-        first = memory.bank_set_normalizer(bank, constant, drawn, **given)
+        options = {"temperature": temperature, "where": where}
+        first = memory.bank_set_normalizer(bank, constant, samples, **options)
         # Decided by the memory, not by the step: the first step may be skipped, or hold only
         # padding.
         log_z = jnp.where(inputs.memory["is_normalized"], bank.log_z, first.log_z)
-        scores = memory.bank_scores(bank._replace(log_z=log_z), queries, drawn, **given)
+        scores = memory.bank_scores(bank._replace(log_z=log_z), queries, samples, **options)
         return losses.crd(scores, num_data=n), log_z
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
@@ -167,12 +167,12 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
                 'the batch has no "index", the places of its examples in the training set: add '
                 '"index": jnp.arange(number of examples) to the data.'
             )
-        student, teacher = _embedded(setup, inputs)
+        student, teacher = _embed(setup, inputs)
         index, banks, where = inputs.batch["index"], inputs.memory, inputs.real
         key, _ = key_and_step(inputs)
-        drawn = memory.bank_draw(key, index, size=n, negatives=negatives, where=where)
-        of_student, log_z_teacher = side(banks["teacher"], student, drawn, inputs)
-        of_teacher, log_z_student = side(banks["student"], teacher, drawn, inputs)
+        samples = memory.bank_draw(key, index, size=n, negatives=negatives, where=where)
+        student_values, log_z_teacher = side(banks["teacher"], student, samples, inputs)
+        teacher_values, log_z_student = side(banks["student"], teacher, samples, inputs)
         updated = {
             "student": memory.bank_update(banks["student"], student, index, where=where),
             "teacher": memory.bank_update(banks["teacher"], teacher, index, where=where),
@@ -180,7 +180,7 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
         updated["student"] = updated["student"]._replace(log_z=log_z_student)
         updated["teacher"] = updated["teacher"]._replace(log_z=log_z_teacher)
         is_normalized = banks["is_normalized"] | (True if where is None else jnp.any(where))
-        return {"crd": of_student + of_teacher}, updated | {"is_normalized": is_normalized}
+        return {"crd": student_values + teacher_values}, updated | {"is_normalized": is_normalized}
 
     def banks(key: Array) -> PyTree:
         key_student, key_teacher = jax.random.split(key)
@@ -202,7 +202,7 @@ def info_nce(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
     """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student, teacher = _embedded(setup, inputs)
+        student, teacher = _embed(setup, inputs)
         return {
             "info_nce": losses.info_nce(
                 student, teacher, temperature=temperature, where=inputs.real
@@ -222,7 +222,7 @@ def dcd(setup: Setup) -> Method:
     """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student, teacher = _embedded(setup, inputs)
+        student, teacher = _embed(setup, inputs)
         temperature = 1 / jnp.minimum(jnp.exp(inputs.connectors["tau"]), 10)
         return {
             "info_nce": losses.info_nce(
@@ -249,7 +249,7 @@ def rrd(setup: Setup, *, temperature: Scalar = 0.1) -> Method:
     """
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
-        student, teacher = _embedded(setup, inputs)
+        student, teacher = _embed(setup, inputs)
         teacher = jax.lax.stop_gradient(teacher)
         where = inputs.real
         queue = memory.queue_push(inputs.memory, teacher, where=where)

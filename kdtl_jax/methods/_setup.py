@@ -1,4 +1,4 @@
-"""What methods are built from: the shapes of two models, and where their features are."""
+"""The input of every method: the shapes of two models, and where their features are."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ class Models(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What a method may read when it is built; made by `setup`.
+    """Everything that a method reads when it is built; made by `setup`.
 
     Batches hold `"inputs"`, `"labels"` and, for methods with a bank, `"index"` `[B]`, the positions
     of the examples in the training set.
@@ -72,12 +72,12 @@ class Setup(NamedTuple):
 
 
 def check_setup(setup: Any) -> None:
-    """Raises TypeError unless a method was given what `setup` makes."""
+    """Raises TypeError unless `setup` is a `Setup`."""
     if not isinstance(setup, Setup):
-        given = getattr(setup, "__name__", type(setup).__name__)
+        received = getattr(setup, "__name__", type(setup).__name__)
         raise TypeError(
             "setup must be what methods.setup(student, teacher, ...) returns for a pair of models, "
-            f"got {given}."
+            f"got {received}."
         )
 
 
@@ -95,14 +95,16 @@ def multi_label(inputs: Inputs) -> dict[str, Array]:
             f"{_checks.described(labels=labels, logits=logits)}. For class numbers use "
             "objective.classification, or jax.nn.one_hot(labels, classes)."
         )
-    known, kept = _checks.concrete(labels), None if real is None else _checks.concrete(real)
-    if known is not None and (real is None or kept is not None):
-        _checks.within(0, 1, labels=known if kept is None else known[kept])
+    concrete_labels = _checks.concrete(labels)
+    concrete_mask = None if real is None else _checks.concrete(real)
+    if concrete_labels is not None and (real is None or concrete_mask is not None):
+        real_labels = concrete_labels if concrete_mask is None else concrete_labels[concrete_mask]
+        _checks.within(0, 1, labels=real_labels)
     targets = jnp.asarray(labels).reshape(logits.shape).astype(logits.dtype)
     is_target = (targets >= 0) & (targets <= 1)
     values = optax.sigmoid_binary_cross_entropy(logits, jnp.where(is_target, targets, 0))
-    usable = jnp.all(is_target, axis=-1)
-    return {"task": _numerics.at_usable(jnp.mean(values, axis=-1), usable, real)}
+    is_usable = jnp.all(is_target, axis=-1)
+    return {"task": _numerics.at_usable(jnp.mean(values, axis=-1), is_usable, real)}
 
 
 def regression(inputs: Inputs) -> dict[str, Array]:
@@ -135,7 +137,7 @@ def setup(
     teacher_layout: Layout | None = None,
     task: TermsFn | None = None,
 ) -> Setup:
-    """Describes a pair of models by `jax.eval_shape`; nothing is computed.
+    """Describes a pair of models with `jax.eval_shape`; nothing is computed.
 
     Args:
       student: the model function of the student (`linen.model(module).apply`, or your own).
@@ -164,68 +166,70 @@ def setup(
         class, or a tap does not exist (the existing ones are listed).
     """
     _model_functions.model_function(student=student, teacher=teacher)
-    for name, given in (("student", student_variables), ("teacher", teacher_variables)):
-        if not isinstance(given, tuple) or len(given) != 2:
+    for name, variables in (("student", student_variables), ("teacher", teacher_variables)):
+        if not isinstance(variables, tuple) or len(variables) != 2:
             raise TypeError(
                 f"{name}_variables must be Variables(params, model_state), got "
-                f"{type(given).__name__}. For a model without a state write Variables(params)."
+                f"{type(variables).__name__}. For a model without a state write Variables(params)."
             )
-    of_student, student_layout = _described(
+    student_outputs, student_layout = _describe(
         "student", student, student_variables, inputs, student_layout
     )
-    of_teacher, teacher_layout = _described(
+    teacher_outputs, teacher_layout = _describe(
         "teacher", teacher, teacher_variables, inputs, teacher_layout
     )
-    _check_logits("teacher", of_teacher, classes)
-    count: int = of_teacher["logits"].shape[-1]
-    _check_logits("student", of_student, count)
+    _check_logits("teacher", teacher_outputs, classes)
+    count: int = teacher_outputs["logits"].shape[-1]
+    _check_logits("student", student_outputs, count)
     if exclusive and count == 1 and task is None:
         raise ValueError(
             "the softmax of one logit is constant. Pass exclusive=False for a sigmoid head, or "
             "give the heads two outputs."
         )
-    matched = _from_the_end(student_layout.features, teacher_layout.features)
-    pairs = matched if layers is None else _tap_pairs(layers)
-    for name, taps, described, shapes in (
-        ("student", [s for s, _ in pairs], student_layout, of_student),
-        ("teacher", [t for _, t in pairs], teacher_layout, of_teacher),
+    default_pairs = _pair_from_the_end(student_layout.features, teacher_layout.features)
+    pairs = default_pairs if layers is None else _tap_pairs(layers)
+    for name, taps, layout_, shapes in (
+        ("student", [s for s, _ in pairs], student_layout, student_outputs),
+        ("teacher", [t for _, t in pairs], teacher_layout, teacher_outputs),
     ):
-        around = [text for pair in described.before_activation.items() for text in pair]
-        _check_taps(name, [*taps, described.last, *around], shapes)
-    before = {
+        preactivation_taps = [text for pair in layout_.before_activation.items() for text in pair]
+        _check_taps(name, [*taps, layout_.last, *preactivation_taps], shapes)
+    before_activation = {
         (s, t): (student_layout.before_activation.get(s, s), teacher_layout.before_activation[t])
         for s, t in pairs
         if t in teacher_layout.before_activation
     }
-    concrete = not any(
+    is_concrete = not any(
         isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(teacher_variables)
     )
-    student_head = _head(student_layout, of_student, student_variables.params)
-    teacher_head = _head(teacher_layout, of_teacher, teacher_variables.params)
+    student_head = _head(student_layout, student_outputs, student_variables.params)
+    teacher_head = _head(teacher_layout, teacher_outputs, teacher_variables.params)
 
-    def of_params(params: Params, inputs: Array) -> Outputs:
+    def run_student(params: Params, inputs: Array) -> Outputs:
         return student(params, student_variables.model_state, inputs)[0]
 
-    def of_inputs(inputs: Array) -> Outputs:
+    def run_teacher(inputs: Array) -> Outputs:
         return teacher(*teacher_variables, inputs)[0]
 
-    stateless = not jax.tree.leaves(student_variables.model_state)
+    is_stateless = not jax.tree.leaves(student_variables.model_state)
     return Setup(
         classes=count,
-        student=of_student,
-        teacher=of_teacher,
+        student=student_outputs,
+        teacher=teacher_outputs,
         pairs=pairs,
         last=(student_layout.last, teacher_layout.last),
         examples=examples,
         steps=steps,
         task=task or (objective.classification if exclusive else multi_label),
         exclusive=exclusive and count > 1,
-        teacher_head=teacher_head(teacher_variables.params) if teacher_head and concrete else None,
+        teacher_head=teacher_head(teacher_variables.params)
+        if teacher_head and is_concrete
+        else None,
         student_head=student_head,
-        last_maps=_last_maps(student_layout, teacher_layout, of_student, of_teacher),
-        before_activation=before,
-        attention=_from_the_end(student_layout.attention, teacher_layout.attention),
-        models=Models(of_params, of_inputs) if stateless and concrete else None,
+        last_maps=_last_maps(student_layout, teacher_layout, student_outputs, teacher_outputs),
+        before_activation=before_activation,
+        attention=_pair_from_the_end(student_layout.attention, teacher_layout.attention),
+        models=Models(run_student, run_teacher) if is_stateless and is_concrete else None,
         inputs=jax.eval_shape(lambda x: x, inputs),
         params=jax.eval_shape(lambda x: x, student_variables.params),
     )
@@ -243,21 +247,25 @@ def layout(model: ModelFn, variables: Variables, inputs: Any) -> Layout:
       variables: of the model, arrays or their shapes.
       inputs: a batch `[B, ...]`, or its shape.
     """
-    return _described("model", model, variables, inputs, None)[1]
+    return _describe("model", model, variables, inputs, None)[1]
 
 
 def _layout(outputs: Shapes, depths: Mapping[str, tuple[int, ...]]) -> Layout:
     def order(name: str) -> Any:  # layers that a scan computes at once are ordered by name
         return depths[name], trees.natural_key(name)
 
-    inside = {name: re.fullmatch(r"(.+)/(query|key|value|probs)", name) for name in outputs}
-    attention = {found[1]: name for name, found in inside.items() if found}
-    names = (name for name in outputs if not inside[name] and name not in ("logits", "pooled"))
+    attention_parts = {
+        name: re.fullmatch(r"(.+)/(query|key|value|probs)", name) for name in outputs
+    }
+    attention = {match[1]: name for name, match in attention_parts.items() if match}
+    names = (
+        name for name in outputs if not attention_parts[name] and name not in ("logits", "pooled")
+    )
     features = tuple(sorted(names, key=order))
     candidates = [name for name in ("pooled", *reversed(features)) if name in outputs]
     last = next((name for name in candidates if len(outputs[name].shape) == 2), "logits")
-    in_order = sorted(attention, key=lambda path: order(attention[path]))
-    return Layout(features, last, {}, tuple(in_order))
+    attention_paths = sorted(attention, key=lambda path: order(attention[path]))
+    return Layout(features, last, {}, tuple(attention_paths))
 
 
 def linear_head(params: Params) -> Head | None:
@@ -266,41 +274,41 @@ def linear_head(params: Params) -> Head | None:
     """
     flat = trees.flatten(params)
     for path, leaf in flat.items():
-        found = re.fullmatch(r"(.*/)?head/(kernel|w|weight)", path)
-        if found and len(leaf.shape) == 2:
-            prefix, name = path.removesuffix(found[2]), found[2]
+        match = re.fullmatch(r"(.*/)?head/(kernel|w|weight)", path)
+        if match and len(leaf.shape) == 2:
+            prefix, name = path.removesuffix(match[2]), match[2]
             bias = flat.get(f"{prefix}bias", flat.get(f"{prefix}b"))
             return Head(leaf.T if name == "weight" else leaf, bias)
     return None
 
 
-def _described(
-    name: str, model: ModelFn, variables: Variables, inputs: Any, given: Layout | None
+def _describe(
+    name: str, model: ModelFn, variables: Variables, inputs: Any, layout: Layout | None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], Layout]:
     def run(params: Any, model_state: Any, inputs: Any) -> dict[str, Any]:
         return dict(_model_functions.called(name, model, params, model_state, inputs)[0])
 
-    if given is not None:
-        return jax.eval_shape(run, *variables, inputs), given
-    places, outputs = _jaxprs.outputs_by_depth(run, *variables, inputs)
+    if layout is not None:
+        return jax.eval_shape(run, *variables, inputs), layout
+    positions, outputs = _jaxprs.outputs_by_depth(run, *variables, inputs)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(outputs)]
-    depths = {path[0].key: place for path, place in zip(paths, places, strict=True)}
+    depths = {path[0].key: place for path, place in zip(paths, positions, strict=True)}
     return outputs, _layout(outputs, depths)
 
 
-def _head(found: Layout, outputs: Shapes, params: Params) -> Callable[[Params], Head] | None:
+def _head(layout: Layout, outputs: Shapes, params: Params) -> Callable[[Params], Head] | None:
     """The head as a function of parameters, if it is linear in `found.last`."""
-    if found.last == "logits":
+    if layout.last == "logits":
         return None
-    find = linear_head if found.head is None else found.head
+    find = linear_head if layout.head is None else layout.head
     head = jax.eval_shape(find, params)
-    wanted = (outputs[found.last].shape[-1], outputs["logits"].shape[-1])
-    if head is not None and head.kernel.shape == wanted:
+    expected = (outputs[layout.last].shape[-1], outputs["logits"].shape[-1])
+    if head is not None and head.kernel.shape == expected:
         return find  # pyright: ignore[reportReturnType]  # head is not None: linear_head finds one
-    if found.head is None:
+    if layout.head is None:
         return None
     raise ValueError(
-        f"the head of {found.last!r} must have the kernel {list(wanted)}, got "
+        f"the head of {layout.last!r} must have the kernel {list(expected)}, got "
         f"{None if head is None else list(head.kernel.shape)}. Give Layout.last what it reads."
     )
 
@@ -308,9 +316,9 @@ def _head(found: Layout, outputs: Shapes, params: Params) -> Callable[[Params], 
 def _check_logits(name: str, outputs: Shapes, classes: int | None) -> None:
     width = outputs["logits"].shape[-1] if "logits" in outputs else None
     if width is None or (classes is not None and width != classes):
-        has = "no logits" if width is None else f"{width} outputs"
-        wanted = "" if classes is None else f", but the data has {classes} classes"
-        raise ValueError(f"the {name} has {has}{wanted}. Give it one output per class.")
+        problem = "no logits" if width is None else f"{width} outputs"
+        comparison = "" if classes is None else f", but the data has {classes} classes"
+        raise ValueError(f"the {name} has {problem}{comparison}. Give it one output per class.")
 
 
 def _check_taps(name: str, taps: Sequence[str], outputs: Shapes) -> None:
@@ -331,19 +339,19 @@ def _tap_pairs(layers: Any) -> tuple[Pair, ...]:
     return tuple((s, t) for s, t in pairs)
 
 
-def _from_the_end(student: Sequence[str], teacher: Sequence[str]) -> tuple[Pair, ...]:
+def _pair_from_the_end(student: Sequence[str], teacher: Sequence[str]) -> tuple[Pair, ...]:
     """Pairs layers from the deepest up, for any depths."""
     count = min(len(student), len(teacher))
     return tuple(zip(student[len(student) - count :], teacher[len(teacher) - count :], strict=True))
 
 
 def _last_maps(
-    student: Layout, teacher: Layout, of_student: Shapes, of_teacher: Shapes
+    student: Layout, teacher: Layout, student_outputs: Shapes, teacher_outputs: Shapes
 ) -> Pair | None:
     """The deepest features, if they are maps whose averages both heads read."""
-    for found, outputs in ((student, of_student), (teacher, of_teacher)):
-        if found.last != "pooled" or not found.features:
+    for layout, outputs in ((student, student_outputs), (teacher, teacher_outputs)):
+        if layout.last != "pooled" or not layout.features:
             return None
-        if len(outputs[found.features[-1]].shape) != 4:
+        if len(outputs[layout.features[-1]].shape) != 4:
             return None
     return student.features[-1], teacher.features[-1]

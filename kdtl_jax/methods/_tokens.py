@@ -23,10 +23,10 @@ RELATION_HEADS = 12
 def _token_layers(setup: Setup) -> Sequence[Pair]:
     """All matched layers, which must be token layers with equally many tokens on both sides."""
     check_setup(setup)
-    for of_student, of_teacher in setup.pairs:
-        if len(setup.student[of_student].shape) != 3 or len(setup.teacher[of_teacher].shape) != 3:
+    for student_tap, teacher_tap in setup.pairs:
+        if len(setup.student[student_tap].shape) != 3 or len(setup.teacher[teacher_tap].shape) != 3:
             raise ValueError(
-                f"needs tokens: {of_student!r} and {of_teacher!r} are not both [B, L, D]"
+                f"needs tokens: {student_tap!r} and {teacher_tap!r} are not both [B, L, D]"
             )
     _layers.layers(setup, setup.pairs)
     return _layers.every(setup)
@@ -40,9 +40,9 @@ def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
             "needs matched attention modules, but this pair of models has none: name outputs "
             "PATH/query, PATH/key, PATH/value and PATH/probs"
         )
-    for of_student, of_teacher in setup.attention:
+    for student_path, teacher_path in setup.attention:
         for part in parts:
-            for taps, path in ((setup.student, of_student), (setup.teacher, of_teacher)):
+            for taps, path in ((setup.student, student_path), (setup.teacher, teacher_path)):
                 if f"{path}/{part}" not in taps:
                     raise ValueError(f"needs the tap {f'{path}/{part}'!r}")
     return setup.attention
@@ -51,9 +51,9 @@ def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
 def _same_heads(setup: Setup, *parts: str) -> Sequence[Pair]:
     """`_attention` with maps that are compared entry by entry: equally many heads and tokens."""
     pairs = _attention(setup, "probs", *parts)
-    for of_student, of_teacher in pairs:
-        student = setup.student[f"{of_student}/probs"].shape
-        teacher = setup.teacher[f"{of_teacher}/probs"].shape
+    for student_path, teacher_path in pairs:
+        student = setup.student[f"{student_path}/probs"].shape
+        teacher = setup.teacher[f"{teacher_path}/probs"].shape
         if student != teacher:
             raise ValueError(
                 f"needs equally many heads and tokens on both sides, but attention is "
@@ -67,13 +67,13 @@ def hidden_mse(setup: Setup) -> Method:
 
     Jiao et al., TinyBERT, 2019 (1909.10351). Task 1, hidden 1: TextBrewer.
     """
-    found = _layers.layers(setup, _token_layers(setup), _layers.unchanged)
+    layers = _layers.layers(setup, _token_layers(setup), _layers.unchanged)
     weights = {"task": 1.0, "hidden": 1.0}
     return pairwise(
         setup,
         "hidden",
         by_example(losses.last_axis_mse),
-        found,
+        layers,
         weights,
         connector=connectors.linear,
     )
@@ -85,10 +85,10 @@ def hidden_cosine(setup: Setup) -> Method:
     Sanh et al., DistilBERT, 2019 (1910.01108). Task 1, hidden 1: DistilBERT, whose widths are equal
     (so it has no map).
     """
-    found = _layers.layers(setup, _token_layers(setup), _layers.unchanged)
+    layers = _layers.layers(setup, _token_layers(setup), _layers.unchanged)
     weights = {"task": 1.0, "hidden": 1.0}
     loss = by_example(losses.cosine_distance)
-    return pairwise(setup, "hidden", loss, found, weights, connector=connectors.linear)
+    return pairwise(setup, "hidden", loss, layers, weights, connector=connectors.linear)
 
 
 def patient_kd(setup: Setup) -> Method:
@@ -97,13 +97,15 @@ def patient_kd(setup: Setup) -> Method:
     Sun et al., 2019 (1908.09355). Task 1, patient 10, within the paper's range for beta. A student
     of a different width goes through one linear map per layer.
     """
-    found = _layers.layers(setup, _token_layers(setup), _layers.first_tokens)
+    layers = _layers.layers(setup, _token_layers(setup), _layers.first_tokens)
     weights = {"task": 1.0, "patient": 10.0}
 
     def loss(student: Array, teacher: Array) -> Array:
         return 2 * losses.cosine_distance(student, teacher)
 
-    return pairwise(setup, "patient", by_example(loss), found, weights, connector=connectors.linear)
+    return pairwise(
+        setup, "patient", by_example(loss), layers, weights, connector=connectors.linear
+    )
 
 
 def attention_kl(setup: Setup) -> Method:
@@ -145,8 +147,8 @@ def tinybert(setup: Setup) -> Method:
     distillation.
     """
     layers, pairs = _token_layers(setup), _same_heads(setup, "query", "key")
-    of_student, of_teacher = layers[-1]
-    shared = connectors.linear(setup.teacher[of_teacher].shape[-1])
+    student_tap, teacher_tap = layers[-1]
+    shared = connectors.linear(setup.teacher[teacher_tap].shape[-1])
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         hidden = [
@@ -158,7 +160,7 @@ def tinybert(setup: Setup) -> Method:
         return {"attention": _scores_mse(pairs, inputs), "hidden": sum(hidden[1:], hidden[0])}
 
     def init(key: Array) -> Params:
-        return shared.init(key, setup.student[of_student])
+        return shared.init(key, setup.student[student_tap])
 
     weights = {"task": 1.0, "attention": 1.0, "hidden": 1.0}
     return method(setup, terms, weights, connectors=init)
@@ -170,17 +172,17 @@ def minilm(setup: Setup) -> Method:
     Wang et al., MiniLM, 2020 (2002.10957). There are 12 relation heads, or the most that divide
     both widths. Task 1, attention 1, value 1, as in the paper.
     """
-    of_student, of_teacher = _last_attention(setup)
+    student_path, teacher_path = _last_attention(setup)
     heads = _relation_heads(setup)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student = _parts(inputs.student, of_student)
-        teacher = _parts(inputs.teacher, of_teacher)
+        student = _parts(inputs.student, student_path)
+        teacher = _parts(inputs.teacher, teacher_path)
 
-        def relation(first: str, second: str) -> Array:
+        def relation(left: str, right: str) -> Array:
             return losses.minilm_relation(
-                (student[first], student[second]),
-                (teacher[first], teacher[second]),
+                (student[left], student[right]),
+                (teacher[left], teacher[right]),
                 relation_heads=heads,
             )
 
@@ -195,13 +197,13 @@ def minilm_v2(setup: Setup) -> Method:
     Wang et al., MiniLMv2, 2021 (2012.15828). There are 12 relation heads, or the most that divide
     both widths. Task 1, relations 1, as in the paper.
     """
-    of_student, of_teacher = _last_attention(setup)
+    student_path, teacher_path = _last_attention(setup)
     heads = _relation_heads(setup)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         values = losses.minilm_v2(
-            _parts(inputs.student, of_student),
-            _parts(inputs.teacher, of_teacher),
+            _parts(inputs.student, student_path),
+            _parts(inputs.teacher, teacher_path),
             relation_heads=heads,
         )
         return {"relations": values}
@@ -211,22 +213,22 @@ def minilm_v2(setup: Setup) -> Method:
 
 def _last_attention(setup: Setup) -> Pair:
     """The last matched attention module, with the same number of tokens on both sides."""
-    of_student, of_teacher = _attention(setup, "query", "key", "value")[-1]
-    student = setup.student[f"{of_student}/query"].shape
-    teacher = setup.teacher[f"{of_teacher}/query"].shape
+    student_path, teacher_path = _attention(setup, "query", "key", "value")[-1]
+    student = setup.student[f"{student_path}/query"].shape
+    teacher = setup.teacher[f"{teacher_path}/query"].shape
     if student[1] != teacher[1]:
         raise ValueError(
             f"needs equally many tokens on both sides, got {student[1]} and {teacher[1]}"
         )
-    return of_student, of_teacher
+    return student_path, teacher_path
 
 
 def _relation_heads(setup: Setup) -> int:
     """The most heads, at most 12, that divide both widths."""
-    of_student, of_teacher = setup.attention[-1]
+    student_path, teacher_path = setup.attention[-1]
     widths = (
-        setup.student[f"{of_student}/query"].shape[-1],
-        setup.teacher[f"{of_teacher}/query"].shape[-1],
+        setup.student[f"{student_path}/query"].shape[-1],
+        setup.teacher[f"{teacher_path}/query"].shape[-1],
     )
     return next(n for n in range(RELATION_HEADS, 0, -1) if all(w % n == 0 for w in widths))
 
