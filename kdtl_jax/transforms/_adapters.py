@@ -113,26 +113,30 @@ def matrix_view(path: str, leaf: Any, in_axis: AxisSpec, out_axis: AxisSpec) -> 
         raise ValueError(f"in_axis={in_axis} and out_axis={out_axis} of {path!r} overlap.")
     lead = [axis for axis in range(ndim) if axis not in ins and axis not in outs]
     order = [*lead, *ins, *outs]
-    moved = jnp.transpose(_leaves.widen(leaf), order)
-    shape = moved.shape
-    first, second = len(lead), len(lead) + len(ins)
-    flat = (*shape[:first], math.prod(shape[first:second]), math.prod(shape[second:]))
-    back = [order.index(axis) for axis in range(ndim)]
+    transposed = jnp.transpose(_leaves.widen(leaf), order)
+    shape = transposed.shape
+    after_lead, after_inputs = len(lead), len(lead) + len(ins)
+    flat = (
+        *shape[:after_lead],
+        math.prod(shape[after_lead:after_inputs]),
+        math.prod(shape[after_inputs:]),
+    )
+    inverse = [order.index(axis) for axis in range(ndim)]
 
     def restore(matrix: Array) -> Array:
-        return jnp.transpose(matrix.reshape(shape), back)
+        return jnp.transpose(matrix.reshape(shape), inverse)
 
-    return MatrixView(moved.reshape(flat), restore)
+    return MatrixView(transposed.reshape(flat), restore)
 
 
 def selected_matrices(params: Params, where: trees.Selector) -> dict[str, Any]:
     """The inexact leaves that an adapter is to adapt."""
-    flags = jax.tree.leaves(_leaves.selected(params, where))
+    flags = jax.tree.leaves(_leaves.select_inexact(params, where))
     pairs = zip(trees.flatten(params).items(), flags, strict=True)
-    found = {path: leaf for (path, leaf), is_selected in pairs if is_selected}
-    if not found:
+    matrices = {path: leaf for (path, leaf), is_selected in pairs if is_selected}
+    if not matrices:
         raise ValueError("adapter: the selected leaves hold no floating-point array.")
-    return found
+    return matrices
 
 
 def rewrite(
@@ -159,7 +163,7 @@ def rewrite(
     return jax.tree.unflatten(jax.tree.structure(params), out)
 
 
-def fits(path: str, expected: Mapping[str, tuple[int, ...]], **arrays: Array) -> None:
+def check_fits(path: str, expected: Mapping[str, tuple[int, ...]], **arrays: Array) -> None:
     """Raises ValueError unless every array has its expected shape."""
     for name, array in arrays.items():
         if array.shape != expected[name]:
@@ -170,7 +174,7 @@ def fits(path: str, expected: Mapping[str, tuple[int, ...]], **arrays: Array) ->
             )
 
 
-def members_of(
+def check_members(
     members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None
 ) -> list[Scalar]:
     """One weight per member; checks that the members adapt the same paths."""
@@ -184,7 +188,7 @@ def members_of(
     return [weights[i] for i in range(len(members))]
 
 
-def weighted(weights: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def weighted_sum(weights: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     """`sum_i w_i x_i`; equal shapes."""
     terms = [_numerics.scalar(w, x) * x for w, x in zip(weights, arrays, strict=True)]
     return sum(terms[1:], terms[0])

@@ -1,4 +1,4 @@
-"""Aligning two networks of one architecture: which hidden unit of one is which of the other."""
+"""Aligns the hidden units of two networks of one architecture."""
 
 from collections.abc import Sequence
 
@@ -82,7 +82,7 @@ def _improve(
     name: str,
     pairs: Sequence[tuple[np.ndarray, np.ndarray, tuple[Axis, ...]]],
 ) -> float:
-    """Solves for one name given the others; returns the gain, a share of all there is to match."""
+    """Solves for one name given the others; returns the gain as a share of the total similarity."""
     # scipy comes with jax; importing it here keeps `import kdtl_jax` light.
     from scipy.optimize import linear_sum_assignment
 
@@ -92,18 +92,18 @@ def _improve(
         for position, axis in enumerate(axes):
             if axis.name != name:
                 continue
-            moved = b
+            aligned = b
             for other, other_axis in enumerate(axes):
                 if other != position and other_axis.name is not None:
-                    moved = _permuted(moved, other, other_axis, permutations[other_axis.name])
-            similarity += _rows(a, position, axis) @ _rows(moved, position, axis).T
+                    aligned = _permute(aligned, other, other_axis, permutations[other_axis.name])
+            similarity += _rows(a, position, axis) @ _rows(aligned, position, axis).T
     units, partners = linear_sum_assignment(similarity, maximize=True)
-    before = similarity[units, permutations[name]].sum()
-    after = similarity[units, partners].sum()
-    if after > before:
+    old_score = similarity[units, permutations[name]].sum()
+    new_score = similarity[units, partners].sum()
+    if new_score > old_score:
         permutations[name] = partners.astype(np.int64)
     matched = np.abs(similarity).sum()
-    return float(after - before) / matched if matched else 0.0
+    return float(new_score - old_score) / matched if matched else 0.0
 
 
 def _split(leaf: np.ndarray, position: int, axis: Axis) -> np.ndarray:
@@ -112,7 +112,7 @@ def _split(leaf: np.ndarray, position: int, axis: Axis) -> np.ndarray:
     return leaf.reshape(*shape[:position], axis.outer, units, axis.inner, *shape[position + 1 :])
 
 
-def _permuted(leaf: np.ndarray, position: int, axis: Axis, order: np.ndarray) -> np.ndarray:
+def _permute(leaf: np.ndarray, position: int, axis: Axis, order: np.ndarray) -> np.ndarray:
     return np.take(_split(leaf, position, axis), order, axis=position + 1).reshape(leaf.shape)
 
 

@@ -1,6 +1,6 @@
 """Angles between vectors, and the mixing shares that spherical methods compute from them.
 
-Vectors larger than memory come in pieces, read again by every pass; sums over pieces add up.
+Vectors larger than memory are read in pieces, again in every pass, and sums over pieces are added.
 """
 
 import functools
@@ -15,7 +15,7 @@ from kdtl_jax._types import Array, Scalar
 from kdtl_jax.transforms import _blocks
 from kdtl_jax.transforms._blocks import Read
 
-# Directions cancel below this share of their length: what is left is rounding, amplified.
+# Directions cancel below this share of their length: the remainder is amplified rounding error.
 _CANCELED = 1e-3
 
 
@@ -37,22 +37,22 @@ def angles(read: Read, axis: int | None = None) -> Angles:
     tops = _tops(read, axis)
     products: Any = None
     for pieces in read():
-        found = _products(pieces, tops, axis)
-        products = found if products is None else jax.tree.map(jnp.add, products, found)
+        sums = _products(pieces, tops, axis)
+        products = sums if products is None else jax.tree.map(jnp.add, products, sums)
     sizes = [_numerics.safe_sqrt(row[-1]) for row in products]
 
     def cosine(i: int, j: int) -> Array:
-        both = sizes[i] * sizes[j]
-        return jnp.clip(products[max(i, j)][min(i, j)] / jnp.where(both > 0, both, 1), -1, 1)
+        product = sizes[i] * sizes[j]
+        return jnp.clip(products[max(i, j)][min(i, j)] / jnp.where(product > 0, product, 1), -1, 1)
 
-    count = range(len(tops))
+    indices = range(len(tops))
     lengths = [size * top for size, top in zip(sizes, tops, strict=True)]
-    return Angles(lengths, [[cosine(i, j) for j in count] for i in count])
+    return Angles(lengths, [[cosine(i, j) for j in indices] for i in indices])
 
 
-def slerp_shares(found: Angles, t: Scalar, *, threshold: float = 0.9995) -> list[Array]:
+def slerp_shares(angles: Angles, t: Scalar, *, threshold: float = 0.9995) -> list[Array]:
     """The shares of two vectors at `t` of the way from the first to the second; see `slerp`."""
-    cosine = found.cosines[0][1]
+    cosine = angles.cosines[0][1]
     t = _numerics.cast(t, cosine)
     # Closer to 1 than rounding can resolve, the angle is noise.
     limit = min(threshold, 1 - 4 * float(jnp.finfo(cosine.dtype).eps))
@@ -64,31 +64,31 @@ def slerp_shares(found: Angles, t: Scalar, *, threshold: float = 0.9995) -> list
     return [first, jnp.where(linear, t, jnp.sin(t * angle) / sine)]
 
 
-def multi_slerp_shares(found: Angles, weights: Sequence[Scalar] | None = None) -> list[Array]:
+def multi_slerp_shares(angles: Angles, weights: Sequence[Scalar] | None = None) -> list[Array]:
     """The shares of N vectors in `multi_slerp`, with its weights."""
-    weights = _of_sum_one(weights, found.lengths)
+    weights = _normalized(weights, angles.lengths)
     pairs = [
         a * b * cosine
-        for a, row in zip(weights, found.cosines, strict=True)
+        for a, row in zip(weights, angles.cosines, strict=True)
         for b, cosine in zip(weights, row, strict=True)
     ]
     mean = _numerics.safe_sqrt(_total(pairs))
     cancels = mean <= _CANCELED
-    length = mixed(found.lengths, weights) / jnp.where(cancels, 1, mean)
+    length = weighted_sum(angles.lengths, weights) / jnp.where(cancels, 1, mean)
     return [
         jnp.where(cancels, weight, length * weight / jnp.where(size > 0, size, 1))
-        for weight, size in zip(weights, found.lengths, strict=True)
+        for weight, size in zip(weights, angles.lengths, strict=True)
     ]
 
 
-def model_stock_shares(found: Angles, *, floor: Scalar = 0.0) -> list[Array]:
+def model_stock_shares(angles: Angles, *, floor: Scalar = 0.0) -> list[Array]:
     """The shares of N task vectors in `model_stock`."""
-    count = len(found.lengths)
-    cosine = _total([_floored(found, i, j, floor) for i in range(count) for j in range(i)])
+    count = len(angles.lengths)
+    cosine = _total([_floored_cosine(angles, i, j, floor) for i in range(count) for j in range(i)])
     cosine = cosine / (count * (count - 1) / 2)
-    below = 1 + (count - 1) * cosine
-    canceled = jnp.abs(below) < _CANCELED
-    return [jnp.where(canceled, 0, cosine / jnp.where(canceled, 1, below))] * count
+    denominator = 1 + (count - 1) * cosine
+    canceled = jnp.abs(denominator) < _CANCELED
+    return [jnp.where(canceled, 0, cosine / jnp.where(canceled, 1, denominator))] * count
 
 
 def karcher_shares(
@@ -104,29 +104,31 @@ def karcher_shares(
     iteration early; traced ones cannot, so the gradient has a fixed number of steps. Invalid
     weights raise ValueError.
     """
-    found = angles(read)
-    sizes = [jnp.where(size > 0, size, 1) for size in found.lengths]
-    start = multi_slerp_shares(found, weights)
-    weights = _of_sum_one(weights, sizes)
-    length = mixed(found.lengths, weights)
+    starting_angles = angles(read)
+    sizes = [jnp.where(size > 0, size, 1) for size in starting_angles.lengths]
+    start = multi_slerp_shares(starting_angles, weights)
+    weights = _normalized(weights, sizes)
+    length = weighted_sum(starting_angles.lengths, weights)
     # The point is a sum of the vectors with these shares.
     point = [share / jnp.where(length > 0, length, 1) for share in start]
     for _ in range(iterations):
         cosines = _sum_of_pieces(_cosines, read, point, sizes)
         tangent = _tangent(point, cosines, sizes, weights, tolerance)
         square = _sum_of_pieces(_square, read, tangent)
-        point, goes = _moved(point, tangent, square, tolerance)
-        if (known := _checks.concrete(goes)) is not None and not known.any():
+        point, is_moving = _step(point, tangent, square, tolerance)
+        if (concrete := _checks.concrete(is_moving)) is not None and not concrete.any():
             break
     return [length * share for share in point]
 
 
-def _floored(found: Angles, i: int, j: int, floor: Scalar) -> Array:
+def _floored_cosine(angles: Angles, i: int, j: int, floor: Scalar) -> Array:
     """A cosine that shrinks where the product of the lengths is below `floor`."""
-    product = found.lengths[i] * found.lengths[j]
-    small = product < floor
+    product = angles.lengths[i] * angles.lengths[j]
+    is_small = product < floor
     return jnp.where(
-        small, found.cosines[i][j] * product / jnp.where(small, floor, 1), found.cosines[i][j]
+        is_small,
+        angles.cosines[i][j] * product / jnp.where(is_small, floor, 1),
+        angles.cosines[i][j],
     )
 
 
@@ -143,18 +145,18 @@ def _tops(read: Read, axis: int | None) -> list[Array]:
     """Each vector's largest entry; dividing by it keeps squares from underflowing."""
     tops: Any = None
     for pieces in read():
-        found = _largest(pieces, axis)
-        tops = found if tops is None else list(map(jnp.maximum, tops, found))
+        largest = _largest(pieces, axis)
+        tops = largest if tops is None else list(map(jnp.maximum, tops, largest))
     return [jnp.where((top > 0) & jnp.isfinite(top), top, 1) for top in tops]
 
 
-def _of_sum_one(weights: Sequence[Scalar] | None, like: Sequence[Array]) -> list[Array]:
-    weights = [1.0] * len(like) if weights is None else weights
-    shares = [_numerics.cast(w, like[0]) for w in weights]
+def _normalized(weights: Sequence[Scalar] | None, lengths: Sequence[Array]) -> list[Array]:
+    weights = [1.0] * len(lengths) if weights is None else weights
+    shares = [_numerics.cast(w, lengths[0]) for w in weights]
     return [share / _total(shares) for share in shares]
 
 
-def mixed(vectors: Sequence[Array], shares: Sequence[Array]) -> Array:
+def weighted_sum(vectors: Sequence[Array], shares: Sequence[Array]) -> Array:
     """`sum_i share_i v_i` of vectors of one shape, and of that shape."""
     return _total([share * vector for share, vector in zip(shares, vectors, strict=True)])
 
@@ -186,18 +188,18 @@ def _products(
 
 @jax.jit
 def _cosines(pieces: Sequence[Array], shares: Sequence[Array], sizes: Sequence[Array]) -> Any:
-    point = mixed(pieces, shares)
+    point = weighted_sum(pieces, shares)
     return [jnp.sum(x / size * point) for x, size in zip(pieces, sizes, strict=True)]
 
 
 @jax.jit
 def _square(pieces: Sequence[Array], shares: Sequence[Array]) -> Array:
-    return jnp.sum(jnp.square(mixed(pieces, shares)))
+    return jnp.sum(jnp.square(weighted_sum(pieces, shares)))
 
 
 def _sum_of_pieces(program: Any, read: Read, *args: Any) -> Any:
-    found = [program(pieces, *args) for pieces in read()]
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
+    terms = [program(pieces, *args) for pieces in read()]
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), terms)
 
 
 @jax.jit
@@ -208,26 +210,31 @@ def _tangent(
     weights: Sequence[Array],
     tolerance: float,
 ) -> list[Array]:
-    """The shares of `sum w_i (a_i / sin a_i) (u_i - cos(a_i) point)`; near vectors left out."""
+    """The shares of `sum w_i (a_i / sin a_i) (u_i - cos(a_i) point)`, without near vectors."""
     factors = []
     for weight, cosine in zip(weights, cosines, strict=True):
-        # The direction to an opposite vector is undefined: what rounding leaves of it is noise.
-        out = (cosine >= 1) | (cosine <= 16 * float(jnp.finfo(cosine.dtype).eps) - 1)
-        angle = jnp.where(out, 0, jnp.arccos(jnp.where(out, 0, cosine)))
-        moves = angle >= tolerance
-        factors.append(weight * jnp.where(moves, angle / jnp.where(moves, jnp.sin(angle), 1), 0))
-    back = mixed(cosines, factors)
+        # The direction to an opposite vector is undefined, and its computed value is noise.
+        is_undefined = (cosine >= 1) | (cosine <= 16 * float(jnp.finfo(cosine.dtype).eps) - 1)
+        angle = jnp.where(is_undefined, 0, jnp.arccos(jnp.where(is_undefined, 0, cosine)))
+        is_far = angle >= tolerance
+        factors.append(weight * jnp.where(is_far, angle / jnp.where(is_far, jnp.sin(angle), 1), 0))
+    radial = weighted_sum(cosines, factors)
     rows = zip(factors, sizes, point, strict=True)
-    return [factor / size - back * share for factor, size, share in rows]
+    return [factor / size - radial * share for factor, size, share in rows]
 
 
 @jax.jit
-def _moved(
+def _step(
     point: Sequence[Array], tangent: Sequence[Array], square: Array, tolerance: float
 ) -> tuple[list[Array], Array]:
-    """A step along the tangent, and whether the tangent was large enough to take it."""
+    """Steps along the tangent; also returns whether the tangent was large enough to do so."""
     norm = _numerics.safe_sqrt(square)
-    goes = norm >= tolerance
-    along = jnp.sin(norm) / jnp.where(goes, norm, 1)
-    moved = [jnp.cos(norm) * old + along * step for old, step in zip(point, tangent, strict=True)]
-    return [jnp.where(goes, new, old) for new, old in zip(moved, point, strict=True)], goes
+    is_moving = norm >= tolerance
+    step_size = jnp.sin(norm) / jnp.where(is_moving, norm, 1)
+    candidates = [
+        jnp.cos(norm) * start + step_size * direction
+        for start, direction in zip(point, tangent, strict=True)
+    ]
+    return [
+        jnp.where(is_moving, end, start) for end, start in zip(candidates, point, strict=True)
+    ], is_moving

@@ -61,14 +61,14 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
       ValueError: if names or shapes differ, the number of weights is wrong, or rules leave a leaf
         out.
     """
-    named = _leaves.numbered("models", models)
+    trees_by_name = _leaves.name_members("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
         terms = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
         return sum(terms[1:], terms[0])
 
-    return _leaves.combine_leaves(formula, named, [by_leaf])
+    return _leaves.combine_leaves(formula, trees_by_name, [by_leaf])
 
 
 def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
@@ -89,7 +89,7 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
       Wortsman et al., Model soups, 2022 (2203.05482). mergekit's `linear` is this function with
       `normalize`, and `weighted_sum` without it.
     """
-    named = _leaves.numbered("models", models)
+    trees_by_name = _leaves.name_members("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
         shares = [_numerics.cast(w, leaves[0]) for w in by_leaf[i]]
         return sum(terms[1:], terms[0]) / sum(shares[1:], shares[0])
 
-    return _leaves.combine_leaves(formula, named, [by_leaf])
+    return _leaves.combine_leaves(formula, trees_by_name, [by_leaf])
 
 
 def greedy_soup(
@@ -121,7 +121,7 @@ def greedy_soup(
     References:
       Wortsman et al., Model soups, 2022 (2203.05482), recipe 1.
     """
-    _leaves.numbered("models", models)
+    _leaves.name_members("models", models)
     scores = [float(score(model)) for model in models]
     order = sorted(
         range(len(models)), key=lambda i: -scores[i] if math.isfinite(scores[i]) else math.inf

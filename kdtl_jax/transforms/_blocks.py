@@ -62,20 +62,20 @@ def uniform(key: Array, path: str, shape: tuple[int, ...], dtype: Any, block: An
 
     They are drawn in float32 for every dtype: a wider copy of a leaf keeps the same entries.
     """
-    drawn = _uniform(fold_path(key, path), block, shape, block_rows(shape))
-    return drawn.astype(dtype)
+    draws = _uniform(fold_path(key, path), block, shape, block_rows(shape))
+    return draws.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _uniform(key: Array, first: Array, shape: tuple[int, ...], per: int) -> Array:
+def _uniform(key: Array, first_block: Array, shape: tuple[int, ...], rows_per_block: int) -> Array:
     def draw(number: Array, rows: int) -> Array:
         block = (rows, *shape[-1:])
         return jax.random.uniform(jax.random.fold_in(key, number), block, jnp.float32)
 
-    full, rest = divmod(math.prod(shape[:-1]), per)
+    full_blocks, last_rows = divmod(math.prod(shape[:-1]), rows_per_block)
     # One block after another: a generator's temporaries take several times what it draws.
-    blocks = jax.lax.map(lambda i: draw(i, per), first + jnp.arange(full))
-    rows = [blocks.reshape(full * per, *shape[-1:])]
-    if rest:
-        rows.append(draw(first + full, rest))
+    blocks = jax.lax.map(lambda i: draw(i, rows_per_block), first_block + jnp.arange(full_blocks))
+    rows = [blocks.reshape(full_blocks * rows_per_block, *shape[-1:])]
+    if last_rows:
+        rows.append(draw(first_block + full_blocks, last_rows))
     return jnp.concatenate(rows).reshape(shape)

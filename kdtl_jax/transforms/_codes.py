@@ -1,4 +1,4 @@
-"""Quantized weights: which leaves are codes, or scales of codes, and cannot be computed with.
+"""Recognizes quantized weights: codes, and scales of codes, which arithmetic must not touch.
 
 Codes of eight bits or fewer are recognized by their dtype. Wider integers may be packed codes
 (GPTQ, AWQ, MLX, compressed-tensors: several small numbers in each), counters, or tables of
@@ -37,35 +37,35 @@ def is_code(leaf: Any) -> bool:
 
 def quantized(flat: Mapping[str, Any]) -> set[str]:
     """The paths of all codes of `{path: leaf}`, and of the scales and zeros that belong to them."""
-    places = {path: re.split(r"[./]", path) for path in flat}
-    scales = {path for path, names in places.items() if _SCALES.fullmatch(names[-1])}
-    scaled = {tuple(places[p][:-1]) for p in scales if trees.is_inexact(flat[p])}
+    segments = {path: re.split(r"[./]", path) for path in flat}
+    scales = {path for path, names in segments.items() if _SCALES.fullmatch(names[-1])}
+    scaled = {tuple(segments[p][:-1]) for p in scales if trees.is_inexact(flat[p])}
     codes = {
         path
-        for path, names in places.items()
+        for path, names in segments.items()
         if is_code(flat[path])
         or (is_integers(flat[path]) and _is_packed(names, np.ndim(flat[path]), scaled))
     }
-    owners = {tuple(places[path][cut]) for path in codes for cut in (slice(-1), slice(None))}
-    return codes | {path for path in scales if tuple(places[path][:-1]) in owners}
+    owners = {tuple(segments[path][cut]) for path in codes for cut in (slice(-1), slice(None))}
+    return codes | {path for path in scales if tuple(segments[path][:-1]) in owners}
 
 
-def refuse_codes(flat: Mapping[str, Any], chosen: Collection[str] | None = None) -> None:
+def refuse_codes(flat: Mapping[str, Any], selected: Collection[str] | None = None) -> None:
     """Raises ValueError if a leaf of `{path: leaf}` holds quantized codes, or scales of them.
 
     Args:
       flat: all leaves, since a leaf's neighbors decide what it is.
-      chosen: the paths that would be computed with; None means all.
+      selected: the paths that would be computed with; None means all.
     """
-    found = quantized(flat)
-    found = sorted(found if chosen is None else found & set(chosen), key=trees.natural_key)
-    if found:
-        shown = ", ".join(f"{path!r} ({flat[path].dtype})" for path in found[:8])
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    codes = quantized(flat)
+    codes = sorted(codes if selected is None else codes & set(selected), key=trees.natural_key)
+    if codes:
+        listed = ", ".join(f"{path!r} ({flat[path].dtype})" for path in codes[:8])
+        remainder = f" and {len(codes) - 8} more" if len(codes) > 8 else ""
         raise ValueError(
-            f"{shown}{more} hold integer codes or 8-bit floats, or their scales, whose values mean "
-            "nothing without each other. Dequantize them to 16 bits or more first, or leave them "
-            "out."
+            f"{listed}{remainder} hold integer codes or 8-bit floats, or their scales, whose "
+            "values mean nothing without each other. Dequantize them to 16 bits or more first, or "
+            "leave them out."
         )
 
 
@@ -75,7 +75,7 @@ def is_integers(leaf: Any) -> bool:
     return dtype is not None and np.ndim(leaf) > 0 and jnp.issubdtype(dtype, jnp.integer)
 
 
-def check_integers(path: str, leaf: Any, beside: Sequence[Any]) -> None:
+def check_integers(path: str, leaf: Any, others: Sequence[Any]) -> None:
     """Refuses integers that are floats in another tree, and integer matrices that differ.
 
     Counters differ between runs, and the first tree's are used. A matrix of integers is either a
@@ -83,7 +83,7 @@ def check_integers(path: str, leaf: Any, beside: Sequence[Any]) -> None:
     """
     if not is_integers(leaf):
         return
-    for other in beside:
+    for other in others:
         if trees.is_inexact(other):
             raise ValueError(beside_numbers(path))
         if np.ndim(leaf) > 1 and _differ(_checks.concrete(leaf), _checks.concrete(other)):

@@ -26,16 +26,16 @@ from kdtl_jax._types import Params, PyTree
 class LayerKey(NamedTuple):
     """A container's key that names a layer: text before the number, the number, text after."""
 
-    before: str
+    prefix: str
     number: int
-    after: str
+    suffix: str
 
 
 Keys = tuple[Any, ...]
 Layers = Mapping[Any, LayerKey]
 
 
-def compiled(layers: str) -> re.Pattern[str]:
+def compile_pattern(layers: str) -> re.Pattern[str]:
     """The pattern; raises unless it is a regular expression with exactly one group."""
     try:
         pattern = re.compile(layers)
@@ -67,26 +67,29 @@ def over_layers(params: PyTree, layers: str, rebuild: Callable[[Any, Layers], An
     def walk(node: Any, keys: Keys) -> Any:
         if not any(parent[: len(keys)] == keys for parent in parents):
             return node
-        at = parents.get(keys, {})
+        layer_keys = parents.get(keys, {})
         if type(node) is dict:
-            node = {k: v if k in at else walk(v, (*keys, k)) for k, v in node.items()}
+            node = {k: v if k in layer_keys else walk(v, (*keys, k)) for k, v in node.items()}
         elif type(node) in (list, tuple):
-            node = type(node)(v if k in at else walk(v, (*keys, k)) for k, v in enumerate(node))
-            if at and len(at) != len(node):
+            node = type(node)(
+                v if k in layer_keys else walk(v, (*keys, k)) for k, v in enumerate(node)
+            )
+            if layer_keys and len(layer_keys) != len(node):
                 raise ValueError(
                     f"the {type(node).__name__} at {'/'.join(map(str, keys))!r} holds "
-                    f"{len(node)} entries of which {len(at)} are layers; it must hold layers only."
+                    f"{len(node)} entries of which {len(layer_keys)} are layers; it must hold "
+                    "layers only."
                 )
         else:
-            raise _unreachable(type(node).__name__)
-        return rebuild(node, at) if at else node
+            raise _unsupported_container(type(node).__name__)
+        return rebuild(node, layer_keys) if layer_keys else node
 
     return walk(params, ())
 
 
 def _parents(params: PyTree, layers: str) -> dict[Keys, dict[Any, LayerKey]]:
     """The containers of layers by the keys that lead to them."""
-    pattern = compiled(layers)
+    pattern = compile_pattern(layers)
     parents: dict[Keys, dict[Any, LayerKey]] = {}
     unmatched: list[tuple[Keys, str]] = []
     for key_path, _ in jax.tree_util.tree_leaves_with_path(params):
@@ -99,14 +102,17 @@ def _parents(params: PyTree, layers: str) -> dict[Keys, dict[Any, LayerKey]]:
         number = number_of(match)
         depth, key, offset = _component(key_path, match.span(1))
         if any(k is None for k in keys[: depth + 1]):
-            raise _unreachable(type(key_path[depth]).__name__)
+            raise _unsupported_container(type(key_path[depth]).__name__)
         start, stop = (n - offset for n in match.span(1))
-        found = LayerKey(key[:start], number, key[stop:])
-        parents.setdefault(keys[:depth], {})[keys[depth]] = found
+        layer_key = LayerKey(key[:start], number, key[stop:])
+        parents.setdefault(keys[:depth], {})[keys[depth]] = layer_key
     if not parents:
         trees.mask(params, layers)  # raises, listing the nearest paths
     for keys, path in unmatched:
-        if any(keys[: len(p)] == p and _within(keys[len(p)], at) for p, at in parents.items()):
+        if any(
+            keys[: len(p)] == p and _is_in_layer(keys[len(p)], layer_keys)
+            for p, layer_keys in parents.items()
+        ):
             raise ValueError(
                 f"{layers!r} names only a part of a layer: it does not match {path!r}. Let "
                 "the pattern match everything in a layer."
@@ -114,12 +120,12 @@ def _parents(params: PyTree, layers: str) -> dict[Keys, dict[Any, LayerKey]]:
     return parents
 
 
-def _within(key: Any, layers: Layers) -> bool:
+def _is_in_layer(key: Any, layers: Layers) -> bool:
     """Whether an entry belongs to a layer: it is one, or its name is that of a part of one."""
-    parts = {(layer.before, layer.after[0]) for layer in layers.values() if layer.after}
+    parts = {(layer.prefix, layer.suffix[0]) for layer in layers.values() if layer.suffix}
     return key in layers or any(
-        re.match(rf"{re.escape(before)}\d+{re.escape(separator)}", str(key))
-        for before, separator in parts
+        re.match(rf"{re.escape(prefix)}\d+{re.escape(separator)}", str(key))
+        for prefix, separator in parts
     )
 
 
@@ -134,29 +140,29 @@ def _component(key_path: tuple[Any, ...], span: tuple[int, int]) -> tuple[int, s
     raise AssertionError("a number lies within one key")
 
 
-def _unreachable(kind: str) -> ValueError:
+def _unsupported_container(kind: str) -> ValueError:
     return ValueError(
         f"only dicts, lists and tuples can be rebuilt with other layers, not {kind}. Use "
         "transfer(source, target, rename=layer_map(...)) with a target of the wanted depth."
     )
 
 
-# The layers, out of 12, that DistilBERT starts from; the paper says every second one.
+# The layers (of 12) that DistilBERT starts from; the paper says every second one.
 # Sanh et al., DistilBERT, 2019 (1910.01108).
 DISTILBERT_LAYERS = (0, 2, 4, 7, 9, 11)
 
 
 def layer_of(layers: str, path: str) -> int | None:
     """The layer's number in a path; None if the path belongs to no layer."""
-    match = compiled(layers).fullmatch(path)
+    match = compile_pattern(layers).fullmatch(path)
     return None if match is None else number_of(match)
 
 
 def layer_numbers(params: Params, layers: str) -> list[int]:
     """The numbers of the layers that a pattern finds, in order."""
     trees.mask(params, layers)  # raises if nothing matches, listing the nearest paths
-    found = {layer_of(layers, path) for path in trees.flatten(params)}
-    return sorted(number for number in found if number is not None)
+    numbers = {layer_of(layers, path) for path in trees.flatten(params)}
+    return sorted(number for number in numbers if number is not None)
 
 
 def layer_map(layers: str, indices: Sequence[int]) -> Callable[[str], tuple[str, ...]]:
@@ -165,7 +171,7 @@ def layer_map(layers: str, indices: Sequence[int]) -> Callable[[str], tuple[str,
     Numbers count from 0 on both sides. Layers that are not chosen are dropped, a layer may be
     chosen more than once, and all other leaves keep their paths.
     """
-    pattern = compiled(layers)
+    pattern = compile_pattern(layers)
 
     def rename(path: str) -> tuple[str, ...]:
         match = pattern.fullmatch(path)
@@ -196,19 +202,19 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
         raise ValueError(
             f"positions must lie in 0..{len(numbers) - 1} (layers {numbers}), got {list(indices)}."
         )
-    chosen = [(numbers[0] + new, numbers[old]) for new, old in enumerate(indices)]
+    renumbering = [(numbers[0] + new, numbers[old]) for new, old in enumerate(indices)]
 
-    def rebuild(node: Any, at: Layers) -> Any:
+    def rebuild(node: Any, layer_keys: Layers) -> Any:
         by_number: dict[int, list[Any]] = {}
-        for key, layer in at.items():
+        for key, layer in layer_keys.items():
             by_number.setdefault(layer.number, []).append(key)
         # A layer may be missing from some collections (batch statistics, say) and stays missing.
-        here = [(new, key) for new, old in chosen for key in by_number.get(old, ())]
-        values = _distinct([node[key] for _, key in here])
+        entries = [(new, key) for new, old in renumbering for key in by_number.get(old, ())]
+        values = _copy_repeated([node[key] for _, key in entries])
         if isinstance(node, (list, tuple)):
             return type(node)(values)
-        renamed = [_renumbered(key, at, new) for new, key in here]
-        return _replaced(node, at, list(zip(renamed, values, strict=True)))
+        new_keys = [_renumber(key, layer_keys, new) for new, key in entries]
+        return _replace_entries(node, layer_keys, list(zip(new_keys, values, strict=True)))
 
     return over_layers(params, layers, rebuild)
 
@@ -224,16 +230,18 @@ def stack_layers(params: Params, layers: str) -> Params:
       ValueError: also if layers differ in structure, shapes, dtypes, or non-array leaves.
     """
 
-    def rebuild(node: Any, at: Layers) -> Any:
+    def rebuild(node: Any, layer_keys: Layers) -> Any:
         series: dict[tuple[str, str], list[Any]] = {}
-        for key in sorted(at, key=lambda key: at[key].number):
-            series.setdefault((at[key].before, at[key].after), []).append(key)
-        _same_numbers([[at[key].number for key in keys] for keys in series.values()], series)
+        for key in sorted(layer_keys, key=lambda key: layer_keys[key].number):
+            series.setdefault((layer_keys[key].prefix, layer_keys[key].suffix), []).append(key)
+        _same_numbers(
+            [[layer_keys[key].number for key in keys] for keys in series.values()], series
+        )
         stacked = []
-        for (before, after), keys in series.items():
-            name = (before.rstrip("_-. /") + after).strip("_-. /")
-            value = _stacked({key: node[key] for key in keys})
-            if isinstance(node, (list, tuple)) or (not name and len(at) == len(node)):
+        for (prefix, suffix), keys in series.items():
+            name = (prefix.rstrip("_-. /") + suffix).strip("_-. /")
+            value = _stack({key: node[key] for key in keys})
+            if isinstance(node, (list, tuple)) or (not name and len(layer_keys) == len(node)):
                 return value
             if not name or name in node:
                 raise ValueError(
@@ -241,17 +249,17 @@ def stack_layers(params: Params, layers: str) -> Params:
                     f"{sorted(map(str, node))[:8]}. Move them into a dict of their own first."
                 )
             stacked.append((name, value))
-        return _replaced(node, at, stacked)
+        return _replace_entries(node, layer_keys, stacked)
 
     return over_layers(params, layers, rebuild)
 
 
 def _same_numbers(numbers: Sequence[Sequence[int]], series: Iterable[tuple[str, str]]) -> None:
-    for (before, after), found in zip(series, numbers, strict=True):
-        if found != numbers[0]:
+    for (prefix, suffix), present in zip(series, numbers, strict=True):
+        if present != numbers[0]:
             raise ValueError(
-                f"the layers differ in what they hold: {f'{before}*{after}'!r} exists for layers "
-                f"{list(found)}, other names for {list(numbers[0])}. Only equal layers can be "
+                f"the layers differ in what they hold: {f'{prefix}*{suffix}'!r} exists for layers "
+                f"{list(present)}, other names for {list(numbers[0])}. Only equal layers can be "
                 "stacked."
             )
 
@@ -272,52 +280,52 @@ def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Param
     if keys is not None and "{}" not in keys:
         raise ValueError(f"keys must contain {{}} for the number, got {keys!r}.")
 
-    def walk(node: Any, rest: str) -> Any:
+    def walk(node: Any, subpath: str) -> Any:
         entries = node.items() if isinstance(node, dict) else ()
         for key, child in sorted(entries, key=lambda entry: -len(str(entry[0]))):
-            if rest == str(key):
-                parts = _unstacked(at, child)
-                named = [(key, parts)] if keys is None else _numbered(keys, parts)
-                return _replaced(node, {key: None}, named)
-            if rest.startswith(f"{key}/"):
-                return {**node, key: walk(child, rest.removeprefix(f"{key}/"))}
-        near = trees.nearest(at, list(trees.flatten(params)))
-        raise ValueError(f"no dict entry at {at!r}; nearest leaves: {near}.")
+            if subpath == str(key):
+                layers = _unstack(at, child)
+                new_entries = [(key, layers)] if keys is None else _name_layers(keys, layers)
+                return _replace_entries(node, {key: None}, new_entries)
+            if subpath.startswith(f"{key}/"):
+                return {**node, key: walk(child, subpath.removeprefix(f"{key}/"))}
+        nearest = trees.nearest(at, list(trees.flatten(params)))
+        raise ValueError(f"no dict entry at {at!r}; nearest leaves: {nearest}.")
 
     return walk(params, at)
 
 
-def _numbered(keys: str, parts: Sequence[Any]) -> list[tuple[str, Any]]:
+def _name_layers(keys: str, parts: Sequence[Any]) -> list[tuple[str, Any]]:
     return [(keys.format(i), part) for i, part in enumerate(parts)]
 
 
-def _replaced(
-    node: Mapping[Any, Any], old: Container[Any], new: Sequence[tuple[Any, Any]]
+def _replace_entries(
+    node: Mapping[Any, Any], old_keys: Container[Any], new_entries: Sequence[tuple[Any, Any]]
 ) -> dict[Any, Any]:
-    """The dict with the entries `new` in place of the keys `old`, where the first of them was."""
-    taken = {key for key in node if key not in old}
-    for key, _ in new:
-        if key in taken:
+    """Replaces the keys `old_keys` by `new_entries`, at the place of the first of them."""
+    remaining_keys = {key for key in node if key not in old_keys}
+    for key, _ in new_entries:
+        if key in remaining_keys:
             raise ValueError(f"layers: two entries would have the name {key!r}. Rename one first.")
-        taken.add(key)
+        remaining_keys.add(key)
     out: dict[Any, Any] = {}
     for key, value in node.items():
-        out |= dict(new) if key in old else {key: value}
+        out |= dict(new_entries) if key in old_keys else {key: value}
     return out
 
 
-def _renumbered(key: Any, at: Layers, number: int) -> Any:
-    layer = at[key]
-    return number if isinstance(key, int) else f"{layer.before}{number}{layer.after}"
+def _renumber(key: Any, layer_keys: Layers, number: int) -> Any:
+    layer = layer_keys[key]
+    return number if isinstance(key, int) else f"{layer.prefix}{number}{layer.suffix}"
 
 
-def _distinct(values: Sequence[Any]) -> list[Any]:
+def _copy_repeated(values: Sequence[Any]) -> list[Any]:
     """Copies repeated values: one array in two places cannot be donated."""
-    seen: set[int] = set()
+    seen_ids: set[int] = set()
     out: list[Any] = []
     for value in values:
-        out.append(jax.tree.map(_copy, value) if id(value) in seen else value)
-        seen.add(id(value))
+        out.append(jax.tree.map(_copy, value) if id(value) in seen_ids else value)
+        seen_ids.add(id(value))
     return out
 
 
@@ -327,21 +335,21 @@ def _copy(leaf: Any) -> Any:
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
-def _stacked(layers: Mapping[Any, Any]) -> Any:
-    (first, model), *others = layers.items()
-    want = {path: _signature(leaf) for path, leaf in trees.flatten(model).items()}
-    for key, layer in others:
-        got = {path: _signature(leaf) for path, leaf in trees.flatten(layer).items()}
-        if got != want or jax.tree.structure(layer) != jax.tree.structure(model):
-            different = [p for p in {**want, **got} if want.get(p) != got.get(p)]
+def _stack(layers: Mapping[Any, Any]) -> Any:
+    (first_key, first_layer), *other_layers = layers.items()
+    expected = {path: _signature(leaf) for path, leaf in trees.flatten(first_layer).items()}
+    for key, layer in other_layers:
+        received = {path: _signature(leaf) for path, leaf in trees.flatten(layer).items()}
+        if received != expected or jax.tree.structure(layer) != jax.tree.structure(first_layer):
+            different = [p for p in {**expected, **received} if expected.get(p) != received.get(p)]
             raise ValueError(
-                f"layers {first!r} and {key!r} differ at {different[:8]} (structure, "
+                f"layers {first_key!r} and {key!r} differ at {different[:8]} (structure, "
                 "shape or dtype). Only equal layers can be stacked."
             )
-    return jax.tree.map(_stacked_leaf, *layers.values())
+    return jax.tree.map(_stack_leaves, *layers.values())
 
 
-def _stacked_leaf(*leaves: Any) -> Any:
+def _stack_leaves(*leaves: Any) -> Any:
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
     if all(isinstance(leaf, np.ndarray) for leaf in leaves):
@@ -354,7 +362,7 @@ def _signature(leaf: Any) -> Any:
     return (np.shape(leaf), leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 
-def _unstacked(at: str, stacked: Any) -> list[Any]:
+def _unstack(at: str, stacked: Any) -> list[Any]:
     lengths = {
         path: np.shape(leaf)[0] if np.ndim(leaf) else None
         for path, leaf in trees.flatten(stacked).items()

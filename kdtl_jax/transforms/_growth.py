@@ -52,7 +52,7 @@ def widen(
     summed = {axis.name for leaf_axes in axes for axis in leaf_axes if axis.summed}
     sources: dict[str, Any] = {}
     for name, width in widths.items():
-        size = _width.known(name, sizes)
+        size = _width.size_of_name(name, sizes)
         if name not in summed:
             raise ValueError(
                 f"no leaf is marked as summing over {name!r}, so its inputs would be "

@@ -114,7 +114,7 @@ def remap_units(
     sizes = _width.sizes_of(params, axes)
     index: dict[str, np.ndarray] = {}
     for name, value in indices.items():
-        size = _width.known(name, sizes)
+        size = _width.size_of_name(name, sizes)
         value = np.asarray(value)
         _checks.integers(**{name: value})
         _checks.rank(1, 1, **{name: value})

@@ -71,18 +71,18 @@ def ia3_output(
         for path, scale in weights.items():
             edits[path] = (scale.vector, True)
             stem = re.sub(r"[^/.]*$", "", path)
-            for beside in (stem + name for name in bias):
-                if beside in flat and beside not in weights:
-                    edits[beside] = (scale.vector, False)
+            for bias_path in (stem + name for name in bias):
+                if bias_path in flat and bias_path not in weights:
+                    edits[bias_path] = (scale.vector, False)
 
-        def edit(path: str, leaf: PyTree, wanted: tuple[Array, bool]) -> Array:
-            vector, is_kernel = wanted
+        def edit(path: str, leaf: PyTree, scaling: tuple[Array, bool]) -> Array:
+            vector, is_kernel = scaling
             if not is_kernel:
-                wide = _leaves.widen(leaf)
-                return wide * vector.reshape(wide.shape).astype(wide.dtype)
+                upcast = _leaves.widen(leaf)
+                return upcast * vector.reshape(upcast.shape).astype(upcast.dtype)
             kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
             shape = (*kernel.matrix.shape[:-2], kernel.matrix.shape[-1])
-            _adapters.fits(path, {"vector": shape}, vector=vector)
+            _adapters.check_fits(path, {"vector": shape}, vector=vector)
             return kernel.restore(kernel.matrix * vector[..., None, :].astype(kernel.matrix.dtype))
 
         return _adapters.rewrite(params, edits, edit)
@@ -100,7 +100,7 @@ def ia3_input(*, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
         def edit(path: str, leaf: PyTree, scale: ScaleWeights) -> Array:
             kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
             shape = kernel.matrix.shape[:-1]
-            _adapters.fits(path, {"vector": shape}, vector=scale.vector)
+            _adapters.check_fits(path, {"vector": shape}, vector=scale.vector)
             vector = scale.vector.astype(kernel.matrix.dtype)
             return kernel.restore(kernel.matrix * vector[..., :, None])
 
@@ -155,19 +155,19 @@ def vera(
         return AdaptedParams(params, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, each: VeraWeights) -> Array:
+        def edit(path: str, leaf: PyTree, vera_weights: VeraWeights) -> Array:
             kernel = view(path, leaf)
             *lead, fan_in, fan_out = kernel.matrix.shape
-            terms, dtype = each.d.shape[0], kernel.matrix.dtype
+            terms, dtype = vera_weights.d.shape[0], kernel.matrix.dtype
             expected = {"d": (terms, *lead, rank), "b": (terms, *lead, fan_out)}
-            _adapters.fits(path, expected, d=each.d, b=each.b)
-            of_a, of_b = jax.random.split(projections)
-            a = _rows(of_a, fan_in, rank, (6 / fan_in) ** 0.5, dtype)
-            b = _rows(of_b, fan_out, rank, (6 / rank) ** 0.5, dtype).T
-            alone = a.reshape(*(1,) * (each.d.ndim - 1), *a.shape)
-            scaled = alone * each.d[..., None, :].astype(dtype)
+            _adapters.check_fits(path, expected, d=vera_weights.d, b=vera_weights.b)
+            key_a, key_b = jax.random.split(projections)
+            a = _rows(key_a, fan_in, rank, (6 / fan_in) ** 0.5, dtype)
+            b = _rows(key_b, fan_out, rank, (6 / rank) ** 0.5, dtype).T
+            stacked_a = a.reshape(*(1,) * (vera_weights.d.ndim - 1), *a.shape)
+            scaled = stacked_a * vera_weights.d[..., None, :].astype(dtype)
             product = jnp.matmul(scaled, b, precision=_HIGHEST)
-            delta = jnp.sum(product * each.b[..., None, :].astype(dtype), axis=0)
+            delta = jnp.sum(product * vera_weights.b[..., None, :].astype(dtype), axis=0)
             return kernel.restore(kernel.matrix + delta)
 
         return _adapters.rewrite(params, weights, edit)
@@ -175,7 +175,7 @@ def vera(
     def combine(
         members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
     ) -> AdapterWeights:
-        shares = _adapters.members_of(members, weights)
+        shares = _adapters.check_members(members, weights)
         return {
             path: VeraWeights(
                 jnp.concatenate([member[path].d for member in members]),
@@ -238,30 +238,30 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
         return AdaptedParams(params, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, each: RotationWeights) -> Array:
+        def edit(path: str, leaf: PyTree, rotation_weights: RotationWeights) -> Array:
             kernel = view(path, leaf)
             *lead, fan_in, fan_out = kernel.matrix.shape
             blocks = fan_in // block_size
-            _adapters.fits(path, {"skew": (*lead, blocks, size)}, skew=each.skew)
+            _adapters.check_fits(path, {"skew": (*lead, blocks, size)}, skew=rotation_weights.skew)
             dtype = kernel.matrix.dtype
             upper = jnp.zeros((*lead, blocks, block_size, block_size), dtype)
-            upper = upper.at[..., rows, columns].set(each.skew.astype(dtype))
+            upper = upper.at[..., rows, columns].set(rotation_weights.skew.astype(dtype))
             skew = upper - jnp.swapaxes(upper, -1, -2)
             eye = jnp.broadcast_to(jnp.eye(block_size, dtype=dtype), skew.shape)
             # The two factors commute, so their order does not matter.
             rotation = jnp.linalg.solve(eye - skew, eye + skew)
             inputs = kernel.matrix.reshape(*lead, blocks, block_size, fan_out)
-            turned = jnp.matmul(rotation, inputs, precision=_HIGHEST)
-            return kernel.restore(turned.reshape(kernel.matrix.shape))
+            rotated = jnp.matmul(rotation, inputs, precision=_HIGHEST)
+            return kernel.restore(rotated.reshape(kernel.matrix.shape))
 
         return _adapters.rewrite(params, weights, edit)
 
     def combine(
         members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
     ) -> AdapterWeights:
-        shares = _adapters.members_of(members, weights)
+        shares = _adapters.check_members(members, weights)
         return {
-            path: RotationWeights(_adapters.weighted(shares, [m[path].skew for m in members]))
+            path: RotationWeights(_adapters.weighted_sum(shares, [m[path].skew for m in members]))
             for path in members[0]
         }
 
@@ -284,10 +284,10 @@ def _scaling_adapter(apply: Apply, in_axis: AxisSpec, out_axis: AxisSpec, side: 
     def combine(
         members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
     ) -> AdapterWeights:
-        shares = _adapters.members_of(members, weights)
+        shares = _adapters.check_members(members, weights)
         return {
             path: ScaleWeights(
-                1 + _adapters.weighted(shares, [member[path].vector - 1 for member in members])
+                1 + _adapters.weighted_sum(shares, [member[path].vector - 1 for member in members])
             )
             for path in members[0]
         }

@@ -44,11 +44,15 @@ def is_rules(value: Any) -> TypeGuard[trees.Rules]:
 
 
 def coefficients(
-    alpha: Coefficient, tree: PyTree, chosen: Sequence[bool] | None = None, *, name: str = "alpha"
+    alpha: Coefficient,
+    tree: PyTree,
+    selected: Sequence[bool] | None = None,
+    *,
+    name: str = "alpha",
 ) -> list[Any]:
     """One coefficient per leaf; None if a leaf is not chosen or matches no rule.
 
-    `chosen` defaults to the inexact leaves; `name` is the caller's argument.
+    `selected` defaults to the inexact leaves; `name` is the caller's argument.
 
     Raises:
       ValueError: if a rule is unused, a prefix does not fit the tree, or a coefficient is neither
@@ -56,10 +60,10 @@ def coefficients(
       TypeError: if a coefficient is not a real number.
     """
     flat = trees.flatten(tree)
-    if chosen is None:
-        chosen = [trees.is_inexact(leaf) for leaf in flat.values()]
+    if selected is None:
+        selected = [trees.is_inexact(leaf) for leaf in flat.values()]
     if callable(alpha):
-        values = [alpha(path) if c else None for path, c in zip(flat, chosen, strict=True)]
+        values = [alpha(path) if flag else None for path, flag in zip(flat, selected, strict=True)]
     elif is_rules(alpha):
         values = by_rules(tree, alpha, default=None)
     elif _is_number(alpha):
@@ -67,8 +71,8 @@ def coefficients(
     else:
         values = _from_prefix(alpha, tree, name)
     out: list[Any] = []
-    for (path, leaf), value, is_chosen in zip(flat.items(), values, chosen, strict=True):
-        if not is_chosen or value is None:
+    for (path, leaf), value, is_selected in zip(flat.items(), values, selected, strict=True):
+        if not is_selected or value is None:
             out.append(None)
             continue
         _check_coefficient(path, leaf, value, name)
@@ -76,7 +80,7 @@ def coefficients(
     return out
 
 
-def selected(params: PyTree, where: trees.Selector) -> PyTree:
+def select_inexact(params: PyTree, where: trees.Selector) -> PyTree:
     """The mask of the inexact leaves that `where` selects.
 
     Raises:
@@ -85,14 +89,14 @@ def selected(params: PyTree, where: trees.Selector) -> PyTree:
     mask = trees.mask(params, where)
     flat = trees.flatten(params)
     pairs = zip(flat, jax.tree.leaves(mask), strict=True)
-    refuse_codes(flat, [path for path, is_chosen in pairs if is_chosen])
-    return jax.tree.map(lambda chosen, leaf: chosen and trees.is_inexact(leaf), mask, params)
+    refuse_codes(flat, [path for path, is_selected in pairs if is_selected])
+    return jax.tree.map(lambda flag, leaf: flag and trees.is_inexact(leaf), mask, params)
 
 
 def multiply(leaf: Any, alpha: Scalar) -> Array:
     """`alpha * leaf` in float32 or wider, in the leaf's own dtype."""
-    wide = widen(leaf)
-    return (_numerics.cast(alpha, wide) * wide).astype(canonical_dtype(leaf))
+    upcast = widen(leaf)
+    return (_numerics.cast(alpha, upcast) * upcast).astype(canonical_dtype(leaf))
 
 
 def widen(leaf: Any) -> Array:
@@ -105,18 +109,18 @@ def canonical_dtype(leaf: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
 
 
-def numbered(name: str, members: Sequence[PyTree]) -> dict[str, PyTree]:
-    """`{"models[0]": ..., "models[1]": ...}`: the members of a list by their names in messages."""
+def name_members(name: str, members: Sequence[PyTree]) -> dict[str, PyTree]:
+    """Names the members of a list for messages: `{"models[0]": ..., "models[1]": ...}`."""
     if not isinstance(members, (list, tuple)) or not members:
-        came = "an empty one" if isinstance(members, (list, tuple)) else type(members).__name__
-        raise ValueError(f"{name} must be a non-empty list of parameter trees, got {came}.")
+        received = "an empty one" if isinstance(members, (list, tuple)) else type(members).__name__
+        raise ValueError(f"{name} must be a non-empty list of parameter trees, got {received}.")
     return {f"{name}[{i}]": member for i, member in enumerate(members)}
 
 
 def combine_leaves(
     formula: Formula,
-    named: Mapping[str, PyTree],
-    by: Sequence[Sequence[Any]],
+    trees_by_name: Mapping[str, PyTree],
+    columns: Sequence[Sequence[Any]],
     *,
     keep_dtype: bool = True,
 ) -> PyTree:
@@ -127,20 +131,21 @@ def combine_leaves(
     unless `keep_dtype` is false.
 
     Tied leaves (one array under several paths, in every tree) stay tied: the first path's result,
-    drawn with that path's key, is used for all. `by` lists the columns of coefficients, one entry
-    per leaf, that the formula reads; if they differ between tied leaves, only the key is shared.
+    drawn with that path's key, is used for all. `columns` lists the coefficients that the formula
+    reads, one entry per leaf; if they differ between tied leaves, only the key is shared.
 
     Raises:
       ValueError: if the trees differ in names or shapes (all differences are listed), or a leaf
         holds quantized integer codes.
     """
-    flats = {name: trees.flatten(tree) for name, tree in named.items()}
+    flats = {name: trees.flatten(tree) for name, tree in trees_by_name.items()}
     if len(flats) > 1:
         _checks.same_leaves(**flats)
     first, *others = flats.values()
     refuse_codes(first)
     out: list[Any] = []
-    tied: dict[tuple[int, ...], tuple[int, str]] = {}  # the leaves' identities -> their first path
+    # The leaves' identities -> their first position and path.
+    first_of_tie: dict[tuple[int, ...], tuple[int, str]] = {}
     for i, (path, leaf) in enumerate(first.items()):
         beside = [flat[path] for flat in others]
         if not trees.is_inexact(leaf):
@@ -150,22 +155,22 @@ def combine_leaves(
         for other in beside:
             if _codes.is_integers(other):
                 raise ValueError(_codes.beside_numbers(path))
-        j, first_path = tied.setdefault(tuple(map(id, [leaf, *beside])), (i, path))
-        if j < i and all(_same(column[i], column[j]) for column in by):
+        j, first_path = first_of_tie.setdefault(tuple(map(id, [leaf, *beside])), (i, path))
+        if j < i and all(_same(column[i], column[j]) for column in columns):
             out.append(out[j])
             continue
         result = formula(i, first_path, *one_dtype([leaf, *beside]))
         out.append(result.astype(canonical_dtype(leaf)) if keep_dtype else result)
-    return jax.tree.unflatten(jax.tree.structure(next(iter(named.values()))), out)
+    return jax.tree.unflatten(jax.tree.structure(next(iter(trees_by_name.values()))), out)
 
 
 def one_dtype(leaves: Sequence[Any]) -> list[Array]:
     """Leaves as arrays of one dtype, float32 or wider; masks and counts become numbers."""
-    wide = [
+    upcast = [
         widen(leaf) if trees.is_inexact(leaf) else jnp.asarray(leaf, jnp.float32) for leaf in leaves
     ]
-    dtype = np.result_type(*[leaf.dtype for leaf in wide])
-    return [leaf.astype(dtype) for leaf in wide]
+    dtype = np.result_type(*[leaf.dtype for leaf in upcast])
+    return [leaf.astype(dtype) for leaf in upcast]
 
 
 def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[list[Any]]:
@@ -193,17 +198,17 @@ def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[l
 def nonzero_total(path: str, weights: Sequence[Any]) -> None:
     """Raises ValueError if the (concrete) weights of a leaf, whose sum divides it, sum to 0.
 
-    Weights such as .3, -.1, -.2 sum to 0 up to rounding: what is left is noise, and divides too.
+    Weights such as .3, -.1, -.2 sum to 0 up to rounding, and dividing by the noise is refused too.
     """
-    known = [w for weight in weights if (w := _checks.concrete(weight)) is not None]
-    if len(known) < len(weights):
+    concrete = [w for weight in weights if (w := _checks.concrete(weight)) is not None]
+    if len(concrete) < len(weights):
         return
-    total, size = sum(known), sum(map(np.abs, known))
+    total, size = sum(concrete), sum(map(np.abs, concrete))
     noise = np.finfo(np.float32).eps * size
     if not np.all(np.isfinite(total) & (np.abs(total) > noise)):
         raise ValueError(
             f"the weights of {path!r} must have a finite sum other than 0, which divides "
-            f"them, got {[w.tolist() for w in known]}. weighted_sum does not divide."
+            f"them, got {[w.tolist() for w in concrete]}. weighted_sum does not divide."
         )
 
 
@@ -224,18 +229,18 @@ def equal_paths(tree: PyTree) -> dict[str, str]:
     for path, leaf in trees.flatten(tree).items():
         if np.ndim(leaf) and np.size(leaf) and trees.is_inexact(leaf) and _is_known(leaf):
             groups.setdefault((leaf.shape, str(leaf.dtype)), []).append((path, leaf))
-    first: dict[str, str] = {}
+    first_paths: dict[str, str] = {}
     for group in groups.values():
-        alike: dict[bytes, list[tuple[str, Any]]] = {}
+        same_start: dict[bytes, list[tuple[str, Any]]] = {}
         for path, leaf in group if len(group) > 1 else ():
             start = np.asarray(leaf[(0,) * (leaf.ndim - 1)])
-            earlier = alike.setdefault(start.tobytes(), [])
+            earlier = same_start.setdefault(start.tobytes(), [])
             same = [p for p, other in earlier if other is leaf or np.array_equal(other, leaf)]
             if same:
-                first[path] = same[0]
+                first_paths[path] = same[0]
             else:
                 earlier.append((path, leaf))
-    return first
+    return first_paths
 
 
 def _is_known(leaf: Any) -> bool:
@@ -249,8 +254,8 @@ def _same(a: Any, b: Any) -> bool:
     """Whether two coefficients, or lists of them, are known to be equal."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
-    known = (int, float, np.integer, np.floating)
-    return a is b or (isinstance(a, known) and isinstance(b, known) and a == b)
+    number_types = (int, float, np.integer, np.floating)
+    return a is b or (isinstance(a, number_types) and isinstance(b, number_types) and a == b)
 
 
 def _is_number(value: Any) -> bool:
@@ -279,23 +284,23 @@ def _from_prefix(alpha: PyTree, tree: PyTree, name: str) -> list[Any]:
 def _check_coefficient(path: str, leaf: Any, value: Any, name: str) -> None:
     is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
     dtype = jnp.result_type(value) if is_number else None
-    real = dtype is not None and (
+    is_real = dtype is not None and (
         jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     )
-    if not real:
+    if not is_real:
         raise TypeError(
             f"{name}, the coefficient of {path!r}, must be a real number, got "
             f"{type(value).__name__ if dtype is None else dtype}."
         )
     shape, target = np.shape(value), np.shape(leaf)
-    within = len(shape) == len(target) and all(
+    is_broadcastable = len(shape) == len(target) and all(
         n in (1, m) for n, m in zip(shape, target, strict=True)
     )
-    if shape != () and not within:
+    if shape != () and not is_broadcastable:
         raise ValueError(
             f"{name}, the coefficient of {path!r}, must be a scalar, or have the leaf's rank with "
             f"lengths 1 or the leaf's own, got {name}{list(shape)} for a leaf{list(target)}."
         )
-    # One on a device may have been computed from leaves, and is NaN where they are.
+    # An array on a device may have been computed from leaves, and is NaN where they are.
     if not isinstance(value, jax.Array) and not np.isfinite(value).all():
         raise ValueError(f"{name}, the coefficient of {path!r}, must be finite, got {value!r:.80}.")

@@ -93,9 +93,9 @@ def lora(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
     ) -> AdaptedParams:
         leaves = _adapters.selected_matrices(params, where)
-        pairs = _starts(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
-        base = _adapters.rewrite(params, pairs, _minus(view, scaling, alpha))
-        weights = {path: _stored(pair, leaves[path]) for path, pair in pairs.items()}
+        pairs = _start_weights(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
+        base = _adapters.rewrite(params, pairs, _subtract(view, scaling, alpha))
+        weights = {path: _cast_weights(pair, leaves[path]) for path, pair in pairs.items()}
         return AdaptedParams(base, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
@@ -111,7 +111,7 @@ def lora(
         *,
         rank: int | None = None,
     ) -> AdapterWeights:
-        shares = _adapters.members_of(members, weights)
+        shares = _adapters.check_members(members, weights)
         return {
             path: _concatenate([m[path] for m in members], shares, scaling, alpha, rank)
             for path in members[0]
@@ -142,7 +142,9 @@ def dora(
     References:
       Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024 (2402.09353).
     """
-    plain = lora(rank, alpha, scaling=scaling, start=start, in_axis=in_axis, out_axis=out_axis)
+    lora_adapter = lora(
+        rank, alpha, scaling=scaling, start=start, in_axis=in_axis, out_axis=out_axis
+    )
 
     def view(path: str, leaf: PyTree) -> MatrixView:
         return _adapters.matrix_view(path, leaf, in_axis, out_axis)
@@ -150,19 +152,19 @@ def dora(
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
     ) -> AdaptedParams:
-        base, pairs = plain.init(key, params, where=where, gradients=gradients)
+        base, pairs = lora_adapter.init(key, params, where=where, gradients=gradients)
         weights = {}
         for path, leaf in _adapters.selected_matrices(params, where).items():
             # At the start V is the kernel itself, no matter which part of it the adapter holds.
             length = _numerics.safe_norm(view(path, leaf).matrix, axis=-2)
-            weights[path] = _stored(DoraWeights(pairs[path].a, pairs[path].b, length), leaf)
+            weights[path] = _cast_weights(DoraWeights(pairs[path].a, pairs[path].b, length), leaf)
         return AdaptedParams(base, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
         def edit(path: str, leaf: PyTree, pair: DoraWeights) -> Array:
             kernel = view(path, leaf)
             shape = (*kernel.matrix.shape[:-2], kernel.matrix.shape[-1])
-            _adapters.fits(path, {"magnitude": shape}, magnitude=pair.magnitude)
+            _adapters.check_fits(path, {"magnitude": shape}, magnitude=pair.magnitude)
             direction = kernel.matrix + _product(
                 path, kernel, LoraWeights(pair.a, pair.b), scaling, alpha
             )
@@ -178,13 +180,15 @@ def dora(
         *,
         rank: int | None = None,
     ) -> AdapterWeights:
-        shares = _adapters.members_of(members, weights)
-        whole = sum((jnp.asarray(s) for s in shares[1:]), jnp.asarray(shares[0]))
+        shares = _adapters.check_members(members, weights)
+        total_weight = sum((jnp.asarray(s) for s in shares[1:]), jnp.asarray(shares[0]))
         pairs = [{path: LoraWeights(w.a, w.b) for path, w in m.items()} for m in members]
         out = {}
-        for path, pair in plain.combine(pairs, weights, rank=rank).items():
-            lengths = _adapters.weighted(shares, [member[path].magnitude for member in members])
-            out[path] = DoraWeights(pair.a, pair.b, lengths / _numerics.scalar(whole, lengths))
+        for path, pair in lora_adapter.combine(pairs, weights, rank=rank).items():
+            lengths = _adapters.weighted_sum(shares, [member[path].magnitude for member in members])
+            out[path] = DoraWeights(
+                pair.a, pair.b, lengths / _numerics.scalar(total_weight, lengths)
+            )
         return out
 
     return Adapter(init, apply, apply, combine)
@@ -194,7 +198,7 @@ def _check_rank(rank: int) -> None:
     _checks.count(1, rank=rank)
 
 
-def _starts(
+def _start_weights(
     key: Array,
     leaves: dict[str, PyTree],
     view: Callable[[str, PyTree], MatrixView],
@@ -205,26 +209,28 @@ def _starts(
 ) -> dict[str, LoraWeights]:
     grads = None if gradients is None else trees.flatten(gradients)
     if grads is not None:
-        used = {path: grads[path] for path in leaves if path in grads}
-        _checks.same_leaves(params=leaves, gradients=used)
+        selected_gradients = {path: grads[path] for path in leaves if path in grads}
+        _checks.same_leaves(params=leaves, gradients=selected_gradients)
     pairs = {}
     for path, leaf in leaves.items():
         kernel = view(path, leaf).matrix
-        slope = None if grads is None else view(path, grads[path]).matrix
+        kernel_gradient = None if grads is None else view(path, grads[path]).matrix
         leaf_key = _blocks.fold_path(key, path)
         pairs[path] = LoraWeights(
-            *start(leaf_key, kernel, rank, _numerics.scalar(scale, kernel, "scale"), slope)
+            *start(
+                leaf_key, kernel, rank, _numerics.scalar(scale, kernel, "scale"), kernel_gradient
+            )
         )
     return pairs
 
 
-def _stored(weights: NamedTuple, leaf: PyTree) -> NamedTuple:
+def _cast_weights(weights: NamedTuple, leaf: PyTree) -> NamedTuple:
     """Weights in the kernel's dtype, but float32 for half precision: small updates must count."""
     dtype = _leaves.widen(leaf).dtype
     return jax.tree.map(lambda x: x.astype(dtype), weights)
 
 
-def _minus(
+def _subtract(
     view: Callable[[str, PyTree], MatrixView], scaling: Scaling, alpha: Scalar
 ) -> Callable[[str, PyTree, LoraWeights], Array]:
     def edit(path: str, leaf: PyTree, pair: LoraWeights) -> Array:
@@ -241,7 +247,7 @@ def _product(
     *lead, fan_in, fan_out = kernel.matrix.shape
     rank = pair.a.shape[-1]
     expected = {"a": (*lead, fan_in, rank), "b": (*lead, rank, fan_out)}
-    _adapters.fits(path, expected, a=pair.a, b=pair.b)
+    _adapters.check_fits(path, expected, a=pair.a, b=pair.b)
     dtype = kernel.matrix.dtype
     a, b = pair.a.astype(dtype), pair.b.astype(dtype)
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
@@ -274,12 +280,12 @@ def _concatenate(
 def _truncate(a: Array, b: Array, rank: int, factor: Scalar) -> LoraWeights:
     """The best approximation of rank r, from the factors alone: no `[in, out]` matrix is formed."""
     _check_rank(rank)
-    left, left_r = jnp.linalg.qr(a)
-    right, right_r = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
-    u, s, vt = jnp.linalg.svd(left_r @ jnp.swapaxes(right_r, -1, -2), full_matrices=False)
+    q_a, r_a = jnp.linalg.qr(a)
+    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
+    u, s, vt = jnp.linalg.svd(r_a @ jnp.swapaxes(r_b, -1, -2), full_matrices=False)
     if rank > s.shape[-1]:
         raise ValueError(f"the sum has rank {s.shape[-1]} at most, asked for {rank}.")
     root = jnp.sqrt(s[..., :rank] * _numerics.scalar(factor, s))
-    new_a = left @ (u[..., :rank] * root[..., None, :])
-    new_b = (root[..., :, None] * vt[..., :rank, :]) @ jnp.swapaxes(right, -1, -2)
+    new_a = q_a @ (u[..., :rank] * root[..., None, :])
+    new_b = (root[..., :, None] * vt[..., :rank, :]) @ jnp.swapaxes(q_b, -1, -2)
     return LoraWeights(new_a, new_b)

@@ -49,19 +49,19 @@ def orthogonal_start(
     *lead, fan_in, fan_out = kernel.shape
     if rank % 2:
         raise ValueError(f"the rank must be even, got {rank}.")
-    of_basis, of_a, of_b = jax.random.split(key, 3)
-    basis, _ = jnp.linalg.qr(jax.random.normal(of_basis, (*lead, rank, rank), kernel.dtype))
+    key_basis, key_a, key_b = jax.random.split(key, 3)
+    basis, _ = jnp.linalg.qr(jax.random.normal(key_basis, (*lead, rank, rank), kernel.dtype))
     half = rank // 2
-    left = jax.random.normal(of_a, (*lead, fan_in, half), kernel.dtype) / fan_in**0.5
-    right = jax.random.normal(of_b, (*lead, fan_out, half), kernel.dtype) / fan_out**0.5
-    a = left @ basis[..., 0::2, :]
-    return a, jnp.swapaxes(right @ basis[..., 1::2, :], -1, -2)
+    in_factor = jax.random.normal(key_a, (*lead, fan_in, half), kernel.dtype) / fan_in**0.5
+    out_factor = jax.random.normal(key_b, (*lead, fan_out, half), kernel.dtype) / fan_out**0.5
+    a = in_factor @ basis[..., 0::2, :]
+    return a, jnp.swapaxes(out_factor @ basis[..., 1::2, :], -1, -2)
 
 
 def pissa_start(
     key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
 ) -> tuple[Array, Array]:
-    """The kernel's r principal components, `scale a b = U_r S_r V_r^T`: the base keeps the rest.
+    """The kernel's r principal components, `scale a b = U_r S_r V_r^T`; the base keeps the others.
 
     References:
       Meng et al., PiSSA, 2024 (2404.02948).
@@ -81,7 +81,7 @@ def olora_start(
     References:
       Büyükakyüz, OLoRA, 2024 (2406.01775).
     """
-    _needs(kernel, rank)
+    _check_rank(kernel, rank)
     q, r = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2))
     return jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :, :rank], -1, -2)
 
@@ -111,12 +111,12 @@ def lora_ga_start(gamma: float = 16.0) -> Start:
 
 
 def _svd(matrix: Array, rank: int) -> tuple[Array, Array, Array]:
-    _needs(matrix, rank)
+    _check_rank(matrix, rank)
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     return u, s, vt
 
 
-def _needs(matrix: Array, rank: int) -> None:
+def _check_rank(matrix: Array, rank: int) -> None:
     if rank > min(matrix.shape[-2:]):
         raise ValueError(
             f"a matrix {list(matrix.shape[-2:])} has no {rank} singular directions. "

@@ -18,10 +18,10 @@ class LowRank(NamedTuple):
 
     def product(self) -> Array:
         """`a @ b`, `[..., in, out]`, in full precision and the factors' dtype."""
-        wide = jnp.matmul(
+        upcast = jnp.matmul(
             _numerics.upcast(self.a), _numerics.upcast(self.b), precision=jax.lax.Precision.HIGHEST
         )
-        return wide.astype(self.a.dtype)
+        return upcast.astype(self.a.dtype)
 
 
 def factor_low_rank(matrix: Array, rank: int) -> LowRank:
@@ -77,12 +77,12 @@ def rank_for_energy(matrix: Array, energy: float) -> int:
         raise ValueError(f"energy must lie in (0, 1], got {energy}.")
     if _checks.concrete(matrix) is None:
         raise ValueError("the matrix is traced, but a rank decides shapes. Call it outside jit.")
-    wide = _numerics.rescaled(_numerics.upcast(matrix), axis=(-2, -1))
-    squares = jnp.square(jnp.linalg.svd(wide, compute_uv=False))
-    # The energy left behind, from the tail: exact where it is small.
-    left = jnp.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
-    needed = left > (1 - energy) * jnp.sum(squares, axis=-1, keepdims=True)
-    return max(1, int(jnp.max(jnp.sum(needed, axis=-1))))
+    upcast = _numerics.rescaled(_numerics.upcast(matrix), axis=(-2, -1))
+    squares = jnp.square(jnp.linalg.svd(upcast, compute_uv=False))
+    # The energy that truncation would drop, summed from the tail: exact where it is small.
+    tail_energy = jnp.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
+    is_needed = tail_energy > (1 - energy) * jnp.sum(squares, axis=-1, keepdims=True)
+    return max(1, int(jnp.max(jnp.sum(is_needed, axis=-1))))
 
 
 def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params:
@@ -94,8 +94,8 @@ def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params
       ValueError: if `where` matches nothing, a selected leaf is not a matrix, or `rank < 1`.
     """
 
-    def truncate(path: str, is_chosen: bool, leaf: Array) -> Array:
-        if not is_chosen:
+    def truncate(path: str, is_selected: bool, leaf: Array) -> Array:
+        if not is_selected:
             return leaf
         if jnp.ndim(leaf) < 2:
             raise ValueError(f"{path!r} {list(jnp.shape(leaf))} is not a matrix. Narrow where.")
@@ -103,4 +103,4 @@ def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params
             return leaf
         return factor_low_rank(jnp.asarray(leaf), rank).product()
 
-    return trees.map_with_path(truncate, _leaves.selected(params, where), params)
+    return trees.map_with_path(truncate, _leaves.select_inexact(params, where), params)

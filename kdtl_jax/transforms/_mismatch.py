@@ -1,4 +1,4 @@
-"""What to do with a source leaf of another shape: policies, and resizing of leaves with a geometry.
+"""Policies for source leaves of another shape, and resizing of leaves with a geometry.
 
 A *policy* is a function `(source_leaf, target_shape, path) -> array of target_shape`, or None to
 keep the target's own value. The policies here only look at shapes, change every axis that differs
@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 
 class Policy(Protocol):
-    """Makes a leaf of `target_shape` from one of another shape; None keeps the target's own."""
+    """Makes a leaf of `target_shape` from one of another shape; None keeps the target's value."""
 
     def __call__(self, source_leaf: Any, target_shape: Shape, path: str, /) -> Array | None: ...
 
@@ -50,20 +50,20 @@ def keep_on_mismatch(source_leaf: Any, target_shape: Shape, path: str) -> Array 
 
 def crop(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     """The leading block of the source; no axis may grow."""
-    _fits("crop", source_leaf, target_shape, path, shrink=True, grow=False)
+    _check_fits("crop", source_leaf, target_shape, path, shrink=True, grow=False)
     return jnp.asarray(source_leaf)[tuple(slice(n) for n in target_shape)]
 
 
 def pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     """The source followed by zeros along every axis that grows; none may shrink."""
-    _fits("pad", source_leaf, target_shape, path, shrink=False, grow=True)
+    _check_fits("pad", source_leaf, target_shape, path, shrink=False, grow=True)
     missing = [(0, n - m) for n, m in zip(target_shape, np.shape(source_leaf), strict=True)]
     return jnp.pad(jnp.asarray(source_leaf), missing)
 
 
 def crop_or_pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     """Crops axes that are too long, and pads axes that are too short with zeros at the end."""
-    _fits("crop_or_pad", source_leaf, target_shape, path, shrink=True, grow=True)
+    _check_fits("crop_or_pad", source_leaf, target_shape, path, shrink=True, grow=True)
     common = tuple(map(min, target_shape, np.shape(source_leaf)))
     return pad(crop(source_leaf, common, path), target_shape, path)
 
@@ -74,8 +74,8 @@ class SelectWith(NamedTuple):
     choose: Callable[[int, int], Any]
 
     def __call__(self, source_leaf: Any, target_shape: Shape, path: str, /) -> Array:
-        _fits("select_with", source_leaf, target_shape, path, shrink=True, grow=False)
-        return _selected(source_leaf, target_shape, self.choose)
+        _check_fits("select_with", source_leaf, target_shape, path, shrink=True, grow=False)
+        return _select(source_leaf, target_shape, self.choose)
 
 
 def select_with(choose: Callable[[int, int], Any]) -> Policy:
@@ -99,8 +99,8 @@ def select_uniform(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     References:
       Xu et al., Initializing Models with Larger Ones, 2023 (2311.18823).
     """
-    _fits("select_uniform", source_leaf, target_shape, path, shrink=True, grow=False)
-    return _selected(source_leaf, target_shape, uniform_indices)
+    _check_fits("select_uniform", source_leaf, target_shape, path, shrink=True, grow=False)
+    return _select(source_leaf, target_shape, uniform_indices)
 
 
 def resize_linear(source_leaf: Any, target_shape: Shape, path: str) -> Array:
@@ -109,18 +109,20 @@ def resize_linear(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     For axes with a geometry (positions, kernel height and width), not for feature axes, whose
     order has no meaning.
     """
-    _fits("resize_linear", source_leaf, target_shape, path, shrink=True, grow=True)
+    _check_fits("resize_linear", source_leaf, target_shape, path, shrink=True, grow=True)
     leaf = jnp.asarray(source_leaf)
     out = _numerics.upcast(leaf)
     for axis, size in enumerate(target_shape):
         if size != out.shape[axis]:
             matrix = jnp.asarray(corner_aligned(out.shape[axis], size), out.dtype)
-            moved = jnp.tensordot(out, matrix, axes=(axis, 1), precision=jax.lax.Precision.HIGHEST)
-            out = jnp.moveaxis(moved, -1, axis)
+            resized = jnp.tensordot(
+                out, matrix, axes=(axis, 1), precision=jax.lax.Precision.HIGHEST
+            )
+            out = jnp.moveaxis(resized, -1, axis)
     return out.astype(leaf.dtype)
 
 
-def _selected(leaf: Any, target_shape: Shape, choose: Callable[[int, int], Any]) -> Array:
+def _select(leaf: Any, target_shape: Shape, choose: Callable[[int, int], Any]) -> Array:
     out = jnp.asarray(leaf)
     for axis, size in enumerate(target_shape):
         if size != out.shape[axis]:
@@ -128,7 +130,7 @@ def _selected(leaf: Any, target_shape: Shape, choose: Callable[[int, int], Any])
     return out
 
 
-def _fits(
+def _check_fits(
     name: str, source_leaf: Any, target_shape: Sequence[int], path: str, *, shrink: bool, grow: bool
 ) -> None:
     shape = np.shape(source_leaf)
@@ -151,10 +153,10 @@ def _fits(
 PATH_FREE: frozenset[Policy] = frozenset({crop, pad, crop_or_pad, select_uniform, resize_linear})
 
 
-def leaves_fitting_alone(policy: Policy) -> bool:
+def keeps_fitting_leaves(policy: Policy) -> bool:
     """Whether the policy is one of this module, which does nothing where shapes agree."""
-    known = (raise_on_mismatch, keep_on_mismatch)
-    return isinstance(policy, SelectWith) or policy in known or policy in PATH_FREE
+    shape_policies = (raise_on_mismatch, keep_on_mismatch)
+    return isinstance(policy, SelectWith) or policy in shape_policies or policy in PATH_FREE
 
 
 def corner_aligned(n_in: int, n_out: int) -> np.ndarray:
@@ -167,43 +169,43 @@ def corner_aligned(n_in: int, n_out: int) -> np.ndarray:
 
 def half_pixel_linear(n_in: int, n_out: int) -> np.ndarray:
     """Linear interpolation between pixel centers, without antialiasing, borders repeated."""
-    at = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
-    return _linear(np.clip(at, 0, n_in - 1), n_in)
+    positions = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    return _linear(np.clip(positions, 0, n_in - 1), n_in)
 
 
 def half_pixel_cubic(n_in: int, n_out: int) -> np.ndarray:
     """Cubic convolution (A = -0.75, four taps) between pixel centers, borders repeated."""
-    at = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
-    rows, low = np.arange(n_out), np.floor(at).astype(np.int64)
+    positions = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    rows, floors = np.arange(n_out), np.floor(positions).astype(np.int64)
     matrix = np.zeros((n_out, n_in))
     for tap in range(-1, 3):
-        weight = _cubic_kernel(at - low - tap, -0.75)
-        np.add.at(matrix, (rows, np.clip(low + tap, 0, n_in - 1)), weight)
+        weight = _cubic_kernel(positions - floors - tap, -0.75)
+        np.add.at(matrix, (rows, np.clip(floors + tap, 0, n_in - 1)), weight)
     return matrix
 
 
 def antialiased_cubic(n_in: int, n_out: int) -> np.ndarray:
     """Cubic convolution (A = -0.5), widened when shrinking; taps inside only, rows sum to 1."""
-    at = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    positions = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     stretch = max(n_in / n_out, 1.0)
-    matrix = _cubic_kernel((at[:, None] - np.arange(n_in)) / stretch, -0.5)
+    matrix = _cubic_kernel((positions[:, None] - np.arange(n_in)) / stretch, -0.5)
     return matrix / matrix.sum(axis=1, keepdims=True)
 
 
-def _linear(at: np.ndarray, n_in: int) -> np.ndarray:
-    low = np.clip(np.floor(at).astype(np.int64), 0, max(n_in - 2, 0))
-    matrix = np.zeros((len(at), n_in))
-    rows = np.arange(len(at))
-    matrix[rows, low] += 1 - (at - low)
-    matrix[rows, np.minimum(low + 1, n_in - 1)] += at - low
+def _linear(positions: np.ndarray, n_in: int) -> np.ndarray:
+    floors = np.clip(np.floor(positions).astype(np.int64), 0, max(n_in - 2, 0))
+    matrix = np.zeros((len(positions), n_in))
+    rows = np.arange(len(positions))
+    matrix[rows, floors] += 1 - (positions - floors)
+    matrix[rows, np.minimum(floors + 1, n_in - 1)] += positions - floors
     return matrix
 
 
 def _cubic_kernel(t: np.ndarray, a: float) -> np.ndarray:
     t = np.abs(t)
-    near = ((a + 2) * t - (a + 3)) * t * t + 1
-    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
+    inner = ((a + 2) * t - (a + 3)) * t * t + 1
+    outer = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    return np.where(t <= 1, inner, np.where(t < 2, outer, 0.0))
 
 
 Grid = tuple[int, int]
@@ -322,12 +324,12 @@ def adapt_input_channels(kernel: Array, channels: int, *, axis: int = -2) -> Arr
         raise ValueError(
             f"axis must be the kernel's, got axis={axis}, {_checks.described(kernel=kernel)}."
         )
-    old = kernel.shape[axis]
-    wide = _numerics.upcast(kernel)
+    old_channels = kernel.shape[axis]
+    upcast = _numerics.upcast(kernel)
     if channels == 1:
-        return jnp.sum(wide, axis=axis, keepdims=True).astype(kernel.dtype)
-    index = np.arange(channels) % old
-    return (jnp.take(wide, index, axis=axis) * (old / channels)).astype(kernel.dtype)
+        return jnp.sum(upcast, axis=axis, keepdims=True).astype(kernel.dtype)
+    index = np.arange(channels) % old_channels
+    return (jnp.take(upcast, index, axis=axis) * (old_channels / channels)).astype(kernel.dtype)
 
 
 def _resize_grid(
@@ -361,12 +363,12 @@ def _resize_grid(
 
 def _apply_grid(images: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
     """Applies one matrix to each of the two leading axes, in float32 or wider."""
-    wide = _numerics.upcast(images)
+    upcast = _numerics.upcast(images)
     out = jnp.einsum(
         "ij,kl,jl...->ik...",
-        jnp.asarray(rows, wide.dtype),
-        jnp.asarray(columns, wide.dtype),
-        wide,
+        jnp.asarray(rows, upcast.dtype),
+        jnp.asarray(columns, upcast.dtype),
+        upcast,
         precision=jax.lax.Precision.HIGHEST,
     )
     return out.astype(images.dtype)

@@ -69,34 +69,40 @@ def plan_transfer(
     errors are those of `transfer`. `plan_transfer(...).report` is a dry run to print or to write
     assertions about; `apply_plan(plan, source, target)` carries it out.
     """
-    _one_of("on_missing", on_missing, ("error", "keep"))
-    _one_of("on_extra", on_extra, ("error", "ignore"))
-    have, want = trees.flatten(source), trees.flatten(target)
-    sources = {new: old for old, news in destinations(list(have), rename).items() for new in news}
-    chosen = jax.tree.leaves(trees.mask(target, where))
-    aims = [path for path, is_chosen in zip(want, chosen, strict=True) if is_chosen]
-    _codes.refuse_codes(want, aims)
-    found = [sources[path] for path in aims if path in sources]
+    _check_option("on_missing", on_missing, ("error", "keep"))
+    _check_option("on_extra", on_extra, ("error", "ignore"))
+    source_leaves, target_leaves = trees.flatten(source), trees.flatten(target)
+    sources = {
+        new: old for old, news in destinations(list(source_leaves), rename).items() for new in news
+    }
+    flags = jax.tree.leaves(trees.mask(target, where))
+    selected = [path for path, is_selected in zip(target_leaves, flags, strict=True) if is_selected]
+    _codes.refuse_codes(target_leaves, selected)
+    matched = [sources[path] for path in selected if path in sources]
     # Integers of the source are reported as missing, together with the other missing leaves.
-    _codes.refuse_codes(have, [path for path in found if trees.is_inexact(have[path])])
+    _codes.refuse_codes(
+        source_leaves, [path for path in matched if trees.is_inexact(source_leaves[path])]
+    )
     policies = _policy_per_leaf(target, on_mismatch)
-    tried: set[Any] = set()
+    verified: set[Any] = set()
     decisions = [
-        _decide(path, leaf, is_chosen, sources.get(path), have, policy, tried)
-        for (path, leaf), is_chosen, policy in zip(want.items(), chosen, policies, strict=True)
+        _decide(path, leaf, is_selected, sources.get(path), source_leaves, policy, verified)
+        for (path, leaf), is_selected, policy in zip(
+            target_leaves.items(), flags, policies, strict=True
+        )
     ]
-    decisions = _refuse_either_way(decisions, policies, have, want)
-    extra, unused = _leftovers(have, want, sources, where)
-    _raise_problems(decisions, extra, list(have), on_missing, on_extra)
-    filled = [isinstance(decision, Step) for decision in decisions]
-    alphas = _leaves.coefficients(alpha, target, filled)
+    decisions = _refuse_ambiguous_kernels(decisions, policies, source_leaves, target_leaves)
+    extra, unused = _leftovers(source_leaves, target_leaves, sources, where)
+    _raise_problems(decisions, extra, list(source_leaves), on_missing, on_extra)
+    is_filled = [isinstance(decision, Step) for decision in decisions]
+    alphas = _leaves.coefficients(alpha, target, is_filled)
     steps = tuple(
         decision._replace(alpha=None if _is_one(value) else value)
         if isinstance(decision, Step)
         else Step(decision.path)
         for decision, value in zip(decisions, alphas, strict=True)
     )
-    report = _report(steps, have, want)._replace(
+    report = _report(steps, source_leaves, target_leaves)._replace(
         kept=tuple(d for d in decisions if isinstance(d, Kept)),
         missing=tuple(d.path for d in decisions if isinstance(d, _Missing)),
         extra=tuple(extra),
@@ -104,8 +110,10 @@ def plan_transfer(
     )
     return Plan(
         steps=steps,
-        source_shapes={s.source: np.shape(have[s.source]) for s in steps if s.source is not None},
-        target_shapes={path: np.shape(leaf) for path, leaf in want.items()},
+        source_shapes={
+            s.source: np.shape(source_leaves[s.source]) for s in steps if s.source is not None
+        },
+        target_shapes={path: np.shape(leaf) for path, leaf in target_leaves.items()},
         report=report,
     )
 
@@ -113,19 +121,19 @@ def plan_transfer(
 def _decide(
     path: str,
     leaf: Any,
-    is_chosen: bool,
-    old: str | None,
-    have: Mapping[str, Any],
+    is_selected: bool,
+    source_path: str | None,
+    source_leaves: Mapping[str, Any],
     policy: Policy,
-    tried: set[Any],
+    verified: set[Any],
 ) -> Step | Kept | _Missing | _Misfit:
     if not trees.is_inexact(leaf):
         return Kept(path, "not a floating-point array")
-    if not is_chosen:
+    if not is_selected:
         return Kept(path, "outside where")
-    if old is None:
+    if source_path is None:
         return _Missing(path, "not in the source")
-    value = have[old]
+    value = source_leaves[source_path]
     if not trees.is_inexact(value):
         return _Missing(path, f"the source's is {getattr(value, 'dtype', type(value).__name__)}")
     if jnp.issubdtype(_dtype(value), jnp.complexfloating) and not jnp.issubdtype(
@@ -134,12 +142,12 @@ def _decide(
         return _Misfit(path, f"{path}: {_dtype(value)} cannot become {_dtype(leaf)}")
     shape = np.shape(leaf)
     fits = np.shape(value) == shape
-    if fits and _mismatch.leaves_fitting_alone(policy):
-        return Step(path, old)
+    if fits and _mismatch.keeps_fitting_leaves(policy):
+        return Step(path, source_path)
     dtype = _leaves.canonical_dtype(value)
     trial = (policy, np.shape(value), dtype, shape)
-    if trial in tried:
-        return Step(path, old, policy)
+    if trial in verified:
+        return Step(path, source_path, policy)
     try:
         # Shapes only: what the policy returns is checked before anything is computed.
         abstract = jax.ShapeDtypeStruct(np.shape(value), dtype)
@@ -147,7 +155,7 @@ def _decide(
     except ValueError as problem:
         return _Misfit(path, str(problem))
     if result is None and fits:
-        return Step(path, old)
+        return Step(path, source_path)
     if result is None:
         return Kept(path, f"source{list(np.shape(value))} has another shape")
     if getattr(result, "shape", None) != shape:
@@ -157,15 +165,15 @@ def _decide(
             f"source{list(np.shape(value))}, not target{list(shape)}.",
         )
     if policy in _mismatch.PATH_FREE:
-        tried.add(trial)
-    return Step(path, old, policy)
+        verified.add(trial)
+    return Step(path, source_path, policy)
 
 
-def _refuse_either_way(
+def _refuse_ambiguous_kernels(
     decisions: Sequence[Step | Kept | _Missing | _Misfit],
     policies: Sequence[Policy],
-    have: Mapping[str, Any],
-    want: Mapping[str, Any],
+    source_leaves: Mapping[str, Any],
+    target_leaves: Mapping[str, Any],
 ) -> list[Step | Kept | _Missing | _Misfit]:
     """Refuses a `weight` for a `kernel` that would fit both as it is and transposed.
 
@@ -174,32 +182,32 @@ def _refuse_either_way(
     """
 
     def crosses(decision: Any, policy: Policy) -> bool:
-        if not isinstance(decision, Step) or not _mismatch.leaves_fitting_alone(policy):
+        if not isinstance(decision, Step) or not _mismatch.keeps_fitting_leaves(policy):
             return False
         if decision.source is None or decision.policy is not None:
             return False
-        ends = {re.split("[./]", name)[-1] for name in (decision.source, decision.path)}
-        return ends == {"weight", "kernel"} and np.ndim(have[decision.source]) > 1
+        names = {re.split("[./]", name)[-1] for name in (decision.source, decision.path)}
+        return names == {"weight", "kernel"} and np.ndim(source_leaves[decision.source]) > 1
 
     def fits_either_way(decision: Any) -> bool:
-        long = [length for length in np.shape(want[decision.path]) if length > 1]
-        return len(set(long)) < len(long)
+        lengths = [length for length in np.shape(target_leaves[decision.path]) if length > 1]
+        return len(set(lengths)) < len(lengths)
 
-    both = zip(decisions, policies, strict=True)
-    crossing = [decision for decision, policy in both if crosses(decision, policy)]
+    pairs = zip(decisions, policies, strict=True)
+    crossing = [decision for decision, policy in pairs if crosses(decision, policy)]
     if not all(map(fits_either_way, crossing)):
         return list(decisions)
-    refused = {
+    misfits = {
         decision.path: _Misfit(
             decision.path,
-            f"{decision.path}: source{list(np.shape(want[decision.path]))} fits both as it is and "
-            "transposed, and a 'weight' is stored [out, in], a 'kernel' [in, out]. Transpose the "
-            "source (interop.naming.from_torch), or pass on_mismatch= a function that returns the "
-            "leaf as it should be (None keeps it as it is).",
+            f"{decision.path}: source{list(np.shape(target_leaves[decision.path]))} fits both as "
+            "it is and transposed, and a 'weight' is stored [out, in], a 'kernel' [in, out]. "
+            "Transpose the source (interop.naming.from_torch), or pass on_mismatch= a function "
+            "that returns the leaf as it should be (None keeps it as it is).",
         )
         for decision in crossing
     }
-    return [refused.get(decision.path, decision) for decision in decisions]
+    return [misfits.get(decision.path, decision) for decision in decisions]
 
 
 def _policy_per_leaf(target: PyTree, on_mismatch: OnMismatch) -> list[Policy]:
@@ -215,22 +223,30 @@ def _policy_per_leaf(target: PyTree, on_mismatch: OnMismatch) -> list[Policy]:
 
 
 def _leftovers(
-    have: Mapping[str, Any],
-    want: Mapping[str, Any],
+    source_leaves: Mapping[str, Any],
+    target_leaves: Mapping[str, Any],
     sources: Mapping[str, str],
     where: trees.Selector,
 ) -> tuple[list[str], list[str]]:
-    """Source leaves without a destination: those asked for, and those not asked for."""
+    """Source leaves without a destination: those that `where` selects, and all others."""
     try:
         selects = trees.any_of(where)
-    except ValueError:  # a tree of bools says nothing about paths outside the target
+    except ValueError:  # a tree of bools only covers paths of the target
         selects = trees.any_of(trees.everything)
     # A leaf that goes to more than one place needs each of them.
-    homeless = {old for new, old in sources.items() if new not in want and selects(new, have[old])}
-    candidates = [path for path, leaf in have.items() if trees.is_inexact(leaf)]
-    extra = [path for path in candidates if path in homeless]
-    used = {old for new, old in sources.items() if new in want and selects(new, want[new])}
-    return extra, [path for path in candidates if path not in homeless and path not in used]
+    unplaced = {
+        old
+        for new, old in sources.items()
+        if new not in target_leaves and selects(new, source_leaves[old])
+    }
+    candidates = [path for path, leaf in source_leaves.items() if trees.is_inexact(leaf)]
+    extra = [path for path in candidates if path in unplaced]
+    used = {
+        old
+        for new, old in sources.items()
+        if new in target_leaves and selects(new, target_leaves[new])
+    }
+    return extra, [path for path in candidates if path not in unplaced and path not in used]
 
 
 def _raise_problems(
@@ -269,31 +285,33 @@ def _raise_problems(
         raise ValueError("\n".join(["source and target do not match.", *lines]))
 
 
-def _listed(shown: Sequence[str], total: int) -> list[str]:
-    more = [f"  and {total - len(shown)} more"] if total > len(shown) else []
-    return [f"  {line}" for line in shown] + more
+def _listed(lines: Sequence[str], total: int) -> list[str]:
+    remainder = [f"  and {total - len(lines)} more"] if total > len(lines) else []
+    return [f"  {line}" for line in lines] + remainder
 
 
-def _report(steps: Sequence[Step], have: Mapping[str, Any], want: Mapping[str, Any]) -> Report:
-    filled = [(step, have[step.source]) for step in steps if step.source is not None]
-    arrays = {path: leaf for path, leaf in want.items() if hasattr(leaf, "shape")}
-    inexact = {path: leaf for path, leaf in want.items() if trees.is_inexact(leaf)}
+def _report(
+    steps: Sequence[Step], source_leaves: Mapping[str, Any], target_leaves: Mapping[str, Any]
+) -> Report:
+    pairs = [(step, source_leaves[step.source]) for step in steps if step.source is not None]
+    arrays = {path: leaf for path, leaf in target_leaves.items() if hasattr(leaf, "shape")}
+    inexact = {path: leaf for path, leaf in target_leaves.items() if trees.is_inexact(leaf)}
     return Report(
-        copied=tuple(s.path for s, _ in filled if s.policy is None and s.alpha is None),
-        scaled=tuple(s.path for s, _ in filled if s.policy is None and s.alpha is not None),
+        copied=tuple(s.path for s, _ in pairs if s.policy is None and s.alpha is None),
+        scaled=tuple(s.path for s, _ in pairs if s.policy is None and s.alpha is not None),
         adapted=tuple(
-            Adapted(s.path, np.shape(value), np.shape(want[s.path]), _name(s.policy))
-            for s, value in filled
+            Adapted(s.path, np.shape(value), np.shape(target_leaves[s.path]), _name(s.policy))
+            for s, value in pairs
             if s.policy is not None
         ),
         cast=tuple(
-            Cast(s.path, str(_dtype(value)), str(_dtype(want[s.path])))
-            for s, value in filled
-            if _dtype(value) != _dtype(want[s.path])
+            Cast(s.path, str(_dtype(value)), str(_dtype(target_leaves[s.path])))
+            for s, value in pairs
+            if _dtype(value) != _dtype(target_leaves[s.path])
         ),
         shapes={path: tuple(leaf.shape) for path, leaf in arrays.items()},
         sizes={path: int(np.prod(np.shape(x), dtype=np.int64)) for path, x in inexact.items()},
-        factors={s.path: _known(s.alpha) for s, _ in filled if s.alpha is not None},
+        factors={s.path: _as_number(s.alpha) for s, _ in pairs if s.alpha is not None},
     )
 
 
@@ -306,15 +324,15 @@ def _name(policy: Any) -> str:
 
 
 def _is_one(value: Any) -> bool:
-    return value is None or _known(value) == 1
+    return value is None or _as_number(value) == 1
 
 
-def _known(alpha: Any) -> float | None:
+def _as_number(alpha: Any) -> float | None:
     """A plain number, or None; reading traced or device values would block or fail."""
-    known = (int, float, np.integer, np.floating)
-    return float(alpha) if isinstance(alpha, known) else None
+    number_types = (int, float, np.integer, np.floating)
+    return float(alpha) if isinstance(alpha, number_types) else None
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+def _check_option(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {list(options)}, got {value!r}.")

@@ -45,8 +45,8 @@ def fake_quantize(
         quantizer changes a shape or dtype.
     """
 
-    def one(path: str, leaf: Array, is_chosen: bool) -> Array:
-        if not is_chosen:
+    def quantize(path: str, leaf: Array, is_selected: bool) -> Array:
+        if not is_selected:
             return leaf
         rounded = quantizer(leaf)
         if (rounded.shape, rounded.dtype) != (leaf.shape, leaf.dtype):
@@ -56,7 +56,7 @@ def fake_quantize(
             )
         return rounded
 
-    return trees.map_with_path(one, params, _leaves.selected(params, where))
+    return trees.map_with_path(quantize, params, _leaves.select_inexact(params, where))
 
 
 def int_per_channel(
@@ -91,19 +91,21 @@ def int_per_channel(
       Wu et al., Integer Quantization for Deep Learning Inference, 2020 (2004.09602);
       Model-Optimizer's `FakeTensorQuantFunction`.
     """
-    wide = _weight(weight)
+    upcast = _weight(weight)
     _checks.count(2, bits=bits)
     if bits > 16:
         raise ValueError(f"bits must lie in 2..16, got {bits}: float32 holds no finer integers.")
-    top = 2 ** (bits - 1) - 1
+    largest_code = 2 ** (bits - 1) - 1
     if amax is None:
-        amax = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
-    amax = jax.lax.stop_gradient(jnp.broadcast_to(jnp.asarray(amax, wide.dtype), wide.shape))
-    some = amax > 2.0**-24
-    scale = top / jnp.where(some, amax, 1)
-    codes = jnp.clip(jnp.round(wide * scale), -top if narrow else -top - 1, top)
-    rounded = jnp.where(some, codes / scale, 0)
-    return _straight_through(weight, wide, rounded, jnp.abs(wide) <= amax)
+        amax = jnp.max(jnp.abs(upcast), axis=axis, keepdims=True)
+    amax = jax.lax.stop_gradient(jnp.broadcast_to(jnp.asarray(amax, upcast.dtype), upcast.shape))
+    is_nonzero = amax > 2.0**-24
+    scale = largest_code / jnp.where(is_nonzero, amax, 1)
+    codes = jnp.clip(
+        jnp.round(upcast * scale), -largest_code if narrow else -largest_code - 1, largest_code
+    )
+    rounded = jnp.where(is_nonzero, codes / scale, 0)
+    return _straight_through(weight, upcast, rounded, jnp.abs(upcast) <= amax)
 
 
 def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = -2) -> Array:
@@ -118,10 +120,10 @@ def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = 
       Lin et al., AWQ, 2023 (2306.00978), without its rescaling.
     """
 
-    def of_blocks(blocks: Array) -> Array:
+    def quantize_blocks(blocks: Array) -> Array:
         return int_per_channel(blocks, bits=bits, axis=-1)
 
-    return _by_blocks(weight, of_blocks, group, axis)
+    return _by_blocks(weight, quantize_blocks, group, axis)
 
 
 def mxfp4(weight: Array, *, block: int = 32, axis: int = -2) -> Array:
@@ -135,12 +137,12 @@ def mxfp4(weight: Array, *, block: int = 32, axis: int = -2) -> Array:
       `ceil(log2(max|w| / 6))`, which never saturates, and rounds halves toward zero.
     """
 
-    def of_blocks(blocks: Array) -> Array:
-        top = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-        exponent = jnp.maximum(jnp.frexp(jnp.where(top > 0, top, 1))[1] - 3, -127)
-        return e2m1(blocks, jnp.ldexp(jnp.ones_like(top), exponent))
+    def quantize_blocks(blocks: Array) -> Array:
+        largest = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+        exponent = jnp.maximum(jnp.frexp(jnp.where(largest > 0, largest, 1))[1] - 3, -127)
+        return e2m1(blocks, jnp.ldexp(jnp.ones_like(largest), exponent))
 
-    return _by_blocks(weight, of_blocks, block, axis)
+    return _by_blocks(weight, quantize_blocks, block, axis)
 
 
 def nvfp4(weight: Array, *, block: int = 16, axis: int = -2) -> Array:
@@ -152,16 +154,16 @@ def nvfp4(weight: Array, *, block: int = 16, axis: int = -2) -> Array:
       NVIDIA, Pretraining Large Language Models with NVFP4, 2025 (2509.25149); quantization-aware
       distillation, 2026 (2601.20088). Model-Optimizer's `NVFP4QTensor`.
     """
-    whole = jnp.max(jnp.abs(_weight(weight))) / (E2M1_MAX * E4M3_MAX)
-    whole = jax.lax.stop_gradient(jnp.where(whole > 0, whole, 1))
+    tensor_scale = jnp.max(jnp.abs(_weight(weight))) / (E2M1_MAX * E4M3_MAX)
+    tensor_scale = jax.lax.stop_gradient(jnp.where(tensor_scale > 0, tensor_scale, 1))
 
-    def of_blocks(blocks: Array) -> Array:
-        unit = whole.reshape((1,) * blocks.ndim)
-        share = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / (E2M1_MAX * unit)
-        share = jnp.clip(jnp.where(share > 0, share, 1), 2.0**-9, E4M3_MAX)
-        return e2m1(blocks, _minifloat(share, 3, -6, E4M3_MAX) * unit)
+    def quantize_blocks(blocks: Array) -> Array:
+        scale = tensor_scale.reshape((1,) * blocks.ndim)
+        block_scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / (E2M1_MAX * scale)
+        block_scale = jnp.clip(jnp.where(block_scale > 0, block_scale, 1), 2.0**-9, E4M3_MAX)
+        return e2m1(blocks, _minifloat(block_scale, 3, -6, E4M3_MAX) * scale)
 
-    return _by_blocks(weight, of_blocks, block, axis)
+    return _by_blocks(weight, quantize_blocks, block, axis)
 
 
 def e2m1(weight: Array, scale: Array) -> Array:
@@ -171,10 +173,12 @@ def e2m1(weight: Array, scale: Array) -> Array:
       weight: any shape.
       scale: > 0, broadcastable to the weight.
     """
-    wide = _weight(weight)
-    scale = jax.lax.stop_gradient(jnp.broadcast_to(jnp.asarray(scale, wide.dtype), wide.shape))
-    size = _minifloat(jnp.abs(wide) / scale, 1, 0, E2M1_MAX)
-    return _straight_through(weight, wide, jnp.sign(wide) * size * scale, jnp.ones_like(wide) > 0)
+    upcast = _weight(weight)
+    scale = jax.lax.stop_gradient(jnp.broadcast_to(jnp.asarray(scale, upcast.dtype), upcast.shape))
+    magnitude = _minifloat(jnp.abs(upcast) / scale, 1, 0, E2M1_MAX)
+    return _straight_through(
+        weight, upcast, jnp.sign(upcast) * magnitude * scale, jnp.ones_like(upcast) > 0
+    )
 
 
 def _weight(weight: Array) -> Array:
@@ -184,26 +188,26 @@ def _weight(weight: Array) -> Array:
     return _numerics.upcast(weight)
 
 
-def _straight_through(weight: Array, wide: Array, rounded: Array, passes: Array) -> Array:
+def _straight_through(weight: Array, upcast: Array, rounded: Array, passes: Array) -> Array:
     """The rounded value, bit for bit, with the weight's gradient where `passes` is true."""
-    moved = jnp.where(passes, wide - jax.lax.stop_gradient(wide), 0)
-    return (jax.lax.stop_gradient(rounded) + moved).astype(weight.dtype)
+    identity = jnp.where(passes, upcast - jax.lax.stop_gradient(upcast), 0)
+    return (jax.lax.stop_gradient(rounded) + identity).astype(weight.dtype)
 
 
 def _by_blocks(weight: Array, fn: Callable[[Array], Array], size: int, axis: int) -> Array:
     """`fn` of the weight as `[..., blocks, size]` along an axis; zeros fill the last block."""
-    wide = _weight(weight)
+    upcast = _weight(weight)
     _checks.count(1, block=size)
-    if not -wide.ndim <= axis < wide.ndim:
+    if not -upcast.ndim <= axis < upcast.ndim:
         raise ValueError(
             f"axis {axis} is outside of {_checks.described(weight=weight)}. Vectors have axis=-1; "
             "select matrices with where=."
         )
-    last = jnp.moveaxis(wide, axis, -1)
-    length = last.shape[-1]
-    last = jnp.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, -length % size)])
-    done = fn(last.reshape(*last.shape[:-1], -1, size)).reshape(last.shape)[..., :length]
-    return jnp.moveaxis(done, -1, axis).astype(weight.dtype)
+    rows = jnp.moveaxis(upcast, axis, -1)
+    length = rows.shape[-1]
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -length % size)])
+    result = fn(rows.reshape(*rows.shape[:-1], -1, size)).reshape(rows.shape)[..., :length]
+    return jnp.moveaxis(result, -1, axis).astype(weight.dtype)
 
 
 def _minifloat(x: Array, mantissa_bits: int, least_exponent: int, largest: float) -> Array:

@@ -35,20 +35,20 @@ def largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any = jnp.fl
       dtype: float32 or float64, in which entries are ranked. NaN comes last.
 
     Returns:
-      The cut, for `taken`.
+      The cut, for `select`.
     """
     bits = 8 * jnp.dtype(dtype).itemsize
-    threshold, wanted = jnp.zeros((), f"uint{bits}"), jnp.asarray(count, int)
+    threshold, remaining = jnp.zeros((), f"uint{bits}"), jnp.asarray(count, int)
     for shift in range(bits - 16, -1, -16):
         counts: Any = 0
         for leaf in read():
             counts = counts + _histogram(leaf, threshold, shift, bits)
-        threshold, wanted = _last(counts, threshold, wanted, shift)
-    return Cut(threshold, wanted)
+        threshold, remaining = _narrow(counts, threshold, remaining, shift)
+    return Cut(threshold, remaining)
 
 
-def taken(x: Array, cut: Cut, before: Any = 0) -> tuple[Array, Array]:
-    """Which entries of a leaf are taken.
+def select(x: Array, cut: Cut, before: Any = 0) -> tuple[Array, Array]:
+    """Marks the entries of a leaf that a cut takes.
 
     Args:
       x: one of the ranked leaves.
@@ -59,13 +59,13 @@ def taken(x: Array, cut: Cut, before: Any = 0) -> tuple[Array, Array]:
       `(mask, before)`: bool of the leaf's shape, and `before` for the next leaf.
     """
     before = jnp.asarray(before, cut.equal.dtype)
-    return _taken(x, cut.threshold, cut.equal, before)
+    return _select(x, cut.threshold, cut.equal, before)
 
 
 @jax.jit
 def top(x: Array, count: Any) -> Array:
-    """Which entries of one leaf are its `count` largest: bool of its shape."""
-    return taken(x, largest(lambda: [x], count, x.dtype))[0]
+    """Marks the `count` largest entries of one leaf: bool of its shape."""
+    return select(x, largest(lambda: [x], count, x.dtype))[0]
 
 
 def kth_largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any) -> Array:
@@ -76,12 +76,12 @@ def kth_largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any) -> 
 
 
 @jax.jit
-def _taken(x: Array, threshold: Array, wanted: Array, before: Array) -> tuple[Array, Array]:
+def _select(x: Array, threshold: Array, count: Array, before: Array) -> tuple[Array, Array]:
     key = _keys(x, 8 * threshold.dtype.itemsize).ravel()
     equal = key == threshold
-    upto = before + jnp.cumsum(equal, dtype=wanted.dtype)
-    mask = (key > threshold) | (equal & (upto <= wanted))
-    return mask.reshape(x.shape), before + jnp.sum(equal, dtype=wanted.dtype)
+    rank = before + jnp.cumsum(equal, dtype=count.dtype)
+    mask = (key > threshold) | (equal & (rank <= count))
+    return mask.reshape(x.shape), before + jnp.sum(equal, dtype=count.dtype)
 
 
 def _keys(x: Array, bits: int) -> Array:
@@ -103,12 +103,12 @@ def _histogram(x: Array, threshold: Array, shift: int, bits: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _last(counts: Array, threshold: Array, wanted: Array, shift: int) -> tuple[Array, Array]:
-    """Adds the bits of the bin with the last entry taken, and returns how many it must supply."""
-    falling = counts[::-1]
-    tail = jnp.cumsum(falling)
+def _narrow(counts: Array, threshold: Array, remaining: Array, shift: int) -> tuple[Array, Array]:
+    """Adds the bits of the bin with the last entry taken; also returns how many it supplies."""
+    descending = counts[::-1]
+    tail = jnp.cumsum(descending)
     # A count of 0 ends before the first bin: the threshold is then the largest key, none of whose
     # equals is taken.
-    place = jnp.minimum(jnp.searchsorted(tail, wanted), _BINS - 1)
-    bin_ = (_BINS - 1 - place).astype(threshold.dtype)
-    return threshold | bin_ << shift, wanted - (tail[place] - falling[place])
+    position = jnp.minimum(jnp.searchsorted(tail, remaining), _BINS - 1)
+    bin_ = (_BINS - 1 - position).astype(threshold.dtype)
+    return threshold | bin_ << shift, remaining - (tail[position] - descending[position])

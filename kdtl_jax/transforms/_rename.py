@@ -16,70 +16,70 @@ def destinations(names: Sequence[str], rename: Rename) -> dict[str, tuple[str, .
         regular expression, or the rules form a cycle.
     """
     if callable(rename):
-        found = {name: _as_paths(name, rename(name)) for name in names}
+        targets_by_source = {name: _as_paths(name, rename(name)) for name in names}
     else:
-        found = _by_rules(names, rename)
-    taken: dict[str, str] = {}
-    for source, targets in found.items():
+        targets_by_source = _by_rules(names, rename)
+    source_by_target: dict[str, str] = {}
+    for source, targets in targets_by_source.items():
         for target in targets:
-            if target in taken:
+            if target in source_by_target:
                 raise ValueError(
-                    f"rename sends both {taken[target]!r} and {source!r} to {target!r}. "
+                    f"rename sends both {source_by_target[target]!r} and {source!r} to {target!r}. "
                     "Rename one of them elsewhere, or drop it with the rule (path, None)."
                 )
-            taken[target] = source
-    return found
+            source_by_target[target] = source
+    return targets_by_source
 
 
 def _by_rules(
     names: Sequence[str], rules: Sequence[tuple[str, str | None]]
 ) -> dict[str, tuple[str, ...]]:
-    listed = isinstance(rules, Sequence) and not isinstance(rules, str)
-    if not listed or not all(isinstance(rule, tuple) and len(rule) == 2 for rule in rules):
+    is_sequence = isinstance(rules, Sequence) and not isinstance(rules, str)
+    if not is_sequence or not all(isinstance(rule, tuple) and len(rule) == 2 for rule in rules):
         repair = " Write list(rules.items())." if isinstance(rules, dict) else ""
         raise ValueError(
             "rename must be rules [(regex, new path or None), ...] or a function path -> path, "
             f"got {rules!r}.{repair}"
         )
-    patterns = [_compiled(pattern) for pattern, _ in rules]
-    used = [False] * len(rules)
+    patterns = [_compile(pattern) for pattern, _ in rules]
+    is_used = [False] * len(rules)
 
     def renamed(name: str) -> str | None:
         for i, (pattern, (_, replacement)) in enumerate(zip(patterns, rules, strict=True)):
             match = pattern.fullmatch(name)
             if match:
-                used[i] = True
-                return None if replacement is None else _expanded(match, replacement)
+                is_used[i] = True
+                return None if replacement is None else _expand(match, replacement)
         return name
 
-    single = {name: renamed(name) for name in names}
-    for (pattern, _), was_used in zip(rules, used, strict=True):
+    new_paths = {name: renamed(name) for name in names}
+    for (pattern, _), was_used in zip(rules, is_used, strict=True):
         if not was_used:
-            near = ", ".join(map(repr, trees.nearest(pattern, list(names))))
+            nearest = ", ".join(map(repr, trees.nearest(pattern, list(names))))
             raise ValueError(
                 f"the rename rule {pattern!r} matches no path of the source, or earlier "
-                f"rules take all it matches. It must match a whole path; nearest: {near}."
+                f"rules take all it matches. It must match a whole path; nearest: {nearest}."
             )
-    _no_cycles(single)
-    return {name: () if new is None else (new,) for name, new in single.items()}
+    _no_cycles(new_paths)
+    return {name: () if new is None else (new,) for name, new in new_paths.items()}
 
 
 def _no_cycles(renamed: dict[str, str | None]) -> None:
-    # Every rule is applied once, so a swap would be well defined; but a reader cannot tell it
-    # from two rules that undo each other, and the commonest cause is the latter.
+    # Every rule is applied once, so a swap would be well defined. But it looks like two rules that
+    # undo each other, which is the more common mistake.
     for start in renamed:
-        seen, here = [start], renamed[start]
-        while here is not None and here in renamed and here not in seen:
-            seen.append(here)
-            here = renamed[here]
-        if here == start and len(seen) > 1:
+        visited, current = [start], renamed[start]
+        while current is not None and current in renamed and current not in visited:
+            visited.append(current)
+            current = renamed[current]
+        if current == start and len(visited) > 1:
             raise ValueError(
-                f"the rename rules form a cycle: {' -> '.join([*seen, start])}. If a swap is "
+                f"the rename rules form a cycle: {' -> '.join([*visited, start])}. If a swap is "
                 "meant, pass a function path -> path instead of rules."
             )
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -88,7 +88,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         ) from None
 
 
-def _expanded(match: re.Match[str], replacement: str) -> str:
+def _expand(match: re.Match[str], replacement: str) -> str:
     try:
         return match.expand(replacement)
     except (re.error, IndexError) as error:

@@ -1,4 +1,4 @@
-"""What a transfer did, as data: by path, with shapes, and printable."""
+"""The report of a transfer: printable data by path, with shapes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -72,9 +72,9 @@ class Report(NamedTuple):
         return sum(self.sizes[path] for path in self.transferred) / total if total else 1.0
 
     def __str__(self) -> str:
-        total, done = sum(self.sizes.values()), sum(self.sizes[p] for p in self.transferred)
+        total, filled = sum(self.sizes.values()), sum(self.sizes[p] for p in self.transferred)
         lines = [
-            f"{len(self.transferred)} of {len(self.sizes)} leaves, {done:,} of {total:,} "
+            f"{len(self.transferred)} of {len(self.sizes)} leaves, {filled:,} of {total:,} "
             f"parameters ({100 * self.fraction:.1f}%) from the source"
         ]
         rows = _rows(self)
@@ -135,11 +135,11 @@ def collapse_paths(paths: Sequence[str]) -> list[str]:
         for path in sorted(paths, key=trees.natural_key)
     ]
     for position in range(len(words) - 1):
-        joined: dict[tuple[frozenset[int], ...], frozenset[int]] = {}
+        merged: dict[tuple[frozenset[int], ...], frozenset[int]] = {}
         for item in items:
-            rest = item[:position] + item[position + 1 :]
-            joined[rest] = joined.get(rest, frozenset()) | item[position]
-        items = [(*rest[:position], n, *rest[position:]) for rest, n in joined.items()]
+            others = item[:position] + item[position + 1 :]
+            merged[others] = merged.get(others, frozenset()) | item[position]
+        items = [(*others[:position], n, *others[position:]) for others, n in merged.items()]
     return [
         words[0] + "".join(_numbers(n) + word for n, word in zip(item, words[1:], strict=True))
         for item in items
@@ -154,5 +154,5 @@ def _numbers(values: frozenset[int]) -> str:
             runs[-1][1] = value
         else:
             runs.append([value, value])
-    shown = [f"{a}" if a == b else f"{a},{b}" if b == a + 1 else f"{a}..{b}" for a, b in runs]
-    return shown[0] if len(values) == 1 else "{" + ",".join(shown) + "}"
+    ranges = [f"{a}" if a == b else f"{a},{b}" if b == a + 1 else f"{a}..{b}" for a, b in runs]
+    return ranges[0] if len(values) == 1 else "{" + ",".join(ranges) + "}"

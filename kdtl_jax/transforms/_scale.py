@@ -40,8 +40,8 @@ def scale(
       TypeError: if a coefficient is not a real number.
     """
     leaves, treedef = jax.tree.flatten(params)
-    chosen = jax.tree.leaves(_leaves.selected(params, where))
-    values = _leaves.coefficients(alpha, params, chosen)
+    flags = jax.tree.leaves(_leaves.select_inexact(params, where))
+    values = _leaves.coefficients(alpha, params, flags)
     scaled = [
         leaf if value is None else _leaves.multiply(leaf, value)
         for leaf, value in zip(leaves, values, strict=True)
@@ -91,17 +91,17 @@ def scale_homogeneous(
     rules = [(layer, depth) for depth, layer in enumerate(layers, 1)]
     depths = _leaves.by_rules(params, rules, default=None)
     inexact = [trees.is_inexact(leaf) for leaf in flat.values()]
-    lost = [path for path, d, i in zip(flat, depths, inexact, strict=True) if i and d is None]
-    if lost:
+    uncovered = [path for path, d, i in zip(flat, depths, inexact, strict=True) if i and d is None]
+    if uncovered:
         raise ValueError(
-            f"no layer contains {lost[:8]}; the output scales exactly only "
+            f"no layer contains {uncovered[:8]}; the output scales exactly only "
             "if every parameter belongs to one layer. Add its selector to layers."
         )
     weights = {d for d, i, b in zip(depths, inexact, is_bias, strict=True) if i and not b}
-    empty = [layers[d - 1] for d in range(1, len(layers) + 1) if d not in weights]
-    if empty:
+    weightless = [layers[d - 1] for d in range(1, len(layers) + 1) if d not in weights]
+    if weightless:
         raise ValueError(
-            f"the layers {empty[:8]} hold no weight, only what `bias` "
+            f"the layers {weightless[:8]} hold no weight, only what `bias` "
             f"({bias!r}) selects. Give one selector per layer, not per leaf, or pass bias=."
         )
     base = jnp.asarray(alpha)

@@ -1,4 +1,4 @@
-"""SCE: entries are selected by their variance across models, models weighted by their energy.
+"""SCE: selects entries by their variance across models, and weights models by their energy.
 
 Variances are ranked and energies summed by passes over a leaf's pieces (`sce_selection`); then each
 piece is merged separately (`sce_piece`), so a leaf may be larger than memory. A piece is a list of
@@ -19,7 +19,7 @@ from kdtl_jax.transforms._sparsify import floor_share
 
 
 class Selection(NamedTuple):
-    """What `sce` takes from a leaf: entries by a cut of variances, models by their energy."""
+    """The entries and model weights that `sce` uses for a leaf."""
 
     cut: _ranking.Cut | None  # None: every entry
     before: Sequence[Any]  # how many entries equal to the cut come before each piece
@@ -56,51 +56,53 @@ def sce(
     _checks.non_negative(floor=floor)
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        found = sce_selection(lambda: _blocks.row_blocks(leaves), top=top, floor=floor)
-        return _blocks.in_blocks(leaves, lambda k, pieces: sce_piece(pieces, found, k))
+        selection = sce_selection(lambda: _blocks.row_blocks(leaves), top=top, floor=floor)
+        return _blocks.in_blocks(leaves, lambda k, pieces: sce_piece(pieces, selection, k))
 
-    named = {"base": base} | _leaves.numbered("models", models)
-    return _leaves.combine_leaves(formula, named, [])
+    trees_by_name = {"base": base} | _leaves.name_members("models", models)
+    return _leaves.combine_leaves(formula, trees_by_name, [])
 
 
 def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Selection:
-    """What `sce` takes from a leaf; `read()` must yield the same pieces every time.
+    """Selects entries and weighs models for `sce` of a leaf.
+
+    `read()` must yield the same pieces every time.
 
     Raises:
       ValueError: if `top` is outside [0, 1].
     """
     _checks.within(0, 1, top=top)
-    known = _checks.concrete(top)
-    cut = None if known is not None and known >= 1 else _most_varying(read, top)
+    concrete = _checks.concrete(top)
+    cut = None if concrete is not None and concrete >= 1 else _most_varying(read, top)
     sums: list[Array] = []
     size, before = 0, [0]
     for pieces in read():
-        mask, seen = _taken(pieces, cut, before[-1])
-        found = _squares(pieces, mask)
-        before.append(seen)
+        mask, ties_before = _select(pieces, cut, before[-1])
+        squares = _squared_sums(pieces, mask)
+        before.append(ties_before)
         size += pieces[0].size
-        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-    energies = [total / size for total in sums]
-    whole = sum(energies[1:], energies[0])
-    weighs = whole > _numerics.scalar(floor, whole, "floor")
-    divisor = jnp.where(weighs, whole, 1)
-    shares = [jnp.where(weighs, energy / divisor, 1 / len(energies)) for energy in energies]
+        sums = [a + b for a, b in zip(sums, squares, strict=True)] if sums else squares
+    energies = [square_sum / size for square_sum in sums]
+    total_energy = sum(energies[1:], energies[0])
+    is_above_floor = total_energy > _numerics.scalar(floor, total_energy, "floor")
+    divisor = jnp.where(is_above_floor, total_energy, 1)
+    shares = [jnp.where(is_above_floor, energy / divisor, 1 / len(energies)) for energy in energies]
     return Selection(cut, before, shares)
 
 
-def sce_piece(pieces: Sequence[Array], found: Selection, number: int) -> Array:
+def sce_piece(pieces: Sequence[Array], selection: Selection, number: int) -> Array:
     """`sce` of the piece that `read()` yielded at this number, counted from 0."""
-    mask, _ = _taken(pieces, found.cut, found.before[number])
-    return _merged(pieces, mask, found.shares)
+    mask, _ = _select(pieces, selection.cut, selection.before[number])
+    return _merge(pieces, mask, selection.shares)
 
 
 @jax.jit
-def _merged(pieces: Sequence[Array], mask: Array | None, weights: Sequence[Array]) -> Array:
+def _merge(pieces: Sequence[Array], mask: Array | None, weights: Sequence[Array]) -> Array:
     start, deltas = pieces[0], _deltas(pieces, mask)
     total = sum(deltas[1:], deltas[0])
     sign = jnp.where(total >= 0, 1, -1).astype(start.dtype)
-    agrees = [(jnp.sign(delta) == sign).astype(start.dtype) for delta in deltas]
-    shares = [agree * share for agree, share in zip(agrees, weights, strict=True)]
+    agreement = [(jnp.sign(delta) == sign).astype(start.dtype) for delta in deltas]
+    shares = [agree * share for agree, share in zip(agreement, weights, strict=True)]
     weight = sum(shares[1:], shares[0])
     terms = [share * delta for share, delta in zip(shares, deltas, strict=True)]
     return start + sum(terms[1:], terms[0]) / jnp.where(weight != 0, weight, 1)
@@ -112,26 +114,28 @@ def _most_varying(read: Read, top: Scalar) -> _ranking.Cut:
     def variances() -> Iterable[Array]:
         return (_variance(pieces) for pieces in read())
 
-    varying: Any = 0
+    varying_count: Any = 0
     dtype: Any = None
     for variance in variances():
-        varying, dtype = varying + jnp.sum(variance != 0), variance.dtype
-    known, count = _checks.concrete(top), _checks.concrete(varying)
-    if known is not None and count is not None:
-        kept = floor_share(int(count), top=top)
+        varying_count, dtype = varying_count + jnp.sum(variance != 0), variance.dtype
+    concrete_top, concrete_count = _checks.concrete(top), _checks.concrete(varying_count)
+    if concrete_top is not None and concrete_count is not None:
+        kept_count = floor_share(int(concrete_count), top=top)
     else:
-        kept = jnp.floor(jnp.asarray(top) * varying.astype(jnp.float32)).astype(jnp.int32)
-    return _ranking.largest(variances, kept, dtype)
+        kept_count = jnp.floor(jnp.asarray(top) * varying_count.astype(jnp.float32)).astype(
+            jnp.int32
+        )
+    return _ranking.largest(variances, kept_count, dtype)
 
 
-def _taken(
+def _select(
     pieces: Sequence[Array], cut: _ranking.Cut | None, before: Any
 ) -> tuple[Array | None, Any]:
     """Which entries the cut takes, None for all, and `before` for the next piece.
 
-    Variances have a program of their own: only the same one gives the bits that were ranked.
+    Variances come from the program that computed them for ranking, so they are equal bit for bit.
     """
-    return (None, before) if cut is None else _ranking.taken(_variance(pieces), cut, before)
+    return (None, before) if cut is None else _ranking.select(_variance(pieces), cut, before)
 
 
 def _deltas(pieces: Sequence[Array], mask: Array | None) -> list[Array]:
@@ -142,7 +146,7 @@ def _deltas(pieces: Sequence[Array], mask: Array | None) -> list[Array]:
 
 
 @jax.jit
-def _squares(pieces: Sequence[Array], mask: Array | None) -> list[Array]:
+def _squared_sums(pieces: Sequence[Array], mask: Array | None) -> list[Array]:
     """The sum of every model's squared changes."""
     return [jnp.sum(jnp.square(delta)) for delta in _deltas(pieces, mask)]
 

@@ -1,4 +1,4 @@
-"""Merging by choosing entries: from which model each entry comes, and how much of it.
+"""Merging entry by entry: which model each entry comes from, and how much of it.
 
 Quantities of the whole leaf (`arcee_threshold`, `ram_boosts`) are computed by passes over its
 pieces; then each piece is merged separately (`arcee_piece`, `ram_piece`), so a leaf may be larger
@@ -20,7 +20,7 @@ _ADDED = 1e-8  # to probabilities, by mergekit
 
 
 def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
-    """Takes the model's entry where the two are within `t`, and less of it the further apart.
+    """Takes the model's entry where the two are within `t`, and less of it at larger distances.
 
     `q model + (1 - q) base` with `q = min(t / |base - model|, 1)`.
 
@@ -41,9 +41,9 @@ def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
     _checks.non_negative(t=t)
 
     def formula(i: int, path: str, a: Array, b: Array) -> Array:
-        gap, within = jnp.abs(a - b), _numerics.scalar(t, a, "t")
-        near = gap <= within
-        share = jnp.where(near, 1, within / jnp.where(near, 1, gap))
+        gap, distance = jnp.abs(a - b), _numerics.scalar(t, a, "t")
+        is_near = gap <= distance
+        share = jnp.where(is_near, 1, distance / jnp.where(is_near, 1, gap))
         return share * b + (1 - share) * a
 
     return _leaves.combine_leaves(formula, {"base": base, "model": model}, [])
@@ -85,8 +85,8 @@ def arcee_threshold(read: Read) -> Array:
     def importances() -> Iterable[Array]:
         return (_importance(*pieces) for pieces in read())
 
-    leaves = [(pieces[0].size, pieces[0].dtype) for pieces in read()]
-    size, dtype = sum(count for count, _ in leaves), leaves[0][1]
+    pieces_read = [(pieces[0].size, pieces[0].dtype) for pieces in read()]
+    size, dtype = sum(entries for entries, _ in pieces_read), pieces_read[0][1]
     # The entries at the places floor(share (n - 1)) of the sorted leaf.
     low, middle, high = (
         _ranking.kth_largest(importances, size - int(share * (size - 1)), dtype)
@@ -97,9 +97,9 @@ def arcee_threshold(read: Read) -> Array:
 
 def arcee_piece(pieces: Sequence[Array], threshold: Array) -> Array:
     """`arcee_fusion` of one piece of base and model."""
-    before, after = pieces
-    chosen = _importance(before, after) >= threshold
-    return jnp.where(chosen.reshape(before.shape), after, before)
+    base, model = pieces
+    is_important = _importance(base, model) >= threshold
+    return jnp.where(is_important.reshape(base.shape), model, base)
 
 
 def ram(
@@ -146,8 +146,8 @@ def ram(
             leaves, lambda k, pieces: ram_piece(pieces, boosts, epsilon=epsilon)
         )
 
-    named = {"base": base} | _leaves.numbered("models", models)
-    return _leaves.combine_leaves(formula, named, [])
+    trees_by_name = {"base": base} | _leaves.name_members("models", models)
+    return _leaves.combine_leaves(formula, trees_by_name, [])
 
 
 def ram_boosts(
@@ -156,12 +156,14 @@ def ram_boosts(
     """The factor `[]` for each model's own changes, `1 + gain min(rho_i, limit)`."""
     totals: list[list[Array]] = []  # per model, entries changed with others and alone
     for pieces in read():
-        found = _counts(pieces, epsilon)
-        totals = jax.tree.map(jnp.add, totals, found) if totals else found
+        counts = _counts(pieces, epsilon)
+        totals = jax.tree.map(jnp.add, totals, counts) if totals else counts
 
-    def boost(shared: Array, alone: Array) -> Array:
-        ratio = shared / jnp.maximum(alone, _numerics.scalar(epsilon, alone, "epsilon"))
-        return 1 + _numerics.scalar(gain, alone, "gain") * jnp.clip(ratio, 0, limit)
+    def boost(shared_count: Array, alone_count: Array) -> Array:
+        ratio = shared_count / jnp.maximum(
+            alone_count, _numerics.scalar(epsilon, alone_count, "epsilon")
+        )
+        return 1 + _numerics.scalar(gain, alone_count, "gain") * jnp.clip(ratio, 0, limit)
 
     return [boost(*pair) for pair in totals]
 
@@ -170,10 +172,10 @@ def ram_boosts(
 def ram_piece(pieces: Sequence[Array], boosts: Sequence[Array], *, epsilon: Scalar = 1e-5) -> Array:
     """`ram` of one piece of base and models."""
     start, *leaves = pieces
-    changed = _changed(pieces, epsilon)
-    count = sum((shared | alone).astype(start.dtype) for shared, alone in changed)
+    masks = _changed(pieces, epsilon)
+    count = sum((shared | alone).astype(start.dtype) for shared, alone in masks)
     out = jnp.zeros_like(start)
-    for leaf, (shared, alone), boost in zip(leaves, changed, boosts, strict=True):
+    for leaf, (shared, alone), boost in zip(leaves, masks, boosts, strict=True):
         delta = leaf - start
         out = out + jnp.where(alone, boost * delta, jnp.where(shared, delta / count, 0))
     return start + out
@@ -197,14 +199,14 @@ def _changed(pieces: Sequence[Array], epsilon: Scalar) -> list[tuple[Array, Arra
 
 
 @jax.jit
-def _importance(before: Array, after: Array) -> Array:
-    """`|after - before| KL(softmax(after) || softmax(before))`, the divergence of each row."""
-    before, after = (jnp.atleast_1d(x) for x in (before, after))
-    p, q = (jnp.exp(_softmax.log_softmax(x)) for x in (after, before))
-    # Weights change little: the plain sum of `p log(p / q)` would be mostly rounding error.
-    ratio = _softmax.log_ratio(after, before)
-    near = jnp.abs(ratio) < 1
-    apart = jnp.where(near, q * jnp.expm1(jnp.where(near, ratio, 0)), p - q)
+def _importance(base: Array, model: Array) -> Array:
+    """`|model - base| KL(softmax(model) || softmax(base))`, with the divergence of each row."""
+    base, model = (jnp.atleast_1d(x) for x in (base, model))
+    p, q = (jnp.exp(_softmax.log_softmax(x)) for x in (model, base))
+    # Weights change little, so the plain sum of `p log(p / q)` would be mostly rounding error.
+    ratio = _softmax.log_ratio(model, base)
+    is_near = jnp.abs(ratio) < 1
+    difference = jnp.where(is_near, q * jnp.expm1(jnp.where(is_near, ratio, 0)), p - q)
     log_p, log_q = jnp.log(p + _ADDED), jnp.log(q + _ADDED)
-    terms = _softmax.kl_terms(log_p, log_q, jnp.log1p(apart / (q + _ADDED)))
-    return jnp.abs(after - before) * jnp.sum(terms, axis=-1, keepdims=True)
+    terms = _softmax.kl_terms(log_p, log_q, jnp.log1p(difference / (q + _ADDED)))
+    return jnp.abs(model - base) * jnp.sum(terms, axis=-1, keepdims=True)

@@ -48,8 +48,8 @@ def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
             return leaf
-        kept = floor_share(leaf.size, density=values[i])
-        return jnp.where(_ranking.top(jnp.abs(leaf), kept), leaf, 0)
+        count = floor_share(leaf.size, density=values[i])
+        return jnp.where(_ranking.top(jnp.abs(leaf), count), leaf, 0)
 
     return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [values])
 
@@ -74,25 +74,25 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
       Yadav et al., TIES-Merging, 2023 (2306.01708), step 1.
     """
     _codes.refuse_codes(trees.flatten(task_vector))
-    chosen, rest = trees.partition(task_vector, trees.everything)
-    leaves, treedef = jax.tree.flatten(chosen)
+    inexact, others = trees.partition(task_vector, trees.everything)
+    leaves, treedef = jax.tree.flatten(inexact)
     if not leaves:
         return task_vector
-    leaves = _tied(chosen, leaves)
-    wide = {id(x): y for x, y in zip(leaves, _leaves.one_dtype(leaves), strict=True)}
-    size = sum(leaf.size for leaf in wide.values())
+    leaves = _merge_ties(inexact, leaves)
+    upcast = {id(x): y for x, y in zip(leaves, _leaves.one_dtype(leaves), strict=True)}
+    size = sum(leaf.size for leaf in upcast.values())
     cut = magnitude_cut(
-        wide.values, floor_share(size, density=density), next(iter(wide.values())).real.dtype
+        upcast.values, floor_share(size, density=density), next(iter(upcast.values())).real.dtype
     )
-    done, before = {}, 0
+    trimmed, ties_before = {}, 0
     for leaf in leaves:
-        if id(leaf) not in done:
-            done[id(leaf)], before = trim_to_cut(leaf, cut, before)
-    out = [done[id(leaf)] for leaf in leaves]
-    return trees.combine(jax.tree.unflatten(treedef, out), rest)
+        if id(leaf) not in trimmed:
+            trimmed[id(leaf)], ties_before = trim_to_cut(leaf, cut, ties_before)
+    result = [trimmed[id(leaf)] for leaf in leaves]
+    return trees.combine(jax.tree.unflatten(treedef, result), others)
 
 
-def _tied(tree: PyTree, leaves: Sequence[Any]) -> list[Any]:
+def _merge_ties(tree: PyTree, leaves: Sequence[Any]) -> list[Any]:
     """The leaves, with those stored twice as one array; zeros mean no change and are not tied."""
     flat, first = trees.flatten(tree), _leaves.equal_paths(tree)
     paths = zip(flat, leaves, strict=True)
@@ -129,7 +129,7 @@ def trim_to_cut(leaf: Array, cut: _ranking.Cut, before: Any = 0) -> tuple[Array,
     Returns:
       `(trimmed, before)`: the leaf, and `before` for the next one.
     """
-    mask, before = _ranking.taken(jnp.abs(leaf), cut, before)
+    mask, before = _ranking.select(jnp.abs(leaf), cut, before)
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)), before
 
 
@@ -155,19 +155,21 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
       dropped *every* entry of a leaf where `outliers n < 1`.
     """
     densities = _leaves.coefficients(density, task_vector, name="density")
-    tops = _leaves.coefficients(outliers, task_vector, name="outliers")
+    outlier_shares = _leaves.coefficients(outliers, task_vector, name="outliers")
 
     def formula(i: int, path: str, leaf: Array) -> Array:
-        if densities[i] is None or tops[i] is None:
+        if densities[i] is None or outlier_shares[i] is None:
             return leaf
-        top = floor_share(leaf.size, outliers=tops[i])
-        kept = floor_share(leaf.size, density=densities[i])
-        top = jnp.minimum(top, leaf.size - kept)
+        largest = floor_share(leaf.size, outliers=outlier_shares[i])
+        count = floor_share(leaf.size, density=densities[i])
+        largest = jnp.minimum(largest, leaf.size - count)
         magnitude = jnp.abs(leaf)
-        inside = _ranking.top(magnitude, top + kept) & ~_ranking.top(magnitude, top)
-        return jnp.where(inside, leaf, 0)
+        is_kept = _ranking.top(magnitude, largest + count) & ~_ranking.top(magnitude, largest)
+        return jnp.where(is_kept, leaf, 0)
 
-    return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [densities, tops])
+    return _leaves.combine_leaves(
+        formula, {"task_vector": task_vector}, [densities, outlier_shares]
+    )
 
 
 def dare(
@@ -197,10 +199,8 @@ def dare(
       Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales like this;
       mergekit by L1 norms: `rescale_l1(keep(task_vector, mask), task_vector)`.
     """
-    values, first = (
-        _leaves.coefficients(density, task_vector, name="density"),
-        _leaves.equal_paths(task_vector),
-    )
+    values = _leaves.coefficients(density, task_vector, name="density")
+    first_paths = _leaves.equal_paths(task_vector)
     _checks.scalar(block=block)
     _checks.integers(block=block)
 
@@ -209,9 +209,9 @@ def dare(
             return leaf
         _checks.positive(density=values[i])
         _checks.within(0, 1, density=values[i])
-        share, path = _numerics.scalar(values[i], leaf), first.get(path, path)
-        kept = _blocks.uniform(key, path, leaf.shape, share.real.dtype, block) < share.real
-        return jnp.where(kept, leaf / share, 0)
+        share, path = _numerics.scalar(values[i], leaf), first_paths.get(path, path)
+        is_kept = _blocks.uniform(key, path, leaf.shape, share.real.dtype, block) < share.real
+        return jnp.where(is_kept, leaf / share, 0)
 
     return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [values])
 
@@ -247,21 +247,20 @@ def della_probabilities(
         if values[i] is None:
             return jnp.ones_like(leaf)
         _checks.within(0, 1, density=values[i])
-        middle = jnp.broadcast_to(_numerics.scalar(values[i], leaf), leaf.shape)
+        mean = jnp.broadcast_to(_numerics.scalar(values[i], leaf), leaf.shape)
         if leaf.ndim == 0 or leaf.shape[-1] == 1:
-            return middle
+            return mean
         order = jnp.argsort(jnp.abs(leaf), axis=-1, stable=True)
-        places = jnp.broadcast_to(jnp.arange(leaf.shape[-1], dtype=leaf.dtype), leaf.shape)
-        rank = jnp.put_along_axis(jnp.zeros_like(leaf), order, places, axis=-1, inplace=False)
-        spread = 2 * rank / (leaf.shape[-1] - 1) - 1
-        # If cut off at 0 or 1, the probabilities would no longer have the density as their mean.
-        room = jnp.minimum(
-            jnp.minimum(middle, 1 - middle), _numerics.scalar(epsilon, leaf, "epsilon")
+        ranks = jnp.broadcast_to(jnp.arange(leaf.shape[-1], dtype=leaf.dtype), leaf.shape)
+        rank = jnp.put_along_axis(jnp.zeros_like(leaf), order, ranks, axis=-1, inplace=False)
+        offset = 2 * rank / (leaf.shape[-1] - 1) - 1
+        # Clipped at 0 or 1, the probabilities would no longer have the density as their mean.
+        half_width = jnp.minimum(
+            jnp.minimum(mean, 1 - mean), _numerics.scalar(epsilon, leaf, "epsilon")
         )
-        return middle + room * spread
+        return mean + half_width * offset
 
-    named = {"task_vector": task_vector}
-    return _leaves.combine_leaves(formula, named, [values], keep_dtype=False)
+    return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [values], keep_dtype=False)
 
 
 def della(
@@ -294,15 +293,15 @@ def della(
       `rescale_l1(keep(task_vector, mask), task_vector)`.
     """
     probabilities = della_probabilities(task_vector, density=density, epsilon=epsilon)
-    first = _leaves.equal_paths(task_vector)
+    first_paths = _leaves.equal_paths(task_vector)
 
     def formula(i: int, path: str, leaf: Array, probability: Array) -> Array:
-        draw = _blocks.uniform(key, first.get(path, path), leaf.shape, leaf.dtype, block)
-        kept = draw < probability
-        return jnp.where(kept, leaf / jnp.where(kept, probability, 1), 0)
+        draw = _blocks.uniform(key, first_paths.get(path, path), leaf.shape, leaf.dtype, block)
+        is_kept = draw < probability
+        return jnp.where(is_kept, leaf / jnp.where(is_kept, probability, 1), 0)
 
-    named = {"task_vector": task_vector, "probabilities": probabilities}
-    return _leaves.combine_leaves(formula, named, [])
+    trees_by_name = {"task_vector": task_vector, "probabilities": probabilities}
+    return _leaves.combine_leaves(formula, trees_by_name, [])
 
 
 def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
@@ -328,18 +327,18 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTre
     _checks.scalar(floor=floor)
     _checks.non_negative(floor=floor)
 
-    def formula(i: int, path: str, kept: Array, whole: Array) -> Array:
-        norms = [l1_norms(*pieces) for pieces in _blocks.row_blocks([whole, kept])]
-        return kept * l1_ratio(norms, floor=floor)
+    def formula(i: int, path: str, pruned: Array, dense: Array) -> Array:
+        norms = [l1_norms(*pieces) for pieces in _blocks.row_blocks([dense, pruned])]
+        return pruned * l1_ratio(norms, floor=floor)
 
     return _leaves.combine_leaves(formula, {"sparse": sparse, "original": original}, [])
 
 
 def l1_ratio(norms: Iterable[Sequence[Array]], *, floor: float = 0.0) -> Array:
     """The factor `[]` of `rescale_l1` for a leaf, from the `l1_norms` of its pieces."""
-    before, after = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), norms)
-    usable = (before > floor) & (after > floor)
-    return jnp.where(usable, before / jnp.where(usable, after, 1), 1)
+    original, sparse = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), norms)
+    usable = (original > floor) & (sparse > floor)
+    return jnp.where(usable, original / jnp.where(usable, sparse, 1), 1)
 
 
 @jax.jit
@@ -371,18 +370,18 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
       Lee, Cho and Kang, Mixout, 2019 (1909.11299).
     """
     _checks.within(0, 1, rate=rate)
-    known = _checks.concrete(rate)
-    if known is not None and bool((known >= 1).any()):
-        raise ValueError(f"rate must be below 1, got {known}: nothing would be trained.")
+    concrete_rate = _checks.concrete(rate)
+    if concrete_rate is not None and bool((concrete_rate >= 1).any()):
+        raise ValueError(f"rate must be below 1, got {concrete_rate}: nothing would be trained.")
 
-    first = _leaves.equal_paths(params)
+    first_paths = _leaves.equal_paths(params)
 
     def formula(i: int, path: str, leaf: Array, anchor: Array) -> Array:
         p = _numerics.scalar(rate, leaf, "rate")
-        path = first.get(path, path)
-        back = _blocks.uniform(key, path, leaf.shape, p.real.dtype) < p.real
+        path = first_paths.get(path, path)
+        is_source = _blocks.uniform(key, path, leaf.shape, p.real.dtype) < p.real
         # The formula's two cases, written so that rate 0 gives `params` bit for bit.
-        return jnp.where(back, anchor, leaf + p / (1 - p) * (leaf - anchor))
+        return jnp.where(is_source, anchor, leaf + p / (1 - p) * (leaf - anchor))
 
     return _leaves.combine_leaves(formula, {"params": params, "source": source}, [])
 
@@ -391,8 +390,10 @@ def floor_share(size: int, **named: Scalar) -> Scalar:
     """`floor(share size)`; in the share's own precision if it is known, so that 0.7 of 10 is 7."""
     _checks.within(0, 1, **named)
     (share,) = named.values()
-    known = _checks.concrete(share)
-    if known is None:
+    concrete_share = _checks.concrete(share)
+    if concrete_share is None:
         return jnp.floor(jnp.asarray(share) * size).astype(jnp.int32)
-    single = known.dtype.itemsize == 4 and known.dtype.kind == "f"
-    return math.floor(known * np.float32(size)) if single else math.floor(float(known) * size)
+    is_float32 = concrete_share.dtype.itemsize == 4 and concrete_share.dtype.kind == "f"
+    return math.floor(
+        concrete_share * np.float32(size) if is_float32 else float(concrete_share) * size
+    )

@@ -16,11 +16,11 @@ from kdtl_jax._types import Array, Params, Scalar
 from kdtl_jax.transforms import _blocks, _leaves
 from kdtl_jax.transforms._angles import (
     karcher_shares,
-    mixed,
     model_stock_shares,
     multi_slerp_shares,
     of_leaves,
     slerp_shares,
+    weighted_sum,
 )
 from kdtl_jax.transforms._leaves import Coefficient, Weights
 
@@ -64,7 +64,7 @@ def slerp(
             return a
         share = _numerics.scalar(values[i], a)
         shares = slerp_shares(of_leaves([a, b], axis), share, threshold=threshold)
-        return mixed([a, b], shares)
+        return weighted_sum([a, b], shares)
 
     return _leaves.combine_leaves(formula, {"source": source, "target": target}, [values])
 
@@ -92,16 +92,18 @@ def multi_slerp(
     References:
       mergekit's `multislerp` (2403.13257).
     """
-    named = ({} if base is None else {"base": base}) | _leaves.numbered("models", models)
+    trees_by_name = ({} if base is None else {"base": base}) | _leaves.name_members(
+        "models", models
+    )
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         vectors = leaves if base is None else [leaf - leaves[0] for leaf in leaves[1:]]
         _leaves.nonzero_total(path, by_leaf[i])
-        moved = mixed(vectors, multi_slerp_shares(of_leaves(vectors), by_leaf[i]))
-        return moved if base is None else leaves[0] + moved
+        mean = weighted_sum(vectors, multi_slerp_shares(of_leaves(vectors), by_leaf[i]))
+        return mean if base is None else leaves[0] + mean
 
-    return _leaves.combine_leaves(formula, named, [by_leaf])
+    return _leaves.combine_leaves(formula, trees_by_name, [by_leaf])
 
 
 def karcher_mean(
@@ -134,16 +136,16 @@ def karcher_mean(
     _checks.scalar(tolerance=tolerance)
     _checks.non_negative(tolerance=tolerance)
     _checks.count(0, iterations=iterations)
-    named = _leaves.numbered("models", models)
+    trees_by_name = _leaves.name_members("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         _leaves.nonzero_total(path, by_leaf[i])
         read = functools.partial(_blocks.row_blocks, leaves)
         shares = karcher_shares(read, by_leaf[i], iterations=iterations, tolerance=tolerance)
-        return mixed(leaves, shares)
+        return weighted_sum(leaves, shares)
 
-    return _leaves.combine_leaves(formula, named, [by_leaf])
+    return _leaves.combine_leaves(formula, trees_by_name, [by_leaf])
 
 
 def model_stock(
@@ -181,7 +183,7 @@ def model_stock(
     def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
         deltas = [leaf - start for leaf in leaves]
         shares = model_stock_shares(of_leaves(deltas, axis), floor=_numerics.scalar(floor, start))
-        return start + mixed(deltas, shares)
+        return start + weighted_sum(deltas, shares)
 
-    named = {"base": base} | _leaves.numbered("models", models)
-    return _leaves.combine_leaves(formula, named, [])
+    trees_by_name = {"base": base} | _leaves.name_members("models", models)
+    return _leaves.combine_leaves(formula, trees_by_name, [])

@@ -1,4 +1,4 @@
-"""Merging by statistics of the models' data: Fisher merging and RegMean."""
+"""Merging with statistics of the models' data: Fisher merging and RegMean."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,8 +52,8 @@ def fisher_merge(
     if len(fishers) != len(models):
         raise ValueError(f"expected {len(models)} Fisher trees, one per model, got {len(fishers)}.")
     _checks.non_negative(floor=floor)
-    named = _leaves.numbered("models", models)
-    named |= _leaves.numbered("fishers", fishers)
+    trees_by_name = _leaves.name_members("models", models)
+    trees_by_name |= _leaves.name_members("fishers", fishers)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
     count = len(models)
 
@@ -65,13 +65,18 @@ def fisher_merge(
             for w, fisher in zip(by_leaf[i], leaves[count:], strict=True)
         ]
         total = sum(informations[1:], informations[0])
-        cared = total != 0
-        plain = [_leaves.scaled(w, jnp.ones_like(total)) for w in by_leaf[i]]
-        shares = [jnp.where(cared, f, w) for f, w in zip(informations, plain, strict=True)]
+        has_information = total != 0
+        plain_weights = [_leaves.scaled(w, jnp.ones_like(total)) for w in by_leaf[i]]
+        shares = [
+            jnp.where(has_information, f, w)
+            for f, w in zip(informations, plain_weights, strict=True)
+        ]
         terms = [f * x for f, x in zip(shares, leaves[:count], strict=True)]
-        return sum(terms[1:], terms[0]) / jnp.where(cared, total, sum(plain[1:], plain[0]))
+        return sum(terms[1:], terms[0]) / jnp.where(
+            has_information, total, sum(plain_weights[1:], plain_weights[0])
+        )
 
-    return _leaves.combine_leaves(formula, named, [by_leaf])
+    return _leaves.combine_leaves(formula, trees_by_name, [by_leaf])
 
 
 def regmean(
@@ -112,13 +117,15 @@ def regmean(
     def formula(i: int, path: str, *leaves: Array) -> Array:
         if path not in grams[0]:
             return sum(leaves[1:], leaves[0]) / len(leaves)
-        own = [jnp.asarray(gram[path], leaves[0].dtype) for gram in grams]
-        reads = [[functools.partial(_rows, x) for x in matrices] for matrices in (leaves, own)]
+        leaf_grams = [jnp.asarray(gram[path], leaves[0].dtype) for gram in grams]
+        reads = [
+            [functools.partial(_rows, x) for x in matrices] for matrices in (leaves, leaf_grams)
+        ]
         return regmean_kernel(*reads, shrink=shrink, ridge=ridge)
 
     # The Grams of tied leaves differ.
     by_path = [list(trees.flatten(models[0]))]
-    return _leaves.combine_leaves(formula, _leaves.numbered("models", models), by_path)
+    return _leaves.combine_leaves(formula, _leaves.name_members("models", models), by_path)
 
 
 def regmean_kernel(
@@ -141,32 +148,35 @@ def regmean_kernel(
       The merged kernel `[..., in, out]`.
     """
     diagonals = [_diagonal(gram) for gram in grams]
-    soft = _numerics.scalar(shrink, diagonals[0], "shrink")
-    added = _numerics.scalar(ridge, diagonals[0], "ridge")
+    shrinkage = _numerics.scalar(shrink, diagonals[0], "shrink")
+    ridge_scale = _numerics.scalar(ridge, diagonals[0], "ridge")
     means = [jnp.mean(diagonal, axis=-1, keepdims=True) for diagonal in diagonals]
-    constant = added * (sum(means[1:], means[0]) / len(means))
-    on = [(1 - soft) * diagonal + constant for diagonal in diagonals]
+    constant = ridge_scale * (sum(means[1:], means[0]) / len(means))
+    diagonal_terms = [(1 - shrinkage) * diagonal + constant for diagonal in diagonals]
     shape = diagonals[0].shape
-    known = not isinstance(diagonals[0], Tracer) and jax.default_backend() == "cpu"
-    zeros = np.zeros if known else jnp.zeros
-    left: Any = zeros((*shape, shape[-1]), diagonals[0].dtype)  # transposed, as LAPACK reads it
-    for gram, own in zip(grams, on, strict=True):
-        for start, rows in _numbered(gram):
-            left = _add(left, _shrunk(rows, own, soft, start).mT, start, -1)
-    factors, swaps = _factored(left)
-    del left
+    is_on_host = not isinstance(diagonals[0], Tracer) and jax.default_backend() == "cpu"
+    zeros = np.zeros if is_on_host else jnp.zeros
+    # Transposed, as LAPACK reads it.
+    total_gram: Any = zeros((*shape, shape[-1]), diagonals[0].dtype)
+    for gram, diagonal_term in zip(grams, diagonal_terms, strict=True):
+        for start, rows in _with_start(gram):
+            rows = _shrink(rows, diagonal_term, shrinkage, start)
+            total_gram = _add(total_gram, rows.mT, start, -1)
+    factors, swaps = _factor(total_gram)
+    del total_gram
     width = next(iter(kernels[0]())).shape[-1]
     step = max(1, _blocks.BLOCK // max(1, diagonals[0].size), width // _PARTS)
     merged = jnp.zeros((*shape, width), factors.dtype)
-    for first in range(0, width, step):
-        right = jnp.zeros_like(merged[..., first : first + step])
-        for kernel, gram, own in zip(kernels, grams, on, strict=True):
-            some = _columns(kernel, jnp.zeros_like(right), first)
-            for start, rows in _numbered(gram):
-                product = jnp.matmul(_shrunk(rows, own, soft, start), some, precision=_HIGHEST)
-                right = _add(right, product, start, -2)
-        solved = _solved(factors, swaps, right)
-        merged = jax.block_until_ready(_overwrite(merged, solved, first, -1))
+    for first_column in range(0, width, step):
+        target = jnp.zeros_like(merged[..., first_column : first_column + step])
+        for kernel, gram, diagonal_term in zip(kernels, grams, diagonal_terms, strict=True):
+            columns = _columns(kernel, jnp.zeros_like(target), first_column)
+            for start, rows in _with_start(gram):
+                rows = _shrink(rows, diagonal_term, shrinkage, start)
+                product = jnp.matmul(rows, columns, precision=_HIGHEST)
+                target = _add(target, product, start, -2)
+        solution = _solve(factors, swaps, target)
+        merged = jax.block_until_ready(_overwrite(merged, solution, first_column, -1))
     return merged
 
 
@@ -187,23 +197,23 @@ def _rows(matrix: Array) -> Iterator[Array]:
 
 
 @jax.jit
-def _shrunk(rows: Array, on: Array, shrink: Scalar, start: int) -> Array:
-    """Rows of a Gram matrix from `start` on, `on` added to its diagonal."""
-    place = start + jnp.arange(rows.shape[-2])
-    eye = place[:, None] == jnp.arange(rows.shape[-1])[None]
-    return shrink * rows + jnp.where(jnp.broadcast_to(eye, rows.shape), on[..., None, :], 0)
+def _shrink(rows: Array, diagonal: Array, shrink: Scalar, start: int) -> Array:
+    """Rows of a Gram matrix from `start` on, `diagonal` added to its diagonal."""
+    row_index = start + jnp.arange(rows.shape[-2])
+    eye = row_index[:, None] == jnp.arange(rows.shape[-1])[None]
+    return shrink * rows + jnp.where(jnp.broadcast_to(eye, rows.shape), diagonal[..., None, :], 0)
 
 
 def _add(total: Any, piece: Array, start: int, axis: int) -> Any:
     if isinstance(total, np.ndarray):
         total[..., start : start + piece.shape[axis]] += np.asarray(piece)
         return total
-    here = _taken(total, start, piece.shape[axis], axis)
-    # Without waiting, blocks whose turn has not come pile up.
-    return jax.block_until_ready(_overwrite(total, here + piece, start, axis))
+    current = _slice(total, start, piece.shape[axis], axis)
+    # Without this wait, later blocks would pile up in memory.
+    return jax.block_until_ready(_overwrite(total, current + piece, start, axis))
 
 
-def _numbered(read: Rows) -> Iterator[tuple[int, Array]]:
+def _with_start(read: Rows) -> Iterator[tuple[int, Array]]:
     """Each block of rows, preceded by the number of its first row."""
     start = 0
     for rows in read():
@@ -211,12 +221,12 @@ def _numbered(read: Rows) -> Iterator[tuple[int, Array]]:
         start += rows.shape[-2]
 
 
-def _columns(read: Rows, into: Array, first: int) -> Array:
-    """Columns of a matrix from `first` on, as many as `into` has, from its blocks of rows."""
-    for start, rows in _numbered(read):
-        some = _taken(rows, first, into.shape[-1], -1)
-        into = jax.block_until_ready(_overwrite(into, some, start, -2))
-    return into
+def _columns(read: Rows, out: Array, first_column: int) -> Array:
+    """Columns of a matrix from `first_column` on, as many as `out` has, from its blocks of rows."""
+    for start, rows in _with_start(read):
+        part = _slice(rows, first_column, out.shape[-1], -1)
+        out = jax.block_until_ready(_overwrite(out, part, start, -2))
+    return out
 
 
 # On concrete arrays, these work in place. Positions are traced: a program for each would take more
@@ -230,11 +240,11 @@ def _overwrite(total: Array, piece: Array, start: int, axis: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _taken(total: Array, start: int, count: int, axis: int) -> Array:
+def _slice(total: Array, start: int, count: int, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(total, start, count, axis)
 
 
-def _factored(transposed: Any) -> tuple[Array, Array]:
+def _factor(transposed: Any) -> tuple[Array, Array]:
     """The factors of the matrix, transposed like it, and the rows' swaps."""
     if not isinstance(transposed, np.ndarray):
         factors, swaps = jax.scipy.linalg.lu_factor(transposed.mT)
@@ -250,31 +260,31 @@ def _factored(transposed: Any) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _solved(transposed: Array, swaps: Array, right: Array) -> Array:
+def _solve(transposed: Array, swaps: Array, right: Array) -> Array:
     return jax.scipy.linalg.lu_solve((transposed.mT, swaps), right)
 
 
 def _diagonal(gram: Rows) -> Array:
     """The diagonal `[..., in]` of a matrix in blocks of rows."""
-    pieces = (_diagonal_from(rows, start) for start, rows in _numbered(gram))
+    pieces = (_diagonal_from(rows, start) for start, rows in _with_start(gram))
     return jnp.concatenate([jax.block_until_ready(piece) for piece in pieces], axis=-1)
 
 
 @jax.jit
 def _diagonal_from(rows: Array, start: int) -> Array:
     """The part of the diagonal that is in rows of a matrix from `start` on."""
-    place = start + jnp.arange(rows.shape[-2], dtype=jnp.int32)
-    index = jnp.broadcast_to(place[:, None], (*rows.shape[:-1], 1))
+    row_index = start + jnp.arange(rows.shape[-2], dtype=jnp.int32)
+    index = jnp.broadcast_to(row_index[:, None], (*rows.shape[:-1], 1))
     return jnp.take_along_axis(rows, index, axis=-1)[..., 0]
 
 
 def _check_gram(path: str, gram: Any, flat: Mapping[str, Any]) -> None:
     if path not in flat:
-        near = trees.nearest(path, list(flat))
-        raise ValueError(f"the models have no leaf {path!r}; nearest paths: {near}.")
+        nearest = trees.nearest(path, list(flat))
+        raise ValueError(f"the models have no leaf {path!r}; nearest paths: {nearest}.")
     kernel = flat[path]
-    wanted = (*kernel.shape[:-2], kernel.shape[-2], kernel.shape[-2]) if kernel.ndim > 1 else None
-    if gram.shape != wanted:
+    expected = (*kernel.shape[:-2], kernel.shape[-2], kernel.shape[-2]) if kernel.ndim > 1 else None
+    if gram.shape != expected:
         raise ValueError(
             f"{path!r} must be a kernel [..., in, out] with a Gram matrix [..., in, in], "
             f"got {_checks.described(kernel=kernel, gram=gram)}."

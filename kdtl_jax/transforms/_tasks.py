@@ -79,5 +79,5 @@ def apply_task_vectors(
         terms = [_leaves.scaled(w, tau) for w, tau in zip(by_leaf[i], taus, strict=True)]
         return start + _numerics.cast(scales[i], start) * sum(terms[1:], terms[0])
 
-    named = {"base": base} | _leaves.numbered("task_vectors", task_vectors)
-    return _leaves.combine_leaves(formula, named, [scales, by_leaf])
+    trees_by_name = {"base": base} | _leaves.name_members("task_vectors", task_vectors)
+    return _leaves.combine_leaves(formula, trees_by_name, [scales, by_leaf])

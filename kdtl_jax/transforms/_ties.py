@@ -41,9 +41,9 @@ def ties(
     References:
       Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023 (2306.01708).
     """
-    _leaves.numbered("task_vectors", task_vectors)
+    _leaves.name_members("task_vectors", task_vectors)
     _checks.within(0, 1, density=density)
-    trimmed = [trim_global(each, density=density) for each in task_vectors]
+    trimmed = [trim_global(task_vector, density=density) for task_vector in task_vectors]
     return disjoint_merge(trimmed, elect_sign_global(trimmed), weights)
 
 
@@ -55,8 +55,8 @@ def ties_per_leaf(
     As `ties`, with `density` a number or one number per leaf. This gives the same numbers as PEFT
     (`majority_sign_method="total"`).
     """
-    _leaves.numbered("task_vectors", task_vectors)
-    trimmed = [trim(each, density=density) for each in task_vectors]
+    _leaves.name_members("task_vectors", task_vectors)
+    trimmed = [trim(task_vector, density=density) for task_vector in task_vectors]
     return disjoint_merge(trimmed, elect_sign(trimmed), weights)
 
 
@@ -93,8 +93,8 @@ def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None
         sign = jnp.sign(_total(leaves))
         return jnp.where(sign == 0, _numerics.scalar(fallback, sign), sign)
 
-    named = _leaves.numbered("task_vectors", task_vectors)
-    return _leaves.combine_leaves(formula, named, [], keep_dtype=False)
+    trees_by_name = _leaves.name_members("task_vectors", task_vectors)
+    return _leaves.combine_leaves(formula, trees_by_name, [], keep_dtype=False)
 
 
 def sign_balance(task_vectors: Sequence[PyTree]) -> Scalar:
@@ -102,13 +102,13 @@ def sign_balance(task_vectors: Sequence[PyTree]) -> Scalar:
 
     Tied leaves count once.
     """
-    named = _leaves.numbered("task_vectors", task_vectors)
+    trees_by_name = _leaves.name_members("task_vectors", task_vectors)
     counts = _leaves.combine_leaves(
-        lambda i, path, *leaves: _balance(_total(leaves)), named, [], keep_dtype=False
+        lambda i, path, *leaves: _balance(_total(leaves)), trees_by_name, [], keep_dtype=False
     )
-    chosen, _ = trees.partition(counts, trees.everything)
-    once = {id(leaf): leaf for leaf in jax.tree.leaves(chosen)}
-    return sum((leaf.astype(float) for leaf in once.values()), jnp.zeros((), float))
+    inexact, _ = trees.partition(counts, trees.everything)
+    distinct = {id(leaf): leaf for leaf in jax.tree.leaves(inexact)}
+    return sum((leaf.astype(float) for leaf in distinct.values()), jnp.zeros((), float))
 
 
 def disjoint_merge(
@@ -135,18 +135,18 @@ def disjoint_merge(
     Raises:
       ValueError: if names, shapes or the number of weights differ.
     """
-    named = {"signs": signs} | _leaves.numbered("task_vectors", task_vectors)
+    trees_by_name = {"signs": signs} | _leaves.name_members("task_vectors", task_vectors)
     by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), task_vectors[0])
 
     def formula(i: int, path: str, elected: Array, *leaves: Array) -> Array:
         # NaN agrees, so that it stays visible: it also spoils the election.
-        agrees = [((jnp.sign(x) == elected) & (x != 0)) | jnp.isnan(x) for x in leaves]
-        terms = zip(by_leaf[i], leaves, agrees, strict=True)
+        agreement = [((jnp.sign(x) == elected) & (x != 0)) | jnp.isnan(x) for x in leaves]
+        terms = zip(by_leaf[i], leaves, agreement, strict=True)
         total = _total([jnp.where(agree, _leaves.scaled(w, x), 0) for w, x, agree in terms])
-        by = (divisor or agreeing_count)(jnp.stack(agrees)).astype(total.dtype)
-        return total / jnp.where(by == 0, 1, by)
+        count = (divisor or agreeing_count)(jnp.stack(agreement)).astype(total.dtype)
+        return total / jnp.where(count == 0, 1, count)
 
-    return _leaves.combine_leaves(formula, named, [by_leaf], keep_dtype=False)
+    return _leaves.combine_leaves(formula, trees_by_name, [by_leaf], keep_dtype=False)
 
 
 def agreeing_count(agrees: Array) -> Array:
@@ -158,12 +158,12 @@ def agreeing_weight(weights: Sequence[Scalar] | Array) -> Divisor:
     """The total weight of the members that agree: mergekit's `normalize`."""
 
     def divisor(agrees: Array) -> Array:
-        like = jnp.zeros((), float)
+        zero = jnp.zeros((), float)
         pairs = zip(weights, agrees, strict=True)
-        shares = [jnp.where(agree, _numerics.scalar(w, like), 0) for w, agree in pairs]
+        shares = [jnp.where(agree, _numerics.scalar(w, zero), 0) for w, agree in pairs]
         total, size = _total(shares), _total([jnp.abs(share) for share in shares])
         # Weights of both signs may cancel up to rounding, which must not divide.
-        return jnp.where(jnp.abs(total) > 2 * jnp.finfo(like.dtype).eps * size, total, 0)
+        return jnp.where(jnp.abs(total) > 2 * jnp.finfo(zero.dtype).eps * size, total, 0)
 
     return divisor
 
@@ -178,8 +178,8 @@ def _elect(task_vectors: Sequence[PyTree], vote: Callable[[Array], Array]) -> Py
         total = _total([vote(leaf) for leaf in leaves])
         return jnp.where(total >= 0, 1, -1).astype(total.dtype)
 
-    named = _leaves.numbered("task_vectors", task_vectors)
-    return _leaves.combine_leaves(formula, named, [], keep_dtype=False)
+    trees_by_name = _leaves.name_members("task_vectors", task_vectors)
+    return _leaves.combine_leaves(formula, trees_by_name, [], keep_dtype=False)
 
 
 def _total(terms: Sequence[Array]) -> Array:

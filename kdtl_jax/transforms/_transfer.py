@@ -82,7 +82,7 @@ def transfer(
         target is real), every unused rule and rename collision, and every abstract leaf that is
         not filled.
     """
-    planned = plan_transfer(
+    plan = plan_transfer(
         source,
         target,
         where=where,
@@ -92,11 +92,11 @@ def transfer(
         on_extra=on_extra,
         on_mismatch=on_mismatch,
     )
-    params = apply_plan(planned, source, target)
+    params = apply_plan(plan, source, target)
     flat = trees.flatten(params)
-    written = planned.report.transferred if check_finite else ()
-    report = planned.report._replace(
-        nonfinite=tuple(path for path in written if not _is_finite(flat[path])),
+    filled_paths = plan.report.transferred if check_finite else ()
+    report = plan.report._replace(
+        nonfinite=tuple(path for path in filled_paths if not _is_finite(flat[path])),
         untied=_untied(trees.flatten(target), flat),
     )
     return params, report
@@ -116,51 +116,57 @@ def apply_plan(plan: Plan, source: Params, target: Params) -> Params:
     Raises:
       ValueError: if the trees are not those of the plan, or an abstract leaf is not filled.
     """
-    have, want = trees.flatten(source), trees.flatten(target)
-    got = {path: np.shape(have[path]) for path in plan.source_shapes if path in have}
-    _same_shapes("source", plan.source_shapes, got)
-    _same_shapes("target", plan.target_shapes, {p: np.shape(leaf) for p, leaf in want.items()})
-    values = [want[s.path] if s.source is None else have[s.source] for s in plan.steps]
-    hollow = [
+    source_leaves, target_leaves = trees.flatten(source), trees.flatten(target)
+    source_shapes = {
+        path: np.shape(source_leaves[path]) for path in plan.source_shapes if path in source_leaves
+    }
+    _check_shapes("source", plan.source_shapes, source_shapes)
+    _check_shapes(
+        "target", plan.target_shapes, {p: np.shape(leaf) for p, leaf in target_leaves.items()}
+    )
+    values = [
+        target_leaves[s.path] if s.source is None else source_leaves[s.source] for s in plan.steps
+    ]
+    abstract = [
         step.path
         for step, value in zip(plan.steps, values, strict=True)
         if isinstance(value, jax.ShapeDtypeStruct)
     ]
-    if hollow:
+    if abstract:
         raise ValueError(
-            f"{hollow[:8]} would stay abstract (jax.ShapeDtypeStruct): nothing fills "
+            f"{abstract[:8]} would stay abstract (jax.ShapeDtypeStruct): nothing fills "
             "these target leaves, or the source has no values there. Initialize the target, or "
             "transfer every leaf; integers and PRNG keys are never transferred."
         )
     # Leaves that share one array in both source and target are filled once, so ties survive.
-    done: dict[tuple[int, int], Any] = {}
+    filled_by_tie: dict[tuple[int, int], Any] = {}
     out: list[Any] = []
     for step, value in zip(plan.steps, values, strict=True):
-        tie = (id(value), id(want[step.path]))
+        tie = (id(value), id(target_leaves[step.path]))
         if step.source is None:
             out.append(value)
         elif step.policy is None and step.alpha is None:
-            if tie not in done:
-                done[tie] = _filled(step, value, want[step.path])
-            out.append(done[tie])
+            if tie not in filled_by_tie:
+                filled_by_tie[tie] = _fill(step, value, target_leaves[step.path])
+            out.append(filled_by_tie[tie])
         else:
-            out.append(_filled(step, value, want[step.path]))
+            out.append(_fill(step, value, target_leaves[step.path]))
     return jax.tree.unflatten(jax.tree.structure(target), out)
 
 
-def _filled(step: Step, value: Any, like: Any) -> Any:
+def _fill(step: Step, value: Any, template: Any) -> Any:
     if step.policy is not None:
-        value = step.policy(value, np.shape(like), step.path)
+        value = step.policy(value, np.shape(template), step.path)
     if step.alpha is not None:
         value = _leaves.multiply(value, step.alpha)
-    if isinstance(like, np.ndarray) and not isinstance(value, Tracer):
-        return np.array(value, like.dtype)
-    value = jnp.asarray(value, _leaves.canonical_dtype(like))
+    if isinstance(template, np.ndarray) and not isinstance(value, Tracer):
+        return np.array(value, template.dtype)
+    value = jnp.asarray(value, _leaves.canonical_dtype(template))
     if isinstance(value, Tracer):
         return value
     # A copy, not an alias: a step that donates the student must not delete the teacher.
-    is_placed = isinstance(like, jax.ShapeDtypeStruct) or getattr(like, "committed", False)
-    sharding = getattr(like, "sharding", None) if is_placed else None
+    is_placed = isinstance(template, jax.ShapeDtypeStruct) or getattr(template, "committed", False)
+    sharding = getattr(template, "sharding", None) if is_placed else None
     return jax.device_put(value, sharding, may_alias=False)
 
 
@@ -175,26 +181,28 @@ def _is_finite(leaf: Any) -> bool:
     return bool(np.isfinite(np.asarray(leaf)).all() if on_host else jnp.isfinite(leaf).all())
 
 
-def _untied(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+def _untied(
+    old_leaves: Mapping[str, Any], new_leaves: Mapping[str, Any]
+) -> tuple[tuple[str, ...], ...]:
     """Groups of paths that shared one array and hold different ones now."""
     groups: dict[int, list[str]] = {}
-    for path, leaf in before.items():
+    for path, leaf in old_leaves.items():
         if isinstance(leaf, (jax.Array, np.ndarray)) and trees.is_inexact(leaf):
             groups.setdefault(id(leaf), []).append(path)
     return tuple(
         tuple(paths)
         for paths in groups.values()
-        if len(paths) > 1 and any(after[path] is not after[paths[0]] for path in paths)
+        if len(paths) > 1 and any(new_leaves[path] is not new_leaves[paths[0]] for path in paths)
     )
 
 
-def _same_shapes(name: str, planned: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:
-    if planned == got:
+def _check_shapes(name: str, planned: Mapping[str, Shape], received: Mapping[str, Shape]) -> None:
+    if planned == received:
         return
     different = [
         f"{path}: planned {list(planned[path]) if path in planned else 'nothing'}, got "
-        f"{list(got[path]) if path in got else 'nothing'}"
-        for path in {**planned, **got}
-        if planned.get(path) != got.get(path)
+        f"{list(received[path]) if path in received else 'nothing'}"
+        for path in {**planned, **received}
+        if planned.get(path) != received.get(path)
     ]
     raise ValueError(f"the {name} is not the one that was planned for: {'; '.join(different[:8])}.")

@@ -1,4 +1,4 @@
-"""Which units of an axis to keep: evenly spaced, first, random, or the most important.
+"""Chooses units of an axis to keep: evenly spaced, first, random, or the most important.
 
 Indices are returned in increasing order. Importance scores are `[units]`, float32 or wider; each is
 a sum over everything that belongs to a unit, in every leaf that has the axis, so a unit's incoming
@@ -211,8 +211,9 @@ def importance_by_activation(
     rank = 1 if where is None else jnp.ndim(where)
     _checks.mask(where, activations.shape[: min(rank, activations.ndim - 1)])
     size = jnp.abs(_numerics.kept(_numerics.upcast(activations), where))
-    before = () if previous is None else (previous.ravel().astype(size.dtype),)
-    unit = _numerics.largest(jnp.concatenate([size.ravel(), *before]))  # squares stay in range
+    previous_scores = () if previous is None else (previous.ravel().astype(size.dtype),)
+    # In this unit, squares stay in range.
+    unit = _numerics.largest(jnp.concatenate([size.ravel(), *previous_scores]))
     real = jnp.ones(size.shape[:1], jnp.bool_) if where is None else where
     real = jnp.broadcast_to(real.reshape(real.shape + (1,) * (size.ndim - real.ndim)), size.shape)
     per_example = _numerics.masked_mean(size / unit, real, axis=tuple(range(1, size.ndim - 1)))
@@ -228,26 +229,26 @@ def _sum_per_unit(
     spec: AxisSpec,
     name: str,
     score: Callable[..., Array],
-    *others: Params,
+    *other_trees: Params,
 ) -> Array:
     axes = _width.axes_of(params, spec)
-    _width.known(name, _width.sizes_of(params, axes))
-    for other in others:
+    _width.size_of_name(name, _width.sizes_of(params, axes))
+    for other in other_trees:
         if jax.tree.structure(other) != jax.tree.structure(params):
             raise ValueError("both trees must have the structure of the parameters.")
     total: Array | None = None
     for leaves, leaf_axes in zip(
-        zip(*map(jax.tree.leaves, (params, *others)), strict=True), axes, strict=True
+        zip(*map(jax.tree.leaves, (params, *other_trees)), strict=True), axes, strict=True
     ):
         for position, axis in enumerate(leaf_axes):
             if axis.name != name:
                 continue
             _checks.same_shape(**{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)})
-            wide = [_numerics.upcast(_width.split_axis(leaf, position, axis)) for leaf in leaves]
-            values = score(wide[0], *(w.astype(wide[0].dtype) for w in wide[1:]))
-            rest = tuple(i for i in range(values.ndim) if i != position + 1)
-            part = jnp.sum(values, axis=rest)
-            total = part if total is None else total + part.astype(total.dtype)
+            upcast = [_numerics.upcast(_width.split_axis(leaf, position, axis)) for leaf in leaves]
+            values = score(upcast[0], *(w.astype(upcast[0].dtype) for w in upcast[1:]))
+            other_axes = tuple(i for i in range(values.ndim) if i != position + 1)
+            leaf_sum = jnp.sum(values, axis=other_axes)
+            total = leaf_sum if total is None else total + leaf_sum.astype(total.dtype)
             # A leaf with the axis twice (a recurrent kernel) counts on both sides.
     assert total is not None, "a known name has at least one axis"
     return total

@@ -78,7 +78,8 @@ def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> 
     axes = axes_of(params, spec)
     sizes = sizes_of(params, axes)
     index = {
-        name: _checked_index(name, value, known(name, sizes)) for name, value in indices.items()
+        name: _check_index(name, value, size_of_name(name, sizes))
+        for name, value in indices.items()
     }
 
     def select(leaf: Array, position: int, axis: Axis) -> Array:
@@ -97,7 +98,7 @@ def prune_heads(
     Raises:
       ValueError: as in `select_width`; also if `dropped` has repetitions or leaves nothing.
     """
-    size = known(name, axis_sizes(params, spec))
+    size = size_of_name(name, axis_sizes(params, spec))
     return select_width(params, spec, {name: remaining_indices(size, dropped)})
 
 
@@ -107,14 +108,14 @@ def remaining_indices(size: int, dropped: Sequence[int] | np.ndarray) -> np.ndar
     Raises:
       ValueError: if an index is out of range or repeated, or nothing is left.
     """
-    gone = np.asarray(dropped, np.int64).reshape(-1)
-    outside = gone[(gone < 0) | (gone >= size)]
-    if outside.size or len(set(gone.tolist())) != gone.size or gone.size >= size:
+    indices = np.asarray(dropped, np.int64).reshape(-1)
+    out_of_range = indices[(indices < 0) | (indices >= size)]
+    if out_of_range.size or len(set(indices.tolist())) != indices.size or indices.size >= size:
         raise ValueError(
             f"the dropped indices must be distinct, lie in 0..{size - 1} and leave "
-            f"something, got {gone.tolist()}."
+            f"something, got {indices.tolist()}."
         )
-    return np.setdiff1d(np.arange(size, dtype=np.int64), gone)
+    return np.setdiff1d(np.arange(size, dtype=np.int64), indices)
 
 
 def permute_units(params: Params, spec: AxisSpec, permutations: Mapping[str, Any]) -> Params:
@@ -127,7 +128,7 @@ def permute_units(params: Params, spec: AxisSpec, permutations: Mapping[str, Any
     """
     sizes = axis_sizes(params, spec)
     for name, value in permutations.items():
-        order, size = _checks.concrete(value), known(name, sizes)
+        order, size = _checks.concrete(value), size_of_name(name, sizes)
         if np.shape(value) != (size,) or (
             order is not None and not np.array_equal(np.sort(order), np.arange(size))
         ):
@@ -151,7 +152,7 @@ def pad_width(params: Params, spec: AxisSpec, widths: Mapping[str, int]) -> Para
     axes = axes_of(params, spec)
     sizes = sizes_of(params, axes)
     for name, width in widths.items():
-        if width < known(name, sizes):
+        if width < size_of_name(name, sizes):
             raise ValueError(
                 f"{name!r} cannot shrink from {sizes[name]} to {width} units. Use select_width."
             )
@@ -194,18 +195,18 @@ def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
     """The axes of every leaf, in tree order; empty if it has no names."""
     flat = trees.flatten(params)
     labels = _leaves.by_rules(params, spec, default=_NONAMES)
-    lost = [
+    uncovered = [
         path
         for (path, leaf), names in zip(flat.items(), labels, strict=True)
         if names is _NONAMES and (trees.is_inexact(leaf) or _codes.is_code(leaf))
     ]
-    if lost:
+    if uncovered:
         raise ValueError(
-            f"the axis spec does not cover {lost[:8]}. Name their axes, or add "
+            f"the axis spec does not cover {uncovered[:8]}. Name their axes, or add "
             "('.*', None) last if they have none that change."
         )
-    named = zip(flat, labels, strict=True)
-    _codes.refuse_codes(flat, [path for path, names in named if names not in (None, _NONAMES)])
+    pairs = zip(flat, labels, strict=True)
+    _codes.refuse_codes(flat, [path for path, names in pairs if names not in (None, _NONAMES)])
     out: list[tuple[Axis, ...]] = []
     for (path, leaf), names in zip(flat.items(), labels, strict=True):
         if names is _NONAMES or names is None or not trees.is_inexact(leaf):
@@ -223,27 +224,27 @@ def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
 
 def sizes_of(params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[str, int]:
     """The number of units of every name; raises if leaves disagree."""
-    first: dict[str, tuple[str, int]] = {}
+    first_seen: dict[str, tuple[str, int]] = {}
     for (path, leaf), leaf_axes in zip(trees.flatten(params).items(), axes, strict=True):
         for length, axis in zip(np.shape(leaf), leaf_axes, strict=False):
             if axis.name is None:
                 continue
-            size, rest = divmod(length, axis.inner * axis.outer)
-            if rest:
+            size, remainder = divmod(length, axis.inner * axis.outer)
+            if remainder:
                 raise ValueError(
                     f"axis {axis.name!r} of {path!r} has length {length}, which is not "
                     f"outer={axis.outer} times a number of units times inner={axis.inner}."
                 )
-            where, known_size = first.setdefault(axis.name, (path, size))
+            first_path, known_size = first_seen.setdefault(axis.name, (path, size))
             if size != known_size:
                 raise ValueError(
-                    f"axis {axis.name!r} has {known_size} units in {where!r} but {size} in "
+                    f"axis {axis.name!r} has {known_size} units in {first_path!r} but {size} in "
                     f"{path!r}. One name is one set of units; give them different names."
                 )
-    return {name: size for name, (_, size) in first.items()}
+    return {name: size for name, (_, size) in first_seen.items()}
 
 
-def known(name: str, sizes: Mapping[str, int]) -> int:
+def size_of_name(name: str, sizes: Mapping[str, int]) -> int:
     """The size of a named axis; raises if the spec has no such name."""
     if name not in sizes:
         raise ValueError(f"no axis is named {name!r}; the spec names {sorted(sizes)}.")
@@ -285,7 +286,7 @@ def take_units(leaf: Any, position: int, axis: Axis, index: Any) -> Array:
     return join_axis(jnp.take(split_axis(leaf, position, axis), index, axis=position + 1), position)
 
 
-def _checked_index(name: str, value: Any, size: int) -> Any:
+def _check_index(name: str, value: Any, size: int) -> Any:
     value = np.asarray(value) if isinstance(value, Sequence) else value
     _checks.integers(**{name: value})
     _checks.rank(1, 1, **{name: value})
