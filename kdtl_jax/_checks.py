@@ -1,4 +1,4 @@
-"""Argument checks: the only place that words errors about arrays.
+"""Argument checks: all error messages about arrays are written here.
 
 Every message names the argument, the expected and the received value (with its shape), and the
 repair. Shapes and dtypes are always known; *values* are checked only if they are concrete, so every
@@ -25,7 +25,7 @@ def described(**arrays: Any) -> str:
 
 
 def arrays(**given: Any) -> None:
-    """Raises TypeError for what has no dtype: None, text, a model's dict of outputs, an object."""
+    """Raises TypeError for values without a dtype: None, text, a dict of outputs, an object."""
     for name, value in given.items():
         if isinstance(value, Mapping):
             raise TypeError(
@@ -70,11 +70,11 @@ def rank(at_least: int, at_most: int | None = None, **given: Any) -> None:
         ndim = np.ndim(array)
         if ndim < at_least or (at_most is not None and ndim > at_most):
             if at_most is None:
-                want = f"at least {at_least}"
+                expected = f"at least {at_least}"
             else:
-                want = f"{at_least}" if at_most == at_least else f"{at_least} to {at_most}"
+                expected = f"{at_least}" if at_most == at_least else f"{at_least} to {at_most}"
             raise ValueError(
-                f"{name} must have {want} dimension(s), got {described(**{name: array})}."
+                f"{name} must have {expected} dimension(s), got {described(**{name: array})}."
             )
 
 
@@ -123,52 +123,52 @@ def key(**given: Any) -> None:
             raise TypeError(f"{name} must be a PRNG key such as jax.random.key(0), got {got}.")
 
 
-def _number(name: str, value: Any) -> np.ndarray | None:
+def _real_number(name: str, value: Any) -> np.ndarray | None:
     """`concrete` of numbers; raises TypeError for text, None, True and other non-numbers."""
-    known = concrete(value)
-    if known is not None and known.dtype.kind in ("USO" if known.ndim else "USOb"):
+    array = concrete(value)
+    if array is not None and array.dtype.kind in ("USO" if array.ndim else "USOb"):
         raise TypeError(f"{name} must be a number, got {value!r:.80}.")
-    if known is not None and known.dtype.kind == "c":
+    if array is not None and array.dtype.kind == "c":
         raise TypeError(f"{name} must be real, got {value!r:.80}.")
-    return known
+    return array
 
 
 def finite(**scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite."""
     for name, value in scalars.items():
-        known = _number(name, value)
-        if known is not None and not bool(np.all(np.isfinite(known))):
-            raise ValueError(f"{name} must be finite, got {_short(known)}.")
+        array = _real_number(name, value)
+        if array is not None and not bool(np.all(np.isfinite(array))):
+            raise ValueError(f"{name} must be finite, got {_short(array)}.")
 
 
 def positive(**scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite and > 0."""
     for name, value in scalars.items():
-        known = _number(name, value)
-        if known is not None and not bool(np.all((known > 0) & np.isfinite(known))):
-            raise ValueError(f"{name} must be finite and > 0, got {_short(known)}.")
+        array = _real_number(name, value)
+        if array is not None and not bool(np.all((array > 0) & np.isfinite(array))):
+            raise ValueError(f"{name} must be finite and > 0, got {_short(array)}.")
 
 
 def non_negative(**arrays: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite and >= 0."""
     for name, value in arrays.items():
-        known = _number(name, value)
-        if known is not None and not bool(np.all((known >= 0) & np.isfinite(known))):
-            raise ValueError(f"{name} must be finite and >= 0, got {_short(known)}.")
+        array = _real_number(name, value)
+        if array is not None and not bool(np.all((array >= 0) & np.isfinite(array))):
+            raise ValueError(f"{name} must be finite and >= 0, got {_short(array)}.")
 
 
 def within(low: float, high: float, **scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value lies in `[low, high]`."""
     for name, value in scalars.items():
-        known = _number(name, value)
-        if known is not None and not bool(np.all((known >= low) & (known <= high))):
-            raise ValueError(f"{name} must lie in [{low}, {high}], got {_short(known)}.")
+        array = _real_number(name, value)
+        if array is not None and not bool(np.all((array >= low) & (array <= high))):
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {_short(array)}.")
 
 
-def rising(**bounds: Any) -> None:
+def ordered(**bounds: Any) -> None:
     """Raises ValueError if a (concrete) bound is above the next one."""
-    known = {name: concrete(value) for name, value in bounds.items()}
-    for (low, a), (high, b) in itertools.pairwise(known.items()):
+    arrays = {name: concrete(value) for name, value in bounds.items()}
+    for (low, a), (high, b) in itertools.pairwise(arrays.items()):
         if a is not None and b is not None and bool(np.any(a > b)):
             raise ValueError(f"{low} must be at most {high}, got {_short(a)} and {_short(b)}.")
 
@@ -176,7 +176,7 @@ def rising(**bounds: Any) -> None:
 def scalar(**scalars: Any) -> None:
     """Raises ValueError unless every value has shape `[]`, TypeError unless it is real."""
     for name, value in scalars.items():
-        _number(name, value)
+        _real_number(name, value)
         if jnp.iscomplexobj(value):
             raise TypeError(f"{name} must be real, got {value!r}.")
         if np.shape(value):
@@ -217,9 +217,9 @@ def no_text(**labels: Any) -> None:
             continue
         if array is None:
             raise TypeError(f"{name} must be integers, got None.")
-        if (found := np.asarray(array)).dtype.kind in "USO":
+        if (values := np.asarray(array)).dtype.kind in "USO":
             raise TypeError(
-                f"{name} must be integers, got text: {np.ravel(found)[:3].tolist()}. "
+                f"{name} must be integers, got text: {np.ravel(values)[:3].tolist()}. "
                 f"Number the classes first: np.unique({name}, return_inverse=True)[1]."
             )
         if isinstance(array, (list, tuple)):
@@ -241,8 +241,8 @@ def integers(**given: Any) -> None:
             )
 
 
-def whole(**numbers: Any) -> None:
-    """Raises TypeError unless every number is an integer: a size, neither traced nor a bool."""
+def integer(**numbers: Any) -> None:
+    """Raises TypeError unless every number is an integer, neither traced nor a bool."""
     for name, number in numbers.items():
         try:
             operator.index(number)
@@ -254,8 +254,8 @@ def whole(**numbers: Any) -> None:
 
 
 def count(at_least: int, **numbers: Any) -> None:
-    """Raises unless every number is an integer (a size, never traced) of at least `at_least`."""
-    whole(**numbers)
+    """Raises unless every number is an integer (never traced) of at least `at_least`."""
+    integer(**numbers)
     for name, number in numbers.items():
         if operator.index(number) < at_least:
             raise ValueError(f"{name} must be at least {at_least}, got {number}.")
@@ -265,9 +265,11 @@ def indices(size: int, **arrays: Any) -> None:
     """Raises unless every array has an integer dtype and, if concrete, values in 0..size-1."""
     integers(**arrays)
     for name, array in arrays.items():
-        known = concrete(array)
-        if known is not None and known.size and (known.min() < 0 or known.max() >= size):
-            raise ValueError(f"{name} must lie in 0..{size - 1}, got {known.min()}..{known.max()}.")
+        values = concrete(array)
+        if values is not None and values.size and (values.min() < 0 or values.max() >= size):
+            raise ValueError(
+                f"{name} must lie in 0..{size - 1}, got {values.min()}..{values.max()}."
+            )
 
 
 def labels(labels: Any, logits: Any, where: Any = None) -> None:
@@ -296,26 +298,26 @@ def labels(labels: Any, logits: Any, where: Any = None) -> None:
             f"got {described(labels=labels, logits=logits)}.{repair}"
         )
     mask(where, shape)
-    known, kept = concrete(labels), None if where is None else concrete(where)
-    if known is None or (where is not None and kept is None):
+    values, included = concrete(labels), None if where is None else concrete(where)
+    if values is None or (where is not None and included is None):
         return
-    seen = known if kept is None else known[kept]
-    outside = (seen < 0) | (seen >= classes)
+    labels_used = values if included is None else values[included]
+    outside = (labels_used < 0) | (labels_used >= classes)
     if outside.any():
         raise ValueError(
-            f"labels must lie in 0..{classes - 1}, got {seen.min()}..{seen.max()}. "
-            f"{_renumbered(seen, outside, classes)}"
+            f"labels must lie in 0..{classes - 1}, got {labels_used.min()}..{labels_used.max()}. "
+            f"{_label_repair(labels_used, outside, classes)}"
         )
 
 
-def _renumbered(seen: np.ndarray, outside: np.ndarray, classes: int) -> str:
+def _label_repair(labels: np.ndarray, is_outside: np.ndarray, classes: int) -> str:
     """The repair for labels out of range, guessed from their values."""
-    marks = np.unique(seen[outside])
-    if len(marks) == 1 and (marks[0] in (-1, -100, 255) or marks[0] < 0):
-        return f"Mask ignored positions: where=(labels != {marks[0]})."
-    if seen.min() == 1 and seen.max() == classes:
+    invalid = np.unique(labels[is_outside])
+    if len(invalid) == 1 and (invalid[0] in (-1, -100, 255) or invalid[0] < 0):
+        return f"Mask ignored positions: where=(labels != {invalid[0]})."
+    if labels.min() == 1 and labels.max() == classes:
         return "These labels count from 1: use labels - 1."
-    if len(np.unique(seen)) <= classes:
+    if len(np.unique(labels)) <= classes:
         return "Number the classes from 0: np.unique(labels, return_inverse=True)[1]."
     return f"The logits have {classes} classes."
 
@@ -333,7 +335,7 @@ def mask(where: Any, shape: Sequence[int]) -> None:
 
 
 def path(**given: Any) -> Path:
-    """The one value as a path; raises TypeError unless it is text or a path."""
+    """Converts the one value to a path; raises TypeError unless it is text or a path."""
     ((name, value),) = given.items()
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(
@@ -355,8 +357,8 @@ def same_keys(**mappings: Mapping[str, Any]) -> None:
     for name, mapping in mappings.items():
         if not isinstance(mapping, Mapping):
             raise TypeError(f"{name} must be a mapping, got {type(mapping).__name__}.")
-    (first, left), *others = mappings.items()
-    for second, right in others:
+    (first, left), *rest = mappings.items()
+    for second, right in rest:
         if left.keys() != right.keys():
             raise ValueError(
                 f"{first} and {second} must have the same keys; only in {first}: "
@@ -370,13 +372,13 @@ def same_leaves(**flats: Mapping[str, Any]) -> None:
 
     Every difference is named with its path; a missing path is shown with the nearest other path.
     """
-    (first, left), *others = flats.items()
-    for second, right in others:
+    (first, left), *rest = flats.items()
+    for second, right in rest:
         problems = []
         for path in [path for path in left if path not in right]:
-            spare = [] if len(problems) >= 8 else [name for name in right if name not in left]
-            near = difflib.get_close_matches(path, spare[:1000], n=1, cutoff=0.0)
-            hint = f" (nearest there: {near[0]!r})" if near else ""
+            candidates = [] if len(problems) >= 8 else [name for name in right if name not in left]
+            matches = difflib.get_close_matches(path, candidates[:1000], n=1, cutoff=0.0)
+            hint = f" (nearest there: {matches[0]!r})" if matches else ""
             problems.append(f"{second} lacks {path!r}{hint}")
         problems += [f"{first} lacks {path!r}" for path in right if path not in left]
         for path in [path for path in left if path in right]:
@@ -384,10 +386,10 @@ def same_leaves(**flats: Mapping[str, Any]) -> None:
                 shapes = described(**{first: left[path], second: right[path]})
                 problems.append(f"{path!r} is {shapes}")
         if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            suffix = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(
                 f"{first} and {second} must have the same leaves and shapes: "
-                f"{'; '.join(problems[:8])}{more}. Nothing is broadcast: rename, resize or "
+                f"{'; '.join(problems[:8])}{suffix}. Nothing is broadcast: rename, resize or "
                 "exclude these leaves first (transfer, or where=)."
             )
 

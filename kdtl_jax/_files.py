@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, their digests, and marks of ownership."""
+"""Atomic files and folders, digests, and marks of ownership."""
 
 import contextlib
 import errno
@@ -18,17 +18,17 @@ from kdtl_jax import _text
 
 TEMPORARY = ".kdtl-tmp"  # suffix of unfinished files
 MARK = ".kdtl"  # the file that makes a folder ours
-ANOTHER = "Choose another folder."
-RECORD_BYTES = 64 * 2**20  # none of our records is larger
-JSON_BYTES = 16 * 2**20  # nor is any config.json or similar file
+OTHER_FOLDER = "Choose another folder."
+MAX_RECORD_BYTES = 64 * 2**20  # none of our records is larger
+MAX_JSON_BYTES = 16 * 2**20  # of config.json and the like
 
 
 def regular(path: Path) -> Path:
-    """The path, unless it is a pipe, a socket or a device: reading one may never end.
+    """Returns the path, but refuses a pipe, a socket or a device: reading one may never end.
 
     Raises:
       OSError: if it does not exist.
-      ValueError: saying what it is.
+      ValueError: naming its kind.
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -38,7 +38,7 @@ def regular(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that we did not write.
+    """Reads the object in a JSON file from elsewhere.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -46,21 +46,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    if path.stat().st_size > JSON_BYTES:
+    if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes, at most {JSON_BYTES:,} are read."
+            f"{path} has {path.stat().st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read."
         )
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({_text.shown(str(error), 100)}).") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object.")
-    return found
+    return content
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Hexadecimal SHA-256 of a file, read in chunks."""
     with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -72,11 +72,11 @@ def digest(value: Any) -> str:
 
 
 def check_place(path: Path) -> None:
-    """Refuses a path where no file can be written, before the work whose result would go there.
+    """Refuses a path where no file can be written; call it before long work.
 
     Raises:
       FileNotFoundError: naming the folder, if it does not exist.
-      FileExistsError: if a folder, a pipe or a device is there, which a file would replace.
+      FileExistsError: if the path is a folder, a pipe or a device.
     """
     if not path.parent.is_dir():
         reason = f"{path.name} cannot be written: its folder does not exist; make it first"
@@ -88,7 +88,7 @@ def check_place(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that takes its name, synced, when the block succeeds.
+    """Opens a temporary file beside `path`, synced and renamed to it when the block succeeds.
 
     A killed process leaves the old file unchanged, and a temporary file that may be deleted.
 
@@ -98,14 +98,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     check_place(path)
     prefix = f".{path.name[:100]}."
-    with _named(path):
+    with _naming_target(path):
         handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _usual_mode())
+        os.chmod(temporary, _default_mode())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
@@ -117,31 +117,31 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block succeeds.
+    """Makes a temporary folder beside `folder`, renamed to it when the block succeeds.
 
     Raises:
       FileExistsError: if `folder` exists and is not empty; its content is never touched.
       OSError: naming `folder`, if the disk is full or read-only.
     """
-    taken_already = f"{folder} exists and is not empty. Choose a new folder."
+    message = f"{folder} exists and is not empty. Choose a new folder."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(taken_already)
+        raise FileExistsError(message)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name[:100]}."
-    with _named(folder):
-        part = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=folder.parent))
+    with _naming_target(folder):
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=folder.parent))
     try:
-        yield part
-        os.chmod(part, _usual_mode() | 0o111)
+        yield temporary
+        os.chmod(temporary, _default_mode() | 0o111)
         try:
-            os.replace(part, folder)
+            os.replace(temporary, folder)
         except OSError as error:  # another process has made it meanwhile
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise FileExistsError(taken_already) from None
+                raise FileExistsError(message) from None
             raise
         sync_folder(folder.parent)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -152,7 +152,7 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Any value as strict JSON; a record writer never refuses a value.
+    """Converts any value to strict JSON.
 
     Numbers that are not finite become null, arrays become lists, and types that JSON does not
     support become their `repr`.
@@ -166,13 +166,13 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [as_json(entry) for entry in value]
     if hasattr(value, "tolist"):  # arrays and array scalars
-        listed = value.tolist()
-        return as_json(listed) if type(listed) is not type(value) else repr(value)
+        plain = value.tolist()
+        return as_json(plain) if type(plain) is not type(value) else repr(value)
     return os.fsdecode(value) if isinstance(value, os.PathLike) else repr(value)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A record as indented, strict, ASCII JSON; file names that are not UTF-8 are escaped."""
+    """Writes indented, strict, ASCII JSON; file names that are not UTF-8 are escaped."""
     write_atomic(path, (json.dumps(as_json(value), indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -188,7 +188,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
       ValueError: with the reason, if the file is missing, cut short, altered, or not a JSON object.
     """
     try:
-        if path.stat().st_size > RECORD_BYTES:
+        if path.stat().st_size > MAX_RECORD_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         value = json.loads(regular(path).read_bytes())
     except FileNotFoundError:
@@ -220,7 +220,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed: int, repair: str = "") -> None:
-    """Refuses, before anything is written, content that cannot fit on the disk.
+    """Refuses content that cannot fit on the disk; call it before writing.
 
     Raises:
       OSError: (ENOSPC) with the bytes needed and free, and the repair.
@@ -237,29 +237,29 @@ def check_free(folder: Path, kind: str) -> None:
     Hidden files do not count as content, and a folder that does not exist is free.
 
     Raises:
-      ValueError: naming what is there.
+      ValueError: naming the content.
     """
     if not folder.exists():
         return
     if (folder / MARK).exists():
-        found = read_sealed(folder / MARK)
-        if found.get("kind") != kind or not isinstance(found.get("id"), str):
-            held = _text.shown(found.get("kind"))
-            raise ValueError(f"{folder} holds {held}, not {kind}. {ANOTHER}")
+        mark = read_sealed(folder / MARK)
+        if mark.get("kind") != kind or not isinstance(mark.get("id"), str):
+            other_kind = _text.shown(mark.get("kind"))
+            raise ValueError(f"{folder} holds {other_kind}, not {kind}. {OTHER_FOLDER}")
         return
     refuse(folder, folder.iterdir())
 
 
 def refuse(folder: Path, paths: Iterable[Path]) -> None:
-    """Refuses a folder because of these files, which are not ours; hidden ones do not count.
+    """Refuses a folder if any of these foreign files is not hidden.
 
     Raises:
       ValueError: naming the first of them.
     """
-    others = sorted(path.name for path in paths if path.name[0] != ".")
-    if others:
-        listed = ", ".join(_text.shown(name) for name in others[:5])
-        raise ValueError(f"{folder} holds other files: {listed}. {ANOTHER}")
+    names = sorted(path.name for path in paths if path.name[0] != ".")
+    if names:
+        name_list = ", ".join(_text.shown(name) for name in names[:5])
+        raise ValueError(f"{folder} holds other files: {name_list}. {OTHER_FOLDER}")
 
 
 def claim(folder: Path, kind: str) -> str:
@@ -267,7 +267,7 @@ def claim(folder: Path, kind: str) -> str:
 
     Args:
       folder: made if it does not exist.
-      kind: what it holds, such as "checkpoints"; an older mark must say the same.
+      kind: of its content, such as "checkpoints"; an existing mark must have the same kind.
 
     Raises:
       ValueError: as `check_free`.
@@ -281,7 +281,7 @@ def claim(folder: Path, kind: str) -> str:
 
 
 def is_ours(folder: Path, kind: str) -> bool:
-    """Whether `claim(folder, kind)` marked this very folder (not what a link points to)."""
+    """Whether `claim(folder, kind)` marked this folder itself, not the target of a link."""
     try:
         return not folder.is_symlink() and read_sealed(folder / MARK).get("kind") == kind
     except ValueError:
@@ -297,8 +297,8 @@ def remove(folder: Path, kind: str) -> bool:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors name what is to be written, not the temporary name beside it."""
+def _naming_target(path: Path) -> Iterator[None]:
+    """Makes errors name the target, not its temporary file."""
     try:
         yield
     except OSError as error:
@@ -306,7 +306,7 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def _usual_mode() -> int:
+def _default_mode() -> int:
     """The mode that a plain `open(path, "w")` would give; temporary files are private otherwise."""
     mask = os.umask(0)
     os.umask(mask)

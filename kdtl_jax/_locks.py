@@ -18,7 +18,7 @@ except ImportError:  # not a POSIX system
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder; the system releases it when the process ends, in any way.
+    """Holds a lock on a folder; the system releases it when the process ends, however it ends.
 
     The lock is a file `.lock`, opened without following links; it is written only if it is ours. If
     the file system has no locks, a warning says that nothing protects the folder.
@@ -27,22 +27,22 @@ def locked(folder: Path) -> Iterator[None]:
       RuntimeError: if another process holds it, naming that process; or if `.lock` is not a file.
       OSError: if it cannot be written, naming it.
     """
-    with os.fdopen(_opened(folder / ".lock"), "r+b") as file:
+    with os.fdopen(_open_lock(folder / ".lock"), "r+b") as file:
         _flock(folder, file)
         file.seek(0)
-        before = file.read(64)
-        if not before or before.startswith(b"process "):
+        content = file.read(64)
+        if not content or content.startswith(b"process "):
             _write(folder, file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
 @contextlib.contextmanager
-def taken(folder: Path, check: Callable[[], object]) -> Iterator[None]:
-    """Makes and locks a folder after a check, which runs before locking and again under the lock.
+def checked_lock(folder: Path, check: Callable[[], object]) -> Iterator[None]:
+    """Makes and locks a folder, with a check before locking and again under the lock.
 
-    It runs before locking so that nothing is left in a refused folder, and under the lock because
-    another process may have written there meanwhile. If the check fails while another process uses
-    the folder, the error names the lock's holder instead.
+    The first check leaves nothing behind in a refused folder; the second is needed because another
+    process may have written there meanwhile. If the check fails while another process uses the
+    folder, the error names the lock's holder instead.
 
     Raises:
       RuntimeError: as `locked`.
@@ -52,7 +52,7 @@ def taken(folder: Path, check: Callable[[], object]) -> Iterator[None]:
         check()
     except Exception:
         if (folder / ".lock").is_file():
-            with os.fdopen(_opened(folder / ".lock"), "r+b") as file:
+            with os.fdopen(_open_lock(folder / ".lock"), "r+b") as file:
                 _flock(folder, file)  # and nothing is written there
         raise
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +61,8 @@ def taken(folder: Path, check: Callable[[], object]) -> Iterator[None]:
         yield
 
 
-def _opened(path: Path) -> int:
-    """A lock file's handle; links are never followed."""
+def _open_lock(path: Path) -> int:
+    """Opens a lock file without following links."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     for name in ("O_NOFOLLOW", "O_NONBLOCK"):
         flags |= getattr(os, name, 0)
@@ -81,11 +81,11 @@ def _opened(path: Path) -> int:
     )
 
 
-def _write(folder: Path, file: BinaryIO, said: bytes) -> None:
+def _write(folder: Path, file: BinaryIO, content: bytes) -> None:
     try:
         os.ftruncate(file.fileno(), 0)
         os.lseek(file.fileno(), 0, os.SEEK_SET)
-        os.write(file.fileno(), said)  # unbuffered, or closing would fail once more
+        os.write(file.fileno(), content)  # unbuffered, or closing would fail once more
     except OSError as error:  # which names no file
         raise OSError(error.errno, error.strerror, str(folder / ".lock")) from None
 

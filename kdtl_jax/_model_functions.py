@@ -28,23 +28,23 @@ def model_function(**models: Any) -> None:
             except ValueError:  # a signature that cannot be read
                 continue
         raise TypeError(
-            f"{name} must be a model function {PROTOCOL}, got {described(model)}. Take the .apply "
+            f"{name} must be a model function {PROTOCOL}, got {describe(model)}. Take the .apply "
             "of interop.linen.model(module) (likewise nnx, equinox and haiku), or "
             "interop.function(f) for a plain f(params, inputs)."
         )
 
 
-def called(
+def call_model(
     name: str, model: ModelFn, params: Any, model_state: PyTree, inputs: Any, **mode: Any
 ) -> tuple[Outputs, PyTree]:
-    """`model(params, model_state, inputs, **mode)`, checked.
+    """Calls `model(params, model_state, inputs, **mode)` and checks the result.
 
     Raises:
       TypeError: if it returns anything other than `(outputs, model_state)`.
       ValueError: if the model needs a state, such as batch statistics, and none was given.
     """
     try:
-        returned = model(params, model_state, inputs, **mode)
+        result = model(params, model_state, inputs, **mode)
     except Exception as error:
         if params is None and name == "teacher":
             raise ValueError(
@@ -57,62 +57,62 @@ def called(
                 f"{sorted(params)}. Write v['params'], and model_state={{'batch_stats': "
                 "v['batch_stats']} where there are statistics."
             ) from error
-        if jax.tree.leaves(model_state) or not _misses_state(error):
+        if jax.tree.leaves(model_state) or not _lacks_state(error):
             raise
         if mode.get("train"):
-            where = "init_state"
-            how = "init_state(v.params, tx, key=key, model_state=v.model_state)"
+            argument = "init_state"
+            call = "init_state(v.params, tx, key=key, model_state=v.model_state)"
         else:
-            where = "teacher_params" if name == "teacher" else "the step"
-            how = "Variables(params, model_state)"
+            argument = "teacher_params" if name == "teacher" else "the step"
+            call = "Variables(params, model_state)"
         raise ValueError(
-            f"the {name} has a state besides its parameters (batch statistics), and {where} got "
-            f"none. Write {how}."
+            f"the {name} has a state besides its parameters (batch statistics), and {argument} got "
+            f"none. Write {call}."
         ) from error
-    return outputs_of(returned, name)
+    return outputs_of(result, name)
 
 
-def _misses_state(error: BaseException) -> bool:
+def _lacks_state(error: BaseException) -> bool:
     """Whether a framework reports a missing collection."""
-    said = f"{type(error).__name__} {error}"
-    return any(word in said for word in ("ScopeCollectionNotFound", "batch_stats", "BatchStat"))
+    message = f"{type(error).__name__} {error}"
+    return any(word in message for word in ("ScopeCollectionNotFound", "batch_stats", "BatchStat"))
 
 
-def outputs_of(returned: Any, name: str) -> tuple[Outputs, PyTree]:
-    """What a model function returned, if it is `(outputs, model_state)`.
+def outputs_of(result: Any, name: str) -> tuple[Outputs, PyTree]:
+    """Checks that a model function returned `(outputs, model_state)`.
 
     Raises:
-      TypeError: if it is something else.
+      TypeError: if it returned anything else.
     """
-    if isinstance(returned, (tuple, list)) and len(returned) == 2:
-        outputs, model_state = returned
+    if isinstance(result, (tuple, list)) and len(result) == 2:
+        outputs, model_state = result
         if isinstance(outputs, Mapping):
             return outputs, model_state
     raise TypeError(
         f"the {name} must return (outputs, model_state) with outputs a dict such as "
-        f"{{'logits': array}}, got {described(returned)}. interop.function(f) makes a model "
+        f"{{'logits': array}}, got {describe(result)}. interop.function(f) makes a model "
         "function of f(params, inputs) -> logits."
     )
 
 
-def named(what: str, given: Any) -> Mapping[str, Any]:
-    """Named arrays, such as a batch.
+def check_named_arrays(name: str, arrays: Any) -> Mapping[str, Any]:
+    """Checks that named arrays, such as a batch, are a mapping.
 
     Raises:
       TypeError: if it is not a mapping.
     """
-    if isinstance(given, Mapping):
-        return given
+    if isinstance(arrays, Mapping):
+        return arrays
     example = "{'inputs': x, 'labels': y}"
-    if hasattr(given, "inputs") and hasattr(given, "labels"):  # a Dataset
+    if hasattr(arrays, "inputs") and hasattr(arrays, "labels"):  # a Dataset
         example = "{'inputs': data.inputs, 'labels': data.labels}"
     raise TypeError(
-        f"{what} must be a dict with 'inputs', got {described(given)}. Write for example {example}."
+        f"{name} must be a dict with 'inputs', got {describe(arrays)}. Write for example {example}."
     )
 
 
-def described(value: Any) -> str:
-    """A description of the value in words."""
+def describe(value: Any) -> str:
+    """Describes a value for a message."""
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"an array of shape {list(value.shape)}"
     if isinstance(value, (tuple, list)):

@@ -16,13 +16,13 @@ UNIT = 2.0**80  # scales values that are too small or too large to be squared
 
 
 def upcast(x: Array) -> Array:
-    """float32 or wider: half precisions are widened before any arithmetic."""
-    half = jnp.finfo(jnp.result_type(x)).bits < 32
-    return jnp.asarray(x, jnp.float32) if half else jnp.asarray(x)
+    """Widens half precisions to float32, before any arithmetic."""
+    is_half = jnp.finfo(jnp.result_type(x)).bits < 32
+    return jnp.asarray(x, jnp.float32) if is_half else jnp.asarray(x)
 
 
 def cast(x: float | Array, like: Array, name: str = "this number") -> Array:
-    """An array in the dtype of `like` (no weak types, no silent promotion, no lost part)."""
+    """Converts to the dtype of `like` (no weak types, no silent promotion, no lost part)."""
     if x is None or isinstance(x, (bool, str)):
         raise TypeError(f"{name} must be a number, got {x!r:.80}.")
     value = jnp.asarray(x)
@@ -58,7 +58,7 @@ def per_example(x: float | Array, like: Array, name: str = "this hyper-parameter
 
 
 def kept(x: Array, where: Array | None) -> Array:
-    """x with 0 at the masked positions (leading axes), for any values there.
+    """Replaces masked positions (leading axes) of x by 0, whatever their values.
 
     Masks are applied before any arithmetic: an inf that is dropped afterwards still has a NaN
     gradient.
@@ -93,14 +93,14 @@ def at_usable(values: Array, usable: Array, where: Array | None = None) -> Array
 
 
 def nan_of(value: Array, source: Array) -> Array:
-    """`value`, but NaN where `source` is NaN, since a comparison hides it."""
+    """`value`, but NaN where `source` is NaN, which a comparison would hide."""
     return jnp.where(jnp.isnan(source), jnp.nan, value)
 
 
 def log1mexp(x: Array) -> Array:
     """`log(1 - exp(x))` for x <= 0, stable at both ends; -inf at 0 with a finite gradient."""
-    inside = ~(x >= 0)
-    return jnp.where(inside, _log1mexp(jnp.where(inside, x, -1)), -jnp.inf)
+    is_negative = ~(x >= 0)
+    return jnp.where(is_negative, _log1mexp(jnp.where(is_negative, x, -1)), -jnp.inf)
 
 
 @jax.custom_jvp
@@ -111,18 +111,18 @@ def _log1mexp(x: Array) -> Array:
 @_log1mexp.defjvp
 def _log1mexp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # JAX's own has exp(-x) in its second derivative, which overflows below -88.
-    (x,), (moved,) = primals, tangents
-    return _log1mexp(x), moved * (jnp.exp(x) / jnp.expm1(x))
+    (x,), (tangent,) = primals, tangents
+    return _log1mexp(x), tangent * (jnp.exp(x) / jnp.expm1(x))
 
 
 def safe_sqrt(x: Array) -> Array:
     """`sqrt` with gradient 0, not infinity, at 0; 0 for negative values."""
-    positive = ~(x <= 0)
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    is_positive = ~(x <= 0)
+    return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1)), 0)
 
 
 def safe_rsqrt(x: Array) -> Array:
-    """`1 / sqrt(x)`, but 0 with gradient 0 at 0: what does not vary is normalized to 0."""
+    """`1 / sqrt(x)`, but 0 with gradient 0 at 0, so that constant features are normalized to 0."""
     return jnp.where(x == 0, 0, jax.lax.rsqrt(jnp.where(x == 0, 1, x)))
 
 
@@ -135,7 +135,7 @@ def safe_norm(x: Array, *, axis: int | tuple[int, ...] = -1, keepdims: bool = Fa
 
 
 def rescaled(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
-    """`x` over its largest entry, a constant, for functions that are independent of its scale.
+    """Divides `x` by its largest entry, a constant, for functions that do not depend on its scale.
 
     Products then neither underflow nor overflow, for any unit of the features.
     """
@@ -166,10 +166,10 @@ def _unit_jvp(
     axis: int | tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
     # The closed form: the derivative of rsqrt leaves the range if norms exceed 1e12.
-    (x,), (moved,) = primals, tangents
+    (x,), (tangent,) = primals, tangents
     direction = _unit(x, axis)
-    along = direction * jnp.sum(direction * moved, axis=axis, keepdims=True)
-    return direction, (moved - along) * _inverse_norm(x, axis)
+    parallel = direction * jnp.sum(direction * tangent, axis=axis, keepdims=True)
+    return direction, (tangent - parallel) * _inverse_norm(x, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -177,15 +177,17 @@ def _inverse_norm(x: Array, axis: int | tuple[int, ...]) -> Array:
     """`1 / ||x||`, 0 for a zero vector; squares are summed in three units, one of which fits."""
     if x.size == 1:  # XLA rewrites the square of a product of scalars as a product of squares
         return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, jnp.abs(x)))
-    squares, of_small, of_large = (
+    squares, small_squares, large_squares = (
         jnp.sum(jnp.square(x * factor), axis=axis, keepdims=True) for factor in (1, UNIT, 1 / UNIT)
     )
     is_small, is_large = squares < 1e-30, squares > 1e30
-    zero = of_small == 0
-    usual = jax.lax.rsqrt(jnp.where(is_small, 1, squares))
-    small = jax.lax.rsqrt(jnp.where(zero, 1, of_small)) * UNIT
-    inverse = jnp.where(is_small, small, jnp.where(is_large, jax.lax.rsqrt(of_large) / UNIT, usual))
-    return jnp.where(zero, 0, inverse)
+    is_zero = small_squares == 0
+    regular = jax.lax.rsqrt(jnp.where(is_small, 1, squares))
+    small = jax.lax.rsqrt(jnp.where(is_zero, 1, small_squares)) * UNIT
+    inverse = jnp.where(
+        is_small, small, jnp.where(is_large, jax.lax.rsqrt(large_squares) / UNIT, regular)
+    )
+    return jnp.where(is_zero, 0, inverse)
 
 
 @_inverse_norm.defjvp
@@ -193,10 +195,10 @@ def _inverse_norm_jvp(
     axis: int | tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
     # Second derivatives of a direction; the units that do not fit would make them NaN.
-    (x,), (moved,) = primals, tangents
+    (x,), (tangent,) = primals, tangents
     inverse = _inverse_norm(x, axis)
-    along = jnp.sum(_unit(x, axis) * moved, axis=axis, keepdims=True)
-    return inverse, -(along * inverse) * inverse
+    parallel = jnp.sum(_unit(x, axis) * tangent, axis=axis, keepdims=True)
+    return inverse, -(parallel * inverse) * inverse
 
 
 def masked_mean(
@@ -237,7 +239,7 @@ def batch_flat(x: Array) -> Array:
 def gram(x: Array, y: Array) -> Array:
     """`x y^T` over the last two axes: `[..., n, d], [..., m, d] -> [..., n, m]`.
 
-    It is computed in full precision: otherwise accelerators round the factors to 8 or 11 bits, and
+    Computed in full precision: otherwise accelerators round the factors to 8 or 11 bits, and
     distances and correlations are differences of these products.
     """
     return jnp.einsum("...nd,...md->...nm", x, y, precision=jax.lax.Precision.HIGHEST)

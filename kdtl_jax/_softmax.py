@@ -16,10 +16,10 @@ from jax import Array
 from kdtl_jax import _numerics
 
 # Where `|log p - log q|` is below this, differences of p and q use a series. A smaller value would
-# be cheaper but lose digits: sharp distributions give p and q only to 1e-5, but log p - log q to
-# 1e-7.
-NEAR = 1.0
-FEW = 32  # up to this many classes are summed over the outermost axis
+# be cheaper but lose digits: of sharp distributions, p and q are known to 1e-5, but log p - log q
+# to 1e-7.
+SERIES_RADIUS = 1.0
+FEW_CLASSES = 32  # up to this many classes are summed over the outermost axis
 
 
 def log_softmax(logits: Array, *, where: Array | None = None) -> Array:
@@ -52,10 +52,10 @@ def cross_entropy(logits: Array, labels: Array, where: Array | None = None) -> A
     return _numerics.at_usable(values, usable, where)
 
 
-def finite_difference(p_logits: Array, q_logits: Array) -> Array:
+def masked_difference(p_logits: Array, q_logits: Array) -> Array:
     """`p_logits - q_logits`; 0 where either is -inf."""
-    both = (p_logits != -jnp.inf) & (q_logits != -jnp.inf)
-    return jnp.where(both, p_logits, 0) - jnp.where(both, q_logits, 0)
+    is_finite = (p_logits != -jnp.inf) & (q_logits != -jnp.inf)
+    return jnp.where(is_finite, p_logits, 0) - jnp.where(is_finite, q_logits, 0)
 
 
 def log_ratio(p_logits: Array, q_logits: Array, difference: Array | None = None) -> Array:
@@ -68,8 +68,8 @@ def log_ratio(p_logits: Array, q_logits: Array, difference: Array | None = None)
     more accurately: that of the unsoftened logits, divided by the temperature once.
     """
     if difference is None:
-        difference = finite_difference(p_logits, q_logits)
-    return _compared(p_logits, q_logits, difference, -1).ratio
+        difference = masked_difference(p_logits, q_logits)
+    return _compare(p_logits, q_logits, difference, -1).ratio
 
 
 def kl_terms(log_p: Array, log_q: Array, ratio: Array | None = None) -> Array:
@@ -82,12 +82,12 @@ def kl_terms(log_p: Array, log_q: Array, ratio: Array | None = None) -> Array:
     +inf. Pass `log_ratio(...)` as `ratio` if the logits are available.
     """
     in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
-    both = in_p & in_q
+    in_both = in_p & in_q
     p, q = jnp.exp(log_p), jnp.exp(log_q)
-    d = finite_difference(log_p, log_q) if ratio is None else jnp.where(both, ratio, 0)
-    near = jnp.abs(d) < NEAR
-    terms = jnp.where(near, p * _near_expm1_plus(jnp.where(near, d, 0)), p * d + (q - p))
-    return jnp.where(both, terms, jnp.where(in_p, jnp.inf, q))
+    d = masked_difference(log_p, log_q) if ratio is None else jnp.where(in_both, ratio, 0)
+    is_near = jnp.abs(d) < SERIES_RADIUS
+    terms = jnp.where(is_near, p * _near_expm1_plus(jnp.where(is_near, d, 0)), p * d + (q - p))
+    return jnp.where(in_both, terms, jnp.where(in_p, jnp.inf, q))
 
 
 def kl_from_logits(
@@ -104,18 +104,18 @@ def kl_from_logits(
     """
     p_logits, q_logits = _numerics.upcast(p_logits), _numerics.upcast(q_logits)
     if difference is None:
-        difference = finite_difference(p_logits, q_logits)
+        difference = masked_difference(p_logits, q_logits)
     if where is not None:
         p_logits = jnp.where(where, p_logits, -jnp.inf)
         q_logits = jnp.where(where, q_logits, -jnp.inf)
     # Sums of few numbers are slow along the innermost axis: put the rows there.
-    axis = 0 if p_logits.shape[-1] <= FEW else -1
+    axis = 0 if p_logits.shape[-1] <= FEW_CLASSES else -1
     return _kl(*(jnp.moveaxis(x, -1, axis) for x in (p_logits, q_logits, difference)), axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _kl(p_logits: Array, q_logits: Array, difference: Array, axis: int) -> Array:
-    return _kl_value(_compared(p_logits, q_logits, difference, axis), axis)
+    return _kl_value(_compare(p_logits, q_logits, difference, axis), axis)
 
 
 @_kl.defjvp
@@ -123,51 +123,53 @@ def _kl_jvp(
     axis: int, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
     # The difference restates the logits more accurately, so it adds no derivative.
-    in_p, in_q, near, p, q, d, rest = found = _compared(*primals, axis)
-    kl = _kl_value(found, axis)
+    in_p, in_q, is_near, p, q, d, series = comparison = _compare(*primals, axis)
+    kl = _kl_value(comparison, axis)
     # A row with an infinite KL has no finite derivative; only that of its finite part remains.
-    level = jnp.expand_dims(jnp.where(jnp.isfinite(kl), kl, 0), axis)
-    both = in_p & in_q
-    by_p = jnp.where(both, p * (d - level), 0)
+    finite_kl = jnp.expand_dims(jnp.where(jnp.isfinite(kl), kl, 0), axis)
+    in_both = in_p & in_q
+    p_derivative = jnp.where(in_both, p * (d - finite_kl), 0)
     # A class absent from p leaves q, one absent from q nothing.
-    by_q = jnp.where(near, p * (rest - d), jnp.where(both, q - p, q))
-    return kl, jnp.sum(by_p * tangents[0] + by_q * tangents[1], axis=axis)
+    q_derivative = jnp.where(is_near, p * (series - d), jnp.where(in_both, q - p, q))
+    return kl, jnp.sum(p_derivative * tangents[0] + q_derivative * tangents[1], axis=axis)
 
 
-class _Compared(NamedTuple):
-    """Near is where both have the class and `|d| < NEAR`, with d as in `log_ratio`."""
+class _Comparison(NamedTuple):
+    """`is_near`: both have the class and `|d| < SERIES_RADIUS`, with d as in `log_ratio`."""
 
     in_p: Array
     in_q: Array
-    near: Array
+    is_near: Array
     p: Array
     q: Array
     ratio: Array
-    rest: Array  # `d + expm1(-d)` where near
+    series: Array  # `d + expm1(-d)` where `is_near`
 
 
-def _compared(p_logits: Array, q_logits: Array, difference: Array, axis: int) -> _Compared:
+def _compare(p_logits: Array, q_logits: Array, difference: Array, axis: int) -> _Comparison:
     """`log_softmax` and `log_ratio` of both in one pass: one exponential per logit.
 
     The exponentials of the normalizers are reused as probabilities, and the terms' `d + expm1(-d)`
-    gives `p - q = p (d - rest)` for the derivative.
+    gives `p - q = p (d - series)` for the derivative.
     """
     in_p, in_q = p_logits != -jnp.inf, q_logits != -jnp.inf
-    both = in_p & in_q
+    in_both = in_p & in_q
     top_p, total_p, p = _softmax_parts(p_logits, axis)
     top_q, total_q, q = _softmax_parts(q_logits, axis)
-    # If the tops are far apart, as for a one-hot teacher at 1e9, the difference has lost the
-    # smaller side; relative to its own top, each side keeps its digits.
-    below_q = jnp.where(both, q_logits - top_q, 0)
-    is_exact = jnp.abs(top_p - top_q) <= NEAR
-    apart = jnp.where(is_exact, difference - (top_p - top_q), (p_logits - top_p) - below_q)
-    d = jnp.where(both, apart - (jnp.log(total_p) - jnp.log(total_q)), 0)
-    near = both & (jnp.abs(d) < NEAR)
-    excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
+    # If the tops are far apart, as for a one-hot teacher at 1e9, the difference has lost the digits
+    # of the smaller side; relative to its own top, each side keeps its digits.
+    q_offset = jnp.where(in_both, q_logits - top_q, 0)
+    is_exact = jnp.abs(top_p - top_q) <= SERIES_RADIUS
+    offset_difference = jnp.where(
+        is_exact, difference - (top_p - top_q), (p_logits - top_p) - q_offset
+    )
+    d = jnp.where(in_both, offset_difference - (jnp.log(total_p) - jnp.log(total_q)), 0)
+    is_near = in_both & (jnp.abs(d) < SERIES_RADIUS)
+    excess = jnp.where(is_near, q * _near_expm1(jnp.where(is_near, d, 0)), p - q)
     # Far above practical values, at logits of 1e15, rounding makes the correction meaningless.
-    r = jnp.clip(jnp.sum(excess, axis=axis, keepdims=True), -0.5, 1)
-    d = jnp.where(both, d - jnp.log1p(jax.lax.stop_gradient(r)), 0)
-    return _Compared(in_p, in_q, near, p, q, d, _near_expm1_plus(jnp.where(near, d, 0)))
+    residual = jnp.clip(jnp.sum(excess, axis=axis, keepdims=True), -0.5, 1)
+    d = jnp.where(in_both, d - jnp.log1p(jax.lax.stop_gradient(residual)), 0)
+    return _Comparison(in_p, in_q, is_near, p, q, d, _near_expm1_plus(jnp.where(is_near, d, 0)))
 
 
 def _softmax_parts(logits: Array, axis: int = -1) -> tuple[Array, Array, Array]:
@@ -183,14 +185,14 @@ def _softmax_parts(logits: Array, axis: int = -1) -> tuple[Array, Array, Array]:
     return top, total, e / total
 
 
-def _kl_value(found: _Compared, axis: int) -> Array:
-    in_p, in_q, near, p, q, d, rest = found
-    terms = jnp.where(near, p * rest, p * d + (q - p))
+def _kl_value(comparison: _Comparison, axis: int) -> Array:
+    in_p, in_q, is_near, p, q, d, series = comparison
+    terms = jnp.where(is_near, p * series, p * d + (q - p))
     return jnp.sum(jnp.where(in_p & in_q, terms, jnp.where(in_p, jnp.inf, q)), axis=axis)
 
 
 def _near_expm1(d: Array) -> Array:
-    """`expm1(d)` for |d| < NEAR by its series: a few multiply-adds, no call, exact to rounding."""
+    """`expm1(d)` for |d| < SERIES_RADIUS by its series, exact to rounding: a few multiply-adds."""
     last = _last_power(d)
     series = jnp.full_like(d, 1 / math.factorial(last))
     for k in range(last - 1, 0, -1):
@@ -199,7 +201,7 @@ def _near_expm1(d: Array) -> Array:
 
 
 def _near_expm1_plus(d: Array) -> Array:
-    """`d + expm1(-d)` for |d| < NEAR, `d^2 / 2 - d^3 / 6 + ...`: no cancellation near 0."""
+    """`d + expm1(-d)` for |d| < SERIES_RADIUS, `d^2 / 2 - d^3 / 6 + ...`, without cancellation."""
     last = _last_power(d)
     series = jnp.full_like(d, 1 / math.factorial(last))
     for k in range(last - 1, 1, -1):
@@ -208,5 +210,5 @@ def _near_expm1_plus(d: Array) -> Array:
 
 
 def _last_power(d: Array) -> int:
-    """The last power of the series that matters: `2 NEAR^(k - 2) / k!` falls below rounding."""
+    """The last power that matters: later, `2 SERIES_RADIUS^(k - 2) / k!` is below rounding."""
     return 11 if jnp.finfo(d.dtype).bits <= 32 else 19

@@ -1,7 +1,6 @@
-"""Shared types: named aliases for trees, and the protocols that user functions follow.
+"""Shared types: aliases for trees, and protocols for user functions.
 
-A protocol states what a callable receives and returns, so every contract of the library is on one
-page.
+A protocol states what a callable receives and returns, so all contracts of the library are here.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ Schedule = Callable[[Array], Scalar]  # step -> value, as in optax
 
 
 class Variables(NamedTuple):
-    """What a frozen model needs to run: its parameters and its other collections."""
+    """The variables of a frozen model: its parameters and its other collections."""
 
     params: Params
     model_state: PyTree = None
@@ -36,8 +35,8 @@ class Mean(NamedTuple):
 
     def value(self) -> Array:
         """`total / weight`, 0 where the weight is 0."""
-        some = self.weight != 0
-        return jnp.where(some, self.total, 0) / jnp.where(some, self.weight, 1)
+        is_defined = self.weight != 0
+        return jnp.where(is_defined, self.total, 0) / jnp.where(is_defined, self.weight, 1)
 
 
 class ModelFn(Protocol):

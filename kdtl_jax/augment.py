@@ -1,11 +1,11 @@
 """Augmentation as pure keyed functions: crop, flip, mixup, CutMix.
 
-Each function takes a key and a batch's arrays, so a view depends only on its key: it is made once
-and given to both teacher and student. `example_keys(key, epoch, rows)` gives every example of every
-epoch its own key, independent of its batch, so a teacher cache built from those keys agrees with a
-live teacher. `mixup` and `cutmix` mix rows *within* a batch, so they depend on the batch too and
-need a live teacher. They take the mask of real examples (`where`, bool `[B]`): a real row is mixed
-with a real row, and padded rows are unchanged.
+Each function takes a key and a batch's arrays, so a view depends only on its key: it is computed
+once and given to both teacher and student. `example_keys(key, epoch, rows)` gives every example of
+every epoch its own key, independent of its batch, so a teacher cache built from those keys agrees
+with a live teacher. `mixup` and `cutmix` mix rows *within* a batch, so they depend on the batch too
+and need a live teacher. They take the mask of real examples (`where`, bool `[B]`): a real row is
+mixed with a real row, and padded rows are unchanged.
 
 Everything runs inside `jit`, on the device.
 
@@ -22,7 +22,7 @@ from kdtl_jax import _checks
 
 
 def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
-    """Keys `[B]`: `fold_in(fold_in(key, epoch), row)`, one per example and epoch.
+    """Makes keys `[B]`, `fold_in(fold_in(key, epoch), row)`, one per example and epoch.
 
     Args:
       key: typed PRNG key, the augmentation's seed.
@@ -32,8 +32,8 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
     _checks.scalar(epoch=epoch)
     _checks.integers(rows=rows, epoch=epoch)
     _checks.key(key=key)
-    in_epoch = jax.random.fold_in(key, epoch)
-    return jax.vmap(lambda row: jax.random.fold_in(in_epoch, row))(rows)
+    epoch_key = jax.random.fold_in(key, epoch)
+    return jax.vmap(lambda row: jax.random.fold_in(epoch_key, row))(rows)
 
 
 def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Array:
@@ -47,8 +47,8 @@ def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Arr
     _check_images(keys, images)
     _checks.scalar(probability=probability)
     _checks.within(0, 1, probability=probability)
-    mirrored = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
-    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    is_flipped = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
+    return jnp.where(is_flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
 def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
@@ -61,14 +61,14 @@ def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
     """
     _check_images(keys, images)
     _checks.count(0, padding=padding)
-    room = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    padded = jnp.pad(images, room)
+    pad_width = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(images, pad_width)
 
-    def one(key: Array, image: Array) -> Array:
+    def crop_image(key: Array, image: Array) -> Array:
         top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
         return jax.lax.dynamic_slice(image, (top, left, jnp.zeros_like(top)), images.shape[1:])
 
-    return jax.vmap(one)(keys, padded)
+    return jax.vmap(crop_image)(keys, padded)
 
 
 def mixup(
@@ -97,10 +97,10 @@ def mixup(
     _check_mix(inputs, targets, alpha, where)
     _checks.key(key=key)
     share_key, order_key = jax.random.split(key)
-    share = jax.random.beta(share_key, alpha, alpha)
-    other = _partners(order_key, inputs.shape[0], where)
+    weight = jax.random.beta(share_key, alpha, alpha)
+    partners = _partners(order_key, inputs.shape[0], where)
     inputs, targets = jnp.asarray(inputs), jnp.asarray(targets)
-    return _blend(share, inputs, inputs[other]), _blend(share, targets, targets[other])
+    return _blend(weight, inputs, inputs[partners]), _blend(weight, targets, targets[partners])
 
 
 def cutmix(
@@ -134,35 +134,35 @@ def cutmix(
     _checks.key(key=key)
     share_key, order_key, row_key, column_key = jax.random.split(key, 4)
     side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
-    inside_rows = _span(row_key, images.shape[1], side)
-    inside_columns = _span(column_key, images.shape[2], side)
-    inside = inside_rows[:, None] & inside_columns[None, :]
-    other = _partners(order_key, images.shape[0], where)
+    box_rows = _span(row_key, images.shape[1], side)
+    box_columns = _span(column_key, images.shape[2], side)
+    in_box = box_rows[:, None] & box_columns[None, :]
+    partners = _partners(order_key, images.shape[0], where)
     images, targets = jnp.asarray(images), jnp.asarray(targets)
-    mixed = jnp.where(inside[None, :, :, None], images[other], images)
-    left = 1 - jnp.mean(inside.astype(jnp.float32))
-    return mixed, _blend(left, targets, targets[other])
+    mixed = jnp.where(in_box[None, :, :, None], images[partners], images)
+    weight = 1 - jnp.mean(in_box.astype(jnp.float32))
+    return mixed, _blend(weight, targets, targets[partners])
 
 
 def _span(key: Array, size: int, side: Array) -> Array:
     """bool `[size]`: a segment of `side * size` pixels around a random center."""
     center = jax.random.uniform(key, (), maxval=float(size))
-    places = jnp.arange(size, dtype=jnp.float32) + 0.5
-    return jnp.abs(places - center) < side * (size / 2)
+    pixels = jnp.arange(size, dtype=jnp.float32) + 0.5
+    return jnp.abs(pixels - center) < side * (size / 2)
 
 
 def _partners(key: Array, size: int, where: Array | None) -> Array:
     """A random permutation of the real rows; the others are their own partners."""
     if where is None:
         return jax.random.permutation(key, size)
-    drawn = jax.random.uniform(key, (size,))
-    order = jnp.argsort(jnp.where(where, drawn, jnp.inf))  # the real rows first, shuffled
+    random = jax.random.uniform(key, (size,))
+    order = jnp.argsort(jnp.where(where, random, jnp.inf))  # the real rows first, shuffled
     return jnp.where(where, order[jnp.cumsum(where) - 1], jnp.arange(size))
 
 
-def _blend(share: Array, first: Array, second: Array) -> Array:
-    share = share.astype(first.dtype)
-    return share * first + (1 - share) * second
+def _blend(weight: Array, first: Array, second: Array) -> Array:
+    weight = weight.astype(first.dtype)
+    return weight * first + (1 - weight) * second
 
 
 def _check_images(keys: Array, images: Array) -> None:

@@ -1,6 +1,6 @@
-"""Quantities of whole batches: distances between two batches, spectra and confusion of one.
+"""Statistics of whole batches: distances between two batches, spectrum and confusion of one.
 
-They return one scalar, which the objective counts once, like a penalty. They are not losses: since
+Each returns one scalar, which the objective counts once, like a penalty. They are not losses: since
 they are not means over examples, microbatches do not add up to the large batch.
 
 `where` (bool `[B]`) marks the real examples; padded rows have no effect and may hold anything. With
@@ -49,7 +49,7 @@ def bss(features: Array, *, k: int = 1, where: Array | None = None) -> Array:
       Chen et al., Catastrophic Forgetting Meets Negative Transfer, NeurIPS 2019.
     """
     batch = _batch(features=features, where=where)
-    _checks.whole(k=k)
+    _checks.integer(k=k)
     if not 1 <= k <= min(features.shape):
         raise ValueError(
             f"k must lie in 1..{min(features.shape)}, the number of singular values of "
@@ -60,8 +60,8 @@ def bss(features: Array, *, k: int = 1, where: Array | None = None) -> Array:
         return jnp.sum(squares[-k:])
     # Masked rows are zeros: they add singular values of 0, which come last.
     rank = jnp.minimum(jnp.sum(where), features.shape[1])
-    place = jnp.arange(len(squares))
-    return jnp.sum(jnp.where((place >= rank - k) & (place < rank), squares, 0))
+    index = jnp.arange(len(squares))
+    return jnp.sum(jnp.where((index >= rank - k) & (index < rank), squares, 0))
 
 
 def coral(
@@ -85,9 +85,9 @@ def coral(
     References:
       Sun and Saenko, Deep CORAL, 2016 (1607.01719), eq. 1.
     """
-    first, second = _domains(student_features, target_features, where, target_where)
-    gap = _covariance(first) - _covariance(second)
-    return _if_enough(jnp.mean(jnp.square(gap)) / 4, first, second)
+    first, second = _check_domains(student_features, target_features, where, target_where)
+    difference = _covariance(first) - _covariance(second)
+    return _zero_if_few(jnp.mean(jnp.square(difference)) / 4, first, second)
 
 
 def mk_mmd(
@@ -119,22 +119,24 @@ def mk_mmd(
       Gretton et al., A kernel two-sample test, 2012, eq. 3; Long et al., Learning Transferable
       Features with Deep Adaptation Networks, 2015 (1502.02791).
     """
-    first, second = _domains(student_features, target_features, where, target_where)
+    first, second = _check_domains(student_features, target_features, where, target_where)
 
     def kernel(a: "_Batch", b: "_Batch") -> Array:
         pairs = multi_gaussian(a.rows, b.rows, scale=scale, alphas=alphas)
         if a.where is None and b.where is None:
             return pairs
-        real = [jnp.ones(len(x.rows), jnp.bool_) if x.where is None else x.where for x in (a, b)]
-        return jnp.where(real[0][:, None] & real[1][None, :], pairs, 0)
+        masks = [jnp.ones(len(x.rows), jnp.bool_) if x.where is None else x.where for x in (a, b)]
+        return jnp.where(masks[0][:, None] & masks[1][None, :], pairs, 0)
 
-    def distinct(batch: "_Batch") -> Array:
+    def mean_off_diagonal(batch: "_Batch") -> Array:
         pairs = kernel(batch, batch)
         count = jnp.maximum(batch.size * (batch.size - 1), 1)
         return (jnp.sum(pairs) - jnp.trace(pairs)) / count
 
-    between = jnp.sum(kernel(first, second)) / (first.size * second.size)
-    return _if_enough(distinct(first) + distinct(second) - 2 * between, first, second)
+    cross = jnp.sum(kernel(first, second)) / (first.size * second.size)
+    return _zero_if_few(
+        mean_off_diagonal(first) + mean_off_diagonal(second) - 2 * cross, first, second
+    )
 
 
 def mk_mmd_linear(
@@ -152,22 +154,22 @@ def mk_mmd_linear(
     `mk_mmd`.
     """
     _checks.same_shape(student_features=student_features, target_features=target_features)
-    first, second = _domains(student_features, target_features, where, None)
+    first, second = _check_domains(student_features, target_features, where, None)
     x, y, size = first.rows, second.rows, len(first.rows)
-    after = jnp.roll(jnp.arange(size), -1)
+    neighbor = jnp.roll(jnp.arange(size), -1)
     if where is not None:
         order = jnp.argsort(~where, stable=True)  # real examples first
         x, y = x[order], y[order]
-        after = jnp.where(jnp.arange(size) == jnp.sum(where) - 1, 0, after)
+        neighbor = jnp.where(jnp.arange(size) == jnp.sum(where) - 1, 0, neighbor)
 
     def kernel(a: Array, b: Array) -> Array:
         return _gaussians(jnp.sum(jnp.square(a - b), axis=-1), scale, alphas)
 
-    within = kernel(x, x[after]) + kernel(y, y[after])
-    values = within - kernel(x, y[after]) - kernel(x[after], y)
+    within = kernel(x, x[neighbor]) + kernel(y, y[neighbor])
+    values = within - kernel(x, y[neighbor]) - kernel(x[neighbor], y)
     if where is not None:
         values = jnp.where(jnp.arange(size) < jnp.sum(where), values, 0)
-    return _if_enough(jnp.sum(values) / first.size, first, second)
+    return _zero_if_few(jnp.sum(values) / first.size, first, second)
 
 
 def mean_squared_distance(
@@ -188,7 +190,7 @@ def mean_squared_distance(
     Returns:
       `[]`, squared feature units.
     """
-    first, second = _domains(student_features, target_features, where, target_where)
+    first, second = _check_domains(student_features, target_features, where, target_where)
     joint = jnp.concatenate([first.rows, second.rows])
     count = first.size + second.size
     mean = jnp.sum(joint, axis=0, keepdims=True) / count
@@ -204,8 +206,8 @@ def multi_gaussian(
     first: Array, second: Array, *, scale: Scalar, alphas: Sequence[Scalar]
 ) -> Array:
     """`sum_a exp(-||x_i - y_j||^2 / (2 a scale))`, `[N, D], [M, D] -> [N, M]`."""
-    gaps = first[:, None, :] - second[None, :, :]
-    return _gaussians(jnp.sum(jnp.square(gaps), axis=-1), scale, alphas)
+    differences = first[:, None, :] - second[None, :, :]
+    return _gaussians(jnp.sum(jnp.square(differences), axis=-1), scale, alphas)
 
 
 def mcc(
@@ -263,8 +265,8 @@ def entropy_weights(
     _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
     log_p = _softmax.log_softmax(logits / _numerics.scalar(temperature, logits, "temperature"))
-    finite = jnp.where(log_p != -jnp.inf, log_p, 0)
-    entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=-1)
+    finite_log_p = jnp.where(log_p != -jnp.inf, log_p, 0)
+    entropy = -jnp.sum(jnp.exp(log_p) * finite_log_p, axis=-1)
     weights = 1 + jnp.exp(-entropy)
     return _numerics.kept(weights / _numerics.masked_mean(weights, where), where)
 
@@ -275,17 +277,17 @@ class _Batch(NamedTuple):
     size: Array
 
 
-def _batch(where: Array | None, **named: Array) -> _Batch:
-    _checks.floating(**named)
-    _checks.rank(2, 2, **named)
-    _checks.nonempty(**named)
-    (rows,) = named.values()
+def _batch(where: Array | None, **named_array: Array) -> _Batch:
+    _checks.floating(**named_array)
+    _checks.rank(2, 2, **named_array)
+    _checks.nonempty(**named_array)
+    (rows,) = named_array.values()
     _checks.mask(where, jnp.shape(rows)[:1])
     rows = _numerics.kept(_numerics.upcast(rows), where)
     return _Batch(rows, where, _numerics.row_count(rows, where))
 
 
-def _domains(
+def _check_domains(
     first: Array, second: Array, where: Array | None, target_where: Array | None
 ) -> tuple[_Batch, _Batch]:
     _checks.floating(student_features=first, target_features=second)
@@ -303,14 +305,14 @@ def _domains(
     a = _batch(where, student_features=first)
     b = _batch(where if target_where is None else target_where, target_features=second)
     dtype = np.result_type(a.rows.dtype, b.rows.dtype)
-    return _of_dtype(a, dtype), _of_dtype(b, dtype)
+    return _astype(a, dtype), _astype(b, dtype)
 
 
-def _of_dtype(batch: _Batch, dtype: Any) -> _Batch:
+def _astype(batch: _Batch, dtype: Any) -> _Batch:
     return batch._replace(rows=batch.rows.astype(dtype), size=batch.size.astype(dtype))
 
 
-def _if_enough(value: Array, *batches: _Batch) -> Array:
+def _zero_if_few(value: Array, *batches: _Batch) -> Array:
     """The value, or 0 if a batch has fewer than two real examples."""
     if all(batch.where is None for batch in batches):
         return value
@@ -336,8 +338,8 @@ def _gaussians(square: Array, scale: Scalar, alphas: Sequence[Scalar]) -> Array:
     ]
 
     def kernel(width: Array) -> Array:
-        """Counts only equal rows if the scale is 0, which is the scale of a batch of equal rows."""
-        usual = jnp.exp(-square / jnp.where(width == 0, 1, width))
-        return jnp.where(width == 0, (square == 0).astype(square.dtype), usual)
+        """A Gaussian; for scale 0, that of a batch of equal rows, 1 for equal rows and else 0."""
+        gaussian = jnp.exp(-square / jnp.where(width == 0, 1, width))
+        return jnp.where(width == 0, (square == 0).astype(square.dtype), gaussian)
 
     return sum((kernel(width) for width in widths[1:]), kernel(widths[0]))

@@ -23,9 +23,9 @@ from jax import Array
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
 
-# On a CPU a product costs about a tenth of gathering its row: a bank of up to this many times the
+# On a CPU a product costs about a tenth of gathering its row: a bank with up to this many times the
 # drawn rows is multiplied as a whole.
-_ALL_ROWS = 8
+_MAX_BANK_RATIO = 8
 
 
 class Bank(NamedTuple):
@@ -70,7 +70,7 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
 def bank_draw(
     key: Array, index: Array, *, size: int, negatives: int, where: Array | None = None
 ) -> Array:
-    """Rows to compare with: the example itself in column 0, then uniform draws of other examples.
+    """Draws rows to compare with: the example itself in column 0, then other examples, uniformly.
 
     Args:
       key: a random key.
@@ -89,41 +89,41 @@ def bank_draw(
     _checks.mask(where, jnp.shape(index))
     index = _numerics.kept(index, where)
     _checks.indices(size, index=index)
-    own = index.astype(jnp.int32)[:, None]
-    drawn = jax.random.randint(key, (len(index), negatives), 0, size - 1, jnp.int32)
-    others = drawn + (drawn >= own).astype(jnp.int32)  # skips the example itself
-    return jnp.concatenate([own, others], axis=1)
+    positives = index.astype(jnp.int32)[:, None]
+    draws = jax.random.randint(key, (len(index), negatives), 0, size - 1, jnp.int32)
+    negative_rows = draws + (draws >= positives).astype(jnp.int32)  # skips the example itself
+    return jnp.concatenate([positives, negative_rows], axis=1)
 
 
 def _products(bank: Bank, x: Array, index: Array) -> Array:
-    """`x_b . row[index[b, j]]`: never a `[B, K, D]` array.
+    """`x_b . row[index[b, j]]`, without a `[B, K, D]` array; NaN for an index outside the bank.
 
-    If the bank is hardly larger than the drawn rows, multiplies the whole bank; otherwise gathers
-    the drawn rows a few examples at a time. NaN for an index outside the bank.
+    Multiplies the whole bank if it is hardly larger than the drawn rows; otherwise gathers the
+    drawn rows a few examples at a time.
     """
-    inside = _inside(bank, index)
-    return jnp.where(inside, _known_products(bank, x, jnp.where(inside, index, 0)), jnp.nan)
+    is_valid = _is_valid(bank, index)
+    return jnp.where(is_valid, _valid_products(bank, x, jnp.where(is_valid, index, 0)), jnp.nan)
 
 
-def _inside(bank: Bank, index: Array) -> Array:
-    """Which indices are rows of the bank: JAX reads -1 as the last row, and n as the last too."""
+def _is_valid(bank: Bank, index: Array) -> Array:
+    """Whether indices are rows of the bank: JAX reads both -1 and n as the last row."""
     return (index >= 0) & (index < len(bank.rows))
 
 
-def _known_products(bank: Bank, x: Array, index: Array) -> Array:
+def _valid_products(bank: Bank, x: Array, index: Array) -> Array:
     rows = jax.lax.stop_gradient(bank.rows.astype(x.dtype))
-    if len(rows) <= _ALL_ROWS * index.shape[1]:
+    if len(rows) <= _MAX_BANK_RATIO * index.shape[1]:
         return jnp.take_along_axis(_numerics.gram(x, rows), index, axis=1)
 
     @jax.checkpoint
-    def one(pair: tuple[Array, Array]) -> Array:
-        row, places = pair
-        return jnp.matmul(rows[places], row, precision=jax.lax.Precision.HIGHEST)
+    def example_products(pair: tuple[Array, Array]) -> Array:
+        row, row_index = pair
+        return jnp.matmul(rows[row_index], row, precision=jax.lax.Precision.HIGHEST)
 
-    at_once = max(2**22 // (index.shape[1] * x.shape[1]), 1)
-    if at_once >= len(x):
-        return jax.vmap(lambda *pair: one(pair))(x, index)
-    return jax.lax.map(one, (x, index), batch_size=at_once)
+    batch_size = max(2**22 // (index.shape[1] * x.shape[1]), 1)
+    if batch_size >= len(x):
+        return jax.vmap(lambda *pair: example_products(pair))(x, index)
+    return jax.lax.map(example_products, (x, index), batch_size=batch_size)
 
 
 def bank_scores(
@@ -146,7 +146,7 @@ def bank_scores(
     Returns:
       `[B, 1 + K]`, differentiable in `x` and `temperature`, not in the bank.
     """
-    x, index = _checked(bank, x, index, 2, where)
+    x, index = _check_batch(bank, x, index, 2, where)
     _checks.positive(temperature=temperature)
     log_z = jax.lax.stop_gradient(bank.log_z).astype(x.dtype)
     return _products(bank, x, index) / _numerics.scalar(temperature, x, "temperature") - log_z
@@ -174,11 +174,13 @@ def bank_set_normalizer(
     Returns:
       The bank with a new `log_z`; unchanged if no example is real.
     """
-    bare = bank._replace(log_z=jnp.zeros_like(bank.log_z))
-    raw = bank_scores(bare, x, index, temperature=temperature, where=where)
-    real = None if where is None else jnp.broadcast_to(where[:, None], raw.shape)
-    log_mean = jax.nn.logsumexp(raw, where=real) - jnp.log(
-        jnp.asarray(raw.size, raw.dtype) if real is None else jnp.sum(real, dtype=raw.dtype)
+    unnormalized = bank._replace(log_z=jnp.zeros_like(bank.log_z))
+    scores = bank_scores(unnormalized, x, index, temperature=temperature, where=where)
+    is_real = None if where is None else jnp.broadcast_to(where[:, None], scores.shape)
+    log_mean = jax.nn.logsumexp(scores, where=is_real) - jnp.log(
+        jnp.asarray(scores.size, scores.dtype)
+        if is_real is None
+        else jnp.sum(is_real, dtype=scores.dtype)
     )
     log_z = jax.lax.stop_gradient(log_mean + math.log(len(bank.rows))).astype(bank.log_z.dtype)
     if where is not None:
@@ -206,20 +208,20 @@ def bank_update(
     Returns:
       The bank, rows replaced.
     """
-    x, index = _checked(bank, x, index, 1, where)
+    x, index = _check_batch(bank, x, index, 1, where)
     _checks.within(0, 1, momentum=momentum)
     x = jax.lax.stop_gradient(x).astype(bank.rows.dtype)
-    keep = _numerics.scalar(momentum, x, "momentum")
-    mixed = _numerics.normalize(keep * bank.rows[index] + (1 - keep) * x)
-    written = _inside(bank, index) if where is None else _inside(bank, index) & where
-    index = jnp.where(written, index, len(bank.rows))  # outside: dropped
-    return bank._replace(rows=bank.rows.at[index].set(mixed, mode="drop"))
+    decay = _numerics.scalar(momentum, x, "momentum")
+    new_rows = _numerics.normalize(decay * bank.rows[index] + (1 - decay) * x)
+    is_written = _is_valid(bank, index) if where is None else _is_valid(bank, index) & where
+    index = jnp.where(is_written, index, len(bank.rows))  # outside: dropped
+    return bank._replace(rows=bank.rows.at[index].set(new_rows, mode="drop"))
 
 
-def _checked(
+def _check_batch(
     bank: Bank, x: Array, index: Array, index_rank: int, where: Array | None
 ) -> tuple[Array, Array]:
-    """Embeddings in float32 or wider and indices, both 0 in masked rows."""
+    """Checks embeddings and indices; returns both, 0 in masked rows, embeddings upcast."""
     _checks.floating(x=x)
     _checks.rank(2, 2, x=x)
     _checks.rank(index_rank, index_rank, index=index)
@@ -269,11 +271,13 @@ def queue_push(queue: Queue, x: Array, *, where: Array | None = None) -> Queue:
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"x must be [B, {width}], got {_checks.described(x=x, rows=queue.rows)}.")
     _checks.mask(where, x.shape[:1])
-    real = jnp.ones(len(x), jnp.bool_) if where is None else where
-    count = jnp.sum(real, dtype=jnp.int32)
-    arrival = jnp.cumsum(real, dtype=jnp.int32) - 1  # the n-th real example goes n places further
-    stays = real & (arrival >= count - size)
-    places = jnp.where(stays, (queue.pointer + arrival) % size, size)  # outside: dropped
-    new = jax.lax.stop_gradient(x).astype(queue.rows.dtype)
+    is_real = jnp.ones(len(x), jnp.bool_) if where is None else where
+    count = jnp.sum(is_real, dtype=jnp.int32)
+    arrival = jnp.cumsum(is_real, dtype=jnp.int32) - 1  # among the real examples, from 0
+    is_kept = is_real & (arrival >= count - size)
+    positions = jnp.where(is_kept, (queue.pointer + arrival) % size, size)  # outside: dropped
+    new_rows = jax.lax.stop_gradient(x).astype(queue.rows.dtype)
     pointer = (queue.pointer + count) % size
-    return Queue(queue.rows.at[places].set(new, mode="drop"), pointer.astype(queue.pointer.dtype))
+    return Queue(
+        queue.rows.at[positions].set(new_rows, mode="drop"), pointer.astype(queue.pointer.dtype)
+    )

@@ -36,8 +36,8 @@ class Calibration(NamedTuple):
 
 def accuracy(predicted: Any, labels: Any) -> float:
     """The share of correct classes; NaN if an answer is missing, as in `run.scores.accuracy`."""
-    predicted, labels = _classes(predicted, labels)
-    return float(np.mean(predicted == labels)) if _are_answers(predicted) else float("nan")
+    predicted, labels = _check_classes(predicted, labels)
+    return float(np.mean(predicted == labels)) if _all_answered(predicted) else float("nan")
 
 
 def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
@@ -46,10 +46,10 @@ def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
     An example without an answer is in no column.
     """
     _checks.count(1, classes=classes)
-    predicted, labels = _classes(predicted, labels, classes)
-    told = predicted >= 0
+    predicted, labels = _check_classes(predicted, labels, classes)
+    is_answered = predicted >= 0
     counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (labels[told], predicted[told]), 1)
+    np.add.at(counts, (labels[is_answered], predicted[is_answered]), 1)
     return counts
 
 
@@ -63,21 +63,21 @@ def per_class(predicted: Any, labels: Any, classes: int) -> PerClass:
 def balanced_accuracy(predicted: Any, labels: Any, classes: int) -> float:
     """The mean recall over the classes that occur in `labels`; NaN as in `accuracy`."""
     recall = per_class(predicted, labels, classes).recall
-    return float(np.nanmean(recall)) if _are_answers(np.asarray(predicted)) else float("nan")
+    return float(np.nanmean(recall)) if _all_answered(np.asarray(predicted)) else float("nan")
 
 
 def negative_log_likelihood(probabilities: Any, labels: Any) -> float:
     """`-mean log p(label)`; infinite if a label has probability 0."""
-    p, labels = _probabilities(probabilities, labels)
+    p, labels = _check_probabilities(probabilities, labels)
     with np.errstate(divide="ignore"):
         return float(-np.mean(np.log(p[np.arange(len(labels)), labels])))
 
 
 def brier(probabilities: Any, labels: Any) -> float:
     """`mean sum_k (p_k - y_k)^2`, y one-hot: 0 to 2. Brier, 1950."""
-    p, labels = _probabilities(probabilities, labels)
-    own = p[np.arange(len(labels)), labels]
-    return float(np.mean(np.sum(p**2, axis=-1) - own**2 + (1 - own) ** 2))
+    p, labels = _check_probabilities(probabilities, labels)
+    p_label = p[np.arange(len(labels)), labels]
+    return float(np.mean(np.sum(p**2, axis=-1) - p_label**2 + (1 - p_label) ** 2))
 
 
 def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibration:
@@ -86,17 +86,17 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
     Expected calibration error: Naeini et al., AAAI 2015, and Guo et al., 2017 (1706.04599), with
     bins `((b - 1) / bins, b / bins]`.
     """
-    p, labels = _probabilities(probabilities, labels)
+    p, labels = _check_probabilities(probabilities, labels)
     _checks.count(1, bins=bins)
-    confidence, right = p.max(axis=-1), p.argmax(axis=-1) == labels
+    confidence, is_correct = p.max(axis=-1), p.argmax(axis=-1) == labels
     if not np.isfinite(confidence).all():
-        nothing = np.full(bins, np.nan)
-        return Calibration(float("nan"), nothing, nothing, np.zeros(bins, np.int64))
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
+        nans = np.full(bins, np.nan)
+        return Calibration(float("nan"), nans, nans, np.zeros(bins, np.int64))
+    bin_index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(bin_index, minlength=bins)
     with np.errstate(invalid="ignore"):
-        mean = np.bincount(place, confidence, bins) / count
-        share = np.bincount(place, right.astype(np.float64), bins) / count
+        mean = np.bincount(bin_index, confidence, bins) / count
+        share = np.bincount(bin_index, is_correct.astype(np.float64), bins) / count
     gaps = np.where(count > 0, np.abs(share - mean), 0.0)
     return Calibration(float(np.sum(gaps * count) / len(labels)), mean, share, count)
 
@@ -111,28 +111,28 @@ def average_precision(ranking: Any, targets: Any) -> np.ndarray:
       ranking: scores `[N, K]`, logits or probabilities; only their order matters.
       targets: 0 or 1, `[N, K]`. NaN for a label without a positive example.
     """
-    ranking, targets = _several(ranking, targets)
+    ranking, targets = _check_multi_label(ranking, targets)
     return np.array([_average_precision(r, t) for r, t in zip(ranking.T, targets.T, strict=True)])
 
 
 def per_label(predicted: Any, targets: Any) -> PerClass:
     """Precision, recall and F1 of every label; `predicted` `[N, K]` is 0 or 1."""
-    predicted, targets = _named(predicted, targets)
+    predicted, targets = _check_binary(predicted, targets)
     return _per_class((predicted & targets).sum(0), predicted.sum(0), targets.sum(0))
 
 
 def micro_f1(predicted: Any, targets: Any) -> float:
     """`2 TP / (2 TP + FP + FN)` with the counts of all labels added up."""
-    predicted, targets = _named(predicted, targets)
-    found = _per_class((predicted & targets).sum(), predicted.sum(), targets.sum())
-    return float(found.f1)
+    predicted, targets = _check_binary(predicted, targets)
+    totals = _per_class((predicted & targets).sum(), predicted.sum(), targets.sum())
+    return float(totals.f1)
 
 
 def macro_f1(predicted: Any, targets: Any) -> float:
     """The mean F1 over the labels that have one (`per_label`); NaN if none has."""
     f1 = per_label(predicted, targets).f1
-    known = f1[~np.isnan(f1)]
-    return float(known.mean()) if known.size else float("nan")
+    defined = f1[~np.isnan(f1)]
+    return float(defined.mean()) if defined.size else float("nan")
 
 
 # Numbers: `predicted` and `targets` are `[N]` or `[N, K]`, and results are means over K.
@@ -140,28 +140,30 @@ def macro_f1(predicted: Any, targets: Any) -> float:
 
 def mean_absolute_error(predicted: Any, targets: Any) -> float:
     """`mean |y - t|`."""
-    y, t = _numbers(predicted, targets)
+    y, t = _check_numbers(predicted, targets)
     return float(np.mean(np.abs(y - t)))
 
 
 def root_mean_squared_error(predicted: Any, targets: Any) -> float:
     """`sqrt(mean (y - t)^2)` over everything."""
-    y, t = _numbers(predicted, targets)
+    y, t = _check_numbers(predicted, targets)
     return float(np.sqrt(np.mean((y - t) ** 2)))
 
 
 def r_squared(predicted: Any, targets: Any) -> float:
     """`1 - sum (y - t)^2 / sum (t - mean t)^2`, the coefficient of determination."""
-    y, t = _numbers(predicted, targets)
+    y, t = _check_numbers(predicted, targets)
     with np.errstate(divide="ignore", invalid="ignore"):
-        own = 1 - ((y - t) ** 2).sum(axis=0) / ((t - t.mean(axis=0)) ** 2).sum(axis=0)
-    return float(np.mean(own))
+        scores = 1 - ((y - t) ** 2).sum(axis=0) / ((t - t.mean(axis=0)) ** 2).sum(axis=0)
+    return float(np.mean(scores))
 
 
-def _per_class(right: np.ndarray, named: np.ndarray, support: np.ndarray) -> PerClass:
+def _per_class(correct: np.ndarray, predicted: np.ndarray, support: np.ndarray) -> PerClass:
     with np.errstate(invalid="ignore"):
-        right = np.asarray(right, np.float64)
-        return PerClass(right / named, right / support, 2 * right / (named + support), support)
+        correct = np.asarray(correct, np.float64)
+        return PerClass(
+            correct / predicted, correct / support, 2 * correct / (predicted + support), support
+        )
 
 
 def _average_precision(ranking: np.ndarray, targets: np.ndarray) -> float:
@@ -175,8 +177,8 @@ def _average_precision(ranking: np.ndarray, targets: np.ndarray) -> float:
     return float(np.sum(np.diff(recall, prepend=0.0) * hits[ends] / (ends + 1)))
 
 
-def _numbers(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
-    y, t = _pair(predicted, targets)
+def _check_numbers(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    y, t = _check_pair(predicted, targets)
     y, t = y.reshape(len(y), -1).astype(np.float64), t.reshape(len(t), -1).astype(np.float64)
     if y.shape != t.shape:
         raise ValueError(
@@ -185,21 +187,22 @@ def _numbers(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     return y, t
 
 
-def _pair(found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    if found.ndim < 1 or wanted.ndim < 1 or len(found) != len(wanted) or not len(found):
+def _check_pair(predicted: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    has_rows = predicted.ndim and labels.ndim and len(predicted)
+    if not has_rows or len(predicted) != len(labels):
         raise ValueError(
             "needs predictions and labels of the same examples, at least one, got "
-            f"{list(found.shape)} and {list(wanted.shape)}"
+            f"{list(predicted.shape)} and {list(labels.shape)}"
         )
-    return found, wanted
+    return predicted, labels
 
 
-def _labels(found: np.ndarray, labels: np.ndarray, classes: int) -> None:
+def _check_labels(predictions: np.ndarray, labels: np.ndarray, classes: int) -> None:
     """Refuses labels that indexing would accept: -1 is not the last class."""
     if labels.ndim != 1:
         raise ValueError(
-            f"labels must be [{len(found)}], one class per example, got {list(labels.shape)}"
+            f"labels must be [{len(predictions)}], one class per example, got {list(labels.shape)}"
         )
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
@@ -208,11 +211,11 @@ def _labels(found: np.ndarray, labels: np.ndarray, classes: int) -> None:
         )
 
 
-def _classes(
+def _check_classes(
     predicted: Any, labels: Any, classes: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    predicted, labels = _pair(predicted, labels)
-    _labels(predicted, labels, int(labels.max()) + 1 if classes is None else classes)
+    predicted, labels = _check_pair(predicted, labels)
+    _check_labels(predicted, labels, int(labels.max()) + 1 if classes is None else classes)
     if predicted.shape != labels.shape or predicted.dtype.kind not in "iu":
         raise ValueError(
             f"predictions must be classes [{len(labels)}], whole numbers, got {predicted.dtype}"
@@ -223,8 +226,8 @@ def _classes(
     return predicted, labels
 
 
-def _probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    p, labels = _pair(probabilities, labels)
+def _check_probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    p, labels = _check_pair(probabilities, labels)
     if p.ndim != 2:
         raise ValueError(f"probabilities must be [{len(labels)}, classes], got {list(p.shape)}")
     if p.shape[1] == 1:
@@ -232,7 +235,7 @@ def _probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndar
             f"probabilities of one class are always 1, got {list(p.shape)}: for a sigmoid's p, use "
             "np.concatenate([1 - p, p], axis=1)"
         )
-    _labels(p, labels, p.shape[-1])
+    _check_labels(p, labels, p.shape[-1])
     if np.any((p < 0) | (p > 1 + 1e-3)):  # allows for rounding in half precision
         raise ValueError(
             f"probabilities must lie in 0..1, got {p.min():.3g}..{p.max():.3g}: for logits, "
@@ -241,8 +244,8 @@ def _probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndar
     return p.astype(np.float64), labels
 
 
-def _several(scores: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
-    scores, targets = _pair(scores, targets)
+def _check_multi_label(scores: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    scores, targets = _check_pair(scores, targets)
     if scores.ndim != 2 or scores.shape != targets.shape:
         raise ValueError(
             "predictions and targets must be of one shape [examples, labels], got "
@@ -252,19 +255,19 @@ def _several(scores: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     return scores, targets
 
 
-def _named(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
-    predicted, targets = _several(predicted, targets)
+def _check_binary(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    predicted, targets = _check_multi_label(predicted, targets)
     _check_zero_or_one(predicted=predicted)
     return predicted.astype(bool), targets.astype(bool)
 
 
 def _check_zero_or_one(**arrays: np.ndarray) -> None:
     for name, array in arrays.items():
-        odd = (array != 0) & (array != 1)
-        if odd.any():
+        is_invalid = (array != 0) & (array != 1)
+        if is_invalid.any():
             repair = ": compare scores with a threshold" if name == "predicted" else ""
-            raise ValueError(f"{name} must be 0 or 1, got {array[odd][0]}{repair}")
+            raise ValueError(f"{name} must be 0 or 1, got {array[is_invalid][0]}{repair}")
 
 
-def _are_answers(predicted: np.ndarray) -> bool:
+def _all_answered(predicted: np.ndarray) -> bool:
     return bool((predicted >= 0).all())

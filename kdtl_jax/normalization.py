@@ -73,34 +73,34 @@ def stoch_norm(
         raise ValueError(f"one value per channel has no variance, got {_checks.described(x=x)}.")
     rank = jnp.ndim(where) if where is not None else 0
     _checks.mask(where, x.shape[:rank])
-    wide = _numerics.upcast(x)
-    real = None
+    values = _numerics.upcast(x)
+    is_real = None
     if where is not None:
         leading = where.reshape(where.shape + (1,) * (x.ndim - 1 - rank))
-        real = jnp.broadcast_to(leading, x.shape[:-1]).reshape(-1)
-        wide = _numerics.kept(wide, where)
-    wide = wide.reshape(-1, *channels)
-    count = _numerics.row_count(wide, real)
-    mean = _numerics.row_mean(wide, real)[0]
-    var = jnp.sum(jnp.square(_numerics.centered(wide, real)), axis=0) / count
+        is_real = jnp.broadcast_to(leading, x.shape[:-1]).reshape(-1)
+        values = _numerics.kept(values, where)
+    values = values.reshape(-1, *channels)
+    count = _numerics.row_count(values, is_real)
+    mean = _numerics.row_mean(values, is_real)[0]
+    var = jnp.sum(jnp.square(_numerics.centered(values, is_real)), axis=0) / count
     old_mean, old_var, gain, shift = (
-        jnp.asarray(v, wide.dtype) for v in (running.mean, running.var, scale, offset)
+        jnp.asarray(v, values.dtype) for v in (running.mean, running.var, scale, offset)
     )
     center = jnp.where(uses_batch, mean, old_mean)
-    spread = jnp.where(uses_batch, var, old_var)
-    factor = gain * _numerics.safe_rsqrt(spread + eps)
-    out = (wide - center[None, :]) * factor[None, :] + shift[None, :]
-    share = jnp.where(count >= 2, _numerics.scalar(momentum, wide, "momentum"), 0)
+    variance = jnp.where(uses_batch, var, old_var)
+    factor = gain * _numerics.safe_rsqrt(variance + eps)
+    normalized = (values - center[None, :]) * factor[None, :] + shift[None, :]
+    batch_weight = jnp.where(count >= 2, _numerics.scalar(momentum, values, "momentum"), 0)
     unbiased = var * (count / jnp.maximum(count - 1, 1))
-    new = Running(
-        ((1 - share) * old_mean + share * mean).astype(running.mean.dtype),
-        ((1 - share) * old_var + share * unbiased).astype(running.var.dtype),
+    new_running = Running(
+        ((1 - batch_weight) * old_mean + batch_weight * mean).astype(running.mean.dtype),
+        ((1 - batch_weight) * old_var + batch_weight * unbiased).astype(running.var.dtype),
     )
-    return out.reshape(x.shape).astype(x.dtype), new
+    return normalized.reshape(x.shape).astype(x.dtype), new_running
 
 
 def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyTree:
-    """`after` with the selected leaves of `before`, to keep statistics from changing.
+    """Returns `after` with the selected leaves of `before`, to keep statistics from changing.
 
     Optimizer masks do not reach batch statistics, which are a separate collection.
 
@@ -108,12 +108,12 @@ def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyT
       ValueError: if the selector matches nothing, or names or shapes differ.
     """
     _checks.same_leaves(before=trees.flatten(before), after=trees.flatten(after))
-    held = trees.mask(before, where)
-    return jax.tree.map(lambda keep, old, new: old if keep else new, held, before, after)
+    is_frozen = trees.mask(before, where)
+    return jax.tree.map(lambda keep, old, new: old if keep else new, is_frozen, before, after)
 
 
 def with_frozen_stats(model: ModelFn, *, where: trees.Selector = trees.everything) -> ModelFn:
-    """The model with the selected statistics of its state held fixed, in any mode.
+    """Wraps a model so that the selected statistics of its state never change, in any mode.
 
     In training mode a batch-normalized model still *normalizes* by the batch; to normalize by
     the frozen statistics too, wrap it in `in_evaluation_mode`.
@@ -134,7 +134,7 @@ def with_frozen_stats(model: ModelFn, *, where: trees.Selector = trees.everythin
 
 
 def in_evaluation_mode(model: ModelFn) -> ModelFn:
-    """The model, always run with `train=False`: uses running statistics, and no dropout."""
+    """Wraps a model to always run with `train=False`: running statistics, no dropout."""
 
     def run(
         params: Params,

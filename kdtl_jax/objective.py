@@ -27,7 +27,7 @@ from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
 
 
 class Inputs(NamedTuple):
-    """Everything that a term may read. New fields do not break terms, which read them by name.
+    """The inputs of terms, which read them by name, so that new fields do not break terms.
 
     `teacher` holds a teacher's outputs and is empty without a teacher; `teacher_params` is the
     step's third argument, unchanged, for penalties that read frozen parameters.
@@ -110,7 +110,7 @@ class TermsFn(Protocol):
 
 
 def classification(inputs: Inputs) -> dict[str, Array]:
-    """The plain task as a `TermsFn`: `{"task": cross-entropy of "logits" with "labels"}`.
+    """Plain classification as a `TermsFn`: `{"task": cross-entropy of "logits" with "labels"}`.
 
     `[..., classes]` logits and int `[...]` labels give `[...]`, nats, float32 or wider; NaN where a
     traced label is out of range, 0 in rows of weight 0.
@@ -119,13 +119,13 @@ def classification(inputs: Inputs) -> dict[str, Array]:
       TypeError, ValueError: if labels are not class indices, or the head has a single logit.
     """
     logits, labels = inputs.student["logits"], inputs.batch["labels"]
-    real = inputs.real
-    if real is not None:
-        real = jnp.reshape(real, (-1,) + (1,) * (jnp.ndim(labels) - 1))
-        real = jnp.broadcast_to(real, jnp.shape(labels))
+    is_real = inputs.real
+    if is_real is not None:
+        is_real = jnp.reshape(is_real, (-1,) + (1,) * (jnp.ndim(labels) - 1))
+        is_real = jnp.broadcast_to(is_real, jnp.shape(labels))
     _checks.several_classes(logits=logits)
-    _checks.labels(labels, logits, real)
-    return {"task": _softmax.cross_entropy(logits, labels, real)}
+    _checks.labels(labels, logits, is_real)
+    return {"task": _softmax.cross_entropy(logits, labels, is_real)}
 
 
 def reduce(

@@ -1,4 +1,4 @@
-"""Penalties: functions of parameters that return one scalar, counted once for any batch.
+"""Penalties: functions of parameters that return one scalar, counted once per batch.
 
 In `terms`, a penalty is an entry like any other; its shape `[]` tells the objective not to average
 it over examples:
@@ -42,7 +42,7 @@ def l2(params: Params, *, where: Selector = everything) -> Array:
       Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional Networks, 2018
       (1802.01483), the term of weight `beta`; TLL's `L2Regularization` is the same number.
     """
-    return _total(jnp.square(upcast(leaf)) for leaf in _selected(params, where).values())
+    return _half_sum(jnp.square(upcast(leaf)) for leaf in _selected_leaves(params, where).values())
 
 
 def l2_sp(params: Params, source: Params, *, where: Selector = everything) -> Array:
@@ -65,8 +65,8 @@ def l2_sp(params: Params, source: Params, *, where: Selector = everything) -> Ar
       Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional Networks, 2018
       (1802.01483), the term of weight `alpha`; TLL's `SPRegularization` is the same number.
     """
-    pairs = _matched(where, params=params, source=source)
-    return _total(jnp.square(leaf - anchor) for leaf, anchor in pairs)
+    pairs = _matching_leaves(where, params=params, source=source)
+    return _half_sum(jnp.square(leaf - anchor) for leaf, anchor in pairs)
 
 
 def ewc(params: Params, anchor: Params, fisher: PyTree, *, where: Selector = everything) -> Array:
@@ -76,7 +76,7 @@ def ewc(params: Params, anchor: Params, fisher: PyTree, *, where: Selector = eve
       params: any pytree.
       anchor: parameters after the old task.
       fisher: their diagonal Fisher information (`fisher.true_fisher`), of equal shapes.
-      where: selector of the leaves that are penalized.
+      where: selector of the leaves to penalize.
 
     Returns:
       `[]`, float32 or wider. Avalanche omits the 1/2, so its number is twice this one; also, its
@@ -89,40 +89,40 @@ def ewc(params: Params, anchor: Params, fisher: PyTree, *, where: Selector = eve
       Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, 2017
       (1612.00796), eq. 3.
     """
-    triples = _matched(where, params=params, anchor=anchor, fisher=fisher)
-    return _total(weight * jnp.square(leaf - start) for leaf, start, weight in triples)
+    triples = _matching_leaves(where, params=params, anchor=anchor, fisher=fisher)
+    return _half_sum(weight * jnp.square(leaf - start) for leaf, start, weight in triples)
 
 
-def _selected(tree: PyTree, where: Selector) -> dict[str, Array]:
-    chosen, _ = trees.partition(tree, where)
-    return trees.flatten(chosen)
+def _selected_leaves(tree: PyTree, where: Selector) -> dict[str, Array]:
+    selected, _ = trees.partition(tree, where)
+    return trees.flatten(selected)
 
 
-def _counterparts(tree: PyTree, where: Selector, paths: Iterable[str]) -> dict[str, Array]:
-    """The leaves of another tree that correspond to the selected ones, including extra ones."""
+def _matching_flat(tree: PyTree, where: Selector, paths: Iterable[str]) -> dict[str, Array]:
+    """The leaves of another tree that the selector matches, including extra ones."""
     flat = trees.flatten(tree)
     if not trees.is_bool_tree(where):
-        chosen = trees.flatten(trees.mask(tree, where, expect=None))
-        return {path: leaf for path, leaf in flat.items() if chosen[path] and is_inexact(leaf)}
-    # A tree of bools fits only `params`: in other trees, it selects the same paths.
+        is_selected = trees.flatten(trees.mask(tree, where, expect=None))
+        return {path: leaf for path, leaf in flat.items() if is_selected[path] and is_inexact(leaf)}
+    # A tree of bools has the structure of `params`: in other trees, it selects the same paths.
     return {path: flat[path] for path in paths if path in flat}
 
 
-def _matched(where: Selector, **named: PyTree) -> list[tuple[Array, ...]]:
-    """The selected leaves of all trees side by side, in one dtype; names and shapes checked."""
-    (first, params), *others = named.items()
-    flats = {first: _selected(params, where)}
-    flats |= {name: _counterparts(tree, where, flats[first]) for name, tree in others}
+def _matching_leaves(where: Selector, **named_trees: PyTree) -> list[tuple[Array, ...]]:
+    """The selected leaves of all trees, zipped and in one dtype; checks names and shapes."""
+    (first, params), *rest = named_trees.items()
+    flats = {first: _selected_leaves(params, where)}
+    flats |= {name: _matching_flat(tree, where, flats[first]) for name, tree in rest}
     _checks.same_leaves(**flats)
-    return [_one_dtype([flat[path] for flat in flats.values()]) for path in flats[first]]
+    return [_promote([flat[path] for flat in flats.values()]) for path in flats[first]]
 
 
-def _one_dtype(leaves: Iterable[Array]) -> tuple[Array, ...]:
-    wide = [upcast(leaf) for leaf in leaves]
-    dtype = np.result_type(*[leaf.dtype for leaf in wide])
-    return tuple(leaf.astype(dtype) for leaf in wide)
+def _promote(leaves: Iterable[Array]) -> tuple[Array, ...]:
+    upcast_leaves = [upcast(leaf) for leaf in leaves]
+    dtype = np.result_type(*[leaf.dtype for leaf in upcast_leaves])
+    return tuple(leaf.astype(dtype) for leaf in upcast_leaves)
 
 
-def _total(leaves: Iterable[Array]) -> Array:
+def _half_sum(leaves: Iterable[Array]) -> Array:
     """`1/2 sum` over all entries; each leaf is summed separately, so the error does not grow."""
-    return jnp.sum(jnp.stack(_one_dtype([jnp.sum(leaf) for leaf in leaves]))) / 2
+    return jnp.sum(jnp.stack(_promote([jnp.sum(leaf) for leaf in leaves]))) / 2

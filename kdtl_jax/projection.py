@@ -1,4 +1,4 @@
-"""Output distillation, `y_small = f_large(x) w`: fit w, apply w, fold w into the head.
+"""Output distillation, `y_small = f_large(x) w`: fits w, applies w, folds w into the head.
 
 w is the ridge regression of targets on features,
 
@@ -69,7 +69,7 @@ def moments(
     f = _numerics.batch_flat(_numerics.upcast(features))
     y = _numerics.upcast(targets).astype(f.dtype)
     _checks.mask(where, f.shape[:1])
-    w = jnp.ones(f.shape[:1], f.dtype) if weights is None else _weighed(weights, f, where)
+    w = jnp.ones(f.shape[:1], f.dtype) if weights is None else _check_weights(weights, f, where)
     w = _numerics.kept(w, where)
     total = jnp.sum(w)
     share = (w / jnp.where(total != 0, total, 1))[:, None]
@@ -201,7 +201,7 @@ def fold(projection: Projection, kernel: Array, bias: Array | None = None) -> Pr
 
 
 def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
-    """`base` with its output projected, for learning w by gradient descent.
+    """Wraps `base` to project its output, for learning w by gradient descent.
 
     Parameters are `{"base": ..., "projection": Projection}`; if trained with
     `trainable="projection/.*"`, no gradient is computed for the base.
@@ -229,14 +229,14 @@ def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
         if features not in outputs:
             raise ValueError(f"no output {features!r}, the model has {sorted(outputs)}.")
         logits = apply(params["projection"], outputs[features])
-        own = {"base_logits": outputs["logits"]} if "logits" in outputs else {}
-        return {**outputs, "logits": logits, **own}, model_state
+        base_outputs = {"base_logits": outputs["logits"]} if "logits" in outputs else {}
+        return {**outputs, "logits": logits, **base_outputs}, model_state
 
     return apply_model
 
 
-def _weighed(weights: Weights, features: Array, where: Array | None) -> Array:
-    """Weights `[B]` in the features' dtype; weights of masked rows may be anything."""
+def _check_weights(weights: Weights, features: Array, where: Array | None) -> Array:
+    """Checks weights `[B]`, converts them to the features' dtype; masked rows may hold anything."""
     _checks.rank(1, 1, weights=weights)
     _checks.same_batch(features=features, weights=weights)
     weights = _numerics.kept(jnp.asarray(weights), where)
@@ -245,5 +245,5 @@ def _weighed(weights: Weights, features: Array, where: Array | None) -> Array:
 
 
 def _matmul(a: Array, b: Array) -> Array:
-    """Full precision even if the default is TF32 or bfloat16: moments would lose digits."""
+    """Multiplies in full precision: with TF32 or bfloat16, moments would lose digits."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

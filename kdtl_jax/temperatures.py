@@ -1,4 +1,4 @@
-"""Temperatures on a schedule or learned adversarially to the student, and calibration.
+"""Temperatures, scheduled or learned adversarially to the student, and calibration.
 
 Every loss takes its temperature as an array, so a schedule can be any function of the step,
 including optax's, and nothing recompiles:
@@ -43,9 +43,9 @@ def reverse_gradient(x: Array, scale: Scalar = 1.0) -> Array:
     """
     _checks.floating(x=x)
     _checks.finite(scale=scale)
-    fixed = jax.lax.stop_gradient(x)
+    constant = jax.lax.stop_gradient(x)
     # x - fixed is exactly 0 and carries the gradient; this works in forward mode too, and twice.
-    return fixed - _numerics.per_example(scale, x, "scale") * (x - fixed)
+    return constant - _numerics.per_example(scale, x, "scale") * (x - constant)
 
 
 def temperature_init() -> Array:
@@ -144,27 +144,27 @@ def fit_logit_scale(
     _checks.several_classes(logits=logits)
     _checks.scalar(low=low, high=high)
     _checks.positive(low=low, high=high)
-    _checks.rising(low=low, high=high)
+    _checks.ordered(low=low, high=high)
     _checks.labels(labels, logits, where)
     logits = _numerics.kept(_numerics.upcast(logits), where)
     labels, usable = _numerics.usable_labels(labels, logits.shape[1], where)
-    right = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
     def slope(scale: Array) -> Array:
         p = jnp.exp(_softmax.log_softmax(scale * logits))
         expected = jnp.sum(p * jnp.where(logits == -jnp.inf, 0, logits), axis=-1)
-        return _numerics.masked_mean(expected - right, where)
+        return _numerics.masked_mean(expected - label_logits, where)
 
     def body(_: Array, bounds: Array) -> Array:
         middle = jnp.mean(bounds)
         too_sharp = slope(jnp.exp(middle)) > 0
-        below, above = bounds[0], bounds[1]
-        return jnp.stack([jnp.where(too_sharp, below, middle), jnp.where(too_sharp, middle, above)])
+        lower, upper = bounds[0], bounds[1]
+        return jnp.stack([jnp.where(too_sharp, lower, middle), jnp.where(too_sharp, middle, upper)])
 
     start = jnp.log(
         jnp.stack([_numerics.scalar(low, logits, "low"), _numerics.scalar(high, logits, "high")])
     )
     scale = jnp.exp(jnp.mean(jax.lax.fori_loop(0, 60, body, start)))
-    wanted = jnp.ones_like(usable) if where is None else where
-    known = jnp.all(usable == wanted) & jnp.any(wanted) & ~jnp.isnan(slope(scale))
-    return jnp.where(known, scale, jnp.nan)
+    included = jnp.ones_like(usable) if where is None else where
+    is_defined = jnp.all(usable == included) & jnp.any(included) & ~jnp.isnan(slope(scale))
+    return jnp.where(is_defined, scale, jnp.nan)

@@ -1,4 +1,4 @@
-"""How well a source model suits a target task, before any training: scores and related classes.
+"""Transferability of source models to a target task, before training: scores and class relations.
 
 Use scores to choose the model to start from: higher is better within one target task; scores of
 different tasks or methods are not comparable. Work in float64 (`jax.enable_x64`) if there are many
@@ -38,15 +38,17 @@ def leep(
     References:
       Nguyen et al., LEEP, 2020 (2002.12462).
     """
-    _several(source_probabilities=source_probabilities)
-    theta, labels, member, known = _labeled(source_probabilities, labels, num_classes, where)
-    joint = member.T @ theta
+    _check_several_classes(source_probabilities=source_probabilities)
+    theta, labels, one_hot, nan_if_invalid = _check_labeled(
+        source_probabilities, labels, num_classes, where
+    )
+    joint = one_hot.T @ theta
     mass = jnp.sum(joint, axis=0, keepdims=True)
     conditional = joint / jnp.where(mass != 0, mass, 1)
     likelihood = jnp.sum(conditional[labels] * theta, axis=-1)
     # The smallest number of the dtype: the log of a likelihood of 0 would be minus infinity.
     logs = jnp.log(jnp.maximum(likelihood, jnp.finfo(theta.dtype).tiny))
-    return known(_numerics.masked_mean(logs, where))
+    return nan_if_invalid(_numerics.masked_mean(logs, where))
 
 
 def nce(
@@ -74,12 +76,16 @@ def nce(
       2019 (1908.08142).
     """
     ones = jnp.ones((jnp.shape(labels)[0], 1), jnp.result_type(float))
-    _, _, member, known = _labeled(ones, labels, num_classes, where)
-    _, _, source, source_known = _labeled(ones, source_labels, num_source_classes, where)
-    joint = member.T @ source / _numerics.row_count(ones, where)
+    _, _, one_hot, nan_if_invalid = _check_labeled(ones, labels, num_classes, where)
+    _, _, source_one_hot, source_nan_if_invalid = _check_labeled(
+        ones, source_labels, num_source_classes, where
+    )
+    joint = one_hot.T @ source_one_hot / _numerics.row_count(ones, where)
     mass = jnp.sum(joint, axis=0, keepdims=True)
     ratio = joint / jnp.where(mass != 0, mass, 1)
-    return source_known(known(jnp.sum(joint * jnp.log(jnp.where(joint != 0, ratio, 1)))))
+    return source_nan_if_invalid(
+        nan_if_invalid(jnp.sum(joint * jnp.log(jnp.where(joint != 0, ratio, 1))))
+    )
 
 
 def logme(
@@ -119,37 +125,37 @@ def logme(
     columns = targets.reshape(len(features), -1)
     units = _numerics.largest(columns, axis=0)  # their squares stay in range
     rounding = jnp.finfo(features.dtype).eps
-    largest = jnp.where(s2[0] != 0, s2[0], 1)
+    largest_eigenvalue = jnp.where(s2[0] != 0, s2[0], 1)
 
     def evidence(y: Array) -> Array:
         projected = u.T @ y
         energy = jnp.sum(jnp.square(y))
         energy = jnp.where(energy != 0, energy, 1)
-        outside = jnp.maximum(jnp.sum(jnp.square(y)) - jnp.sum(jnp.square(projected)), 0)
+        residual_energy = jnp.maximum(jnp.sum(jnp.square(y)) - jnp.sum(jnp.square(projected)), 0)
 
         def terms(alpha: Array, beta: Array) -> tuple[Array, Array, Array]:
             # m = V (s beta u^T y) / (alpha + beta s^2), so norms need only the spectrum.
             denominator = alpha + beta * s2
             gamma = jnp.sum(beta * s2 / denominator)
             m2 = jnp.sum(jnp.square(beta * s * projected / denominator))
-            residual = outside + jnp.sum(jnp.square(alpha / denominator * projected))
+            residual = residual_energy + jnp.sum(jnp.square(alpha / denominator * projected))
             # A perfect fit, or none, up to rounding, in the units of each.
-            m2 = jnp.maximum(m2, rounding * energy / largest)
+            m2 = jnp.maximum(m2, rounding * energy / largest_eigenvalue)
             return gamma, m2, jnp.maximum(residual, rounding * energy)
 
         def body(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            alpha, beta, done = state
+            alpha, beta, is_done = state
             gamma, m2, residual = terms(alpha, beta)
             new_alpha = gamma / m2
             new_beta = jnp.maximum(count - gamma, rounding) / residual
             ratio, new_ratio = alpha / beta, new_alpha / new_beta
             settled = jnp.abs(new_ratio - ratio) / ratio < 0.01
-            alpha = jnp.where(done, alpha, new_alpha)
-            return alpha, jnp.where(done, beta, new_beta), done | settled
+            alpha = jnp.where(is_done, alpha, new_alpha)
+            return alpha, jnp.where(is_done, beta, new_beta), is_done | settled
 
         # 1 and 1 for features of spectral norm 1 and targets of mean square 1: units do not matter.
         beta = count / energy
-        start = (largest * beta, beta, jnp.asarray(False))
+        start = (largest_eigenvalue * beta, beta, jnp.asarray(False))
         alpha, beta, _ = jax.lax.fori_loop(0, iterations, body, start)
         _, m2, residual = terms(alpha, beta)
         # Directions beyond the spectrum have s = 0.
@@ -177,9 +183,9 @@ def h_score(
     References:
       Bao et al., An Information-Theoretic Approach to Transferability, 2019.
     """
-    centered, between, count, known = _class_means(features, labels, num_classes, where)
+    centered, between, count, nan_if_invalid = _class_means(features, labels, num_classes, where)
     whitening = jnp.linalg.pinv(centered.T @ centered / count, hermitian=True)
-    return known(jnp.sum(whitening * (between.T @ between / count)))
+    return nan_if_invalid(jnp.sum(whitening * (between.T @ between / count)))
 
 
 def regularized_h_score(
@@ -196,7 +202,7 @@ def regularized_h_score(
       Ibrahim, Ponomareva and Mazumder, Newer is not always better, 2021 (2110.06893); Ledoit
       and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004.
     """
-    centered, between, count, known = _class_means(features, labels, num_classes, where)
+    centered, between, count, nan_if_invalid = _class_means(features, labels, num_classes, where)
     width = centered.shape[1]
     covariance = centered.T @ centered / count
     mu = jnp.trace(covariance) / width
@@ -206,9 +212,9 @@ def regularized_h_score(
     shrinkage = jnp.where(spread != 0, noise / jnp.where(spread != 0, spread, 1), 1)
     eye = jnp.eye(width, dtype=covariance.dtype)
     # Features that never vary explain nothing; any invertible matrix then gives 0.
-    shrunken = (1 - shrinkage) * covariance + shrinkage * jnp.where(mu != 0, mu, 1) * eye
+    regularized = (1 - shrinkage) * covariance + shrinkage * jnp.where(mu != 0, mu, 1) * eye
     explained = between.T @ between / count
-    return known((1 - shrinkage) * jnp.trace(jnp.linalg.solve(shrunken, explained)))
+    return nan_if_invalid((1 - shrinkage) * jnp.trace(jnp.linalg.solve(regularized, explained)))
 
 
 def transrate(
@@ -236,7 +242,7 @@ def transrate(
     """
     _checks.scalar(eps=eps)
     _checks.positive(eps=eps)
-    features, _, member, known = _labeled(features, labels, num_classes, where)
+    features, _, one_hot, nan_if_invalid = _check_labeled(features, labels, num_classes, where)
     features = _numerics.centered(features, where)
 
     def rate(weights: Array) -> Array:
@@ -244,10 +250,10 @@ def transrate(
         gram = (features * weights[:, None]).T @ features / (count * eps)
         return jnp.linalg.slogdet(jnp.eye(features.shape[1], dtype=features.dtype) + gram)[1] / 2
 
-    shares = jnp.sum(member, axis=0) / _numerics.row_count(features, where)
-    by_class = jax.vmap(rate, in_axes=1)(member)
-    whole = jnp.ones(features.shape[:1], features.dtype)
-    return known(rate(_numerics.kept(whole, where)) - jnp.sum(shares * by_class))
+    shares = jnp.sum(one_hot, axis=0) / _numerics.row_count(features, where)
+    by_class = jax.vmap(rate, in_axes=1)(one_hot)
+    ones = jnp.ones(features.shape[:1], features.dtype)
+    return nan_if_invalid(rate(_numerics.kept(ones, where)) - jnp.sum(shares * by_class))
 
 
 def category_relation(
@@ -272,11 +278,11 @@ def category_relation(
     """
     _checks.floating(probabilities=probabilities)
     _checks.rank(2, 2, probabilities=probabilities)
-    _several(probabilities=probabilities)
-    rows, _, member, known = _labeled(probabilities, labels, num_classes, where)
-    count = jnp.sum(member, axis=0)[:, None]
-    means = member.T @ rows / jnp.maximum(count, 1)
-    return known(jnp.where(count != 0, means, _numerics.row_mean(rows, where)))
+    _check_several_classes(probabilities=probabilities)
+    rows, _, one_hot, nan_if_invalid = _check_labeled(probabilities, labels, num_classes, where)
+    count = jnp.sum(one_hot, axis=0)[:, None]
+    means = one_hot.T @ rows / jnp.maximum(count, 1)
+    return nan_if_invalid(jnp.where(count != 0, means, _numerics.row_mean(rows, where)))
 
 
 def reverse_relation(conditional: Array, prior: Array) -> Array:
@@ -311,7 +317,7 @@ def reverse_relation(conditional: Array, prior: Array) -> Array:
     return jnp.where(total != 0, joint / jnp.where(total != 0, total, 1), fallback)
 
 
-def _several(**probabilities: Array) -> None:
+def _check_several_classes(**probabilities: Array) -> None:
     for name, rows in probabilities.items():
         if jnp.shape(rows)[-1:] == (1,):
             raise ValueError(
@@ -321,15 +327,20 @@ def _several(**probabilities: Array) -> None:
 
 
 class _Labeled(NamedTuple):
-    """Features and one-hot labels with 0 in masked rows; `known` is NaN for bad labels."""
+    """Features, labels and one-hot labels, 0 in masked rows.
+
+    `nan_if_invalid` replaces a value by NaN if a label is out of range.
+    """
 
     features: Array
     labels: Array
-    member: Array
-    known: Callable[[Array], Array]
+    one_hot: Array
+    nan_if_invalid: Callable[[Array], Array]
 
 
-def _labeled(features: Array, labels: Array, num_classes: int, where: Array | None) -> _Labeled:
+def _check_labeled(
+    features: Array, labels: Array, num_classes: int, where: Array | None
+) -> _Labeled:
     _checks.floating(features=features)
     _checks.rank(2, 2, features=features)
     _checks.nonempty(features=features)
@@ -338,13 +349,13 @@ def _labeled(features: Array, labels: Array, num_classes: int, where: Array | No
     _checks.labels(labels, jax.ShapeDtypeStruct((count, num_classes), jnp.float32), where)
     features = _numerics.kept(_numerics.upcast(features), where)
     labels, usable = _numerics.usable_labels(labels, num_classes, where)
-    member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
-    every = jnp.all(usable if where is None else usable | ~where)
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
+    is_valid = jnp.all(usable if where is None else usable | ~where)
     return _Labeled(
         features,
         labels,
-        _numerics.kept(member, None if where is None else usable),
-        lambda value: jnp.where(every, value, jnp.nan),
+        _numerics.kept(one_hot, None if where is None else usable),
+        lambda value: jnp.where(is_valid, value, jnp.nan),
     )
 
 
@@ -354,13 +365,13 @@ class _Means(NamedTuple):
     centered: Array
     between: Array
     size: Array
-    known: Callable[[Array], Array]
+    nan_if_invalid: Callable[[Array], Array]
 
 
 def _class_means(features: Array, labels: Array, num_classes: int, where: Array | None) -> _Means:
-    features, labels, member, known = _labeled(features, labels, num_classes, where)
+    features, labels, one_hot, nan_if_invalid = _check_labeled(features, labels, num_classes, where)
     centered = _numerics.centered(_numerics.rescaled(features), where)
-    sizes = jnp.maximum(jnp.sum(member, axis=0), 1)
-    means = member.T @ centered / sizes[:, None]
+    sizes = jnp.maximum(jnp.sum(one_hot, axis=0), 1)
+    means = one_hot.T @ centered / sizes[:, None]
     between = _numerics.kept(means[labels], where)
-    return _Means(centered, between, _numerics.row_count(features, where), known)
+    return _Means(centered, between, _numerics.row_count(features, where), nan_if_invalid)

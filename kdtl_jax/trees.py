@@ -26,7 +26,7 @@ import numpy as np
 
 from kdtl_jax._types import PyTree
 
-COMPARED, LONGEST_NAME = 2000, 200  # names that messages compare, and their maximum length
+MAX_COMPARED, MAX_NAME_LENGTH = 2000, 200  # names that messages compare, and their maximum length
 
 
 class Glob(NamedTuple):
@@ -36,7 +36,7 @@ class Glob(NamedTuple):
 
 
 Predicate = Callable[[str, Any], bool]  # (path, leaf) -> whether it is selected
-# Where something applies: a regular expression for whole paths, or one of these.
+# The leaves to act on: a regular expression for whole paths, or one of these.
 Selector = str | Glob | Predicate | PyTree
 # Selectors with one value each; the first match wins.
 Rules = Sequence[tuple[Selector, Any]]
@@ -109,11 +109,11 @@ def is_inexact(leaf: Any) -> bool:
 def nearest(path: str, candidates: Sequence[str], n: int = 3) -> list[str]:
     """The `n` candidates most similar to `path`, for "did you mean" messages.
 
-    Only the first `COMPARED` candidates are compared, and none longer than `LONGEST_NAME`.
+    Only the first `MAX_COMPARED` candidates are compared, and none longer than `MAX_NAME_LENGTH`.
     """
-    some = [name for name in candidates[:COMPARED] if len(name) <= LONGEST_NAME]
-    close = difflib.get_close_matches(path[:LONGEST_NAME], some, n=n, cutoff=0.0)
-    return close or sorted(some, key=natural_key)[:n]
+    names = [name for name in candidates[:MAX_COMPARED] if len(name) <= MAX_NAME_LENGTH]
+    matches = difflib.get_close_matches(path[:MAX_NAME_LENGTH], names, n=n, cutoff=0.0)
+    return matches or sorted(names, key=natural_key)[:n]
 
 
 def is_bool_tree(where: Selector) -> bool:
@@ -124,7 +124,7 @@ def is_bool_tree(where: Selector) -> bool:
     """
     if isinstance(where, (str, Glob)):
         return False
-    _check_is_no_filter(where)
+    _refuse_nnx_filter(where)
     leaves, treedef = jax.tree.flatten(where)
     is_node = not jax.tree_util.treedef_is_leaf(treedef)
     bools = bool(leaves) and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves)
@@ -138,36 +138,43 @@ def is_bool_tree(where: Selector) -> bool:
     )
 
 
-def _check_is_no_filter(where: Any) -> None:
-    """Flax NNX's filters are functions of two arguments too, but of a tuple and a Variable."""
+def _refuse_nnx_filter(where: Any) -> None:
+    """Refuses Flax NNX's filters: they take two arguments, too, but a tuple and a Variable."""
     if isinstance(where, type):
-        what = f"the class {where.__name__}"
+        description = f"the class {where.__name__}"
     elif type(where).__module__ == "flax.nnx.filterlib":
-        what = f"Flax NNX's filter {where}"
+        description = f"Flax NNX's filter {where}"
     else:
         return
     raise ValueError(
-        f"{what} is not a selector: paths are text here. Write a regular expression of whole "
-        "paths, such as 'conv/.*' for nnx.PathContains('conv') at the top, or (path, leaf) -> bool."
+        f"{description} is not a selector: paths are text here. Write a regular expression of "
+        "whole paths, such as 'conv/.*' for nnx.PathContains('conv') at the top, or "
+        "(path, leaf) -> bool."
     )
 
 
 def any_of(*selectors: Selector) -> Predicate:
     """Selects where at least one selector does."""
-    tests = [_predicate(s) for s in selectors]
-    return _named("any_of", selectors, lambda path, leaf: any(t(path, leaf) for t in tests))
+    tests = [_predicate(selector) for selector in selectors]
+    return _set_name(
+        "any_of", selectors, lambda path, leaf: any(test(path, leaf) for test in tests)
+    )
 
 
 def all_of(*selectors: Selector) -> Predicate:
     """Selects where every selector does."""
-    tests = [_predicate(s) for s in selectors]
-    return _named("all_of", selectors, lambda path, leaf: all(t(path, leaf) for t in tests))
+    tests = [_predicate(selector) for selector in selectors]
+    return _set_name(
+        "all_of", selectors, lambda path, leaf: all(test(path, leaf) for test in tests)
+    )
 
 
 def none_of(*selectors: Selector) -> Predicate:
     """Selects where no selector does."""
-    tests = [_predicate(s) for s in selectors]
-    return _named("none_of", selectors, lambda path, leaf: not any(t(path, leaf) for t in tests))
+    tests = [_predicate(selector) for selector in selectors]
+    return _set_name(
+        "none_of", selectors, lambda path, leaf: not any(test(path, leaf) for test in tests)
+    )
 
 
 def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") -> PyTree:
@@ -190,12 +197,12 @@ def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") ->
                 "a tree of bools must have the structure of the parameters, got "
                 f"{jax.tree.structure(where)} for {treedef}."
             )
-        chosen = [bool(leaf) for leaf in jax.tree.leaves(where)]
+        selected = [bool(leaf) for leaf in jax.tree.leaves(where)]
     else:
         test = _predicate(where)
-        chosen = [bool(test(path, leaf)) for path, leaf in flat.items()]
-    _expect(where, expect, sum(chosen), list(flat))
-    return jax.tree.unflatten(treedef, chosen)
+        selected = [bool(test(path, leaf)) for path, leaf in flat.items()]
+    _check_count(where, expect, sum(selected), list(flat))
+    return jax.tree.unflatten(treedef, selected)
 
 
 def labels(tree: PyTree, rules: Rules, *, default: Any = None) -> PyTree:
@@ -210,29 +217,29 @@ def labels(tree: PyTree, rules: Rules, *, default: Any = None) -> PyTree:
       ValueError: if a rule is never used (shadowed or matching nothing), or a leaf is uncovered.
     """
     flat = flatten(tree)
-    tests = [_leafwise(tree, selector) for selector, _ in rules]
+    tests = [_leaf_test(tree, selector) for selector, _ in rules]
     used = [False] * len(rules)
-    out, uncovered = [], []
+    result, uncovered = [], []
     for i, (path, leaf) in enumerate(flat.items()):
-        hit = next((k for k, test in enumerate(tests) if test(i, path, leaf)), None)
-        if hit is None:
+        match = next((k for k, test in enumerate(tests) if test(i, path, leaf)), None)
+        if match is None:
             uncovered.append(path)
-            out.append(default)
+            result.append(default)
         else:
-            used[hit] = True
-            out.append(rules[hit][1])
+            used[match] = True
+            result.append(rules[match][1])
     for rule, was_used in zip(rules, used, strict=True):
         if not was_used:
             raise ValueError(
-                f"rule {_shown(rule[0])} labels no leaf: it matches nothing, or earlier "
+                f"rule {_describe(rule[0])} labels no leaf: it matches nothing, or earlier "
                 f"rules take all it matches. {_did_you_mean(rule[0], list(flat))}"
             )
     if uncovered and default is None:
         raise ValueError(
-            f"no rule covers {_listed(uncovered)}. Add a rule (for example "
+            f"no rule covers {_name_list(uncovered)}. Add a rule (for example "
             "('.*', label) last) or pass default=."
         )
-    return jax.tree.unflatten(jax.tree.structure(tree), out)
+    return jax.tree.unflatten(jax.tree.structure(tree), result)
 
 
 def partition(tree: PyTree, where: Selector) -> tuple[PyTree, PyTree]:
@@ -241,9 +248,11 @@ def partition(tree: PyTree, where: Selector) -> tuple[PyTree, PyTree]:
     Only inexact leaves can be selected; counters and keys always stay in `rest`. Both halves are
     pytrees that `jax.grad`, optax and `jax.tree.map` accept directly.
     """
-    chosen = mask(tree, where)
-    selected = jax.tree.map(lambda m, x: x if m and is_inexact(x) else None, chosen, tree)
-    rest = jax.tree.map(lambda m, x: None if m and is_inexact(x) else x, chosen, tree)
+    is_selected = mask(tree, where)
+    selected = jax.tree.map(
+        lambda flag, x: x if flag and is_inexact(x) else None, is_selected, tree
+    )
+    rest = jax.tree.map(lambda flag, x: None if flag and is_inexact(x) else x, is_selected, tree)
     return selected, rest
 
 
@@ -258,12 +267,12 @@ def combine(*trees: PyTree) -> PyTree:
 
 def count(tree: PyTree, where: Selector = everything) -> int:
     """Number of selected parameters (scalars in inexact leaves)."""
-    chosen = jax.tree.leaves(mask(tree, where, expect=None))
+    is_selected = jax.tree.leaves(mask(tree, where, expect=None))
     sizes = [
         int(np.prod(np.shape(leaf), dtype=np.int64)) if is_inexact(leaf) else 0
         for leaf in jax.tree.leaves(tree)
     ]
-    return sum(size for size, m in zip(sizes, chosen, strict=True) if m)
+    return sum(size for size, flag in zip(sizes, is_selected, strict=True) if flag)
 
 
 def _key_paths(tree: PyTree) -> list[tuple[Any, ...]]:
@@ -271,11 +280,11 @@ def _key_paths(tree: PyTree) -> list[tuple[Any, ...]]:
     boxes = _box_types()
     if not boxes:
         return [key_path for key_path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    out: list[tuple[Any, ...]] = []
-    top = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, boxes))
-    for key_path, node in top:
+    result: list[tuple[Any, ...]] = []
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, boxes))
+    for key_path, node in nodes:
         if not isinstance(node, boxes):
-            out.append(key_path)
+            result.append(key_path)
             continue
         children, _ = jax.tree_util.tree_flatten_with_path(
             node, is_leaf=lambda child, node=node: child is not node
@@ -283,20 +292,20 @@ def _key_paths(tree: PyTree) -> list[tuple[Any, ...]]:
         for (key, *_), child in children:
             is_value = getattr(key, "name", None) == "value"
             prefix = key_path if is_value else (*key_path, key)
-            out += [(*prefix, *below) for below in _key_paths(child)]
-    return out
+            result += [(*prefix, *subpath) for subpath in _key_paths(child)]
+    return result
 
 
 def _box_types() -> tuple[type, ...]:
-    """Flax's containers of one value. They exist only if flax has been imported."""
+    """Flax's containers of one value, which exist only if flax has been imported."""
     nnx, meta = sys.modules.get("flax.nnx"), sys.modules.get("flax.core.meta")
     return (*((nnx.Variable,) if nnx else ()), *((meta.AxisMetadata,) if meta else ()))
 
 
 def _number_key(digits: str) -> tuple[int, int, str, str]:
     # By length, then by digits: int() reads every script's digits, but not 5,000 of them.
-    plain = "".join(str(int(digit)) for digit in digits).lstrip("0")
-    return (0, len(plain), plain, digits)
+    stripped = "".join(str(int(digit)) for digit in digits).lstrip("0")
+    return (0, len(stripped), stripped, digits)
 
 
 def _predicate(where: Selector) -> Predicate:
@@ -321,44 +330,46 @@ def _predicate(where: Selector) -> Predicate:
     )
 
 
-def _leafwise(tree: PyTree, where: Selector) -> Callable[[int, str, Any], bool]:
-    """A selector as a test on (leaf number, path, leaf), so rules accept bool trees too."""
+def _leaf_test(tree: PyTree, where: Selector) -> Callable[[int, str, Any], bool]:
+    """Converts a selector to a test of (leaf number, path, leaf), so rules may be bool trees."""
     if is_bool_tree(where):
-        chosen = jax.tree.leaves(mask(tree, where, expect=None))
-        return lambda i, path, leaf: chosen[i]
+        selected = jax.tree.leaves(mask(tree, where, expect=None))
+        return lambda i, path, leaf: selected[i]
     test = _predicate(where)
     return lambda i, path, leaf: bool(test(path, leaf))
 
 
 def _glob_to_regex(pattern: str) -> str:
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)
-    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return "".join(
-        known.get(p) or (p.replace("[!", "[^") if p.startswith("[") else re.escape(p))
+        wildcards.get(p) or (p.replace("[!", "[^") if p.startswith("[") else re.escape(p))
         for p in pieces
     )
 
 
-def _expect(where: Selector, expect: int | str | None, found: int, names: list[str]) -> None:
+def _check_count(where: Selector, expect: int | str | None, count: int, names: list[str]) -> None:
     if expect is None:
         return
-    wanted = len(names) if expect == "all" else expect
-    if expect == "some" and found == 0:
-        raise ValueError(f"selector {_shown(where)} matches no leaf. {_did_you_mean(where, names)}")
-    if expect != "some" and found != wanted:
+    expected = len(names) if expect == "all" else expect
+    if expect == "some" and count == 0:
         raise ValueError(
-            f"selector {_shown(where)} matches {found} of {len(names)} leaves, "
-            f"expected {'all of them' if expect == 'all' else wanted}."
+            f"selector {_describe(where)} matches no leaf. {_did_you_mean(where, names)}"
+        )
+    if expect != "some" and count != expected:
+        raise ValueError(
+            f"selector {_describe(where)} matches {count} of {len(names)} leaves, "
+            f"expected {'all of them' if expect == 'all' else expected}."
         )
 
 
-def _named(name: str, selectors: Sequence[Selector], test: Predicate) -> Predicate:
-    """The test; messages show it as `name(its selectors)`."""
-    test.__name__ = f"{name}({', '.join(map(_shown, selectors))})"
+def _set_name(name: str, selectors: Sequence[Selector], test: Predicate) -> Predicate:
+    """Names a test `name(its selectors)`, as messages show it."""
+    test.__name__ = f"{name}({', '.join(map(_describe, selectors))})"
     return test
 
 
-def _shown(where: Selector) -> str:
+def _describe(where: Selector) -> str:
     if isinstance(where, (str, Glob)):
         return repr(where)
     return getattr(where, "__name__", type(where).__name__)
@@ -369,11 +380,11 @@ def _did_you_mean(where: Selector, names: list[str]) -> str:
         return "The tree has no leaves."
     text = where.pattern if isinstance(where, Glob) else where if isinstance(where, str) else ""
     return (
-        f"Nearest paths: {_listed(nearest(text, names))}. "
+        f"Nearest paths: {_name_list(nearest(text, names))}. "
         "A string is a regular expression for the whole path; Glob('**/kernel') is a shell pattern."
     )
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+def _name_list(names: Sequence[str], max_names: int = 8) -> str:
+    quoted = ", ".join(repr(name) for name in names[:max_names])
+    return quoted + (f" and {len(names) - max_names} more" if len(names) > max_names else "")

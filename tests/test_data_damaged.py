@@ -114,8 +114,8 @@ def test_columns_of_arrow_files_are_chosen_too(tmp_path: Path, kind: str) -> Non
 def test_a_table_that_unpacks_to_thousands_of_times_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(_columnar, "LARGE", 2**18)
-    monkeypatch.setattr(_columnar, "MOST_PACKED", 100)
+    monkeypatch.setattr(_columnar, "LARGE_BYTES", 2**18)
+    monkeypatch.setattr(_columnar, "MAX_COMPRESSION_RATIO", 100)
     rows, path = 1_000_000, tmp_path / f"a.{kind}"
     zeros = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array([0.0]))
     table = pa.table({"label": zeros, "a": zeros})
@@ -134,7 +134,7 @@ def test_a_table_that_unpacks_to_thousands_of_times_its_size(
 def test_lists_that_unpack_to_thousands_of_times_their_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_columnar, "LARGE", 2**18)
+    monkeypatch.setattr(_columnar, "LARGE_BYTES", 2**18)
     zeros = pa.array(np.zeros(1_000_000, np.int8))
     x = pa.FixedSizeListArray.from_arrays(zeros, 25_000)
     pq.write_table(pa.table({"x": x, "label": [0, 1] * 20}), tmp_path / "a.parquet")

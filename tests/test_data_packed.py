@@ -26,9 +26,9 @@ LONG = "x" * 100_000
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused at 256 MB is refused at 4 MB."""
-    monkeypatch.setattr(_columnar, "LARGE", 2**22)
-    monkeypatch.setattr(_columnar, "MOST_PACKED", 10)
-    monkeypatch.setattr(_columnar, "SHARED", 2**22)
+    monkeypatch.setattr(_columnar, "LARGE_BYTES", 2**22)
+    monkeypatch.setattr(_columnar, "MAX_COMPRESSION_RATIO", 10)
+    monkeypatch.setattr(_columnar, "MAX_SHARED_BYTES", 2**22)
     monkeypatch.setattr(_records, "LONGEST", 2**22)
 
 
@@ -127,7 +127,7 @@ def test_texts_that_parquet_stores_once_are_counted(
     tmp_path: Path, name: str, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kept:  # as if the distinct texts were more than a dictionary holds
-        monkeypatch.setattr(_columnar, "MOST_TEXT", 0)
+        monkeypatch.setattr(_columnar, "MAX_DICTIONARY_BYTES", 0)
     path = parquet(tmp_path / "a.parquet", name)
     with refused("in [0-9,]+ bytes|not a readable"):
         datasets.read(path)
@@ -154,7 +154,7 @@ def test_a_list_of_one_row_is_counted_before_it_is_decoded(
         encoding = {"text.list.element": "DELTA_BYTE_ARRAY"}
         options = {"use_dictionary": False, "column_encoding": encoding}
     else:  # as if the distinct texts were more than a dictionary holds
-        monkeypatch.setattr(_columnar, "MOST_TEXT", 0)
+        monkeypatch.setattr(_columnar, "MAX_DICTIONARY_BYTES", 0)
     table = pa.table({"text": [many, *[["a"]] * 299], "label": LABEL})
     pq.write_table(table, tmp_path / "a.parquet", compression="zstd", **options)
     del table, many
@@ -179,7 +179,7 @@ def test_texts_that_share_are_counted_by_their_pages(
         pq.write_table(pa.table({"a": texts}), path, data_page_size=1000, **common, **options)
         [column] = _columnar.chunks(pq.ParquetFile(path).metadata, ["a"])
         with path.open("rb") as file:
-            found.append(_pages.shared(pa, file, column, in_lists=True))
+            found.append(_pages.shared_texts(pa, file, column, in_lists=True))
             stored = sum(page.unpacked for page in _pages.pages(file, column))
             assert sum(page.values for page in _pages.pages(file, column)) == 3042
     # What did not fit the dictionary is stored as it is, and shares nothing.
@@ -199,7 +199,7 @@ def test_a_dictionary_that_cannot_be_unpacked_alone_counts_whole(tmp_path: Path)
     old = SimpleNamespace(decompress=decompress, ArrowException=pa.ArrowException)
     with (tmp_path / "a.parquet").open("rb") as file:
         whole = 4 + 5 + 4 + 700
-        assert _pages.shared(old, file, column, in_lists=True) == (whole, 40 * whole)
+        assert _pages.shared_texts(old, file, column, in_lists=True) == (whole, 40 * whole)
 
 
 def test_lengths_that_take_no_space_take_no_time() -> None:
@@ -207,11 +207,11 @@ def test_lengths_that_take_no_space_take_no_time() -> None:
         b"\x80\x80\x04\x01\xff\xff\xff\xff\x07\x0a"  # blocks of 2**16, 2**31 - 1 values from 5 on
     )
     with bounded(0.5):
-        assert _pages._sum(head + b"\0\0" * 2**15, 0, 2**31) == 5 * (2**31 - 1)
+        assert _pages._sum_lengths(head + b"\0\0" * 2**15, 0, 2**31) == 5 * (2**31 - 1)
     with pytest.raises(ValueError, match="lengths of a page are damaged"):
-        _pages._sum(head + b"\1\0", 0, 2**31)  # each is 1 less than the one before
+        _pages._sum_lengths(head + b"\1\0", 0, 2**31)  # each is 1 less than the one before
     with pytest.raises(IndexError):  # which its caller names, as above
-        _pages._sum(head + b"\0\0", 0, 2**31)
+        _pages._sum_lengths(head + b"\0\0", 0, 2**31)
 
 
 def _shared_by(texts: list[list[str] | None]) -> Iterator[int]:
@@ -282,7 +282,7 @@ def test_damaged_messages_and_pages_are_counted_or_refused(
                 _columnar.check_unpacked(path, _columnar.parquet_bytes(path, stored))
                 with path.open("rb") as file:
                     for column in stored:
-                        assert _pages.shared(pa, file, column, in_lists=True).total >= 0
+                        assert _pages.shared_texts(pa, file, column, in_lists=True).total >= 0
             else:
                 _columnar.arrow_bytes(path, pa)
         except (ValueError, pa.ArrowException, OSError) as error:

@@ -46,16 +46,22 @@ def test_a_folder_is_checked_again_once_it_is_locked(tmp_path: Path) -> None:
         if len(calls) == 2:
             raise ValueError("meanwhile it is full")
 
-    with pytest.raises(ValueError, match="meanwhile it is full"), _locks.taken(folder, check):
+    with (
+        pytest.raises(ValueError, match="meanwhile it is full"),
+        _locks.checked_lock(folder, check),
+    ):
         raise AssertionError
     assert calls == [False, True]
     with _locks.locked(folder):  # what was refused holds no lock
-        with pytest.raises(RuntimeError, match="in use by"), _locks.taken(folder, lambda: 1 / 0):
+        with (
+            pytest.raises(RuntimeError, match="in use by"),
+            _locks.checked_lock(folder, lambda: 1 / 0),
+        ):
             raise AssertionError
-    with pytest.raises(ZeroDivisionError), _locks.taken(folder, lambda: 1 / 0):
+    with pytest.raises(ZeroDivisionError), _locks.checked_lock(folder, lambda: 1 / 0):
         raise AssertionError
     (folder / ".lock").write_bytes(b"")
-    with pytest.raises(ZeroDivisionError), _locks.taken(folder, lambda: 1 / 0):
+    with pytest.raises(ZeroDivisionError), _locks.checked_lock(folder, lambda: 1 / 0):
         raise AssertionError
     assert not (folder / ".lock").read_bytes(), "a refused folder is left as it was"
 
@@ -195,10 +201,10 @@ def test_any_bytes_are_a_sealed_record_or_one_reason(
 def test_json_of_others_is_read_up_to_a_size(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with path.open("wb") as file:
-        file.truncate(_files.JSON_BYTES + 1)
+        file.truncate(_files.MAX_JSON_BYTES + 1)
     with pytest.raises(ValueError, match="16,777,217 bytes, at most 16,777,216 are read"):
         _files.read_json(path)
-    path.write_bytes(b" " * (_files.JSON_BYTES - 2) + b"{}")
+    path.write_bytes(b" " * (_files.MAX_JSON_BYTES - 2) + b"{}")
     assert _files.read_json(path) == {}
 
 

@@ -62,7 +62,7 @@ def test_scores_do_not_depend_on_what_is_multiplied(
     count: int, all_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows of a small bank, drawn rows of a large one; 700 of 4096 numbers in chunks."""
-    monkeypatch.setattr(memory, "_ALL_ROWS", all_rows)
+    monkeypatch.setattr(memory, "_MAX_BANK_RATIO", all_rows)
     bank = memory.Bank(units(1, 8, 4096), jnp.zeros(()))
     x, probe = units(2, 4, 4096), units(4, 4, count)
     index = jnp.asarray(np.random.default_rng(3).integers(0, 8, size=(4, count)))

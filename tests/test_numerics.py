@@ -311,7 +311,7 @@ def test_gram_is_the_matrix_of_inner_products() -> None:
     np.testing.assert_allclose(_numerics.gram(jnp.asarray(x), jnp.asarray(y)), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [2, _softmax.FEW, _softmax.FEW + 1])
+@pytest.mark.parametrize("classes", [2, _softmax.FEW_CLASSES, _softmax.FEW_CLASSES + 1])
 def test_kl_is_the_same_on_either_side_of_few_classes(classes: int) -> None:
     """Which axis is summed is a matter of speed alone, in any rank and under vmap."""
     rng = np.random.default_rng(classes)

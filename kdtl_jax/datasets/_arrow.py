@@ -118,7 +118,7 @@ def _columns(pa: Any, path: Path, table: Any) -> ArrowTable:
                 chunks[0] if len(chunks) == 1 else pa.chunked_array(chunks, dtype).combine_chunks()
             )
             del chunks
-            _columnar.check_unpacked(path, _columnar.written_out(pa, column))
+            _columnar.check_unpacked(path, _columnar.expanded_bytes(pa, column))
             _add_column(pa, result, name, column)
         except _read_errors(pa) as error:
             raise ValueError(
@@ -171,7 +171,10 @@ def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bo
     values = sum(column.num_values for column in chunks)  # a list row has many
     _check_size(path, metadata.num_rows, len(columns), values)
     _columnar.check_unpacked(path, _columnar.parquet_bytes(path, chunks))
-    rows, texts = _columnar.rows_at_once(path, metadata, columns, ROWS), _columnar.texts_of(chunks)
+    rows, texts = (
+        _columnar.rows_per_read(path, metadata, columns, ROWS),
+        _columnar.dictionary_columns(chunks),
+    )
     # Buffered, so that encoded data are not kept in memory.
     with pa.parquet.ParquetFile(
         path, buffer_size=BUFFER_BYTES, pre_buffer=False, read_dictionary=texts

@@ -206,7 +206,10 @@ def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
         columns = [name for name in COLUMNS if name in names]
         stored = list(_columnar.chunks(about, columns))
         _columnar.check_unpacked(file, _columnar.parquet_bytes(file, stored))
-        rows, texts = _columnar.rows_at_once(file, about, columns, ROWS), _columnar.texts_of(stored)
+        rows, texts = (
+            _columnar.rows_per_read(file, about, columns, ROWS),
+            _columnar.dictionary_columns(stored),
+        )
         with pa.parquet.ParquetFile(file, read_dictionary=texts) as opened:
             for group in range(opened.num_row_groups):
                 size = about.row_group(group).num_rows
@@ -230,9 +233,9 @@ def _record(place: str, value: Mapping[str, Any]) -> Record:
 
 def _values(pa: Any, batch: Any) -> Iterator[dict[str, Any]]:
     """The rows of a batch, one by one if shared texts would take much memory all at once."""
-    once = _columnar.written_out(pa, batch.to_struct_array()) <= LONGEST
+    once = _columnar.expanded_bytes(pa, batch.to_struct_array()) <= LONGEST
     for i in range(0, len(batch), len(batch) if once else 1):
         part = batch if once else batch.slice(i, 1)
-        if not once and (size := _columnar.written_out(pa, part.to_struct_array())) > LONGEST:
+        if not once and (size := _columnar.expanded_bytes(pa, part.to_struct_array())) > LONGEST:
             raise ValueError(f"it has {size:,} bytes, at most {LONGEST:,} are read")
         yield from part.to_pylist()

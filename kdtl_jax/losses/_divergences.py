@@ -117,7 +117,7 @@ def binary_kl(
     t = _numerics.per_example(temperature, student, "temperature")
     student, teacher, apart = (
         jnp.stack([z / t, jnp.zeros_like(z)], axis=-1)
-        for z in (student, teacher, _softmax.finite_difference(teacher, student))
+        for z in (student, teacher, _softmax.masked_difference(teacher, student))
     )
     kl = _softmax.kl_from_logits(teacher, student, difference=apart)
     if class_weights is not None:

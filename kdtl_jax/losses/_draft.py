@@ -141,7 +141,7 @@ def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, 
     _checks.several_classes(draft_logits=draft, target_logits=target)
     log_q = _softmax.log_softmax(draft)
     if draft_ids is not None:
-        return log_q, log_p, _softmax.finite_difference(log_q, log_p)
+        return log_q, log_p, _softmax.masked_difference(log_q, log_p)
     return log_q, log_p, _softmax.log_ratio(_numerics.upcast(draft), _numerics.upcast(target))
 
 

@@ -77,7 +77,7 @@ def random_sampling_targets(
             f"{_checks.described(teacher_logits=teacher_logits, draws=draws)}."
         )
     safe, usable = _numerics.usable_labels(draws, log_p.shape[-1])
-    ratio = jnp.take_along_axis(_softmax.finite_difference(log_p, log_q), safe, axis=-1)
+    ratio = jnp.take_along_axis(_softmax.masked_difference(log_p, log_q), safe, axis=-1)
     weights = _numerics.at_usable(jnp.exp(ratio), usable) / jnp.shape(draws)[-1]
     return WeightedClasses(draws, weights)
 

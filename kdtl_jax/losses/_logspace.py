@@ -67,7 +67,7 @@ def softened_difference(p_logits: Array, q_logits: Array, temperature: Scalar) -
 
     Unlike `z_p / T - z_q / T`, in which each side is rounded first.
     """
-    apart = _softmax.finite_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
+    apart = _softmax.masked_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
     return apart / _numerics.per_example(temperature, apart, "temperature")
 
 

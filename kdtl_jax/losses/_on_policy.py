@@ -160,5 +160,5 @@ def in_student_top_k(student_logits: Array, targets: _topk.TopK) -> Array:
 
 def _gap(student: Array, teacher: Array) -> tuple[Array, Array]:
     """`log p_S - log p_T`, a constant, 0 outside either support; and where it is infinite."""
-    gap = jax.lax.stop_gradient(_softmax.finite_difference(student, teacher))
+    gap = jax.lax.stop_gradient(_softmax.masked_difference(student, teacher))
     return gap, (student != -jnp.inf) & (teacher == -jnp.inf)

@@ -196,7 +196,7 @@ def ratio_gate(
       IcePop (Ling Team, 2025), as in NeMo-RL's multi-teacher on-policy distillation.
     """
     _checks.positive(low=low, high=high)
-    _checks.rising(low=low, high=high)
+    _checks.ordered(low=low, high=high)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
     ratio = _ratio(student, sampler)
     inside = ratio >= _numerics.per_example(low, ratio, "low")

@@ -52,7 +52,7 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     """
     teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
     classes = teacher.shape[-1]
-    _checks.whole(k=k)
+    _checks.integer(k=k)
     if not 1 <= k <= classes:
         raise ValueError(f"k must lie in 1..{classes}, got {k}.")
     log_p = _softmax.log_softmax(teacher)

@@ -286,7 +286,7 @@ def _describe(
     name: str, model: ModelFn, variables: Variables, inputs: Any, layout: Layout | None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], Layout]:
     def run(params: Any, model_state: Any, inputs: Any) -> dict[str, Any]:
-        return dict(_model_functions.called(name, model, params, model_state, inputs)[0])
+        return dict(_model_functions.call_model(name, model, params, model_state, inputs)[0])
 
     if layout is not None:
         return jax.eval_shape(run, *variables, inputs), layout

@@ -80,7 +80,7 @@ def run_folder(
             return taken_up
 
         def begin() -> str:
-            stack.enter_context(_locks.taken(folder, check))
+            stack.enter_context(_locks.checked_lock(folder, check))
             taken_up = _is_taken_up(settings)
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
                 if unfinished.is_file():

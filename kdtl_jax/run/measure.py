@@ -1,4 +1,4 @@
-"""What a compiled program costs, and how close it comes to the machine's measured limits.
+"""The cost of a compiled program, and how close it comes to the machine's measured limits.
 
 Three separate sources: timing (`step_times`, `throughput`), the compiler's account of the
 program (`cost`, `memory`), and the machine's measured ceilings (`ceilings`: a large matmul, a large
@@ -16,7 +16,7 @@ import numpy as np
 
 from kdtl_jax import _checks
 
-# Where the search for a machine's limits ends: rows of a matrix, bytes of a copy.
+# The sizes at which the search for a machine's limits ends: rows of a matrix, bytes of a copy.
 LARGEST_MATMUL, LARGEST_COPY = 8192, 2**30
 
 
@@ -31,9 +31,9 @@ class Distribution(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Work of one run as XLA's cost analysis counts it; None if the back end does not report it.
+    """The work of one run by XLA's cost analysis; None if the back end does not report it.
 
-    Bytes are those that every operation reads and writes, as if there were no caches.
+    Bytes count the reads and writes of every operation, as if there were no caches.
     """
 
     flops: float | None
@@ -51,8 +51,8 @@ class Memory(NamedTuple):
     def compiled(self) -> int | None:
         """Arguments, outputs and temporaries together."""
         parts = (self.arguments, self.outputs, self.temporaries)
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
+        reported = [part for part in parts if part is not None]
+        return sum(reported) if len(reported) == len(parts) else None
 
 
 class Ceilings(NamedTuple):
@@ -117,45 +117,48 @@ def throughput(once: Callable[[], Any], steps: int, *, warmup: int = 3, rounds: 
 
     The median over several rounds, with at least `steps` runs in total.
     """
-    each = -(-steps // rounds)
+    steps_per_round = -(-steps // rounds)
     for _ in range(warmup):
         jax.block_until_ready(once())
     seconds, last = [], None
     for _ in range(rounds):
         start = time.perf_counter()
-        for _ in range(each):
+        for _ in range(steps_per_round):
             last = once()
         jax.block_until_ready(last)
-        seconds.append((time.perf_counter() - start) / each)
+        seconds.append((time.perf_counter() - start) / steps_per_round)
     return float(np.median(seconds))
 
 
 def cost(program: Any) -> Cost:
     """FLOPs and bytes of a compiled program by XLA's own analysis."""
     try:
-        found = program.cost_analysis()
+        analysis = program.cost_analysis()
     except Exception:  # back ends without an analysis raise errors of their own
-        found = None
-    if isinstance(found, (list, tuple)):
-        found = found[0] if found else None
-    found = found or {}
-    return Cost(_positive(found.get("flops")), _positive(found.get("bytes accessed")))
+        analysis = None
+    if isinstance(analysis, (list, tuple)):
+        analysis = analysis[0] if analysis else None
+    analysis = analysis or {}
+    return Cost(_positive(analysis.get("flops")), _positive(analysis.get("bytes accessed")))
 
 
 def memory(program: Any, device: Any = None) -> Memory:
     """Bytes of a compiled program, and the device's peak if the device reports one."""
     try:
-        found = program.memory_analysis()
+        analysis = program.memory_analysis()
     except Exception:
-        found = None
+        analysis = None
     device = jax.local_devices()[0] if device is None else device
     stats = device.memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
-    if found is None:
+    if analysis is None:
         return Memory(None, None, None, peak)
-    fresh = int(found.output_size_in_bytes) - int(found.alias_size_in_bytes)
+    output_bytes = int(analysis.output_size_in_bytes) - int(analysis.alias_size_in_bytes)
     return Memory(
-        int(found.argument_size_in_bytes), max(fresh, 0), int(found.temp_size_in_bytes), peak
+        int(analysis.argument_size_in_bytes),
+        max(output_bytes, 0),
+        int(analysis.temp_size_in_bytes),
+        peak,
     )
 
 
@@ -163,36 +166,36 @@ def ceilings(dtype: Any = jnp.float32, *, quick: bool = False) -> Ceilings:
     """Measures the machine: square matmuls and copies, doubled until one takes long enough.
 
     Args:
-      dtype: of the matmul's factors, at the same default precision as models.
+      dtype: of the matmul's factors, at JAX's default precision, as for models.
       quick: small sizes, for a rough figure within a second.
     """
-    enough = 0.004 if quick else 0.04
+    min_seconds = 0.004 if quick else 0.04
     matmul = cast(Callable[[Any, Any], Any], jax.jit(lambda x, y: x @ y))
-    n, best, flops = 256, 0.0, 0.0
-    while best < enough and n < LARGEST_MATMUL:
-        n *= 2
-        x = jnp.full((n, n), 0.5, dtype)
-        best = _best(lambda x=x: matmul(x, x))
-        flops = max(flops, 2 * n**3 / best)
+    size, seconds, flops = 256, 0.0, 0.0
+    while seconds < min_seconds and size < LARGEST_MATMUL:
+        size *= 2
+        x = jnp.full((size, size), 0.5, dtype)
+        seconds = _shortest(lambda x=x: matmul(x, x))
+        flops = max(flops, 2 * size**3 / seconds)
     copy_bytes = 2**25 if quick else 2**28
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new pages to map
+    increment = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new pages to map
     while True:
         buffer = jnp.zeros((copy_bytes // 4,), jnp.float32)
 
-        def once() -> Any:
+        def copy() -> Any:
             nonlocal buffer
-            buffer = add(buffer)
+            buffer = increment(buffer)
             return buffer
 
-        seconds = _best(once)
-        if seconds >= enough / 10 or copy_bytes >= LARGEST_COPY:
+        copy_seconds = _shortest(copy)
+        if copy_seconds >= min_seconds / 10 or copy_bytes >= LARGEST_COPY:
             break
         copy_bytes *= 2
-    return Ceilings(flops, 2 * copy_bytes / seconds, jnp.dtype(dtype).name, n, copy_bytes)
+    return Ceilings(flops, 2 * copy_bytes / copy_seconds, jnp.dtype(dtype).name, size, copy_bytes)
 
 
 def roofline(work: Cost, seconds: float, limits: Ceilings) -> Roofline | None:
-    """Where a run is relative to the ceilings; None if its cost is unknown.
+    """Compares a run with the ceilings; None if its cost is unknown.
 
     The bandwidth bound takes XLA's bytes as memory traffic. A program whose arrays stay in the
     caches is faster, and its fraction exceeds 1.
@@ -207,7 +210,7 @@ def roofline(work: Cost, seconds: float, limits: Ceilings) -> Roofline | None:
     return Roofline(compute, bandwidth, bound, max(compute, bandwidth) / seconds)
 
 
-def _best(once: Callable[[], Any]) -> float:
+def _shortest(once: Callable[[], Any]) -> float:
     """The shortest of five runs after one that compiles."""
     jax.block_until_ready(once())
     seconds = []

@@ -1,9 +1,9 @@
-"""A run with several processes: joining, agreeing, letting one decide, and signals.
+"""Multi-process runs: initialization, decisions by process 0, and signals.
 
 Anything that changes a folder shared by the processes happens in process 0, between two
 synchronization points: `decide` runs a function there and gives every process its result or error.
-Signals are recorded, and all processes act on them together, at a step at which they consult each
-other. With one process, all of this is a plain function call.
+Signals are recorded, and all processes act on them together, at the next step at which they
+synchronize. With one process, all of this is a plain function call.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 HEARTBEAT_SECONDS = 30  # when a process dies, the others end within about twice this time
-LONGEST_SECONDS = 24 * 3600  # that the processes wait while one of them works
-_meetings = itertools.count()  # all processes come to every meeting, in one order
+TIMEOUT_SECONDS = 24 * 3600  # the longest that processes wait while one of them works
+_barriers = itertools.count()  # all processes reach every barrier, in one order
 # The type of an error in the other processes: the first one that it is an instance of.
-KINDS: tuple[type[Exception], ...] = (
+ERROR_TYPES: tuple[type[Exception], ...] = (
     *(FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, OSError),
     *(TypeError, ValueError, RuntimeError),
 )
@@ -41,8 +41,8 @@ def initialize(
     Raises:
       ValueError: if only some of the three are given.
     """
-    given = [coordinator is not None, processes is not None, process is not None]
-    if any(given) and not all(given):
+    is_given = [coordinator is not None, processes is not None, process is not None]
+    if any(is_given) and not all(is_given):
         raise ValueError(
             "give all of coordinator ('host:port'), processes and process "
             f"(this one's number), or none for auto-detection; got {coordinator!r}, {processes}, "
@@ -62,69 +62,71 @@ def initialize(
 
 
 def broadcast(value: Any) -> Any:
-    """Process 0's JSON value, in every process; all of them must call."""
+    """Gives process 0's JSON value to every process; all of them must call."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    _meet()
-    text = json.dumps(value).encode() if jax.process_index() == 0 else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    _barrier()
+    encoded = json.dumps(value).encode() if jax.process_index() == 0 else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
     buffer = np.zeros(size, np.uint8)
-    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
-def _meet() -> None:
-    """Waits for all processes, however long one of them works; a dead one ends the others.
+def _barrier() -> None:
+    """Waits for all processes, however long one of them works; if one dies, the others end.
 
-    The first collective of a group of CPU devices connects them, and gives up after 30 seconds.
+    Without it, the first collective of a group of CPU devices would give up after 30 seconds.
     """
     import orbax.checkpoint as ocp
 
     wait = ocp.multihost.get_barrier_sync_fn()
-    wait(key=f"kdtl_jax/meeting/{next(_meetings)}", timeout_ms=LONGEST_SECONDS * 1000)
+    wait(key=f"kdtl_jax/meeting/{next(_barriers)}", timeout_ms=TIMEOUT_SECONDS * 1000)
 
 
 def decide(choose: Callable[[], Any]) -> Any:
     """Calls `choose` in process 0 and gives its JSON result or error to every process.
 
-    No process returns before process 0 is done, so what it changed on a shared disk is there.
+    No process returns before process 0 is done, so all see what it changed on a shared disk.
 
     Raises:
-      Exception: what `choose` raised; in other processes, one of its kind with the same message.
+      Exception: as `choose`; in other processes, an error of its kind with the same message.
     """
     if jax.process_count() == 1:
         return choose()
     result: Any = None
-    raised: Exception | None = None
+    error: Exception | None = None
     if jax.process_index() == 0:
         try:
             result = choose()
-        except Exception as error:
-            raised = error
-    text = None if raised is None else str(raised)
-    kind = next((i for i, known in enumerate(KINDS) if isinstance(raised, known)), -1)
-    result, kind, text = broadcast([result, kind, text])
-    if raised is not None:
-        raise raised
-    if text is not None:
-        raise KINDS[kind](f"process 0: {text}")
+        except Exception as caught:
+            error = caught
+    message = None if error is None else str(error)
+    type_index = next(
+        (i for i, error_type in enumerate(ERROR_TYPES) if isinstance(error, error_type)), -1
+    )
+    result, type_index, message = broadcast([result, type_index, message])
+    if error is not None:
+        raise error
+    if message is not None:
+        raise ERROR_TYPES[type_index](f"process 0: {message}")
     return result
 
 
 def largest(number: int) -> int:
-    """The largest of the processes' numbers, in every process; all of them must call."""
+    """Gives the largest of the processes' numbers to every process; all of them must call."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
 
-    _meet()
+    _barrier()
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 class Interrupted(BaseException):
-    """Raised within `Signals.interruptible` on a signal; code there must be safe to abort."""
+    """Raised on a signal within `Signals.interruptible`; code there must be safe to abort."""
 
 
 class Signals:
@@ -136,7 +138,7 @@ class Signals:
         self.polls = 0  # how many loops will call `asked`
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """What a signal does; `signals` installs it. A second one ends the process at once.
+        """Handles a signal; `signals` installs it. A second signal ends the process at once.
 
         Raises:
           Interrupted: within `interruptible`.
@@ -199,11 +201,11 @@ def signals() -> Iterator[Signals]:
     if isinstance(outer, Signals) or threading.current_thread() is not threading.main_thread():
         yield outer if isinstance(outer, Signals) else Signals()
         return
-    found = Signals()
+    recorder = Signals()
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, found.handle) for number in numbers]
+    previous = [signal.signal(number, recorder.handle) for number in numbers]
     try:
-        yield found
+        yield recorder
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)

@@ -1,11 +1,10 @@
-"""What a run was made from: file contents and package versions, compared when it resumes.
+"""The record of a run's input files and package versions, compared when it resumes.
 
     made = record.made_from({"data": "digits.npz", "teacher_weights": path})
     record.keep(folder, made)                       # at the start
     notices = record.compare(folder, made)          # at --resume: raises if a file has changed
 
-Settings are compared elsewhere; this record detects that a file of the same name now has other
-contents.
+Settings are compared elsewhere; this record detects that the contents of a file have changed.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from kdtl_jax._types import PyTree
 
 # A file or folder, or a sequence of them.
 Paths = str | Path | Sequence[Path]
-FILE = "made_from.json"  # beside what is recorded
+FILE = "made_from.json"  # in the run folder
 # Packages whose versions are recorded.
 PACKAGES = ("kdtl_jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
 
@@ -63,7 +62,7 @@ def is_kept(folder: str | Path) -> bool:
 
 
 def compare(folder: str | Path, now: Record) -> list[str]:
-    """Compares a run folder's record with what the run would read now.
+    """Compares a run folder's record with the current files and versions.
 
     Returns:
       Notices about versions that differ, which may change the last bits of a resumed run.
@@ -75,35 +74,35 @@ def compare(folder: str | Path, now: Record) -> list[str]:
     if not path.exists():
         return [f"{path} is missing: whether data and weights are the same is unknown"]
     try:
-        before = _files.read_sealed(path)
+        record = _files.read_sealed(path)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}. Start the run anew in another folder.") from None
-    kinds = [before.get(name) for name in Record._fields]
-    if not all(isinstance(kind, dict) for kind in kinds):
+    fields = [record.get(name) for name in Record._fields]
+    if not all(isinstance(field, dict) for field in fields):
         raise ValueError(f"{path} is not a run's record. Start the run anew in another folder.")
-    was = Record(*(dict(before[name]) for name in Record._fields))
-    roles = sorted(was.files.keys() | now.files.keys())
-    changed = [role for role in roles if was.files.get(role) != now.files.get(role)]
+    old = Record(*(dict(record[name]) for name in Record._fields))
+    roles = sorted(old.files.keys() | now.files.keys())
+    changed = [role for role in roles if old.files.get(role) != now.files.get(role)]
     if changed:
         raise ValueError(
-            f"{folder} was started with other content of {_listed(changed)}: the SHA-256 differs. "
-            "Restore what it was started with, or start anew in another folder."
+            f"{folder} was started with other content of {_name_list(changed)}: the SHA-256 "
+            "differs. Restore what it was started with, or start anew in another folder."
         )
-    names = sorted(was.versions.keys() | now.versions.keys())
+    names = sorted(old.versions.keys() | now.versions.keys())
     return [
-        f"{_text.shown(name, 80)} was {_text.shown(was.versions.get(name, 'absent'), 80)}, is "
+        f"{_text.shown(name, 80)} was {_text.shown(old.versions.get(name, 'absent'), 80)}, is "
         f"{now.versions.get(name, 'absent')}: the run may end with other bits"
         for name in names
-        if was.versions.get(name) != now.versions.get(name)
+        if old.versions.get(name) != now.versions.get(name)
     ]
 
 
-def _listed(names: Sequence[str]) -> str:
+def _name_list(names: Sequence[str]) -> str:
     return ", ".join(_text.shown(name, 200) for name in names[:20])
 
 
 def check_finite(name: str, tree: PyTree) -> None:
-    """Raises an error for weights with NaN or infinity, which would silently ruin later training.
+    """Refuses weights with NaN or infinity, which would silently ruin later training.
 
     Args:
       name: of the weights' file, for the message.
@@ -112,18 +111,18 @@ def check_finite(name: str, tree: PyTree) -> None:
     Raises:
       ValueError: naming the first leaves and how many values are not finite.
     """
-    broken = []
+    problems = []
     for path, leaf in trees.flatten(tree).items():
         if not trees.is_inexact(leaf):
             continue
         array = np.asarray(leaf)
         finite = np.isfinite(array if array.dtype.kind in "fc" else array.astype(np.float32))
         if not finite.all():
-            broken.append(f"{path!r} ({finite.size - int(finite.sum())} of {finite.size})")
-    if broken:
-        more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
+            problems.append(f"{path!r} ({finite.size - int(finite.sum())} of {finite.size})")
+    if problems:
+        suffix = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(
-            f"{name}: weights are not finite: {', '.join(broken[:4])}{more}. The training that "
+            f"{name}: weights are not finite: {', '.join(problems[:4])}{suffix}. The training that "
             "made them diverged; take an earlier checkpoint."
         )
 
@@ -133,39 +132,39 @@ def _digest(paths: Paths) -> str:
         path = Path(paths)
         if not path.is_dir():
             return _files.sha256(path) if path.exists() else f"named {path}"
-        return _digest_of({str(file.relative_to(path)): file for file in _below(path)})
-    first, *others = paths
-    if not others:
+        return _combined_digest({str(file.relative_to(path)): file for file in _files_below(path)})
+    first, *rest = paths
+    if not rest:
         return _digest(first)
     common = os.path.commonpath([path.absolute().parent for path in paths])
-    return _digest_of({os.path.relpath(path, common): path for path in paths})
+    return _combined_digest({os.path.relpath(path, common): path for path in paths})
 
 
-def _digest_of(files: Mapping[str, Path]) -> str:
-    found = hashlib.sha256()
+def _combined_digest(files: Mapping[str, Path]) -> str:
+    digest = hashlib.sha256()
     for name in sorted(files):
-        found.update(name.encode(errors="surrogateescape") + b"\0")
-        found.update(_files.sha256(files[name]).encode())
-    return found.hexdigest()
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+        digest.update(_files.sha256(files[name]).encode())
+    return digest.hexdigest()
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path) -> Iterator[Path]:
     """All files in a folder, including folders that it links to, each folder once."""
     seen: set[Path] = set()
-    for at, folders, names in os.walk(folder, followlinks=True):
-        here = Path(at)
-        if here.resolve() in seen:
-            folders.clear()
+    for root, subfolders, names in os.walk(folder, followlinks=True):
+        current = Path(root)
+        if current.resolve() in seen:
+            subfolders.clear()
             continue
-        seen.add(here.resolve())
-        yield from (here / name for name in names if (here / name).is_file())
+        seen.add(current.resolve())
+        yield from (current / name for name in names if (current / name).is_file())
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "backend": jax.default_backend()}
+    versions = {"python": platform.python_version(), "backend": jax.default_backend()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,7 +1,7 @@
 """Scores that may not be finite: they are NaN, rank last and never win.
 
-The argmax of NaN is class 0, and comparisons with NaN are false. Code that turns logits into
-classes, counts correct answers or picks the best of several uses these functions.
+The argmax of NaN is class 0, and comparisons with NaN are false. Use these functions to turn
+logits into classes, count correct answers, or pick the best of several scores.
 """
 
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ def predicted(logits: Array) -> Array:
       ValueError: if K is 1, as the largest of one is always the first.
     """
     _checks.several_classes(logits=logits)
-    broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), -1) | jnp.all(logits == -jnp.inf, -1)
+    invalid = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), -1) | jnp.all(logits == -jnp.inf, -1)
     classes = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(broken, jnp.full_like(classes, WRONG), classes)
+    return jnp.where(invalid, jnp.full_like(classes, WRONG), classes)
 
 
 def accuracy(classes: Any, labels: Any) -> np.ndarray:
     """The share of correct `classes` `[..., N]`, as `[...]`; NaN where any of them is -1."""
     classes = np.asarray(classes)
-    share = (classes == np.asarray(labels)).mean(axis=-1)
-    return np.where((classes == WRONG).any(axis=-1), np.nan, share)
+    correct = (classes == np.asarray(labels)).mean(axis=-1)
+    return np.where((classes == WRONG).any(axis=-1), np.nan, correct)
 
 
 def ranked(values: Sequence[Any], *, minimize: bool = False) -> list[int]:

@@ -1,4 +1,4 @@
-"""Placements over devices: which array goes where, as JAX shardings.
+"""Placement of arrays over devices, as JAX shardings.
 
 A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"` (weights, optimizer
 state and examples are split over it) and `"tensor"` (a layer's work is split over it: every
@@ -43,39 +43,39 @@ def make_mesh(
     Raises:
       ValueError: if the sizes do not multiply to at most the number of devices.
     """
-    found = list(jax.devices() if devices is None else devices)
+    all_devices = list(jax.devices() if devices is None else devices)
     _checks.count(1, **({} if data is None else {"data": data}), fsdp=fsdp, tensor=tensor)
-    data = len(found) // (fsdp * tensor) if data is None else data
+    data = len(all_devices) // (fsdp * tensor) if data is None else data
     sizes = (data, fsdp) if tensor == 1 else (data, fsdp, tensor)
     names = (*AXES, "tensor")[: len(sizes)]
     count = math.prod(sizes)
-    if count > len(found) or data < 1:
-        asked = " x ".join(f"{n}={max(size, 1)}" for n, size in zip(names, sizes, strict=True))
+    if count > len(all_devices) or data < 1:
+        request = " x ".join(f"{n}={max(size, 1)}" for n, size in zip(names, sizes, strict=True))
         raise ValueError(
-            f"{asked} needs {max(data, 1) * fsdp * tensor} devices, but there are "
-            f"{len(found)}. On one CPU, set JAX_NUM_CPU_DEVICES before starting Python."
+            f"{request} needs {max(data, 1) * fsdp * tensor} devices, but there are "
+            f"{len(all_devices)}. On one CPU, set JAX_NUM_CPU_DEVICES before starting Python."
         )
-    grid = np.array(found[:count], dtype=object).reshape(sizes)
+    grid = np.array(all_devices[:count], dtype=object).reshape(sizes)
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
-    return NamedSharding(_mesh(mesh), PartitionSpec())
+    return NamedSharding(_check_mesh(mesh), PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis split over all devices of `"data"` and `"fsdp"`."""
-    return NamedSharding(_mesh(mesh), PartitionSpec(AXES))
+    return NamedSharding(_check_mesh(mesh), PartitionSpec(AXES))
 
 
-def _mesh(given: Any) -> Mesh:
-    """Refuses what is no mesh."""
-    if not isinstance(given, Mesh):
+def _check_mesh(mesh: Any) -> Mesh:
+    """Raises TypeError for anything but a mesh."""
+    if not isinstance(mesh, Mesh):
         raise TypeError(
-            f"mesh must be a mesh such as sharding.make_mesh(), got {type(given).__name__}."
+            f"mesh must be a mesh such as sharding.make_mesh(), got {type(mesh).__name__}."
         )
-    return given
+    return mesh
 
 
 def fsdp_shardings(
@@ -98,7 +98,7 @@ def fsdp_shardings(
       TypeError: if `mesh` is not a mesh.
     """
     _checks.count(0, smallest=smallest)
-    size, across = _mesh(mesh).shape["fsdp"], mesh.shape.get("tensor", 1)
+    fsdp_size, tensor_size = _check_mesh(mesh).shape["fsdp"], mesh.shape.get("tensor", 1)
     rules = [(re.compile(f"(.*/)?{pattern}"), axis) for pattern, axis in tensor]
 
     def rule(path: str, leaf: Any) -> NamedSharding:
@@ -106,13 +106,13 @@ def fsdp_shardings(
         if np.prod(shape, dtype=np.int64) < smallest:
             return replicated(mesh)
         names: list[str | None] = [None] * len(shape)
-        for known, axis in rules if across > 1 else ():
-            if known.fullmatch(path):
-                if -len(shape) <= axis < len(shape) and shape[axis] % across == 0:
+        for pattern, axis in rules if tensor_size > 1 else ():
+            if pattern.fullmatch(path):
+                if -len(shape) <= axis < len(shape) and shape[axis] % tensor_size == 0:
                     names[axis] = "tensor"
                 break
         for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
-            if size > 1 and names[axis] is None and shape[axis] % size == 0:
+            if fsdp_size > 1 and names[axis] is None and shape[axis] % fsdp_size == 0:
                 names[axis] = "fsdp"
                 break
         while names and names[-1] is None:
@@ -125,17 +125,17 @@ def fsdp_shardings(
 def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256, tensor: TensorAxes = ()) -> PyTree:
     """`tree` on the mesh by `fsdp_shardings`: pass it a state, parameters or a teacher.
 
-    Arrays are copied, so donating the result never deletes the given ones.
+    Arrays are copied, so donating the result never deletes those of `tree`.
     """
     shardings = fsdp_shardings(tree, mesh, smallest=smallest, tensor=tensor)
     return jax.tree.map(_put, tree, shardings)
 
 
 def keep_placement(step: train.Step, state: train.TrainState) -> train.Step:
-    """The step, with its new state placed like `state`, so that it compiles only once.
+    """Makes a step place its new state like `state`, so that it compiles only once.
 
-    Without it XLA may split or replicate small leaves of the result differently, and the second
-    call, on a state placed differently, compiles again.
+    Otherwise XLA may place small leaves of the result differently, and the second call, on a state
+    placed differently, compiles again.
 
     Args:
       step: the un-jitted step.
@@ -143,13 +143,13 @@ def keep_placement(step: train.Step, state: train.TrainState) -> train.Step:
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def kept(
+    def placed_step(
         state: train.TrainState, batch: train.Batch, teacher_params: Any = None
     ) -> tuple[train.TrainState, train.Metrics]:
         new, metrics = step(state, batch, teacher_params)
         return jax.lax.with_sharding_constraint(new, shardings), metrics
 
-    return kept
+    return placed_step
 
 
 def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -159,14 +159,16 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
       ValueError: if the local batch is not divisible by this process's devices. Pad it and give the
         padding weight 0 in `batch["weights"]`.
     """
-    own = sum(d.process_index == jax.process_index() for d in _mesh(mesh).devices.flat)
-    parts = max(1, own // mesh.shape.get("tensor", 1))
+    local_devices = sum(
+        d.process_index == jax.process_index() for d in _check_mesh(mesh).devices.flat
+    )
+    divisor = max(1, local_devices // mesh.shape.get("tensor", 1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(batch)):
-        if not np.ndim(leaf) or np.shape(leaf)[0] % parts:
+        if not np.ndim(leaf) or np.shape(leaf)[0] % divisor:
             raise ValueError(
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} has shape "
                 f"{list(np.shape(leaf))}, whose leading axis must be a multiple of the "
-                f"{parts} local devices. Pad it and set weights to 0 there."
+                f"{divisor} local devices. Pad it and set weights to 0 there."
             )
     spec = batch_sharding(mesh)
     if jax.process_count() == 1:
@@ -210,11 +212,11 @@ def separate_teacher(
         return teacher(variables.params, variables.model_state, inputs)[0]
 
     def attach(teacher_params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-        given = teacher_params if isinstance(teacher_params, Variables) else None
+        is_variables = isinstance(teacher_params, Variables)
+        variables = teacher_params if is_variables else Variables(teacher_params)
         inputs = place_batch({"inputs": batch["inputs"]}, teacher_mesh)["inputs"]
-        outputs = forward(given or Variables(teacher_params), inputs)
-        moved = jax.device_put(outputs, batch_sharding(student_mesh))
-        return place_batch(batch, student_mesh) | {"teacher": moved}
+        outputs = jax.device_put(forward(variables, inputs), batch_sharding(student_mesh))
+        return place_batch(batch, student_mesh) | {"teacher": outputs}
 
     return attach
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from kdtl_jax import _checks, trees
-from kdtl_jax._model_functions import described, named
+from kdtl_jax._model_functions import check_named_arrays, describe
 from kdtl_jax._types import PyTree
 from kdtl_jax.objective import Inputs, TermsFn
 
@@ -40,7 +40,7 @@ def carried(**states: tuple[PyTree, PyTree]) -> None:
         if wrong:
             path = wrong[0]
             came, held = (
-                described(each[path]) if path in each and len(each) else f"{len(each)} leaves"
+                describe(each[path]) if path in each and len(each) else f"{len(each)} leaves"
                 for each in (after, before)
             )
             source = "the terms return" if name == "memory" else "the model returns"
@@ -101,7 +101,7 @@ def batch(given: Any) -> Mapping[str, Any]:
       TypeError: if it is not a mapping.
       ValueError: if an entry is missing or misshapen.
     """
-    given = named("the batch", given)
+    given = check_named_arrays("the batch", given)
     if "inputs" not in given:
         raise ValueError(
             f"the batch must be a dict with 'inputs', got the keys {sorted(given)}. Name "

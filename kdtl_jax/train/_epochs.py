@@ -116,7 +116,7 @@ def epoch_index(key: Array, epoch: int | Array, size: int, batch_size: int) -> A
     """
     _checks.key(key=key)
     _checks.count(1, size=size)
-    _checks.whole(batch_size=batch_size)
+    _checks.integer(batch_size=batch_size)
     _checks.scalar(epoch=epoch)
     _checks.integers(epoch=epoch)
     if not 0 < batch_size <= size:

@@ -72,7 +72,7 @@ def make_step(
         if teacher is None:
             return batch.get("teacher", {})
         variables = _variables(teacher_params)
-        outputs, _ = _model_functions.called(
+        outputs, _ = _model_functions.call_model(
             "teacher", teacher, variables.params, variables.model_state, batch["inputs"]
         )
         return jax.lax.stop_gradient(outputs)
@@ -93,7 +93,7 @@ def make_step(
             if microbatches > 1:
                 key = jax.random.fold_in(key, part)
             model_key, terms_key = jax.random.split(key)
-            outputs, after = _model_functions.called(
+            outputs, after = _model_functions.call_model(
                 "model", model, params, model_state, batch["inputs"], key=model_key, train=True
             )
             _contracts.no_padding_in_statistics(batch, model_state, after)
@@ -154,7 +154,7 @@ def make_eval_step(
 
     def evaluate(variables: Any, batch: Batch) -> Metrics:
         variables, batch = _variables(variables), _contracts.batch(batch)
-        outputs, _ = _model_functions.called(
+        outputs, _ = _model_functions.call_model(
             "model", model, variables.params, variables.model_state, batch["inputs"]
         )
         inputs = Inputs(outputs, batch.get("teacher", {}), batch, variables.params)

@@ -43,7 +43,7 @@ def factor_low_rank(matrix: Array, rank: int) -> LowRank:
     """
     _checks.rank(2, matrix=matrix)
     _checks.floating(matrix=matrix)
-    _checks.whole(rank=rank)
+    _checks.integer(rank=rank)
     if not 1 <= rank <= min(matrix.shape[-2:]):
         raise ValueError(
             f"rank must lie in 1..{min(matrix.shape[-2:])}, got {rank} for "

@@ -104,7 +104,7 @@ def top_indices(scores: Array, n: int, *, groups: int = 1) -> Array:
 
 
 def _check_count(size: int, n: int) -> None:
-    _checks.whole(n=n)
+    _checks.integer(n=n)
     if not 1 <= n <= size:
         raise ValueError(f"n must lie in 1..{size}, the length of the axis, got {n}.")
 

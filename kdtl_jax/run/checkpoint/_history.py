@@ -1,8 +1,8 @@
 """The evaluations of a run, in one append-only file per folder.
 
 A run passes all its evaluations to every save. Repeated in every checkpoint, they would take space
-and time quadratic in their number. So they are appended to a file beside the steps, and a step's
-manifest records how many bytes of it belong to the step, and their SHA-256.
+and time quadratic in their number. Instead they are appended to a file beside the steps, and each
+step's manifest records how many bytes of it belong to the step, and their SHA-256.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ class History:
     digest: Any = field(default_factory=hashlib.sha256)
 
 
-def open_history(folder: Path, known: Mapping[str, Any] | None) -> History:
-    """The history that the newest step's manifest names, to append to; else a new one."""
-    found = History()
-    if known is not None:
-        _extend(found, _content(folder, known).splitlines(keepends=True))
-        found.file = known["file"]
-    return found
+def open_history(folder: Path, entry: Mapping[str, Any] | None) -> History:
+    """Opens the history named by the newest step's manifest for appending; None makes a new one."""
+    history = History()
+    if entry is not None:
+        _extend(history, _content(folder, entry).splitlines(keepends=True))
+        history.file = entry["file"]
+    return history
 
 
 def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> dict[str, Any]:
@@ -48,33 +48,33 @@ def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> d
       TypeError: if a line is not JSON.
       OSError: if it cannot be written.
     """
-    goes_on = history.file and len(lines) >= history.count
-    if not goes_on or (history.count and _text(lines[history.count - 1]) != history.last):
+    continues = history.file and len(lines) >= history.count
+    if not continues or (history.count and _text(lines[history.count - 1]) != history.last):
         _begin(history, f"{KEY}-{step}-{os.urandom(4).hex()}.jsonl")
-    new = [_text(line) for line in lines[history.count :]]
-    if new or not history.size:
+    new_lines = [_text(line) for line in lines[history.count :]]
+    if new_lines or not history.size:
         with (folder / history.file).open("r+b" if history.size else "wb") as file:
-            file.truncate(history.size)  # removes what a killed save left
+            file.truncate(history.size)  # removes the partial lines of a killed save
             file.seek(history.size)
-            file.write(b"".join(new))
+            file.write(b"".join(new_lines))
             file.flush()
             os.fsync(file.fileno())
-        _extend(history, new)
+        _extend(history, new_lines)
     digest = history.digest.hexdigest()
     return {"file": history.file, "bytes": history.size, "sha256": digest}
 
 
-def read(folder: Path, known: Mapping[str, Any]) -> list[Any]:
+def read(folder: Path, entry: Mapping[str, Any]) -> list[Any]:
     """All lines up to a step, as recorded in its manifest.
 
     Raises:
       ValueError: with the reason, if they are missing or altered.
     """
-    return [json.loads(line) for line in _content(folder, known).splitlines()]
+    return [json.loads(line) for line in _content(folder, entry).splitlines()]
 
 
-def is_known(value: Any) -> bool:
-    """Whether a manifest's entry is one of ours (or there is none)."""
+def is_entry(value: Any) -> bool:
+    """Whether a manifest's value is a history entry, or None."""
     if value is None:
         return True
     return (
@@ -86,33 +86,33 @@ def is_known(value: Any) -> bool:
     )
 
 
-def _content(folder: Path, known: Mapping[str, Any]) -> bytes:
-    path = folder / known["file"]
+def _content(folder: Path, entry: Mapping[str, Any]) -> bytes:
+    path = folder / entry["file"]
     try:
         size = path.stat().st_size
-        if size < known["bytes"]:
-            raise ValueError(f"{path.name} has {size} bytes, not {known['bytes']}")
+        if size < entry["bytes"]:
+            raise ValueError(f"{path.name} has {size} bytes, not {entry['bytes']}")
         with path.open("rb") as file:
-            content = file.read(known["bytes"])
+            content = file.read(entry["bytes"])
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read ({error.strerror})") from None
-    if hashlib.sha256(content).hexdigest() != known["sha256"]:
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise ValueError(f"{path.name} was altered: its SHA-256 does not match")
     return content
 
 
 def _begin(history: History, file: str) -> None:
-    """Turns it into the empty history of a new file."""
+    """Resets it to the empty history of a new file."""
     history.file, history.count, history.size, history.last = file, 0, 0, b""
     history.digest = hashlib.sha256()
 
 
-def _extend(history: History, new: Sequence[bytes]) -> None:
-    for text in new:
+def _extend(history: History, lines: Sequence[bytes]) -> None:
+    for text in lines:
         history.digest.update(text)
         history.size += len(text)
-    history.count += len(new)
-    history.last = new[-1] if new else history.last
+    history.count += len(lines)
+    history.last = lines[-1] if lines else history.last
 
 
 def _text(line: Any) -> bytes:

@@ -38,7 +38,7 @@ class Restored(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What makes a step whole, after checking its structure."""
+    """The record that makes a step whole; its structure has been checked."""
 
     step: int
     folder: str  # the identity in the folder's mark
@@ -97,7 +97,7 @@ def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
                 values[step] = score(meta, step, name)
                 reason = "it is not finite"
                 if values[step] is None:
-                    reason = f"no value of {name!r}, only of {_scored(meta, step)}"
+                    reason = f"no value of {name!r}, only of {_score_names(meta, step)}"
             reasons.append(f"step {step}: {reason}")
         chosen = scores.best(list(values.values()), minimize=minimize)
         if chosen is None:
@@ -140,31 +140,32 @@ def restore(
         step = operator.index(step)
 
     def choose() -> list[Any]:
-        found, skipped = _choose(folder, step, owner)
-        manifest = read_manifest(folder / str(found))
+        restored_step, skipped = _choose(folder, step, owner)
+        manifest = read_manifest(folder / str(restored_step))
         if manifest.history is not None:
             manifest.meta[_history.KEY] = _history.read(folder, manifest.history)
-        return [found, skipped, manifest._asdict()]
+        return [restored_step, skipped, manifest._asdict()]
 
-    found, skipped, known = processes.decide(choose)
-    manifest = Manifest(**known)
+    restored_step, skipped, fields = processes.decide(choose)
+    manifest = Manifest(**fields)
     saved = {leaf["path"]: leaf for leaf in manifest.leaves}
     flat = flatten(template)
-    chosen = flat if only is None else _chosen(template, flat, only)
-    _compare(f"{folder.name}/{found}", saved, chosen, exactly=only is None)
-    wanted = {saved[path]["entry"]: _abstract(leaf) for path, leaf in chosen.items()}
-    read = _read(folder / str(found) / STATE, {k: x for k, x in wanted.items() if np.size(x)})
+    selected = flat if only is None else _select(template, flat, only)
+    _check_match(f"{folder.name}/{restored_step}", saved, selected, exactly=only is None)
+    leaves = {saved[path]["entry"]: _abstract_leaf(leaf) for path, leaf in selected.items()}
+    leaves = {entry: leaf for entry, leaf in leaves.items() if np.size(leaf)}
+    arrays = _read(folder / str(restored_step) / STATE, leaves)
     leaves = [
-        _as(leaf, read.get(saved[path]["entry"])) if path in chosen else leaf
+        _to_leaf_type(leaf, arrays.get(saved[path]["entry"])) if path in selected else leaf
         for path, leaf in flat.items()
     ]
     return Restored(
         jax.tree.unflatten(jax.tree.structure(template), leaves),
-        found,
+        restored_step,
         manifest.meta,
         [(int(number), reason) for number, reason in skipped],
-        [path for path in saved if path not in chosen],
-        [path for path in flat if path not in chosen],
+        [path for path in saved if path not in selected],
+        [path for path in flat if path not in selected],
     )
 
 
@@ -175,20 +176,20 @@ def flatten(tree: PyTree) -> dict[str, Any]:
       ValueError: if two share that, too, as in a node with two children of one name.
     """
     pairs = jax.tree_util.tree_leaves_with_path(tree)
-    short = trees.leaf_paths(tree)
+    names = trees.leaf_paths(tree)
     counts: dict[str, int] = {}
-    for name in short:
+    for name in names:
         counts[name] = counts.get(name, 0) + 1
-    found: dict[str, Any] = {}
-    for name, (path, leaf) in zip(short, pairs, strict=True):
-        whole = name if counts[name] == 1 else jax.tree_util.keystr(path)
-        if whole in found:
+    leaves: dict[str, Any] = {}
+    for name, (key_path, leaf) in zip(names, pairs, strict=True):
+        path = name if counts[name] == 1 else jax.tree_util.keystr(key_path)
+        if path in leaves:
             raise ValueError(
-                f"two leaves of the state have the path {whole!r}, but a checkpoint tells leaves "
+                f"two leaves of the state have the path {path!r}, but a checkpoint tells leaves "
                 "apart by their paths. Rename one of them."
             )
-        found[whole] = leaf
-    return found
+        leaves[path] = leaf
+    return leaves
 
 
 def describe(path: str, leaf: Any) -> dict[str, Any]:
@@ -210,8 +211,8 @@ def score(meta: Mapping[str, Any], step: int, name: str) -> Any:
     return None
 
 
-def _scored(meta: Mapping[str, Any], step: int) -> list[str]:
-    """The names that `score` knows at a step."""
+def _score_names(meta: Mapping[str, Any], step: int) -> list[str]:
+    """The names of a step's evaluations."""
     evaluations = meta.get("evaluations")
     lines = evaluations if isinstance(evaluations, list) else []
     here = [line for line in lines if isinstance(line, dict) and line.get("step") == step]
@@ -226,22 +227,22 @@ def read_manifest(home: Path) -> Manifest:
     """
     value = _files.read_sealed(home / MANIFEST)
     if value.get("format") != FORMAT:
-        said = _text.shown(value.get("format"))
-        raise ValueError(f"format {said}, this version reads {FORMAT}")
+        version = _text.shown(value.get("format"))
+        raise ValueError(f"format {version}, this version reads {FORMAT}")
     fields: dict[str, Any] = {name: value.get(name) for name in Manifest._fields}
-    odd = [name for name, kind in _KINDS.items() if not isinstance(fields[name], kind)]
-    if not odd and not all(map(_is_leaf, fields["leaves"])):
-        odd = ["leaves"]
-    if not odd and not all(_is_file(name, known) for name, known in fields["files"].items()):
-        odd = ["files"]
-    if not odd and not _history.is_known(fields["history"]):
-        odd = ["history"]
-    if odd:
-        raise ValueError(f"{MANIFEST} is not a checkpoint's: its {odd[0]!r} is missing or odd")
+    invalid = [name for name, kind in _FIELD_TYPES.items() if not isinstance(fields[name], kind)]
+    if not invalid and not all(map(_is_leaf, fields["leaves"])):
+        invalid = ["leaves"]
+    if not invalid and not all(_is_file(name, entry) for name, entry in fields["files"].items()):
+        invalid = ["files"]
+    if not invalid and not _history.is_entry(fields["history"]):
+        invalid = ["history"]
+    if invalid:
+        raise ValueError(f"{MANIFEST} is not a checkpoint's: its {invalid[0]!r} is missing or odd")
     return Manifest(**fields)
 
 
-_KINDS: dict[str, type] = {
+_FIELD_TYPES: dict[str, type] = {
     "step": int,
     "folder": str,
     "owner": dict,
@@ -259,37 +260,37 @@ def _is_leaf(value: Any) -> bool:
     )
 
 
-def _is_file(name: str, known: Any) -> bool:
-    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-    return inside and isinstance(known, dict) and {"bytes", "sha256"} <= known.keys()
+def _is_file(name: str, entry: Any) -> bool:
+    is_relative = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    return is_relative and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def _problem(folder: Path, step: int, owner: Mapping[str, str] | None) -> str | None:
     home = folder / str(step)
     try:
         manifest = read_manifest(home)
-        here = _files.read_sealed(folder / _files.MARK).get("id")
+        identity = _files.read_sealed(folder / _files.MARK).get("id")
     except ValueError as error:
         return str(error)
     if manifest.step != step:
         return f"it was saved as step {manifest.step} and renamed"
-    if manifest.folder != here:
+    if manifest.folder != identity:
         return "it was saved in another folder, by another run or for another method"
     if owner is not None and manifest.owner != dict(owner):
-        whose = _text.shown(manifest.owner, 200) if manifest.owner else "nothing named"
-        return f"it belongs to {whose}, not to {dict(owner)}"
+        owner_text = _text.shown(manifest.owner, 200) if manifest.owner else "nothing named"
+        return f"it belongs to {owner_text}, not to {dict(owner)}"
     if manifest.history is not None:
         try:
             _history.read(folder, manifest.history)
         except ValueError as error:
             return str(error)
-    for name, known in manifest.files.items():
+    for name, entry in manifest.files.items():
         path, name = home / name, _text.shown(name)
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != known["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {known['bytes']}"
-        if _files.sha256(path) != known["sha256"]:
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+        if _files.sha256(path) != entry["sha256"]:
             return f"{name} was altered: its SHA-256 does not match"
     return None
 
@@ -297,12 +298,12 @@ def _problem(folder: Path, step: int, owner: Mapping[str, str] | None) -> str | 
 def _choose(
     folder: Path, step: int | None, owner: Mapping[str, str] | None
 ) -> tuple[int, list[tuple[int, str]]]:
-    """The newest whole step, and why newer ones are not whole."""
+    """The newest whole step, and the newer steps with the reasons why they are not whole."""
     candidates = steps(folder)
     if step is not None:
         if step not in candidates:
-            listed = candidates or "none"
-            raise FileNotFoundError(f"{folder} has no step {step}. Its steps: {listed}.")
+            listing = candidates or "none"
+            raise FileNotFoundError(f"{folder} has no step {step}. Its steps: {listing}.")
         candidates = [step]
     skipped = []
     for candidate in reversed(candidates):
@@ -310,58 +311,58 @@ def _choose(
         if reason is None:
             return candidate, skipped
         skipped.append((candidate, reason))
-    listed = "; ".join(f"step {s}: {why}" for s, why in skipped) or "it has no steps"
-    raise FileNotFoundError(f"no whole checkpoint in {folder} ({listed}).")
+    listing = "; ".join(f"step {s}: {reason}" for s, reason in skipped) or "it has no steps"
+    raise FileNotFoundError(f"no whole checkpoint in {folder} ({listing}).")
 
 
-def _chosen(template: PyTree, flat: Mapping[str, Any], only: trees.Selector) -> dict[str, Any]:
+def _select(template: PyTree, flat: Mapping[str, Any], only: trees.Selector) -> dict[str, Any]:
     flags = jax.tree.leaves(trees.mask(template, only))
     return {path: leaf for (path, leaf), flag in zip(flat.items(), flags, strict=True) if flag}
 
 
-def _compare(
+def _check_match(
     name: str, saved: Mapping[str, Any], flat: Mapping[str, Any], *, exactly: bool
 ) -> None:
     """Raises an error, leaf by leaf, if checkpoint and template differ."""
-    wanted = {path: describe(path, leaf) for path, leaf in flat.items()}
-    problems = [f"the checkpoint lacks {path!r}" for path in wanted if path not in saved]
+    template = {path: describe(path, leaf) for path, leaf in flat.items()}
+    problems = [f"the checkpoint lacks {path!r}" for path in template if path not in saved]
     if exactly:
-        problems += [f"the template lacks {path!r}" for path in saved if path not in wanted]
-    for path in [path for path in wanted if path in saved]:
-        old, new = saved[path], wanted[path]
+        problems += [f"the template lacks {path!r}" for path in saved if path not in template]
+    for path in [path for path in template if path in saved]:
+        old, new = saved[path], template[path]
         if (old["shape"], old["dtype"]) != (new["shape"], new["dtype"]):
-            was, want = (f"{x['dtype']}{x['shape']}" for x in (old, new))
-            problems.append(f"{path!r} was saved as {was}, the template has {want}")
+            saved_as, expected = (f"{x['dtype']}{x['shape']}" for x in (old, new))
+            problems.append(f"{path!r} was saved as {saved_as}, the template has {expected}")
     if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        suffix = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
-            f"checkpoint {name} does not fit the template: {'; '.join(problems[:8])}{more}. Use "
+            f"checkpoint {name} does not fit the template: {'; '.join(problems[:8])}{suffix}. Use "
             "the configuration that the run was started with, or restore a part with only="
         )
 
 
-def _read(home: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Entries of the file as the abstract arrays specify; others are not read."""
-    if not wanted:
+def _read(folder: Path, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Reads the entries of abstract arrays from the file; others are not read."""
+    if not leaves:
         return {}
     arguments = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        item=leaves,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(home, args=arguments)
+        return reader.restore(folder, args=arguments)
 
 
-def _abstract(leaf: Any) -> Any:
-    """A template's leaf as Orbax expects it: a sharded abstract array, or a NumPy array."""
+def _abstract_leaf(leaf: Any) -> Any:
+    """Converts a template's leaf for Orbax: a sharded abstract array, or a NumPy array."""
     if _checks.is_key(leaf):
         data = jax.eval_shape(jax.random.key_data, leaf)
-        placed = jax.random.key_data(leaf).sharding if isinstance(leaf, jax.Array) else None
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=placed or _default())
+        sharding = jax.random.key_data(leaf).sharding if isinstance(leaf, jax.Array) else None
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding or _default())
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-        placed = leaf.sharding or _default()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+        sharding = leaf.sharding or _default()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return np.zeros(np.shape(leaf), np.asarray(leaf).dtype)
 
 
@@ -369,13 +370,13 @@ def _default() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _as(leaf: Any, read: Any) -> Any:
-    """What was read, in the template leaf's own type."""
+def _to_leaf_type(leaf: Any, array: Any) -> Any:
+    """Converts an array to the type of the template's leaf."""
     if _checks.is_key(leaf):
         impl: list[Any] = []  # only a key or its tracer has an impl; an abstract one does not
         jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
-        return jax.random.wrap_key_data(read, impl=impl[0])
-    if read is None:  # an array without elements
+        return jax.random.wrap_key_data(array, impl=impl[0])
+    if array is None:  # an array without elements
         empty = np.zeros(np.shape(leaf), leaf.dtype)
         return empty if isinstance(leaf, np.ndarray) else jnp.asarray(empty)
-    return read if hasattr(leaf, "dtype") else type(leaf)(read)
+    return array if hasattr(leaf, "dtype") else type(leaf)(array)

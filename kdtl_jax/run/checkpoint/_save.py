@@ -56,7 +56,7 @@ def newest(count: int) -> Keep:
       ValueError: if count is below 1.
     """
     _checks.count(1, count=count)
-    return lambda saved: [one.step for one in saved[-count:]]
+    return lambda saved: [entry.step for entry in saved[-count:]]
 
 
 def newest_and_every(count: int, interval: int) -> Keep:
@@ -66,29 +66,32 @@ def newest_and_every(count: int, interval: int) -> Keep:
       ValueError: if `count` or `interval` is below 1.
       TypeError: if one is not a whole number.
     """
-    last = newest(count)
+    keep_newest = newest(count)
     _checks.count(1, interval=interval)
-    return lambda saved: [*last(saved), *(s.step for s in saved if s.step % interval == 0)]
+    return lambda saved: [
+        *keep_newest(saved),
+        *(entry.step for entry in saved if entry.step % interval == 0),
+    ]
 
 
 def newest_and_best(count: int, name: str, *, minimize: bool = True) -> Keep:
     """Keeps the last `count` steps and the best one by an evaluation; see `best`."""
-    last = newest(count)
+    keep_newest = newest(count)
 
     def keep(saved: Sequence[Saved]) -> list[int]:
-        values = [_restore.score(one.meta, one.step, name) for one in saved]
-        chosen = scores.best(values, minimize=minimize)
-        return [*last(saved), *([] if chosen is None else [saved[chosen].step])]
+        values = [_restore.score(entry.meta, entry.step, name) for entry in saved]
+        best = scores.best(values, minimize=minimize)
+        return [*keep_newest(saved), *([] if best is None else [saved[best].step])]
 
     return keep
 
 
-THREE = newest(3)
+_NEWEST_THREE = newest(3)
 
 
 @contextlib.contextmanager
 def open_folder(
-    folder: str | Path, *, keep: Keep = THREE, owner: Mapping[str, str] | None = None
+    folder: str | Path, *, keep: Keep = _NEWEST_THREE, owner: Mapping[str, str] | None = None
 ) -> Iterator[Checkpoints]:
     """Opens a folder for saving and locks it; leaving the block waits for the last save.
 
@@ -107,14 +110,16 @@ def open_folder(
     """
     folder = _checks.path(folder=folder).absolute()
     with contextlib.ExitStack() as stack:
-        identity = processes.decide(lambda: _begin(folder, stack))
+        identity = processes.decide(lambda: _claim_folder(folder, stack))
         stack.enter_context(_quiet.logs())
         _quiet.late_writes()
         barriers = _barriers.begin()
         options = ocp.AsyncOptions(timeout_secs=_barriers.SECONDS, barrier_sync_fn=barriers.meet)
         writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
         worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        saved, history = _whole(folder) if jax.process_index() == 0 else ({}, _history.History())
+        saved, history = (
+            _whole_steps(folder) if jax.process_index() == 0 else ({}, _history.History())
+        )
         checkpoints = Checkpoints(
             folder, identity, dict(owner or {}), writer, barriers, worker, [], keep, saved, history
         )
@@ -151,7 +156,7 @@ def save(
     step, meta = operator.index(step), dict(meta or {})
     lines = meta.pop(_history.KEY, None)
     if isinstance(lines, list):
-        meta[_history.KEY] = _of_step(lines, step)
+        meta[_history.KEY] = _step_lines(lines, step)
     elif lines is not None:
         raise TypeError(f"meta[{_history.KEY!r}] must be a list, got {type(lines).__name__}.")
     meta = _as_json(meta)
@@ -159,17 +164,17 @@ def save(
     _check_storable(flat)
     wait(checkpoints)
     leaves = [
-        _restore.describe(path, leaf) | {"entry": _entry(i)}
+        _restore.describe(path, leaf) | {"entry": _entry_name(i)}
         for i, (path, leaf) in enumerate(flat.items())
     ]
-    stored = _stored(list(flat.values()))
-    history = processes.decide(lambda: _make_room(checkpoints, step, stored, lines))
+    arrays = _to_storage(list(flat.values()))
+    history = processes.decide(lambda: _prepare_folder(checkpoints, step, arrays, lines))
     _barriers.next_save(checkpoints.barriers)
     try:
-        home = checkpoints.folder / f"{SAVING}{step}" / STATE
-        checkpoints.writer.save(home, args=ocp.args.PyTreeSave(stored))
+        target = checkpoints.folder / f"{SAVING}{step}" / STATE
+        checkpoints.writer.save(target, args=ocp.args.PyTreeSave(arrays))
     except Exception as error:
-        raise _failed(checkpoints.folder, step, error) from error
+        raise _save_error(checkpoints.folder, step, error) from error
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -211,10 +216,10 @@ def remove(folder: str | Path) -> list[str]:
         return [folder.name]
     if not folder.exists() or _files.remove(folder, KIND):
         return []
-    kept = [path for path in sorted(folder.iterdir()) if not _files.remove(path, KIND)]
-    if not kept:
+    foreign = [path for path in sorted(folder.iterdir()) if not _files.remove(path, KIND)]
+    if not foreign:
         folder.rmdir()
-    return [path.name for path in kept]
+    return [path.name for path in foreign]
 
 
 def check_removable(folder: str | Path) -> None:
@@ -233,10 +238,10 @@ def check_removable(folder: str | Path) -> None:
     _files.refuse(folder, (path for path in folder.iterdir() if not _files.is_ours(path, KIND)))
 
 
-def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
-    """Locks and marks the folder, clears what a killed run left; returns its identity."""
+def _claim_folder(folder: Path, stack: contextlib.ExitStack) -> str:
+    """Locks and marks the folder, deletes the leftovers of a killed run; returns its identity."""
     try:
-        stack.enter_context(_locks.taken(folder, lambda: _files.check_free(folder, KIND)))
+        stack.enter_context(_locks.checked_lock(folder, lambda: _files.check_free(folder, KIND)))
         identity = _files.claim(folder, KIND)
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror}). Choose another folder"
@@ -246,88 +251,88 @@ def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
     return identity
 
 
-def _whole(folder: Path) -> tuple[dict[int, Saved], _history.History]:
-    """In process 0: the whole steps, and the newest one's evaluations; other ones are deleted."""
-    found, histories = {}, []
+def _whole_steps(folder: Path) -> tuple[dict[int, Saved], _history.History]:
+    """In process 0: the whole steps, and the newest one's history; other histories are deleted."""
+    saved, histories = {}, []
     for step in _restore.steps(folder):
         with contextlib.suppress(ValueError):
             manifest = _restore.read_manifest(folder / str(step))
-            found[step] = Saved(step, manifest.meta)
+            saved[step] = Saved(step, manifest.meta)
             if manifest.history is not None:
                 histories.append(manifest.history)
-    named = {history["file"] for history in histories}
+    files = {history["file"] for history in histories}
     for path in folder.glob(_history.PATTERN):
-        if path.name not in named:
+        if path.name not in files:
             path.unlink()
-    with contextlib.suppress(ValueError):  # it was altered: the next save starts another
-        return found, _history.open_history(folder, histories[-1] if histories else None)
-    return found, _history.History()
+    with contextlib.suppress(ValueError):  # an altered history: the next save starts another
+        return saved, _history.open_history(folder, histories[-1] if histories else None)
+    return saved, _history.History()
 
 
-def _of_step(lines: Sequence[Any], step: int) -> list[Any]:
-    """The last lines, those of this step; keep functions need only these."""
-    first = len(lines)
-    while first and isinstance(lines[first - 1], Mapping) and lines[first - 1].get("step") == step:
-        first -= 1
-    return list(lines[first:])
+def _step_lines(lines: Sequence[Any], step: int) -> list[Any]:
+    """The last lines, which belong to this step; `keep` functions need only these."""
+    start = len(lines)
+    while start and isinstance(lines[start - 1], Mapping) and lines[start - 1].get("step") == step:
+        start -= 1
+    return list(lines[start:])
 
 
-def _make_room(
-    checkpoints: Checkpoints, step: int, stored: Mapping[str, Any], lines: list[Any] | None
+def _prepare_folder(
+    checkpoints: Checkpoints, step: int, arrays: Mapping[str, Any], lines: list[Any] | None
 ) -> dict[str, Any] | None:
-    """In process 0: moves aside what the step replaces; makes its evaluations and folder."""
+    """In process 0: moves replaced steps aside, makes the step's folder and appends evaluations."""
     folder = checkpoints.folder
     try:
-        needed = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in stored.values())
+        needed = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in arrays.values())
         _files.check_space(folder, needed)
-        for newer in [s for s in _restore.steps(folder) if s >= step]:
-            aside = folder / ".aside" / str(newer)
+        for old_step in [s for s in _restore.steps(folder) if s >= step]:
+            aside = folder / ".aside" / str(old_step)
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
-            (folder / str(newer)).rename(aside)
-            checkpoints.saved.pop(newer, None)
-        part = folder / f"{SAVING}{step}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+            (folder / str(old_step)).rename(aside)
+            checkpoints.saved.pop(old_step, None)
+        temporary = folder / f"{SAVING}{step}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         if lines is None:
             return None
         return _history.append(checkpoints.history, folder, step, lines)
     except OSError as error:
-        raise _failed(folder, step, error) from error
+        raise _save_error(folder, step, error) from error
 
 
 def _finish(checkpoints: Checkpoints, step: int, manifest: dict[str, Any]) -> None:
     """In the background: waits for Orbax, adds the manifest, renames, drops old steps."""
     folder = checkpoints.folder
-    part, home = folder / f"{SAVING}{step}", folder / str(step)
+    temporary, final = folder / f"{SAVING}{step}", folder / str(step)
     try:
         checkpoints.writer.wait_until_finished()
         if jax.process_index() != 0:
             return
         files = {}
-        for path in sorted(path for path in part.rglob("*") if path.is_file()):
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             _files.sync(path)
-            known = {"bytes": path.stat().st_size, "sha256": _files.sha256(path)}
-            files[path.relative_to(part).as_posix()] = known
-        _files.write_sealed(part / MANIFEST, manifest | {"files": files})
-        part.rename(home)
+            entry = {"bytes": path.stat().st_size, "sha256": _files.sha256(path)}
+            files[path.relative_to(temporary).as_posix()] = entry
+        _files.write_sealed(temporary / MANIFEST, manifest | {"files": files})
+        temporary.rename(final)
         _files.sync_folder(folder)
     except Exception as error:
         checkpoints.barriers.fail()
         if jax.process_index() == 0:
-            shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
-        raise _failed(folder, step, error) from error
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        raise _save_error(folder, step, error) from error
     checkpoints.saved[step] = Saved(step, manifest["meta"])
     saved = [checkpoints.saved[s] for s in sorted(checkpoints.saved)]
-    for old in {one.step for one in saved} - set(checkpoints.keep(saved)) - {step}:
-        del checkpoints.saved[old]
+    for old_step in {one.step for one in saved} - set(checkpoints.keep(saved)) - {step}:
+        del checkpoints.saved[old_step]
         with contextlib.suppress(FileNotFoundError):  # someone else deleted it
-            dropped = (folder / str(old)).rename(folder / f"{DROPPED}{old}")
+            dropped = (folder / str(old_step)).rename(folder / f"{DROPPED}{old_step}")
             shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """`meta` as it will be restored."""
+    """Converts `meta` as a restore will return it."""
     try:
         return json.loads(json.dumps(dict(meta)))
     except (TypeError, ValueError) as error:
@@ -348,34 +353,34 @@ def _check_storable(flat: Mapping[str, Any]) -> None:
             )
 
 
-def _entry(i: int) -> str:
+def _entry_name(i: int) -> str:
     """The name of leaf i in the file: paths may hold anything and are only in the manifest."""
     return f"leaf{i:05d}"
 
 
 @jax.jit
-def _copied(leaves: list[jax.Array]) -> list[jax.Array]:
+def _copy(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(leaf) for leaf in leaves]
 
 
-def _stored(leaves: list[Any]) -> dict[str, Any]:
-    """What Orbax writes: arrays by entry, key data for keys, nothing for empty arrays."""
-    raw = [jax.random.key_data(leaf) if _checks.is_key(leaf) else leaf for leaf in leaves]
-    device = [i for i, leaf in enumerate(raw) if isinstance(leaf, jax.Array) and leaf.size]
+def _to_storage(leaves: list[Any]) -> dict[str, Any]:
+    """The arrays that Orbax writes, by entry: key data for keys, nothing for empty arrays."""
+    arrays = [jax.random.key_data(leaf) if _checks.is_key(leaf) else leaf for leaf in leaves]
+    on_device = [i for i, leaf in enumerate(arrays) if isinstance(leaf, jax.Array) and leaf.size]
     if jax.default_backend() == "cpu":
         # There a host array may share the device's memory, which the next step reuses.
-        for i, copy in zip(device, _copied([raw[i] for i in device]), strict=True):
-            raw[i] = copy
-    host = [np.array(x) if not isinstance(x, jax.Array) else x for x in raw]
-    return {_entry(i): leaf for i, leaf in enumerate(host) if leaf.size}
+        for i, copy in zip(on_device, _copy([arrays[i] for i in on_device]), strict=True):
+            arrays[i] = copy
+    host_arrays = [np.array(x) if not isinstance(x, jax.Array) else x for x in arrays]
+    return {_entry_name(i): leaf for i, leaf in enumerate(host_arrays) if leaf.size}
 
 
-def _failed(folder: Path, step: int, error: Exception) -> OSError:
+def _save_error(folder: Path, step: int, error: Exception) -> OSError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    whole = [s for s in _restore.steps(folder) if s != step]
+    intact = [s for s in _restore.steps(folder) if s != step]
     message = (
         f"step {step} could not be saved in {folder} ({reason}). "
-        f"Steps already there are intact: {whole or 'none'}."
+        f"Steps already there are intact: {intact or 'none'}."
     )
-    number = getattr(error, "errno", None)
-    return OSError(number, message) if number else OSError(message)
+    errno = getattr(error, "errno", None)
+    return OSError(errno, message) if errno else OSError(message)

@@ -51,13 +51,15 @@ def stream(
 
     def batches(step: int) -> Iterator[Batch]:
         for epoch in itertools.count(step // steps):
-            at = jax.device_put(np.int32(epoch))
-            rows = np.asarray(order_rows(order, at, size, batch_size, drop_remainder))
+            epoch_index = jax.device_put(np.int32(epoch))
+            rows = np.asarray(order_rows(order, epoch_index, size, batch_size, drop_remainder))
             for i in range(step % steps if epoch == step // steps else 0, steps):
                 batch = dict(read(epoch, rows[i]))
                 if not drop_remainder:
-                    real = (np.arange(batch_size) + i * batch_size < size).astype(np.float32)
-                    batch["weights"] = real * batch.get("weights", np.float32(1))
+                    real_weights = (np.arange(batch_size) + i * batch_size < size).astype(
+                        np.float32
+                    )
+                    batch["weights"] = real_weights * batch.get("weights", np.float32(1))
                 yield batch
 
     return batches
@@ -70,8 +72,7 @@ def iterate(
     names: Sequence[str] = ("inputs", "labels"),
     rename: Mapping[str, str] | None = None,
 ) -> Source:
-    """Turns any iterable of batches into a `Source`, restarted at its end and skipped forward when
-    resuming.
+    """Makes a `Source` of any iterable of batches, which is restarted at its end.
 
     Short batches are padded with weight 0; for a model with batch statistics, `loop.run` gives them
     their own shape instead. A resumed run draws and discards the batches that it has already seen,
@@ -91,12 +92,12 @@ def iterate(
 
     def endless() -> Iterator[Batch]:
         for epoch in itertools.count():
-            some = False
+            has_batches = False
             for batch in batches:
-                some = True
+                has_batches = True
                 yield _as_batch(batch, names, rename)
-            if not some or isinstance(batches, Iterator):
-                if epoch == 0 and not some:
+            if not has_batches or isinstance(batches, Iterator):
+                if epoch == 0 and not has_batches:
                     raise ValueError("the iterable yields no batch.")
                 return
 
@@ -123,13 +124,15 @@ def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
         raise ValueError(f"a batch must have 1..{batch_size} rows, got {size}.")
     rows = np.arange(batch_size) % size
     weights = np.asarray(batch.get("weights", np.ones(size, np.float32)), np.float32)
-    full = batch if size == batch_size else jax.tree.map(lambda x: np.asarray(x)[rows], dict(batch))
-    real = (np.arange(batch_size) < size).astype(np.float32)
-    return dict(full) | {"weights": weights[rows] * real}
+    padded = (
+        batch if size == batch_size else jax.tree.map(lambda x: np.asarray(x)[rows], dict(batch))
+    )
+    real_weights = (np.arange(batch_size) < size).astype(np.float32)
+    return dict(padded) | {"weights": weights[rows] * real_weights}
 
 
 def unpad(batch: Batch) -> dict[str, Any]:
-    """The real rows of a batch that `pad` has padded, without `"weights"`.
+    """Undoes `pad`: the real rows of a batch, without `"weights"`.
 
     A batch with weights other than 0 and 1, or only zeros, is returned unchanged.
 
@@ -141,11 +144,11 @@ def unpad(batch: Batch) -> dict[str, Any]:
     is_padding = weights.ndim == 1 and np.isin(weights, (0, 1)).all()
     if not is_padding or (weights.size and not weights.any()):
         return dict(batch)
-    real = {name: x for name, x in batch.items() if name != "weights"}
+    arrays = {name: x for name, x in batch.items() if name != "weights"}
     if weights.all():
-        return real
+        return arrays
     rows = np.flatnonzero(weights)
-    return jax.tree.map(lambda x: np.asarray(x)[rows], real)
+    return jax.tree.map(lambda x: np.asarray(x)[rows], arrays)
 
 
 def in_order(arrays: Batch, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -167,25 +170,25 @@ def open_arrays(files: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
     arrays = {}
     for name, path in files.items():
         try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a plain .npy array ({error}).") from None
-        if not isinstance(found, np.ndarray):
-            found.close()
+        if not isinstance(array, np.ndarray):
+            array.close()
             raise ValueError(
                 f"{path} is an npz, which cannot be memory-mapped. Save each array with np.save."
             )
-        arrays[name] = found
+        arrays[name] = array
     length(arrays)
     return arrays
 
 
 def take_rows(arrays: Batch, rows: np.ndarray) -> dict[str, Any]:
-    """Rows of (memory-mapped) host arrays, read in ascending order, returned in the given one."""
+    """Takes rows of (memory-mapped) host arrays, read in ascending order for speed."""
     ascending = np.argsort(rows, kind="stable")
-    back = np.empty_like(ascending)
-    back[ascending] = np.arange(len(rows))
-    return jax.tree.map(lambda x: np.asarray(x[rows[ascending]])[back], dict(arrays))
+    inverse = np.empty_like(ascending)
+    inverse[ascending] = np.arange(len(rows))
+    return jax.tree.map(lambda x: np.asarray(x[rows[ascending]])[inverse], dict(arrays))
 
 
 def prefetch(
@@ -202,10 +205,10 @@ def prefetch(
       Exception: what the iterator or `place` raised.
     """
     ready: queue.Queue[Any] = queue.Queue(max(depth, 1))
-    ended = threading.Event()
+    stopped = threading.Event()
 
     def offer(item: tuple[str, Any]) -> None:
-        while not ended.is_set():
+        while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.1)
             except queue.Full:
@@ -215,7 +218,7 @@ def prefetch(
         try:
             for batch in batches:
                 offer(("batch", place(jax.tree.map(canonical, batch))))
-                if ended.is_set():
+                if stopped.is_set():
                     return
             offer(("end", None))
         except BaseException as error:  # handed to the consumer, whatever it is
@@ -232,34 +235,34 @@ def prefetch(
                 return
             yield item
     finally:
-        ended.set()
+        stopped.set()
         thread.join(timeout=1)
 
 
 def _as_batch(batch: Any, names: Sequence[str], rename: Mapping[str, str] | None) -> dict[str, Any]:
     if isinstance(batch, Mapping):
-        found = dict(batch)
+        arrays = dict(batch)
         if rename is not None:
-            missing = sorted(set(rename) - set(found))
+            missing = sorted(set(rename) - set(arrays))
             if missing:
-                raise ValueError(f"batches lack {missing}; they have {sorted(found)}.")
-            found = {new: found[old] for old, new in rename.items()}
+                raise ValueError(f"batches lack {missing}; they have {sorted(arrays)}.")
+            arrays = {new: arrays[old] for old, new in rename.items()}
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         if len(batch) != len(names):
             raise ValueError(
                 f"batches are tuples of {len(batch)}, but names= has {len(names)}: {names}."
             )
-        found = dict(zip(names, batch, strict=True))
+        arrays = dict(zip(names, batch, strict=True))
     else:
         raise ValueError(
             f"a batch must be a dict or a tuple of arrays, got {type(batch).__name__}."
         )
     # A list is an array of numbers here (datasets yield them), not a tree.
-    arrays = jax.tree.map(np.asarray, found, is_leaf=lambda x: isinstance(x, list))
-    odd = [name for name, x in arrays.items() if getattr(x, "dtype", None) == np.dtype(object)]
-    if odd:
+    arrays = jax.tree.map(np.asarray, arrays, is_leaf=lambda x: isinstance(x, list))
+    objects = [name for name, x in arrays.items() if getattr(x, "dtype", None) == np.dtype(object)]
+    if objects:
         raise ValueError(
-            f"{odd} are not arrays of numbers (rows of different lengths?). Pad or drop "
+            f"{objects} are not arrays of numbers (rows of different lengths?). Pad or drop "
             "them before batching."
         )
     return arrays

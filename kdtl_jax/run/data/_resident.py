@@ -54,7 +54,7 @@ def resident(
       arrays: `{"inputs": [N, ...], "labels": [N, ...], ...}`.
       batch_size: examples per step.
       key: PRNG key for shuffling and augmentation (legacy keys are accepted); None keeps the
-        order. Keys `[S]` give the batches of S runs at once, each as its key alone would.
+        order. Keys `[S]` give the batches of S runs at once, each the same as with its key alone.
       drop_remainder: whether to drop the short last batch (different examples each epoch) or pad
         it with weight 0. For a model with batch statistics, `loop.run` does not pad: the last batch
         keeps its own shape.
@@ -72,8 +72,8 @@ def resident(
         key.
     """
     key = typed_key(key)
-    total = length(_model_functions.named("arrays", arrays))
-    rows = _checked_rows(rows, total, key)
+    total = length(_model_functions.check_named_arrays("arrays", arrays))
+    rows = _check_rows(rows, total, key)
     size = total if rows is None else rows.shape[-1]
     _checks.count(1, batch_size=batch_size)
     if batch_size > size:
@@ -83,8 +83,8 @@ def resident(
     if augment is not None and key is None:
         raise ValueError("augmentation needs a key, got key=None.")
     if teacher is not None:
-        stacked = teacher if views is not None else jax.tree.map(lambda x: x[None], teacher)
-        shapes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(stacked)}
+        outputs = teacher if views is not None else jax.tree.map(lambda x: x[None], teacher)
+        shapes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(outputs)}
         if shapes != {(views or 1, total)}:
             raise ValueError(
                 f"teacher outputs must have {total} rows"
@@ -96,7 +96,7 @@ def resident(
                 "cached teacher outputs of augmented inputs need views= (how many "
                 "epochs of views the cache holds)."
             )
-        teacher = jax.device_put(stacked)
+        teacher = jax.device_put(outputs)
     order, views_key = (None, None) if key is None else _split(key)
     return Resident(
         arrays=jax.device_put(jax.tree.map(canonical, dict(arrays))),
@@ -112,7 +112,7 @@ def resident(
 
 
 def view_key(key: Array) -> Array:
-    """The augmentation's key of `resident(..., key=key)`, for building a teacher cache."""
+    """The augmentation key of `resident(..., key=key)`, for building a teacher cache."""
     return jax.random.split(typed_key(key))[1]
 
 
@@ -133,39 +133,39 @@ def epoch_rows(data: Resident, epoch: Array) -> Array:
     The padding repeats the epoch's first rows.
     """
 
-    def of_one(order: Array | None, rows: Array | None) -> Array:
-        places = order_rows(order, epoch, examples(data), data.batch_size, data.drop_remainder)
-        return places if rows is None else rows[places]
+    def rows_of_run(order: Array | None, rows: Array | None) -> Array:
+        positions = order_rows(order, epoch, examples(data), data.batch_size, data.drop_remainder)
+        return positions if rows is None else rows[positions]
 
     if data.order is None or not data.order.ndim:
-        return of_one(data.order, data.rows)
+        return rows_of_run(data.order, data.rows)
     in_axes = (0, None if data.rows is None or data.rows.ndim == 1 else 0)
-    return jnp.swapaxes(jax.vmap(of_one, in_axes=in_axes)(data.order, data.rows), 0, 1)
+    return jnp.swapaxes(jax.vmap(rows_of_run, in_axes=in_axes)(data.order, data.rows), 0, 1)
 
 
 def gather(data: Resident, rows: Array, epoch: Array, step_in_epoch: Array) -> dict[str, Any]:
     """The batch of `rows` `[B]` or `[S, B]`, inside `jit`: gathered, weighted, augmented."""
     batch = train.take(data.arrays, rows)
     if not data.drop_remainder:
-        place = step_in_epoch * data.batch_size + jnp.arange(data.batch_size, dtype=jnp.int32)
-        real = jnp.broadcast_to((place < examples(data)).astype(jnp.float32), rows.shape)
-        batch["weights"] = real * batch["weights"] if "weights" in batch else real
+        position = step_in_epoch * data.batch_size + jnp.arange(data.batch_size, dtype=jnp.int32)
+        real_weights = jnp.broadcast_to((position < examples(data)).astype(jnp.float32), rows.shape)
+        batch["weights"] = real_weights * batch["weights"] if "weights" in batch else real_weights
     view = epoch if data.views is None else epoch % data.views
     if data.augment is not None and data.augment_key is not None:
-        batch = _augmented(data.augment, data.augment_key, view, rows, batch)
+        batch = _augment_batch(data.augment, data.augment_key, view, rows, batch)
     if data.teacher is not None:
-        stored = view if data.views is not None else jnp.zeros_like(epoch)
-        batch["teacher"] = jax.tree.map(lambda x: x[stored, rows], data.teacher)
+        view_index = view if data.views is not None else jnp.zeros_like(epoch)
+        batch["teacher"] = jax.tree.map(lambda x: x[view_index, rows], data.teacher)
     return batch
 
 
-def _augmented(
+def _augment_batch(
     views: Augment, key: Array, view: Array, rows: Array, batch: Batch
 ) -> dict[str, Any]:
-    def of_one(key: Array, rows: Array, batch: Batch) -> dict[str, Any]:
+    def augment_run(key: Array, rows: Array, batch: Batch) -> dict[str, Any]:
         return dict(views(augment.example_keys(key, view, rows), batch))
 
-    return (jax.vmap(of_one) if key.ndim else of_one)(key, rows, batch)
+    return (jax.vmap(augment_run) if key.ndim else augment_run)(key, rows, batch)
 
 
 @jax.jit
@@ -176,7 +176,7 @@ def _split(key: Array) -> tuple[Array, Array]:
 
 
 def typed_key(key: Any) -> Any:
-    """The key, with a legacy one (uint32 `[2]`) wrapped, as its axis would look like one of runs.
+    """Wraps a legacy key (uint32 `[2]`), whose axis would look like an axis of runs.
 
     Raises:
       TypeError: if it is not a PRNG key.
@@ -187,13 +187,13 @@ def typed_key(key: Any) -> Any:
     try:
         return jax.random.wrap_key_data(key)
     except TypeError:
-        came = f"{key!r} ({type(key).__name__})" if dtype is None else f"{dtype}{list(key.shape)}"
+        got = f"{key!r} ({type(key).__name__})" if dtype is None else f"{dtype}{list(key.shape)}"
         raise TypeError(
-            f"key must be a PRNG key such as jax.random.key(0), or None, got {came}."
+            f"key must be a PRNG key such as jax.random.key(0), or None, got {got}."
         ) from None
 
 
-def _checked_rows(rows: np.ndarray | None, total: int, key: Array | None) -> np.ndarray | None:
+def _check_rows(rows: np.ndarray | None, total: int, key: Array | None) -> np.ndarray | None:
     if rows is None:
         return None
     rows = np.asarray(rows)
@@ -217,8 +217,8 @@ def order_rows(
     else:
         rows = jax.random.permutation(jax.random.fold_in(order, epoch), size).astype(jnp.int32)
     steps = size // batch_size if drop_remainder else -(-size // batch_size)
-    filled = jnp.concatenate([rows, rows])[: steps * batch_size]
-    return filled.reshape(steps, batch_size)
+    padded = jnp.concatenate([rows, rows])[: steps * batch_size]
+    return padded.reshape(steps, batch_size)
 
 
 def length(arrays: Batch) -> int:
@@ -236,7 +236,7 @@ def length(arrays: Batch) -> int:
 
 
 def canonical(x: Any) -> Any:
-    """Host arrays in the 32-bit dtype that JAX would give them, converted before the transfer."""
+    """Converts host arrays to the 32-bit dtype that JAX would give them, before the transfer."""
     if isinstance(x, jax.Array):
         return x
     array = np.asarray(x)

@@ -1,4 +1,4 @@
-"""What a run measures: lines of metrics.jsonl, evaluations, and when they no longer improve."""
+"""The metrics of a run: lines of metrics.jsonl, evaluations, and early stopping."""
 
 import collections
 import contextlib
@@ -53,19 +53,21 @@ def metrics_file(
         path.unlink()
     if path.exists() and (resume_at is not None or stays is not None or path.is_symlink()):
         keep = stays or (lambda line: resume_at is None or line["step"] <= resume_at)
-        old = _files.regular(path).read_bytes()
-        kept = b"".join(text + b"\n" for text, line in _lines(path, old) if _stays(line, keep))
-        if kept != old or path.is_symlink():
-            _files.write_atomic(path, kept)
+        content = _files.regular(path).read_bytes()
+        kept_lines = b"".join(
+            text + b"\n" for text, line in _lines(path, content) if _passes(line, keep)
+        )
+        if kept_lines != content or path.is_symlink():
+            _files.write_atomic(path, kept_lines)
     with path.open("a") as file:
-        synced = [time.monotonic()]
+        last_sync = [time.monotonic()]
 
         def log(line: dict[str, Any]) -> None:
             file.write(json.dumps(_files.as_json(line)) + "\n")
             file.flush()
-            if time.monotonic() - synced[0] > 1:
+            if time.monotonic() - last_sync[0] > 1:
                 os.fsync(file.fileno())
-                synced[0] = time.monotonic()
+                last_sync[0] = time.monotonic()
 
         yield log
 
@@ -87,23 +89,27 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
     """`(text, line)` of every readable line."""
-    found, odd = [], []
+    result, unreadable = [], []
     for number, text in enumerate(content.split(b"\n"), 1):
         try:
             line = json.loads(text) if text.strip() else None
         except (ValueError, RecursionError):
             line = text
         if isinstance(line, dict):
-            found.append((text, line))
+            result.append((text, line))
         elif line is not None:
-            odd.append(number)
-    if odd:
-        what = f"line {odd[0]}" + (f" and {len(odd) - 1} more" if len(odd) > 1 else "")
-        warnings.warn(f"{path}: {what} cannot be read (cut short?) and is left out.", stacklevel=3)
-    return found
+            unreadable.append(number)
+    if unreadable:
+        line_list = f"line {unreadable[0]}" + (
+            f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        )
+        warnings.warn(
+            f"{path}: {line_list} cannot be read (cut short?) and is left out.", stacklevel=3
+        )
+    return result
 
 
-def _stays(line: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> bool:
+def _passes(line: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> bool:
     try:
         return keep(line)
     except (ValueError, KeyError, TypeError):
@@ -111,7 +117,7 @@ def _stays(line: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> bool
 
 
 def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
-    """Early stopping: true once `patience` evaluations in a row have not improved on the best.
+    """Early stopping, once `patience` evaluations in a row have not improved on the best.
 
     A value that is not finite is never an improvement, nor is an evaluation without a value.
 
@@ -126,32 +132,32 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
 
     _checks.count(1, patience=patience)
     # Evaluations seen so far, their best and its value: each is examined only once.
-    judged, best, record = [], -1, np.nan
+    seen, best_index, best_value = [], -1, np.nan
 
     def stop(evaluations: list[dict[str, Any]]) -> bool:
-        nonlocal judged, best, record
+        nonlocal seen, best_index, best_value
         if evaluations and f"eval/{name}" not in evaluations[-1]:
-            found = [entry.removeprefix("eval/") for entry in evaluations[-1] if entry != "step"]
+            names = [entry.removeprefix("eval/") for entry in evaluations[-1] if entry != "step"]
             raise ValueError(
-                f"evaluate() returned no {name!r}, which early stopping needs: {found}."
+                f"evaluate() returned no {name!r}, which early stopping needs: {names}."
             )
-        if not _goes_on(judged, evaluations):
-            judged, best, record = [], -1, np.nan
-        for line in evaluations[len(judged) :]:
+        if not _extends(seen, evaluations):
+            seen, best_index, best_value = [], -1, np.nan
+        for line in evaluations[len(seen) :]:
             # In a resumed run, earlier evaluations may lack a new entry.
             value = line.get(f"eval/{name}", np.nan)
-            if scores.best([record, value], minimize=minimize) == 1:
-                best, record = len(judged), value
-            judged.append(line)
-        return len(evaluations) - 1 - best >= patience
+            if scores.best([best_value, value], minimize=minimize) == 1:
+                best_index, best_value = len(seen), value
+            seen.append(line)
+        return len(evaluations) - 1 - best_index >= patience
 
     return stop
 
 
-def _goes_on(judged: list[Any], evaluations: list[Any]) -> bool:
-    """Whether evaluations extend those seen so far."""
-    count = len(judged)
-    return count <= len(evaluations) and (not count or judged[-1] is evaluations[count - 1])
+def _extends(seen: list[Any], evaluations: list[Any]) -> bool:
+    """Whether the evaluations extend those seen so far."""
+    count = len(seen)
+    return count <= len(evaluations) and (not count or seen[-1] is evaluations[count - 1])
 
 
 def evaluation(
@@ -162,13 +168,13 @@ def evaluation(
     prefetch: int = 2,
     place: Callable[[Any], Any] = jax.device_put,
 ) -> Evaluate:
-    """`evaluate(state)` over padded batches, with exact means and one synchronization at the end.
+    """Makes `evaluate(state)` over padded batches: exact means, one synchronization at the end.
 
     Args:
       eval_step: from `train.make_eval_step`, not jitted.
       batches: starts a pass over the evaluation data, for example
         `lambda: data.in_order(arrays, 256)`.
-      variables: what the model needs, from the state:
+      variables: returns the model's variables from the state:
         `lambda s: Variables(s.params, s.model_state)`.
 
     Raises:
@@ -178,10 +184,10 @@ def evaluation(
     add = jax.jit(train.add_metrics)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        chosen = variables(state)
+        inputs = variables(state)
         total: Metrics | None = None
         for batch in data.prefetch(batches(), prefetch, place):
-            metrics = jitted(chosen, batch)
+            metrics = jitted(inputs, batch)
             total = metrics if total is None else add(total, metrics)
         if total is None:
             raise ValueError("batches() yielded nothing.")
@@ -223,9 +229,9 @@ def write(pending: Pending, line: dict[str, Any]) -> None:
         pending.log(line)
 
 
-def evaluation_line(step: int, found: Mapping[str, Any]) -> dict[str, Any]:
+def evaluation_line(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """`{"step": ..., "eval/name": number}`."""
-    numbers = {name: np.asarray(jax.device_get(value)).tolist() for name, value in found.items()}
+    numbers = {name: np.asarray(jax.device_get(value)).tolist() for name, value in metrics.items()}
     return {"step": step} | {f"eval/{name}": value for name, value in numbers.items()}
 
 

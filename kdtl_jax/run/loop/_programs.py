@@ -1,9 +1,9 @@
 """The compiled programs that a run calls, and the pace at which the host calls them.
 
-A program makes one step, or many in a loop of unknown length; both update the same `Carry`. The
-number of steps in the loop is an argument, never a constant, so that how a run is divided into
-calls (by saves, signals or the machine's speed) cannot change a bit of the result: the body is
-compiled once, independently of its trip count.
+A program makes one step, or many in a loop; both update the same `Carry`. The number of steps in
+the loop is an argument, never a constant: the body is compiled once, independently of its trip
+count, so that the division of a run into calls (by saves, signals or the machine's speed) cannot
+change a bit of the result.
 """
 
 import collections
@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from kdtl_jax import train, trees
-from kdtl_jax._model_functions import described
+from kdtl_jax._model_functions import describe
 from kdtl_jax.objective import Metrics
 from kdtl_jax.run import data
 from kdtl_jax.run.loop import _metrics
@@ -29,7 +29,7 @@ from kdtl_jax.train import Batch, Step, TrainState
 CHUNK_STEPS = 64  # steps per call, at most
 CHUNK_BYTES = 32 * 2**20  # rows gathered ahead for one call
 CALL_SECONDS = 0.2  # longest call, so that signals are handled promptly
-AHEAD_SECONDS = 0.5  # most work that the host queues
+AHEAD_SECONDS = 0.5  # longest work that the host queues
 AHEAD_CALLS = 32
 
 
@@ -47,12 +47,12 @@ class Carry(NamedTuple):
 
 # (carry, its step, maximum number of steps) -> (carry, the step reached, steps made)
 Move = Callable[[Carry, int, int], tuple[Carry, Array, int]]
-One = Callable[[Carry, Any, Batch], Carry]
+Update = Callable[[Carry, Any, Batch], Carry]
 BatchAt = Callable[..., Batch]  # (arrays, rows, step, position in the epoch) -> batch
 
 
 @contextlib.contextmanager
-def opened(
+def open_program(
     step: Step,
     state: TrainState,
     teacher: Any,
@@ -62,7 +62,7 @@ def opened(
     prefetch: int,
     place: Callable[[Any], Any],
 ) -> Iterator[tuple[Carry, Move, str]]:
-    """The first carry, the function that advances it, and the path: "scan" or "steps".
+    """Yields the first carry, the function that advances it, and the path: "scan" or "steps".
 
     Padding would affect the batch statistics of a model. If the model state holds any, a short last
     batch keeps its own shape and gets its own program. A single row has no variance: it is padded
@@ -71,64 +71,64 @@ def opened(
     if not isinstance(source, data.Resident) and not callable(source):
         raise TypeError(
             f"source must be data.resident(arrays, batch_size, key=key) or a function step -> "
-            f"batches, got {described(source)}. data.iterate(batches) makes one of any iterable."
+            f"batches, got {describe(source)}. data.iterate(batches) makes one of any iterable."
         )
-    at = int(jax.device_get(state.step))
+    start = int(jax.device_get(state.step))
     step = jax.jit(step, inline=True)  # one trace for its shapes, its path and its programs
-    measures = any(trees.is_inexact(leaf) for leaf in jax.tree.leaves(state.model_state))
+    uses_statistics = any(trees.is_inexact(leaf) for leaf in jax.tree.leaves(state.model_state))
     if isinstance(source, data.Resident):
-        batch_at = _batch_at(source, padded=not measures)
+        batch_at = _batch_at(source, padded=not uses_statistics)
         batch = _example_batch(source, batch_at)
         # A resumed run stays on the path it started on: the two may differ in the last bit.
         path = meta.get("path") or train.step_path(step, state, batch, teacher)
-        make = _many if path == "scan" else _one_by_one
-        one = _guarded(step, check_finite)
-        move = make(one, source, batch_at, teacher, batch)
-        rest = data.examples(source) % source.batch_size
-        if measures and rest == 1 and not source.drop_remainder:
-            _warn_of_one_row()  # the padding rows have no weights
-        elif measures and rest and not source.drop_remainder:
-            move = _with_rest(move, one, source, batch_at, teacher, rest)
-        yield _start(step, state, teacher, batch, meta), _paced(move), path
+        make_program = _scan_program if path == "scan" else _step_program
+        update = _make_update(step, check_finite)
+        move = make_program(update, source, batch_at, teacher, batch)
+        remainder = data.examples(source) % source.batch_size
+        if uses_statistics and remainder == 1 and not source.drop_remainder:
+            _warn_single_row()  # the padding rows have no weights
+        elif uses_statistics and remainder and not source.drop_remainder:
+            move = _with_short_batch(move, update, source, batch_at, teacher, remainder)
+        yield _first_carry(step, state, teacher, batch, meta), _with_pacing(move), path
         return
-    given = _measurable(source, at) if measures else source(at)
-    with contextlib.closing(data.prefetch(given, prefetch, place)) as batches:
+    source_batches = _real_rows(source, start) if uses_statistics else source(start)
+    with contextlib.closing(data.prefetch(source_batches, prefetch, place)) as batches:
         first = next(batches, None)
         if first is None:
-            raise ValueError(f"the source has no batch from step {at} on.")
-        move = _from_stream(step, teacher, first, batches, check_finite)
-        yield _start(step, state, teacher, first, meta), _paced(move), "steps"
+            raise ValueError(f"the source has no batch from step {start} on.")
+        move = _stream_program(step, teacher, first, batches, check_finite)
+        yield _first_carry(step, state, teacher, first, meta), _with_pacing(move), "steps"
 
 
 def checked_paths(state: TrainState) -> tuple[list[str], list[str]]:
-    """The names of the entries of `Carry.bad`: parameters and the loss; the model's state."""
-    trained, kept = (
+    """The names of the entries of `Carry.bad`: parameters and the loss; then the model's state."""
+    parameters, model_state = (
         [
             path
-            for each in trees_of
-            for path, leaf in zip(trees.leaf_paths(each), jax.tree.leaves(each), strict=True)
+            for tree in group
+            for path, leaf in zip(trees.leaf_paths(tree), jax.tree.leaves(tree), strict=True)
             if trees.is_inexact(leaf)
         ]
-        for trees_of in (
+        for group in (
             (state.params, {"connectors": state.connectors}),
             ({"model_state": state.model_state},),
         )
     )
-    return [*trained, "loss"], kept
+    return [*parameters, "loss"], model_state
 
 
 def nonfinite_leaves(new: TrainState, metrics: Metrics, old: TrainState) -> Array:
-    """bool: which parameters are not finite, the loss, and which model state is no longer finite.
+    """Flags parameters and losses that are not finite, and model state that no longer is.
 
     A running variance may overflow when the loss does not. The optimizer's state is not
     checked here: it is larger than the parameters and would take longer to read. See `overflowed`.
     """
     leaves = _inexact((new.params, new.connectors))
     loss = metrics.sums[..., metrics.names.index("loss"), 0] if "loss" in metrics.names else 0.0
-    trained = [~jnp.all(jnp.isfinite(x)) for x in [*leaves, jnp.asarray(loss)]]
-    before, after = (_inexact(x.model_state) for x in (old, new))
-    kept = [jnp.any(jnp.isfinite(a) & ~jnp.isfinite(b)) for a, b in zip(before, after, strict=True)]
-    return jnp.stack([*trained, *kept])
+    updated = [~jnp.all(jnp.isfinite(x)) for x in [*leaves, jnp.asarray(loss)]]
+    pairs = zip(_inexact(old.model_state), _inexact(new.model_state), strict=True)
+    overflows = [jnp.any(jnp.isfinite(a) & ~jnp.isfinite(b)) for a, b in pairs]
+    return jnp.stack([*updated, *overflows])
 
 
 def overflowed(state: TrainState) -> list[str]:
@@ -158,7 +158,7 @@ def choose(good: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jax.lax.select(good, a, b) if a is not b else a, new, old)
 
 
-def _start(
+def _first_carry(
     step: Step, state: TrainState, teacher: Any, batch: Any, meta: Mapping[str, Any]
 ) -> Carry:
     """The carry before the first call, with the window of a resumed run.
@@ -171,12 +171,13 @@ def _start(
     zeros = np.zeros(metrics.sums.shape, metrics.sums.dtype)
     window = zeros if sums is None else np.asarray(sums, metrics.sums.dtype)
     bad = np.zeros(sum(map(len, checked_paths(state))), np.bool_)
-    on = state.step.sharding if getattr(state.step, "committed", False) else None
-    return Carry(state, Metrics(metrics.names, jax.device_put(window, on)), jax.device_put(bad, on))
+    sharding = state.step.sharding if getattr(state.step, "committed", False) else None
+    window, bad = jax.device_put((window, bad), sharding)
+    return Carry(state, Metrics(metrics.names, window), bad)
 
 
-def _guarded(step: Step, check_finite: bool) -> One:
-    def one(carry: Carry, teacher: Any, batch: Batch) -> Carry:
+def _make_update(step: Step, check_finite: bool) -> Update:
+    def update(carry: Carry, teacher: Any, batch: Batch) -> Carry:
         state, metrics = step(carry.state, batch, teacher)
         window = Metrics(metrics.names, carry.window.sums + metrics.sums)
         if not check_finite:
@@ -184,120 +185,130 @@ def _guarded(step: Step, check_finite: bool) -> One:
         bad = nonfinite_leaves(state, metrics, carry.state)
         stopped = jnp.any(carry.bad)
         good = ~(stopped | jnp.any(bad))
-        chosen = choose(good, Carry(state, window, carry.bad), carry)
-        return chosen._replace(bad=jnp.where(stopped, carry.bad, bad))
+        selected = choose(good, Carry(state, window, carry.bad), carry)
+        return selected._replace(bad=jnp.where(stopped, carry.bad, bad))
 
-    return one
+    return update
 
 
-def _many(one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any) -> Move:
-    """Up to `width` steps per call, within one epoch, with rows gathered before the loop."""
+def _scan_program(
+    update: Update, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any
+) -> Move:
+    """Up to `chunk` steps per call, within one epoch, with rows gathered before the loop."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-    length = data.steps_per_epoch(source)
-    width = int(min(CHUNK_STEPS, max(1, CHUNK_BYTES // max(size, 1)), length))
+    epoch_steps = data.steps_per_epoch(source)
+    chunk = int(min(CHUNK_STEPS, max(1, CHUNK_BYTES // max(size, 1)), epoch_steps))
 
     @partial(jax.jit, donate_argnums=0)
     def advance(
         carry: Carry, teacher: Any, arrays: Any, index: Array, n: Array
     ) -> tuple[Carry, Array]:
         first = carry.state.step
-        places = (first % len(index) + jnp.arange(width, dtype=jnp.int32)) % len(index)
+        positions = (first % len(index) + jnp.arange(chunk, dtype=jnp.int32)) % len(index)
         batches = jax.vmap(lambda rows, at: batch_at(arrays, rows, first, at))(
-            index[places], places
+            index[positions], positions
         )
 
         def body(i: Array, carry: Carry) -> Carry:
-            return one(carry, teacher, jax.tree.map(lambda x: x[i], batches))
+            return update(carry, teacher, jax.tree.map(lambda x: x[i], batches))
 
         carry = jax.lax.fori_loop(jnp.zeros((), jnp.int32), n, body, carry)
         return carry, carry.state.step + 0
 
-    arrays, epochs = _device_arrays(source), _epochs(source)
+    arrays, epochs = _device_arrays(source), _epoch_cache(source)
 
-    def move(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
-        made = min(most, width, length - at % length)
-        steps = jax.device_put(np.int32(made))
-        return *advance(carry, teacher, arrays, epochs(at // length), steps), made
+    def move(carry: Carry, at: int, max_steps: int) -> tuple[Carry, Array, int]:
+        count = min(max_steps, chunk, epoch_steps - at % epoch_steps)
+        steps = jax.device_put(np.int32(count))
+        return *advance(carry, teacher, arrays, epochs(at // epoch_steps), steps), count
 
     return move
 
 
-def _one_by_one(
-    one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any
+def _step_program(
+    update: Update, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any
 ) -> Move:
     """One step per call, with rows gathered in the same program."""
 
     @partial(jax.jit, donate_argnums=0)
     def advance(carry: Carry, teacher: Any, arrays: Any, index: Array) -> tuple[Carry, Array]:
-        place = carry.state.step % len(index)
-        carry = one(carry, teacher, batch_at(arrays, index[place], carry.state.step, place))
+        position = carry.state.step % len(index)
+        carry = update(
+            carry, teacher, batch_at(arrays, index[position], carry.state.step, position)
+        )
         return carry, carry.state.step + 0
 
-    arrays, epochs = _device_arrays(source), _epochs(source)
+    arrays, epochs = _device_arrays(source), _epoch_cache(source)
     length = data.steps_per_epoch(source)
 
-    def move(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
-        return *advance(carry, teacher, arrays, epochs(at // length)), 1
+    def move(carry: Carry, start: int, max_steps: int) -> tuple[Carry, Array, int]:
+        return *advance(carry, teacher, arrays, epochs(start // length)), 1
 
     return move
 
 
-def _with_rest(
-    move: Move, one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, rest: int
+def _with_short_batch(
+    move: Move,
+    update: Update,
+    source: data.Resident,
+    batch_at: BatchAt,
+    teacher: Any,
+    remainder: int,
 ) -> Move:
-    """`move` for the full batches of an epoch, and a separate program for the `rest` rows."""
-    arrays, epochs = _device_arrays(source), _epochs(source)
+    """`move` for the full batches of an epoch, and a separate program for the `remainder` rows."""
+    arrays, epochs = _device_arrays(source), _epoch_cache(source)
     last = data.steps_per_epoch(source) - 1
 
     @partial(jax.jit, donate_argnums=0)
     def advance(carry: Carry, teacher: Any, arrays: Any, index: Array) -> tuple[Carry, Array]:
-        rows, place = index[-1][..., :rest], jnp.asarray(last, jnp.int32)
-        carry = one(carry, teacher, batch_at(arrays, rows, carry.state.step, place))
+        rows, position = index[-1][..., :remainder], jnp.asarray(last, jnp.int32)
+        carry = update(carry, teacher, batch_at(arrays, rows, carry.state.step, position))
         return carry, carry.state.step + 0
 
-    def whole(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
-        epoch, place = divmod(at, last + 1)
-        if place < last:
-            return move(carry, at, min(most, last - place))
+    def move_or_finish(carry: Carry, start: int, max_steps: int) -> tuple[Carry, Array, int]:
+        epoch, position = divmod(start, last + 1)
+        if position < last:
+            return move(carry, start, min(max_steps, last - position))
         return *advance(carry, teacher, arrays, epochs(epoch)), 1
 
-    return whole
+    return move_or_finish
 
 
-def _from_stream(
-    step: Step, teacher: Any, first: Any, rest: Iterator[Any], check_finite: bool
+def _stream_program(
+    step: Step, teacher: Any, first: Any, batches: Iterator[Any], check_finite: bool
 ) -> Move:
     """One step per call, on the batches of an iterator."""
-    one, ready = _guarded(step, check_finite), [first]
+    update, first_batch = _make_update(step, check_finite), [first]
 
     @partial(jax.jit, donate_argnums=0)
     def advance(carry: Carry, teacher: Any, batch: Batch) -> tuple[Carry, Array]:
-        carry = one(carry, teacher, batch)
+        carry = update(carry, teacher, batch)
         return carry, carry.state.step + 0
 
-    def move(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
-        batch = ready.pop() if ready else next(rest)
+    def move(carry: Carry, start: int, max_steps: int) -> tuple[Carry, Array, int]:
+        batch = first_batch.pop() if first_batch else next(batches)
         return *advance(carry, teacher, batch), 1
 
     return move
 
 
-def _measurable(source: data.Source, at: int) -> Iterator[Batch]:
-    """The real rows of every batch; a single one replaces the first row of the batch before it."""
-    before: Batch | None = None
-    for batch in source(at):
+def _real_rows(source: data.Source, start: int) -> Iterator[Batch]:
+    """The real rows of every batch; a single one replaces the first row of the previous batch."""
+    previous: Batch | None = None
+    for batch in source(start):
         real = data.unpad(batch)
         if data.length(real) > 1:
-            before = real
-        elif before is None and at:  # a run resumed here: the same batch as without interruption
-            before = next((data.unpad(each) for each in source(at - 1)), None)
-        if before is not None and data.length(real) == 1 < data.length(before):
-            _warn_of_one_row()
-            real = jax.tree.map(lambda one, many: np.concatenate([one, many[1:]]), real, before)
+            previous = real
+        elif previous is None and start:
+            # A run resumed here; use the batch that an uninterrupted run would use.
+            previous = next((data.unpad(first) for first in source(start - 1)), None)
+        if previous is not None and data.length(real) == 1 < data.length(previous):
+            _warn_single_row()
+            real = jax.tree.map(lambda one, many: np.concatenate([one, many[1:]]), real, previous)
         yield real
 
 
-def _warn_of_one_row() -> None:
+def _warn_single_row() -> None:
     warnings.warn(
         "A last batch of one row has no variance for the model's batch statistics: it is padded "
         "with other examples of the epoch. Another batch size, or drop_remainder=True, avoids it.",
@@ -320,47 +331,51 @@ def _device_arrays(source: data.Resident) -> Any:
 def _batch_at(source: data.Resident, *, padded: bool) -> BatchAt:
     drop = source.drop_remainder or not padded
 
-    def batch_at(given: Any, rows: Array, step: Array, place: Array) -> Batch:
-        arrays, teacher, key = given
-        here = source._replace(arrays=arrays, teacher=teacher, augment_key=key, drop_remainder=drop)
+    def batch_at(device_arrays: Any, rows: Array, step: Array, position: Array) -> Batch:
+        arrays, teacher, key = device_arrays
+        data_source = source._replace(
+            arrays=arrays, teacher=teacher, augment_key=key, drop_remainder=drop
+        )
         epoch = step // data.steps_per_epoch(source)
-        return data.gather(here, rows, epoch, place)
+        return data.gather(data_source, rows, epoch, position)
 
     return batch_at
 
 
-def _epochs(source: data.Resident) -> Callable[[int], Array]:
+def _epoch_cache(source: data.Resident) -> Callable[[int], Array]:
     """The rows of an epoch, computed once per epoch, on the device."""
 
     def epoch_rows(epoch: Array) -> Array:
         return data.epoch_rows(source, epoch)
 
-    rows = jax.jit(epoch_rows)
-    known: dict[int, Array] = {}
+    compute = jax.jit(epoch_rows)
+    cache: dict[int, Array] = {}
 
-    def of(epoch: int) -> Array:
-        if epoch not in known:
-            known.clear()
-            known[epoch] = rows(jax.device_put(np.int32(epoch)))
-        return known[epoch]
+    def rows_of(epoch: int) -> Array:
+        if epoch not in cache:
+            cache.clear()
+            cache[epoch] = compute(jax.device_put(np.int32(epoch)))
+        return cache[epoch]
 
-    return of
+    return rows_of
 
 
-def _paced(move: Move) -> Move:
-    """Chooses the steps per call and waits for old calls, to keep the queue of work short.
+def _with_pacing(move: Move) -> Move:
+    """Chooses the steps per call, and waits for old calls to keep the queue of work short.
 
     Waiting for an old call keeps the device busy, and nothing is transferred.
     """
     queued: collections.deque[tuple[Array, int]] = collections.deque()
     seconds_per_step, last, calls = 0.0, 0.0, 0
 
-    def paced(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
+    def paced(carry: Carry, start: int, max_steps: int) -> tuple[Carry, Array, int]:
         nonlocal seconds_per_step, last, calls
         if jax.process_count() == 1:  # with more, all must make the same calls
-            most = min(most, max(1, int(CALL_SECONDS / seconds_per_step))) if calls > 1 else 1
-        carry, reached, made = move(carry, at, most)
-        queued.append((reached, made))
+            max_steps = (
+                min(max_steps, max(1, int(CALL_SECONDS / seconds_per_step))) if calls > 1 else 1
+            )
+        carry, reached, count = move(carry, start, max_steps)
+        queued.append((reached, count))
         calls += 1
         while queued and (
             calls <= 2  # the first compiles, the second is the first to be timed
@@ -375,6 +390,6 @@ def _paced(move: Move) -> Move:
                 weight = 0.3 if seconds_per_step else 1.0
                 seconds_per_step += weight * (seconds - seconds_per_step)
             last = now
-        return carry, reached, made
+        return carry, reached, count
 
     return paced

@@ -39,12 +39,12 @@ class Nonfinite(NamedTuple):
     leaves: list[str]
 
     def __str__(self) -> str:
-        listed = ", ".join(repr(leaf) for leaf in self.leaves[:4])
-        more = f" and {len(self.leaves) - 4} more" if len(self.leaves) > 4 else ""
-        return f"step {self.step} gave values that are not finite in {listed}{more}"
+        names = ", ".join(repr(leaf) for leaf in self.leaves[:4])
+        rest = f" and {len(self.leaves) - 4} more" if len(self.leaves) > 4 else ""
+        return f"step {self.step} gave values that are not finite in {names}{rest}"
 
 
-def raise_nonfinite(found: Nonfinite) -> None:
+def raise_nonfinite(event: Nonfinite) -> None:
     """The default: raises an error after the state of the last good step is saved.
 
     Raises:
@@ -54,16 +54,16 @@ def raise_nonfinite(found: Nonfinite) -> None:
     repair = (
         "Its gradient is finite: look for labels outside 0..classes-1 in the batch and for "
         "values of its terms that are not finite,"
-        if found.leaves == ["loss"]
+        if event.leaves == ["loss"]
         else "Lower the learning rate, clip gradients,"
     )
     raise FloatingPointError(
-        f"{found}. The state before it is kept. {repair} or pass skip_nonfinite(step) to leave "
+        f"{event}. The state before it is kept. {repair} or pass skip_nonfinite(step) to leave "
         "such updates out."
     )
 
 
-def stop_nonfinite(found: Nonfinite) -> None:
+def stop_nonfinite(event: Nonfinite) -> None:
     """Ends the run without an error; `Result.stopped` says why."""
 
 
@@ -78,18 +78,18 @@ def skip_nonfinite(step: Step) -> Step:
     metrics exclude them.
     """
 
-    def guarded(
+    def skipping_step(
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
-        new, metrics = step(state, batch, teacher_params)
-        good = ~jnp.any(_programs.nonfinite_leaves(new, metrics, state))
-        chosen = _programs.choose(good, new, state)._replace(step=new.step)
+        new_state, metrics = step(state, batch, teacher_params)
+        good = ~jnp.any(_programs.nonfinite_leaves(new_state, metrics, state))
+        selected = _programs.choose(good, new_state, state)._replace(step=new_state.step)
         sums = jnp.where(good, metrics.sums, jnp.zeros((), metrics.sums.dtype))
         skipped = jnp.stack([~good, jnp.ones_like(good)]).astype(sums.dtype)
         names = (*metrics.names, "skipped")
-        return chosen, Metrics(names, jnp.concatenate([sums, skipped[None]]))
+        return selected, Metrics(names, jnp.concatenate([sums, skipped[None]]))
 
-    return guarded
+    return skipping_step
 
 
 def run(
@@ -134,12 +134,11 @@ def run(
       evaluate: `evaluate(state) -> {name: number}`; `evaluation` makes one. It must not change
         anything: a signal may interrupt it, and a resumed run starts it again.
       evaluate_every: steps between evaluations; there is always one at the end.
-      stop: looks at all evaluations after each one and may end the run early; see
-        `no_improvement`.
+      stop: called with all evaluations after each one; true ends the run. See `no_improvement`.
       save: `save(step, state, meta)`, for example `partial(checkpoint.save, checkpoints)`; it must
         have copied the state by the time it returns. There is always a save at the end.
       save_every: steps between saves.
-      meta: what `save` was given for the state that this run starts from; None starts afresh.
+      meta: the `meta` saved with the state that this run starts from; None starts afresh.
       on_nonfinite: called when a parameter, the loss, or a number of the model's state is no longer
         finite. That update is not applied, and the state before it is saved; then `raise_nonfinite`
         raises, or `stop_nonfinite` ends the run. None disables the check, which saves a copy of
@@ -160,95 +159,101 @@ def run(
       SystemExit: after a signal.
       ValueError: if the step numbers are inconsistent.
     """
-    _check(steps, log_every, evaluate_every, save_every)
+    _check_steps(steps, log_every, evaluate_every, save_every)
     _check_state(state)
     meta = dict(meta or {})
-    at = start = int(jax.device_get(state.step))
-    saved = at if meta else -1
+    current = start = int(jax.device_get(state.step))
+    saved_step = current if meta else -1
     evaluations: list[dict[str, Any]] = list(meta.get("evaluations", []))
     pending = _metrics.Pending(log if jax.process_index() == 0 else None, collections.deque())
 
     with (
         processes.signals() as signals,
         signals.polled(),
-        _programs.opened(
+        _programs.open_program(
             step, state, teacher_params, source, meta, on_nonfinite is not None, prefetch, place
         ) as (carry, move, path),
     ):
         sums = carry.window.sums
-        on = sums.sharding if sums.committed else None  # as in a call's result: one program
-        empty = jax.jit(jnp.zeros_like, out_shardings=on)
+        sharding = sums.sharding if sums.committed else None  # as in a call's result: one program
+        zeros = jax.jit(jnp.zeros_like, out_shardings=sharding)
 
-        def store() -> None:
-            nonlocal saved
-            if on_nonfinite is not None and not warned:
-                warned.extend(_programs.overflowed(carry.state))
-                _warn_of_overflow(at, warned)
-            if save is not None and saved != at:
+        def save_state() -> None:
+            nonlocal saved_step
+            if on_nonfinite is not None and not overflowed:
+                overflowed.extend(_programs.overflowed(carry.state))
+                _warn_of_overflow(current, overflowed)
+            if save is not None and saved_step != current:
                 window = _metrics.to_json(carry.window)
-                save(at, carry.state, {"window": window, "evaluations": evaluations, "path": path})
-                saved = at
+                save(
+                    current,
+                    carry.state,
+                    {"window": window, "evaluations": evaluations, "path": path},
+                )
+                saved_step = current
 
-        warned: list[str] = []  # non-finite arrays of the optimizer's state
-        stopped, why, judged = "", "finished", 0
+        overflowed: list[str] = []  # non-finite arrays of the optimizer's state
+        stopped, reason, evaluation_count = "", "finished", 0
         while not stopped:
-            # 1. What is due at this step: its line is written already; now evaluation, then a save.
-            due = at > 0 and _is_due(at, evaluate_every, steps) and not _has(evaluations, at)
-            if evaluate is not None and due:
+            # 1. The rest of this step, whose line is already written: an evaluation, then a save.
+            is_due = current > 0 and _is_due(current, evaluate_every, steps)
+            if evaluate is not None and is_due and not _has_evaluation(evaluations, current):
                 if _metrics.drain(pending):
                     break
                 try:
                     with signals.interruptible():
-                        found = _found(evaluate(carry.state))
+                        metrics = _checked_evaluation(evaluate(carry.state))
                 except processes.Interrupted:
                     break
-                evaluations.append(_metrics.evaluation_line(at, found))
+                evaluations.append(_metrics.evaluation_line(current, metrics))
                 _metrics.write(pending, evaluations[-1])
-            if at >= steps:
-                stopped = why
-            elif stop is not None and judged < len(evaluations):
-                judged = len(evaluations)
+            if current >= steps:
+                stopped = reason
+            elif stop is not None and evaluation_count < len(evaluations):
+                evaluation_count = len(evaluations)
                 stopped = "early stopping" if stop(evaluations) else ""
-            if stopped or (_may_ask(at, log_every) and signals.asked()):
+            if stopped or (_may_check_signals(current, log_every) and signals.asked()):
                 break
-            if _is_due(at, save_every, None) and at > start:
+            if _is_due(current, save_every, None) and current > start:
                 if _metrics.drain(pending):
                     break
-                store()
-            # 2. Up to the next step at which something is due.
-            most = min(_next(at, log_every, evaluate_every, save_every), steps) - at
+                save_state()
+            # 2. Train up to the next step at which something is due.
+            max_steps = (
+                min(_next_due(current, log_every, evaluate_every, save_every), steps) - current
+            )
             try:
-                carry, last, made = move(carry, at, most)
+                carry, step_reached, count = move(carry, current, max_steps)
             except StopIteration:
-                steps, why = at, "data ended"
+                steps, reason = current, "data ended"
                 continue
-            at += made
+            current += count
             if reached is not None:
-                reached(at)
-            # 3. The window's line, fetched while later steps run.
-            if at % log_every == 0:
+                reached(current)
+            # 3. Log the window, whose sums are fetched while later steps run.
+            if current % log_every == 0:
                 window = carry.window
-                carry = carry._replace(window=Metrics(window.names, empty(window.sums)))
-                if _metrics.push(pending, at, window, last):
+                carry = carry._replace(window=Metrics(window.names, zeros(window.sums)))
+                if _metrics.push(pending, current, window, step_reached):
                     break
         _metrics.drain(pending)
-        event = _nonfinite_in(carry)
+        event = _nonfinite_event(carry)
         if event is not None:
-            at, stopped = event.step, f"not finite: {event}"
-        store()
+            current, stopped = event.step, f"not finite: {event}"
+        save_state()
         if event is not None and on_nonfinite is not None:
             on_nonfinite(event)
         if signals.number is not None and (not stopped or jax.process_count() == 1):
             raise SystemExit(128 + signals.number)
-    return Result(carry.state, at, stopped, path, evaluations)
+    return Result(carry.state, current, stopped, path, evaluations)
 
 
-def _warn_of_overflow(at: int, spoiled: Sequence[str]) -> None:
-    if not spoiled:
+def _warn_of_overflow(step: int, arrays: Sequence[str]) -> None:
+    if not arrays:
         return
-    more = f" and {len(spoiled) - 1} more" if spoiled[1:] else ""
+    rest = f" and {len(arrays) - 1} more" if arrays[1:] else ""
     warnings.warn(
-        f"step {at}: {spoiled[0]!r}{more} of the optimizer is not finite, and its weights no "
+        f"step {step}: {arrays[0]!r}{rest} of the optimizer is not finite, and its weights no "
         "longer move: the square of a gradient overflowed. Clip gradients or scale the loss down.",
         stacklevel=3,
     )
@@ -268,7 +273,7 @@ def fit(
     teacher_params: Any = None,
     key: Array | None = None,
 ) -> train.TrainState:
-    """`theta = argmin L` from `params`: `train.make_step`, `train.init_state` and `run`.
+    """Minimizes the loss from `params`, by `train.make_step`, `train.init_state` and `run`.
 
     For logging, evaluation, saving, and resuming, call these three yourself.
 
@@ -281,7 +286,7 @@ def fit(
       source: the batches, `data.resident(...)` or a `data.Source`.
       steps: the number of updates.
       trainable: selector of the parameters to train; the others cost no gradient.
-      model_state: what the model carries in addition to its parameters.
+      model_state: the model's state in addition to its parameters.
       teacher_params: frozen parameters that penalties such as L2-SP read.
       key: for dropout and other randomness; None means `jax.random.key(0)`.
 
@@ -298,40 +303,42 @@ def fit(
     return run(step, state, source, teacher_params, steps=steps).state
 
 
-def _nonfinite_in(carry: _programs.Carry) -> Nonfinite | None:
+def _nonfinite_event(carry: _programs.Carry) -> Nonfinite | None:
     """The update at which a carry stopped, or None."""
     flags = jax.device_get(carry.bad)
     if not flags.any():
         return None
-    trained, kept = _programs.checked_paths(carry.state)
-    named = [path for path, bad in zip([*trained, *kept], flags, strict=True) if bad]
+    parameters, model_state = _programs.checked_paths(carry.state)
+    nonfinite = [
+        path for path, flag in zip([*parameters, *model_state], flags, strict=True) if flag
+    ]
     # If parameters are non-finite, so are their moments.
-    leaves = [path for path in named if path in {*trained}] or named
+    leaves = [path for path in nonfinite if path in {*parameters}] or nonfinite
     return Nonfinite(int(jax.device_get(carry.state.step)), leaves)
 
 
-def _may_ask(at: int, every: int) -> bool:
+def _may_check_signals(step: int, interval: int) -> bool:
     """Whether to check signals: always with one process; with more, when all write a line."""
-    return jax.process_count() == 1 or at % every == 0
+    return jax.process_count() == 1 or step % interval == 0
 
 
-def _is_due(at: int, every: int | None, end: int | None) -> bool:
-    return at == end or (every is not None and at % every == 0)
+def _is_due(step: int, interval: int | None, end: int | None) -> bool:
+    return step == end or (interval is not None and step % interval == 0)
 
 
-def _next(at: int, *intervals: int | None) -> int:
+def _next_due(step: int, *intervals: int | None) -> int:
     """The next multiple of any of the intervals."""
-    return min((at // every + 1) * every for every in intervals if every is not None)
+    return min((step // interval + 1) * interval for interval in intervals if interval is not None)
 
 
-def _has(evaluations: list[dict[str, Any]], at: int) -> bool:
-    return bool(evaluations) and evaluations[-1]["step"] == at
+def _has_evaluation(evaluations: list[dict[str, Any]], step: int) -> bool:
+    return bool(evaluations) and evaluations[-1]["step"] == step
 
 
-def _found(returned: Any) -> dict[str, Any]:
-    if not isinstance(returned, Mapping):
-        raise TypeError(f"evaluate must return {{name: value}}, got {returned!r}.")
-    return dict(returned)
+def _checked_evaluation(metrics: Any) -> dict[str, Any]:
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"evaluate must return {{name: value}}, got {metrics!r}.")
+    return dict(metrics)
 
 
 def _check_state(state: Any) -> None:
@@ -342,10 +349,12 @@ def _check_state(state: Any) -> None:
         )
 
 
-def _check(steps: int, log_every: int, evaluate_every: int | None, save_every: int | None) -> None:
+def _check_steps(
+    steps: int, log_every: int, evaluate_every: int | None, save_every: int | None
+) -> None:
     _checks.count(0, steps=steps)
     _checks.count(1, log_every=log_every)
-    given = {"evaluate_every": evaluate_every, "save_every": save_every}
-    for name, every in given.items():
-        if every is not None:
-            _checks.count(1, **{name: every})
+    intervals = {"evaluate_every": evaluate_every, "save_every": save_every}
+    for name, interval in intervals.items():
+        if interval is not None:
+            _checks.count(1, **{name: interval})

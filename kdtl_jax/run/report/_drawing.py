@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG: page colors, hover titles, nothing to load from outside.
+"""Matplotlib figures as inline SVG: page colors, hover titles, nothing loaded from outside.
 
 Figures are made without pyplot, so no global state remains. Text stays text, in the page's font.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
-if TYPE_CHECKING:  # imported where something is drawn: it takes a fifth of a command's start
+if TYPE_CHECKING:  # imported inside functions: it takes a fifth of a command's start
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
@@ -20,8 +20,8 @@ COLORS = 8  # --series-0 ... --series-7
 INK, LABEL, RULE, SURFACE = "#010101", "#010102", "#010103", "#010104"
 _VARIABLES = {INK: "--ink", LABEL: "--ink-2", RULE: "--rule", SURFACE: "--surface"}
 _VARIABLES |= {f"#0102{i:02x}": f"--series-{i}" for i in range(COLORS)}
-_TITLE, _HALO = "title:", "halo:"  # how a mark's group is named until the SVG is finished
-_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_TITLE, _HALO = "title:", "halo:"  # prefixes of the group ids of marks, until the SVG is finished
+_CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def series(number: int) -> str:
@@ -29,9 +29,9 @@ def series(number: int) -> str:
     return f"#0102{number % COLORS:02x}"
 
 
-def shown(text: str) -> str:
-    """Text that is safe in a page: control characters and lone surrogates as escapes."""
-    return _UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
+def printable(text: str) -> str:
+    """Escapes control characters and lone surrogates, which are not allowed in a page."""
+    return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def axes(
@@ -75,9 +75,9 @@ def logarithmic(ax: "Axes", *, both: bool = False) -> None:
         axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def titled(artist: "Artist", title: str) -> None:
-    """Gives a mark the words that browsers show on hover."""
-    artist.set_gid(_TITLE + shown(title))
+def set_title(artist: "Artist", title: str) -> None:
+    """Gives a mark the text that browsers show on hover."""
+    artist.set_gid(_TITLE + printable(title))
 
 
 def line(
@@ -91,11 +91,11 @@ def line(
     opacity: float = 1,
 ) -> None:
     """A polyline."""
-    [drawn] = ax.plot(
+    [artist] = ax.plot(
         x, y, color=color, linewidth=width, alpha=opacity, clip_on=False, solid_capstyle="round"
     )
     if title is not None:
-        titled(drawn, title)
+        set_title(artist, title)
 
 
 def dot(
@@ -123,7 +123,7 @@ def dot(
         clip_on=False,
         zorder=3,
     )
-    titled(ax.add_artist(circle), title)
+    set_title(ax.add_artist(circle), title)
 
 
 def box(
@@ -138,24 +138,24 @@ def box(
     """A filled rectangle."""
     from matplotlib.patches import Rectangle
 
-    drawn = Rectangle(corner, *size, facecolor=color, alpha=opacity, clip_on=False)
-    titled(ax.add_patch(drawn), title)
+    patch = Rectangle(corner, *size, facecolor=color, alpha=opacity, clip_on=False)
+    set_title(ax.add_patch(patch), title)
 
 
 def text(
     ax: "Axes",
     x: float,
     y: float,
-    words: str,
+    content: str,
     *,
     offset: tuple[float, float] = (0, 0),
     color: str = LABEL,
     halo: bool = False,
-    **placed: Any,
+    **options: Any,
 ) -> None:
     """Text at a point, shifted by pixels; `halo` keeps it readable over lines."""
-    drawn = ax.annotate(
-        shown(words),
+    annotation = ax.annotate(
+        printable(content),
         (x, y),
         xytext=offset,
         textcoords="offset points",
@@ -163,15 +163,15 @@ def text(
         fontsize=FONT,
         parse_math=False,
         annotation_clip=False,
-        **placed,
+        **options,
     )
     if halo:
-        drawn.set_gid(_HALO)
+        annotation.set_gid(_HALO)
 
 
 def label_x(ax: "Axes", words: str) -> None:
     """The name of the horizontal axis."""
-    ax.set_xlabel(shown(words), color=LABEL, fontsize=FONT, parse_math=False)
+    ax.set_xlabel(printable(words), color=LABEL, fontsize=FONT, parse_math=False)
 
 
 def svg(ax: "Axes", label: str) -> str:
@@ -185,32 +185,32 @@ def svg(ax: "Axes", label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    out = io.BytesIO()
+    buffer = io.BytesIO()
     figure = ax.figure
     assert isinstance(figure, Figure)
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdtl"}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs missing in matplotlib's font but not in the page's
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
-    root = ElementTree.fromstring(out.getvalue())
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.rpartition("}")[2] in ("metadata", "defs"):
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        _finish(element)
+        _finish_element(element)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-label": shown(label)}
-    written = ElementTree.tostring(root, encoding="unicode")
-    for stand_in, variable in _VARIABLES.items():
-        written = written.replace(stand_in, f"var({variable})")
-    return written
+    root.attrib |= {"role": "img", "aria-label": printable(label)}
+    xml = ElementTree.tostring(root, encoding="unicode")
+    for placeholder, variable in _VARIABLES.items():
+        xml = xml.replace(placeholder, f"var({variable})")
+    return xml
 
 
-def _finish(element: ElementTree.Element) -> None:
-    """Titles in place of ids, the page's font in place of matplotlib's."""
+def _finish_element(element: ElementTree.Element) -> None:
+    """Replaces ids by titles, and matplotlib's font by the page's."""
     name = element.attrib.pop("id", "")
     if name.startswith(_TITLE):
         title = ElementTree.Element("title")

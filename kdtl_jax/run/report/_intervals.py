@@ -1,21 +1,21 @@
-"""How far a mean score can be trusted, and which of many comparisons hold.
+"""Confidence intervals of mean scores, and significance of many comparisons.
 
 S seeds scored on the same N test examples form a table `[S, N]`. Both are samples: a claim about a
-method has to hold for other seeds and other examples. Studies in which several readers see the same
-cases have this design, and their analysis is used here, with seeds as readers and examples as
-cases. With the mean squares of seeds, examples and the remainder,
+method has to hold for other seeds and other examples. The design is that of studies in which
+several readers see the same cases, and so is the analysis, with seeds as readers and examples as
+cases. With the mean squares of seeds, examples and the residual,
 
-    var(mean) = (max(MS_seeds, MS_rest) + max(MS_examples - MS_rest, 0)) / (S N)
-    df        = (MS_seeds + max(MS_examples - MS_rest, 0))^2 / (MS_seeds^2 / (S - 1))
+    var(mean) = (max(MS_seeds, MS_residual) + max(MS_examples - MS_residual, 0)) / (S N)
+    df        = (MS_seeds + max(MS_examples - MS_residual, 0))^2 / (MS_seeds^2 / (S - 1))
 
-and Student's t. In expectation MS_seeds is at least MS_rest, but with three seeds it is often
+and Student's t. In expectation MS_seeds is at least MS_residual, but with three seeds it is often
 smaller by chance: without the first maximum, which is not Hillis's, one in ten tables of equal
 methods claims a difference. If only one score per seed is known, the variance is that of the seeds.
 
-With few seeds the degrees of freedom are uncertain, too: three scores that are alike by chance look
-like certainty, and with ten methods as good as their baseline, one table in seven named one that
-differs. So a difference also has to pass the t-test of its seeds alone: the larger p-value and the
-wider interval are used (an intersection-union test), and for a mean, the wider interval.
+With few seeds the degrees of freedom are uncertain, too: three scores may be alike by chance, and
+with ten methods as good as their baseline, one table in seven would claim that one differs. So a
+difference also has to pass the t-test of its seeds alone: the larger p-value and the wider interval
+are used (an intersection-union test), and for a mean, the wider interval.
 
 References:
   Dorfman, Berbaum, Metz, Receiver operating characteristic rating analysis, 1992 (the model).
@@ -35,9 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-FEWEST_SEEDS = 3  # with fewer, nothing is claimed
+MIN_SEEDS = 3  # with fewer, nothing is claimed
 LEVEL = 0.05
-_QUIET = np.errstate(over="ignore", invalid="ignore")  # for scores like -1e200: NaN says enough
+_QUIET = np.errstate(over="ignore", invalid="ignore")  # scores like -1e200 give NaN
 
 
 class Interval(NamedTuple):
@@ -64,8 +64,8 @@ def interval(values: Any, examples: Any = None, *, is_share: bool = False) -> In
 
     Args:
       values: one score per seed, `[S]`.
-      examples: the scores of the test examples behind them, `[S, N]`; without them, the interval
-        is for these examples and other seeds.
+      examples: the scores of single test examples, `[S, N]`; without them, the interval covers
+        other seeds but not other examples.
       is_share: scores lie in [0, 1], and so does the interval (Wilson's).
 
     Raises:
@@ -74,20 +74,20 @@ def interval(values: Any, examples: Any = None, *, is_share: bool = False) -> In
     x = np.asarray(values, np.float64).reshape(-1)
     if not x.size:
         raise ValueError("needs at least one value.")
-    own = tuple(map(float, x))
+    seed_scores = tuple(map(float, x))
     if not np.isfinite(x).all():
-        nothing = None if x.size == 1 else math.nan
-        return Interval(math.nan, nothing, nothing, own)
+        bound = None if x.size == 1 else math.nan
+        return Interval(math.nan, bound, bound, seed_scores)
     mean = float(x.mean())
     if x.size == 1:
-        return Interval(mean, None, None, own)
-    spreads = _spreads(x, examples)
+        return Interval(mean, None, None, seed_scores)
+    spreads = _variances(x, examples)
     if not is_share:
         half = max(float(stdtrit(s.df, 1 - LEVEL / 2) * np.sqrt(s.variance)) for s in spreads)
-        return Interval(mean, mean - half, mean + half, own)
+        return Interval(mean, mean - half, mean + half, seed_scores)
     count = x.size if examples is None else np.shape(examples)[1]
     low, high = zip(*(wilson(mean, each, count) for each in spreads), strict=True)
-    return Interval(mean, float(min(low)), float(max(high)), own)
+    return Interval(mean, float(min(low)), float(max(high)), seed_scores)
 
 
 @_QUIET
@@ -111,21 +111,21 @@ def difference(
     if examples is not None and baseline_examples is not None:
         paired = np.asarray(examples, np.float64) - np.asarray(baseline_examples, np.float64)
     x = np.subtract(values, baseline)
-    found = interval(x, paired)
-    if found.low is None or found.high is None or math.isnan(found.low):
-        return found, math.nan
+    result = interval(x, paired)
+    if result.low is None or result.high is None or math.isnan(result.low):
+        return result, math.nan
     if is_share:
-        found = found._replace(low=max(found.low, -1.0), high=min(found.high, 1.0))
+        result = result._replace(low=max(result.low, -1.0), high=min(result.high, 1.0))
     p_values = [
-        float(2 * stdtr(of_mean.df, -abs(found.mean) / np.sqrt(of_mean.variance)))
-        for of_mean in _spreads(x, paired)
-        if of_mean.variance > 0
+        float(2 * stdtr(estimate.df, -abs(result.mean) / np.sqrt(estimate.variance)))
+        for estimate in _variances(x, paired)
+        if estimate.variance > 0
     ]
     if p_values:
-        return found, max(p_values)
+        return result, max(p_values)
     # All differences are equal: a coin toss for each of them.
     count = x.size if paired is None else paired.shape[1]
-    return found, 1.0 if found.mean == 0 else 2.0 ** (1 - count)
+    return result, 1.0 if result.mean == 0 else 2.0 ** (1 - count)
 
 
 def spread(table: Any) -> Spread:
@@ -141,53 +141,57 @@ def spread(table: Any) -> Spread:
     if count == 1:
         return Spread(ms_seeds / seeds, np.full(ms_seeds.shape, seeds - 1.0))
     by_example = x.mean(-2, keepdims=True) - mean
-    rest = x - mean - by_seed - by_example
+    residual = x - mean - by_seed - by_example
     ms_examples = seeds * (by_example**2).sum((-2, -1)) / (count - 1)
-    ms_rest = (rest**2).sum((-2, -1)) / ((seeds - 1) * (count - 1))
-    of_examples = np.maximum(ms_examples - ms_rest, 0)
+    ms_residual = (residual**2).sum((-2, -1)) / ((seeds - 1) * (count - 1))
+    example_variance = np.maximum(ms_examples - ms_residual, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        df = (seeds - 1) * ((ms_seeds + of_examples) / ms_seeds) ** 2
-    whole = np.maximum(ms_seeds, ms_rest) + of_examples
+        df = (seeds - 1) * ((ms_seeds + example_variance) / ms_seeds) ** 2
+    total = np.maximum(ms_seeds, ms_residual) + example_variance
     # A value estimated from N examples has no more degrees of freedom than they give.
     df = np.where(ms_seeds > 0, np.minimum(df, count - 1), count - 1.0)
-    return Spread(whole / (seeds * count), df)
+    return Spread(total / (seeds * count), df)
 
 
-def wilson(share: Any, found: Spread, count: int) -> tuple[np.ndarray, np.ndarray]:
+def wilson(share: Any, estimate: Spread, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Wilson's interval of a share with the effective sample size `p (1 - p) / variance`.
 
     It stays within 0 and 1. At both it has a width, from a sample size of `count` examples.
     """
-    p, t = np.clip(share, 0.0, 1.0), stdtrit(found.df, 1 - LEVEL / 2)
-    inner = p * (1 - p)
+    p, t = np.clip(share, 0.0, 1.0), stdtrit(estimate.df, 1 - LEVEL / 2)
+    pq = p * (1 - p)
     with np.errstate(divide="ignore", invalid="ignore"):
-        size = np.where((found.variance > 0) & (inner > 0), inner / found.variance, count)
-    middle = (p + t**2 / (2 * size)) / (1 + t**2 / size)
-    half = t / (1 + t**2 / size) * np.sqrt(inner / size + t**2 / (4 * size**2))
+        size = np.where(
+            (estimate.variance > 0) & (pq > 0),
+            pq / estimate.variance,
+            count,
+        )
+    center = (p + t**2 / (2 * size)) / (1 + t**2 / size)
+    half = t / (1 + t**2 / size) * np.sqrt(pq / size + t**2 / (4 * size**2))
     # The formula's ends are exactly 0 and 1 there, except for rounding.
-    return np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0)
+    return np.maximum(center - half, 0.0), np.minimum(center + half, 1.0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for the number of comparisons (Holm's step-down); NaN is not counted."""
-    known = sorted((p, i) for i, p in enumerate(p_values) if math.isfinite(p))
+    finite = sorted((p, i) for i, p in enumerate(p_values) if math.isfinite(p))
     adjusted, largest = [math.nan] * len(p_values), 0.0
-    for rank, (p, i) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p))
+    for rank, (p, i) in enumerate(finite):
+        largest = max(largest, min(1.0, (len(finite) - rank) * p))
         adjusted[i] = largest
     return adjusted
 
 
-def _spreads(values: np.ndarray, examples: Any) -> list[Spread]:
-    """From the seeds' scores alone, and with their examples."""
-    alone = spread(values[:, None])
-    return [alone] if examples is None else [alone, spread(_table(values, examples))]
+def _variances(values: np.ndarray, examples: Any) -> list[Spread]:
+    """The variances of the mean: from the seeds' scores alone, and with their examples."""
+    by_seed = spread(values[:, None])
+    return [by_seed] if examples is None else [by_seed, spread(_check_table(values, examples))]
 
 
-def _table(values: np.ndarray, examples: Any) -> np.ndarray:
-    found = np.asarray(examples, np.float64)
-    if found.ndim != 2 or len(found) != len(values):
+def _check_table(values: np.ndarray, examples: Any) -> np.ndarray:
+    table = np.asarray(examples, np.float64)
+    if table.ndim != 2 or len(table) != len(values):
         raise ValueError(
-            f"examples must be [{len(values)}, N], a row per seed, got {list(found.shape)}."
+            f"examples must be [{len(values)}, N], a row per seed, got {list(table.shape)}."
         )
-    return found
+    return table

@@ -1,4 +1,4 @@
-"""Small pictures within a page: PNG files as data, so that nothing is loaded from outside."""
+"""Small pictures within a page: inline PNG data, so that nothing is loaded from outside."""
 
 import base64
 import struct
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LARGEST = 64  # pixels per side drawn in full; larger images are subsampled
+MAX_SIDE = 64  # pixels per side drawn in full; larger images are subsampled
 
 
 class Picture(NamedTuple):
@@ -25,29 +25,32 @@ class Pictures(NamedTuple):
 
 
 def png(image: np.ndarray) -> str:
-    """An image `[H, W]`, `[H, W, 1]` or `[H, W, 3]` as a PNG in base64.
+    """Encodes an image `[H, W]`, `[H, W, 1]` or `[H, W, 3]` as a PNG in base64.
 
     Its smallest value is black and its largest is white.
 
     Raises:
       ValueError: for other shapes.
     """
-    x = np.asarray(image, np.float64)
-    x = x[..., None] if x.ndim == 2 else x
-    if x.ndim != 3 or x.shape[-1] not in (1, 3) or 0 in x.shape:
-        raise ValueError(f"expected an image [H, W], [H, W, 1] or [H, W, 3], got {list(x.shape)}.")
-    step = -(-max(x.shape[:2]) // LARGEST)
-    x = np.nan_to_num(x[::step, ::step])
-    low, high = x.min(), x.max()
-    levels = np.round(255 * (x - low) / (high - low or 1)).astype(np.uint8)
+    pixels = np.asarray(image, np.float64)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:
+        raise ValueError(
+            f"expected an image [H, W], [H, W, 1] or [H, W, 3], got {list(pixels.shape)}."
+        )
+    step = -(-max(pixels.shape[:2]) // MAX_SIDE)
+    pixels = np.nan_to_num(pixels[::step, ::step])
+    low, high = pixels.min(), pixels.max()
+    levels = np.round(255 * (pixels - low) / (high - low or 1)).astype(np.uint8)
     height, width, channels = levels.shape
-    lines = np.zeros((height, 1 + width * channels), np.uint8)  # each starts with its filter: none
-    lines[:, 1:] = levels.reshape(height, -1)
+    # Each scanline starts with its filter type: 0, none.
+    scanlines = np.zeros((height, 1 + width * channels), np.uint8)
+    scanlines[:, 1:] = levels.reshape(height, -1)
     color = {1: 0, 3: 2}[channels]
     header = struct.pack(">2I5B", width, height, 8, color, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b"")]
-    written = b"\x89PNG\r\n\x1a\n"
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(scanlines.tobytes(), 9)), (b"IEND", b"")]
+    encoded = b"\x89PNG\r\n\x1a\n"
     for kind, content in parts:
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        written += struct.pack(">I", len(content)) + kind + content + check
-    return base64.b64encode(written).decode()
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        encoded += struct.pack(">I", len(content)) + kind + content + checksum
+    return base64.b64encode(encoded).decode()

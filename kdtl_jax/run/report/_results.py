@@ -36,7 +36,7 @@ import jax
 import numpy as np
 
 from kdtl_jax import _files
-from kdtl_jax.run.report._intervals import FEWEST_SEEDS, LEVEL, Interval, difference, holm
+from kdtl_jax.run.report._intervals import LEVEL, MIN_SEEDS, Interval, difference, holm
 
 SCHEMA_VERSION = 2  # of results.json; raised when its keys change
 
@@ -45,7 +45,7 @@ class Score(NamedTuple):
     """A score for which larger is better."""
 
     key: str  # in results.json: test_<key>, validation_<key>
-    name: str  # in words
+    name: str  # for the page
     is_share: bool = True  # between 0 and 1, shown in percent
 
     @property
@@ -93,7 +93,7 @@ class Row(NamedTuple):
 
     method: str
     family: str
-    label: str  # in words
+    label: str  # for the page
     parameters: int
     test: Interval
     validation: Interval
@@ -133,32 +133,35 @@ def compared(
       minimize: whether smaller scores are better.
     """
     by_method = {row.method: row for row in rows}
-    against = [
+    comparisons = [
         None
         if row.family not in baselines or row.method == baselines[row.family]
-        else _against(by_method[baselines[row.family]], row)
+        else _compare(by_method[baselines[row.family]], row)
         for row in rows
     ]
-    adjusted = holm([math.nan if one is None else one.p_value for one in against])
+    adjusted = holm([math.nan if versus is None else versus.p_value for versus in comparisons])
     return [
         row
-        if one is None
+        if versus is None
         else row._replace(
-            versus=one._replace(p_adjusted=p, verdict=_verdict(one.difference, p, minimize))
+            versus=versus._replace(p_adjusted=p, verdict=_verdict(versus.difference, p, minimize))
         )
-        for row, one, p in zip(rows, against, adjusted, strict=True)
+        for row, versus, p in zip(rows, comparisons, adjusted, strict=True)
     ]
 
 
-def _against(baseline: Row, row: Row) -> Versus:
+def _compare(baseline: Row, row: Row) -> Versus:
     """A single comparison, without a verdict."""
-    found, p = difference(
-        row.test.values, baseline.test.values, row.examples, baseline.examples,
+    change, p = difference(
+        row.test.values,
+        baseline.test.values,
+        row.examples,
+        baseline.examples,
         is_share=row.is_share,
-    )  # fmt: skip
-    tested = len(found.values) >= FEWEST_SEEDS and math.isfinite(p)
-    p = p if tested else math.nan
-    return Versus(baseline.method, found, p, p, "")
+    )
+    is_tested = len(change.values) >= MIN_SEEDS and math.isfinite(p)
+    p = p if is_tested else math.nan
+    return Versus(baseline.method, change, p, p, "")
 
 
 def _verdict(difference: Interval, p: float, minimize: bool) -> str:
@@ -222,22 +225,22 @@ def _row(row: Row, score: str) -> dict[str, Any]:
     }
 
 
-def _versus(found: Versus) -> dict[str, Any]:
-    ends = {"mean": found.difference.mean, "ci95": _ends(found.difference)}
+def _versus(versus: Versus) -> dict[str, Any]:
+    change = {"mean": versus.difference.mean, "ci95": _bounds(versus.difference)}
     return {
-        "baseline": found.baseline,
-        "difference": ends,
-        "p_value": found.p_value,
-        "p_adjusted": found.p_adjusted,
-        "verdict": found.verdict,
+        "baseline": versus.baseline,
+        "difference": change,
+        "p_value": versus.p_value,
+        "p_adjusted": versus.p_adjusted,
+        "verdict": versus.verdict,
     }
 
 
-def _interval(found: Interval) -> dict[str, Any]:
-    return {"mean": found.mean, "ci95": _ends(found), "values": list(found.values)}
+def _interval(interval: Interval) -> dict[str, Any]:
+    return {"mean": interval.mean, "ci95": _bounds(interval), "values": list(interval.values)}
 
 
-def _ends(found: Interval) -> list[float] | None:
-    if found.low is None or found.high is None or math.isnan(found.low):
+def _bounds(interval: Interval) -> list[float] | None:
+    if interval.low is None or interval.high is None or math.isnan(interval.low):
         return None
-    return [found.low, found.high]
+    return [interval.low, interval.high]

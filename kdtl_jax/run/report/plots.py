@@ -15,8 +15,8 @@ from kdtl_jax.run.report._drawing import INK, SURFACE, dot, line, series, svg, t
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LETTER, _LONGEST_LABEL = 7.4, 30  # pixels per letter, letters per line beside a row
-_LEANING: tuple[dict[str, Any], ...] = (
+_LETTER_WIDTH, _LABEL_LENGTH = 7.4, 30  # in pixels; letters per line of a row's label
+_LABEL_STYLES: tuple[dict[str, Any], ...] = (
     {"ha": "center"},
     {"ha": "right", "va": "top", "rotation": 35, "rotation_mode": "anchor"},
 )
@@ -46,7 +46,7 @@ class Line(NamedTuple):
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    marked: float | None = None  # the x that was chosen
+    marked: float | None = None  # the x to highlight
 
 
 class Axis(NamedTuple):
@@ -74,56 +74,56 @@ class Worked(NamedTuple):
     rate: float  # FLOPs per second, achieved
 
 
-MARKED = 30  # lines with at most this many points have a ring at each one
-POINTS = 200  # of a line, with hover text
-_LARGEST, _SMALLEST = 1e30, 1e-30  # that axes are divided at
+MAX_RINGS = 30  # lines with at most this many points have a ring at each one
+MAX_POINTS = 200  # of a line, with hover text
+_MAX_DRAWN, _MIN_DRAWN = 1e30, 1e-30  # matplotlib finds no ticks beyond these
 
 
 def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
     """One row per method: a dot with its interval; the full label is beside it."""
     ax = _rows([bar.label for bar in bars], axis)
-    number = _percent if percent else _plain
+    number = _percent if percent else _decimal
     factor, unit = (100, "%") if percent else (1, "")
     for i, bar in enumerate(bars):
-        if _drawable(factor * bar.value):
-            value = _shown(factor * bar.value)
-            words, ends = f"{bar.label}: {number(bar.value)}{unit}", [value] * 2
-            if bar.low is not None and bar.high is not None and _drawable(bar.low, bar.high):
-                ends = [_shown(factor * bar.low), _shown(factor * bar.high)]
-                words += f" ({number(bar.low)} to {number(bar.high)})"
-            line(ax, ends, [i, i], series(bar.series), width=3)
-            dot(ax, value, i, series(bar.series), words)
+        if _is_drawable(factor * bar.value):
+            value = _flush_tiny(factor * bar.value)
+            title, whisker = f"{bar.label}: {number(bar.value)}{unit}", [value] * 2
+            if bar.low is not None and bar.high is not None and _is_drawable(bar.low, bar.high):
+                whisker = [_flush_tiny(factor * bar.low), _flush_tiny(factor * bar.high)]
+                title += f" ({number(bar.low)} to {number(bar.high)})"
+            line(ax, whisker, [i, i], series(bar.series), width=3)
+            dot(ax, value, i, series(bar.series), title)
         _row_labels(ax, i, bar.label, number(bar.value))
     return Chart(svg(ax, axis))
 
 
-def spans(found: Sequence[Span], *, unit: str, axis: str) -> Chart:
+def spans(programs: Sequence[Span], *, unit: str, axis: str) -> Chart:
     """One row per program: a dot at the middle, a whisker from low to high, on a log axis.
 
     Raises:
       ValueError: if there are none.
     """
-    if not found:
+    if not programs:
         raise ValueError("there is nothing to draw.")
-    ax = _rows([span.label for span in found], axis)
+    ax = _rows([span.label for span in programs], axis)
     _drawing.logarithmic(ax)
-    if not any(_positive(span.low, span.middle, span.high) for span in found):
+    if not any(_are_positive(span.low, span.middle, span.high) for span in programs):
         ax.set_xlim(1, 10)
-    for i, span in enumerate(found):
-        words = f"{span.label}: {span.middle:.3g} {unit} ({span.low:.3g} to {span.high:.3g})"
-        if _positive(span.low, span.middle, span.high):
+    for i, span in enumerate(programs):
+        title = f"{span.label}: {span.middle:.3g} {unit} ({span.low:.3g} to {span.high:.3g})"
+        if _are_positive(span.low, span.middle, span.high):
             line(ax, [span.low, span.high], [i, i], series(0), width=3)
-            dot(ax, span.middle, i, series(0), words)
+            dot(ax, span.middle, i, series(0), title)
         _row_labels(ax, i, span.label, f"{span.middle:.3g}")
     return Chart(svg(ax, axis))
 
 
 def _rows(labels: Sequence[str], axis: str) -> "Axes":
     """Axes with a row at every integer, the first on top, and room for labels on the left."""
-    longest = max((len(part) for label in labels for part in _folded(label)), default=0)
-    tall = 46 if any(len(_folded(label)) > 1 for label in labels) else 30
-    left = 24 + _LETTER * longest
-    height = tall * len(labels) + 56
+    longest = max((len(line) for label in labels for line in _wrap_label(label)), default=0)
+    row_height = 46 if any(len(_wrap_label(label)) > 1 for label in labels) else 30
+    left = 24 + _LETTER_WIDTH * longest
+    height = row_height * len(labels) + 56
     ax = _drawing.axes(height, left=left, right=64, top=4, bottom=44, grid="x")
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_yticks([])
@@ -131,17 +131,17 @@ def _rows(labels: Sequence[str], axis: str) -> "Axes":
     return ax
 
 
-def _folded(label: str) -> list[str]:
-    """A label as lines that leave room for the drawing."""
-    return textwrap.wrap(_short(label), _LONGEST_LABEL, break_on_hyphens=False) or [""]
+def _wrap_label(label: str) -> list[str]:
+    """Wraps a label to lines that leave room for the drawing."""
+    return textwrap.wrap(_shorten(label), _LABEL_LENGTH, break_on_hyphens=False) or [""]
 
 
 def _row_labels(ax: "Axes", row: int, label: str, value: str) -> None:
-    across, parts = ax.get_yaxis_transform(), _folded(label)  # x in fractions of the axes
-    for i, part in enumerate(parts):
-        lift = 8 * (len(parts) - 1) - 16 * i
-        text(ax, 0, row, part, offset=(-14, lift), xycoords=across, ha="right", va="center")
-    text(ax, 1.02, row, value, xycoords=across, va="center")
+    transform, lines = ax.get_yaxis_transform(), _wrap_label(label)  # x in fractions of the axes
+    for i, content in enumerate(lines):
+        offset = 8 * (len(lines) - 1) - 16 * i
+        text(ax, 0, row, content, offset=(-14, offset), xycoords=transform, ha="right", va="center")
+    text(ax, 1.02, row, value, xycoords=transform, va="center")
 
 
 def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = True) -> Chart:
@@ -149,27 +149,28 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
     label, factor = f"{y_axis} against {x_axis}", 100 if percent else 1
     ax = _drawing.axes(320, left=52, right=14, top=12, bottom=44, grid="y")
     for i, curve in enumerate(curves):
-        known = [
-            (_shown(x), _shown(factor * y))
+        points = [
+            (_flush_tiny(x), _flush_tiny(factor * y))
             for x, y in zip(curve.x, curve.y, strict=True)
-            if _drawable(x, factor * y)
+            if _is_drawable(x, factor * y)
         ]
-        if not known:
+        if not points:
             continue
-        xs, ys = [x for x, _ in known], [y for _, y in known]
+        xs, ys = [x for x, _ in points], [y for _, y in points]
         line(ax, xs, ys, series(i), title=curve.label)
         if all(map(float.is_integer, map(float, xs))):
             ax.locator_params("x", integer=True)
-        every = -(-len(xs) // POINTS)
-        for place, (x, y) in enumerate(known):
-            chosen = curve.marked is not None and math.isclose(x, curve.marked)
-            if place % every and not chosen:
+        every = -(-len(xs) // MAX_POINTS)
+        for index, (x, y) in enumerate(points):
+            is_chosen = curve.marked is not None and math.isclose(x, curve.marked)
+            if index % every and not is_chosen:
                 continue
-            said = f"{y:.1f}%" if percent else f"{y:.3g}"
-            words = f"{curve.label}: {x:g} gives {said}"
-            small = len(xs) > MARKED  # rings around so many would hide the line
-            edge = INK if chosen else series(i) if small else SURFACE
-            dot(ax, x, y, series(i), words, radius=6 if chosen else 2 if small else 4, edge=edge)
+            value = f"{y:.1f}%" if percent else f"{y:.3g}"
+            title = f"{curve.label}: {x:g} gives {value}"
+            is_dense = len(xs) > MAX_RINGS  # rings around so many would hide the line
+            edge = INK if is_chosen else series(i) if is_dense else SURFACE
+            radius = 6 if is_chosen else 2 if is_dense else 4
+            dot(ax, x, y, series(i), title, radius=radius, edge=edge)
     _drawing.label_x(ax, x_axis)
     return Chart(svg(ax, label), tuple(curve.label for curve in curves))
 
@@ -197,35 +198,35 @@ def parallel(axes: Sequence[Axis], *, best: int) -> Chart:
     ax.set_xlim(0, len(axes) - 1)
     ax.set_ylim(-0.1, 1)
     axes = [
-        axis._replace(values=[v if _drawable(v) else math.nan for v in axis.values])
+        axis._replace(values=[v if _is_drawable(v) else math.nan for v in axis.values])
         for axis in axes
     ]
     scores = [v if math.isfinite(v) else -math.inf for v in axes[-1].values]
-    shares = _shares(scores)
+    shares = _normalize(scores)
     scales = [_Scale.of(axis) for axis in axes]
     by_score = sorted(range(len(scores)), key=lambda row: scores[row])
-    apart = {row: i / max(len(scores) - 1, 1) - 0.5 for i, row in enumerate(by_score)}
+    offsets = {row: i / max(len(scores) - 1, 1) - 0.5 for i, row in enumerate(by_score)}
     for row in sorted(by_score, key=lambda row: row == best):
         ys = [
-            scale.at(axis.values[row]) + 0.06 * apart[row] * scale.is_choice
+            scale.at(axis.values[row]) + 0.06 * offsets[row] * scale.is_choice
             for axis, scale in zip(axes, scales, strict=True)
         ]
-        words = ", ".join(f"{axis.label} {_value(axis, axis.values[row])}" for axis in axes)
+        title = ", ".join(f"{axis.label} {_value(axis, axis.values[row])}" for axis in axes)
         color, width, opacity = series(0), 1.5, 0.12 + 0.7 * shares[row] ** 2
         if row == best:
             color, width, opacity = series(7), 3.5, 1.0
-        line(ax, list(range(len(axes))), ys, color, words, width=width, opacity=opacity)
+        line(ax, list(range(len(axes))), ys, color, title, width=width, opacity=opacity)
     for i, (axis, scale) in enumerate(zip(axes, scales, strict=True)):
         line(ax, [i, i], [-0.02, 1.02], INK, width=1.5)
         side = "right" if i == len(axes) - 1 else "left" if i == 0 else "center"
         shift = {"right": 56, "left": -56, "center": 0}[side]
-        lift = 20 if len(axes) > 4 and i % 2 else 0
-        text(ax, i, 1.0, axis.label, offset=(shift, 18 + lift), ha=side)
-        inner = {"offset": (6 if i == 0 else -6, 0), "ha": "left" if i == 0 else "right"}
+        stagger = 20 if len(axes) > 4 and i % 2 else 0
+        text(ax, i, 1.0, axis.label, offset=(shift, 18 + stagger), ha=side)
+        placement = {"offset": (6 if i == 0 else -6, 0), "ha": "left" if i == 0 else "right"}
         for value in scale.labels:
-            text(ax, i, scale.at(value), _value(axis, value), va="center", halo=True, **inner)
+            text(ax, i, scale.at(value), _value(axis, value), va="center", halo=True, **placement)
         if not all(map(math.isfinite, axis.values)):
-            text(ax, i, scale.at(math.nan), "none", va="center", halo=True, **inner)
+            text(ax, i, scale.at(math.nan), "none", va="center", halo=True, **placement)
     return Chart(svg(ax, label))
 
 
@@ -244,7 +245,7 @@ def heat_map(
       cells: `[rows][columns]`.
       rows: their labels, top to bottom.
       columns: their labels, left to right.
-      row_axis, column_axis: what the rows and the columns are.
+      row_axis, column_axis: names of the axes.
       percent: whether numbers are shares, written in percent.
 
     Raises:
@@ -255,30 +256,30 @@ def heat_map(
             f"{len(rows)} row and {len(columns)} column labels do not fit cells of "
             f"{[len(line) for line in cells]}."
         )
-    rows, columns = [[_short(name) for name in names] for names in (rows, columns)]
+    rows, columns = [[_shorten(name) for name in names] for names in (rows, columns)]
     left = 26 + 9 * max(len(label) for label in rows)
-    longest = _LETTER * max(len(label) for label in columns)
-    leaning = longest > (_drawing.WIDTH - left - 6) / len(columns)  # wider than a column
-    below = 30 + 0.6 * longest * leaning
-    ax = _drawing.axes(40 * len(cells) + 30 + below, left=left, right=6, top=30, bottom=below)
+    label_width = _LETTER_WIDTH * max(len(label) for label in columns)
+    is_rotated = label_width > (_drawing.WIDTH - left - 6) / len(columns)  # wider than a column
+    bottom = 30 + 0.6 * label_width * is_rotated
+    ax = _drawing.axes(40 * len(cells) + 30 + bottom, left=left, right=6, top=30, bottom=bottom)
     ax.set_axis_off()
     ax.set_xlim(0, len(columns))
     ax.set_ylim(len(cells), 0)
-    shares = iter(_shares([value for cell_row in cells for value in cell_row]))
+    shares = iter(_normalize([value for cell_row in cells for value in cell_row]))
     for i, cell_row in enumerate(cells):
         text(ax, 0, i + 0.5, rows[i], offset=(-10, 0), ha="right", va="center")
         for j, value in enumerate(cell_row):
             share = next(shares)
-            if not _drawable(value):
+            if not _is_drawable(value):
                 continue
             number = _percent(value) if percent else f"{value:.3g}"
-            words = f"{row_axis} {rows[i]}, {column_axis} {columns[j]}: {number}"
+            title = f"{row_axis} {rows[i]}, {column_axis} {columns[j]}: {number}"
             opacity = _LOW_SHARE + (_HIGH_SHARE - _LOW_SHARE) * share
-            _drawing.box(ax, (j + 0.01, i + 0.03), (0.98, 0.94), series(0), words, opacity=opacity)
+            _drawing.box(ax, (j + 0.01, i + 0.03), (0.98, 0.94), series(0), title, opacity=opacity)
             text(ax, j + 0.5, i + 0.5, number, color=INK, ha="center", va="center")
     for j, label in enumerate(columns):
-        place, lower = (0.6, -6) if leaning else (0.5, -18)
-        text(ax, j + place, len(cells), label, offset=(0, lower), **_LEANING[leaning])
+        x, y = (0.6, -6) if is_rotated else (0.5, -18)
+        text(ax, j + x, len(cells), label, offset=(0, y), **_LABEL_STYLES[is_rotated])
     text(ax, 0, 0, row_axis, offset=(4 - left, 12))
     text(ax, len(columns), 0, column_axis, offset=(0, 12), ha="right")
     return Chart(svg(ax, f"{row_axis} against {column_axis}"))
@@ -288,7 +289,7 @@ def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> Chart
     """Achieved FLOPs per second against FLOPs per byte, under both measured ceilings.
 
     Args:
-      programs: what ran.
+      programs: the measured programs.
       flops: the matmul ceiling, per second.
       bytes: the copy ceiling, per second.
     """
@@ -296,17 +297,17 @@ def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> Chart
     ax = _drawing.axes(340, left=70, right=14, top=16, bottom=46, grid="both")
     _drawing.logarithmic(ax, both=True)
     ridge = flops / bytes
-    programs = [p for p in programs if _positive(p.intensity, p.rate)]
+    programs = [p for p in programs if _are_positive(p.intensity, p.rate)]
     low = min([p.intensity for p in programs] + [ridge / 8]) / 1.15
     high = max([p.intensity for p in programs] + [ridge * 4]) * 1.15
     ceilings = f"{_si(flops)}FLOP/s, {_si(bytes)}B/s"
     line(ax, [low, ridge, high], [bytes * low, flops, flops], INK, ceilings, width=2)
     for i, program in enumerate(programs):
-        words = f"{program.label}: {_si(program.rate)}FLOP/s at {program.intensity:.3g} FLOP/B"
-        dot(ax, program.intensity, program.rate, series(i), words, radius=6)
+        title = f"{program.label}: {_si(program.rate)}FLOP/s at {program.intensity:.3g} FLOP/B"
+        dot(ax, program.intensity, program.rate, series(i), title, radius=6)
         # A label in the right half would extend past the edge.
-        right = program.intensity > math.sqrt(low * high)
-        offset, side = ((-10, -14), "right") if right else ((10, -14), "left")
+        is_right = program.intensity > math.sqrt(low * high)
+        offset, side = ((-10, -14), "right") if is_right else ((10, -14), "left")
         text(ax, program.intensity, program.rate, program.label, offset=offset, ha=side, halo=True)
     rates = [p.rate for p in programs]
     ax.set_xlim(low, high)
@@ -327,16 +328,16 @@ class _Scale(NamedTuple):
 
     @classmethod
     def of(cls, axis: Axis) -> "_Scale":
-        known = sorted({v for v in axis.values if math.isfinite(v)}) or [0.0]
+        values = sorted({v for v in axis.values if math.isfinite(v)}) or [0.0]
         if axis.names:
-            known = [float(i) for i in range(len(axis.names))]
-        low, high = known[0], known[-1]
+            values = [float(i) for i in range(len(axis.names))]
+        low, high = values[0], values[-1]
         is_log = low > 0 and high / low >= 8 and not axis.names
-        labels = tuple(known) if len(known) <= 6 else (low, high)
-        is_choice = len(known) <= 6 and len(axis.values) > len(known)
+        labels = tuple(values) if len(values) <= 6 else (low, high)
+        is_choice = len(values) <= 6 and len(axis.values) > len(values)
         if low == high:
-            around = max(0.5, abs(low) / 2)
-            low, high, is_log = low - around, high + around, False
+            margin = max(0.5, abs(low) / 2)
+            low, high, is_log = low - margin, high + margin, False
         return cls(low, high, is_log, is_choice, labels)
 
     def at(self, value: float) -> float:
@@ -348,13 +349,13 @@ class _Scale(NamedTuple):
         return (value - low) / (high - low)
 
 
-def _shares(values: Sequence[float]) -> list[float]:
-    """Each value's position between the smallest and the largest drawn one, 0 if there is none."""
-    known = [v for v in values if _drawable(v)]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+def _normalize(values: Sequence[float]) -> list[float]:
+    """Scales values to 0..1 between the smallest and the largest drawn one; 0 if not drawn."""
+    drawn = [v for v in values if _is_drawable(v)]
+    low, high = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
     if low == high:
-        return [float(_drawable(v)) for v in values]
-    return [(v - low) / (high - low) if _drawable(v) else 0.0 for v in values]
+        return [float(_is_drawable(v)) for v in values]
+    return [(v - low) / (high - low) if _is_drawable(v) else 0.0 for v in values]
 
 
 def _value(axis: Axis, value: float) -> str:
@@ -363,30 +364,30 @@ def _value(axis: Axis, value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "none"
 
 
-def _drawable(*values: float) -> bool:
-    return all(abs(value) < _LARGEST for value in values)  # neither is NaN
+def _is_drawable(*values: float) -> bool:
+    return all(abs(value) < _MAX_DRAWN for value in values)  # neither is NaN
 
 
-def _positive(*values: float) -> bool:
-    return all(_SMALLEST < value < _LARGEST for value in values)
+def _are_positive(*values: float) -> bool:
+    return all(_MIN_DRAWN < value < _MAX_DRAWN for value in values)
 
 
-def _shown(value: float) -> float:
-    """A value as it is drawn: matplotlib finds no ticks between numbers like 1e-320."""
-    return value if abs(value) > _SMALLEST else 0.0
+def _flush_tiny(value: float) -> float:
+    """Replaces tiny values by 0: matplotlib finds no ticks between numbers like 1e-320."""
+    return value if abs(value) > _MIN_DRAWN else 0.0
 
 
-def _short(label: str) -> str:
-    """A label that leaves room for the drawing: at most two lines beside a row."""
-    most = 2 * _LONGEST_LABEL
-    return label if len(label) <= most else f"{label[: most - 1]}…"
+def _shorten(label: str) -> str:
+    """Shortens a label to at most two lines, to leave room for the drawing."""
+    max_length = 2 * _LABEL_LENGTH
+    return label if len(label) <= max_length else f"{label[: max_length - 1]}…"
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _plain(value: float) -> str:
+def _decimal(value: float) -> str:
     return f"{value:.3f}"
 
 

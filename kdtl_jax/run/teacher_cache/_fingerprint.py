@@ -1,4 +1,4 @@
-"""What a cache was made from: digests of weights and data, and everything else that matters."""
+"""Fingerprints of caches: digests of weights and data, and all else that outputs depend on."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from kdtl_jax import _checks, _text, trees
 from kdtl_jax._types import PyTree
 
 DTYPES = ("float32", "bfloat16", "float16")
-LONGEST = 600  # characters of a difference
+MAX_CHARACTERS = 600  # characters of a difference
 HASHED_BYTES = 32 * 2**20  # of a memory-mapped array at a time
 
 
@@ -26,14 +26,14 @@ class Fingerprint(NamedTuple):
     """
 
     model: str | None  # the teacher as text: what determines its outputs besides the weights
-    classes: tuple[str, ...] | None  # what its logits stand for, in order
+    classes: tuple[str, ...] | None  # names of its logits, in order
     teacher: str | None  # SHA-256 of the variables' paths, shapes, dtypes and values
     data: str | None  # SHA-256 of the inputs
     size: int | None  # number of examples
     preprocessing: Mapping[str, Any] | None  # JSON
     taps: tuple[str, ...] | None  # names of the outputs
     logits: str | None  # "dense", or "the 32 most likely classes at temperature 1.0"
-    dtype: str | None  # of what is stored
+    dtype: str | None  # of the stored outputs
     views: str | None  # "none", or "4 of key 0 42"
 
 
@@ -51,7 +51,7 @@ def fingerprint(
     views: int | None = None,
     view_key: Array | None = None,
 ) -> Fingerprint:
-    """The fingerprint of outputs to be made, or of those that a run needs.
+    """Makes the fingerprint of the outputs to store, or of those that a run needs.
 
     Args:
       variables: the teacher's parameters, or `Variables`; a SHA-256 from `digest` if the weights
@@ -78,9 +78,9 @@ def fingerprint(
         raise ValueError(f'arrays need an entry "inputs", got {sorted(arrays)}.')
     if not taps:
         raise ValueError('taps is empty: name at least one output, such as "logits".')
-    name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {name}.")
+    dtype_name = jnp.dtype(dtype).name
+    if dtype_name not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype_name}.")
     if top_k is not None:
         _checks.count(1, top_k=top_k)
     if top_k is not None and "logits" not in taps:
@@ -102,7 +102,7 @@ def fingerprint(
         preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
         taps=tuple(taps),
         logits=_logits(top_k, float(temperature)),
-        dtype=name,
+        dtype=dtype_name,
         views=_views(views, view_key),
     )
 
@@ -110,21 +110,23 @@ def fingerprint(
 def digest(tree: PyTree) -> str:
     """SHA-256 of a tree's paths, shapes, dtypes and values, the same on every machine.
 
-    Host arrays count in the 32-bit dtype that JAX gives them; memory-mapped ones are read in
-    pieces.
+    Host arrays are hashed in the 32-bit dtype that JAX gives them; memory-mapped ones are read in
+    chunks.
     """
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for path, leaf in trees.flatten(tree).items():
         array = np.asarray(jax.random.key_data(leaf)) if _checks.is_key(leaf) else as_numpy(leaf)
         dtype = jax.dtypes.canonicalize_dtype(array.dtype)
-        found.update(json.dumps([path, list(array.shape), dtype.name]).encode())
+        sha256.update(json.dumps([path, list(array.shape), dtype.name]).encode())
         step = max(1, HASHED_BYTES // max(1, array[:1].nbytes)) if array.ndim else 1
-        pieces = range(0, len(array), step) if array.ndim else [0]
-        for start in pieces:
-            piece = array[start : start + step] if array.ndim else array
-            plain = np.ascontiguousarray(piece, dtype).astype(dtype.newbyteorder("<"), copy=False)
-            found.update(plain.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
+        starts = range(0, len(array), step) if array.ndim else [0]
+        for start in starts:
+            chunk = array[start : start + step] if array.ndim else array
+            little_endian = np.ascontiguousarray(chunk, dtype).astype(
+                dtype.newbyteorder("<"), copy=False
+            )
+            sha256.update(little_endian.reshape(-1).view(np.uint8).data)
+    return sha256.hexdigest()
 
 
 def count(arrays: Mapping[str, Any]) -> int:
@@ -142,53 +144,56 @@ def count(arrays: Mapping[str, Any]) -> int:
     return size
 
 
-def differences(made: Fingerprint, expect: Fingerprint) -> list[str]:
-    """Differences between what a cache was made from and what is expected; empty if none."""
-    found = []
-    if _differ(made.model, expect.model):
-        was = "does not say which model made it" if made.model is None else f"is of {made.model!r}"
-        found.append(f"models differ: the cache {was}, this is {expect.model!r}")
-    if _differ(made.classes, expect.classes):
-        was, wanted = (list(x or ()) for x in (made.classes, expect.classes))
-        found.append(f"classes differ: {was} in the cache, {wanted} here")
-    if _differ(made.teacher, expect.teacher):
-        found.append(
-            f"teacher weights differ: the cache was made by {_short(made.teacher)}, these are "
+def differences(cached: Fingerprint, expect: Fingerprint) -> list[str]:
+    """Lists the differences between a cache's fingerprint and the expected one."""
+    result = []
+    if _differ(cached.model, expect.model):
+        origin = f"is of {cached.model!r}"
+        origin = "does not say which model made it" if cached.model is None else origin
+        result.append(f"models differ: the cache {origin}, this is {expect.model!r}")
+    if _differ(cached.classes, expect.classes):
+        stored, expected = (list(x or ()) for x in (cached.classes, expect.classes))
+        result.append(f"classes differ: {stored} in the cache, {expected} here")
+    if _differ(cached.teacher, expect.teacher):
+        result.append(
+            f"teacher weights differ: the cache was made by {_short(cached.teacher)}, these are "
             f"{_short(expect.teacher)} (SHA-256)"
         )
-    if _differ(made.size, expect.size):
-        found.append(f"number of examples differs: {made.size} in the cache, {expect.size} here")
-    elif _differ(made.data, expect.data):
-        found.append(
-            f"data differ: the cache was made from inputs {_short(made.data)}, these are "
+    if _differ(cached.size, expect.size):
+        result.append(f"number of examples differs: {cached.size} in the cache, {expect.size} here")
+    elif _differ(cached.data, expect.data):
+        result.append(
+            f"data differ: the cache was made from inputs {_short(cached.data)}, these are "
             f"{_short(expect.data)} (SHA-256; the order of the rows counts)"
         )
     if expect.preprocessing is not None:
-        found += _settings(made.preprocessing or {}, expect.preprocessing)
-    missing = [tap for tap in expect.taps or () if tap not in (made.taps or ())]
+        result += _setting_differences(cached.preprocessing or {}, expect.preprocessing)
+    missing = [tap for tap in expect.taps or () if tap not in (cached.taps or ())]
     if missing:
-        found.append(
-            f"taps are missing: {missing} requested, but the cache holds {list(made.taps or ())}"
+        result.append(
+            f"taps are missing: {missing} requested, but the cache holds {list(cached.taps or ())}"
         )
     for name in ("logits", "dtype", "views"):
-        was, wanted = getattr(made, name), getattr(expect, name)
-        if _differ(was, wanted):
-            found.append(f"{name} differ: {was} in the cache, {wanted} requested")
-    return [_text.shown(line, LONGEST) for line in found]
+        stored, expected = getattr(cached, name), getattr(expect, name)
+        if _differ(stored, expected):
+            result.append(f"{name} differ: {stored} in the cache, {expected} requested")
+    return [_text.shown(line, MAX_CHARACTERS) for line in result]
 
 
 def from_json(value: Mapping[str, Any]) -> Fingerprint:
-    """A fingerprint as written in a plan.
+    """Reads a fingerprint from a plan.
 
     Raises:
       ValueError: if its structure is wrong.
     """
     lists = [value.get("taps"), value.get("classes") or []]
-    names = all(isinstance(x, (list, tuple)) and all(isinstance(n, str) for n in x) for x in lists)
-    texts = [value.get(name) for name in ("model", "teacher", "data", "logits", "dtype", "views")]
-    are_texts = all(x is None or isinstance(x, str) for x in texts)
-    others = isinstance(value.get("preprocessing") or {}, Mapping)
-    if value.keys() != set(Fingerprint._fields) or not (names and are_texts and others):
+    are_names = all(
+        isinstance(x, (list, tuple)) and all(isinstance(n, str) for n in x) for x in lists
+    )
+    values = [value.get(name) for name in ("model", "teacher", "data", "logits", "dtype", "views")]
+    are_texts = all(x is None or isinstance(x, str) for x in values)
+    is_mapping = isinstance(value.get("preprocessing") or {}, Mapping)
+    if value.keys() != set(Fingerprint._fields) or not (are_names and are_texts and is_mapping):
         raise ValueError("its fingerprint is missing or odd")
     classes = None if value["classes"] is None else tuple(value["classes"])
     return Fingerprint(**value)._replace(taps=tuple(value["taps"]), classes=classes)
@@ -212,19 +217,19 @@ def _views(views: int | None, view_key: Array | None) -> str:
     return f"{views} of key {words}"
 
 
-def _settings(was: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Preprocessing, entry by entry."""
-    wanted = json.loads(json.dumps(dict(wanted)))
+def _setting_differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Compares preprocessing entry by entry."""
+    expected = json.loads(json.dumps(dict(expected)))
     changed = [
-        f"{name!r} was {was.get(name, 'not set')}, is {wanted.get(name, 'not set')}"
-        for name in sorted(was.keys() | wanted.keys())
-        if (name in was) != (name in wanted) or was[name] != wanted[name]
+        f"{name!r} was {stored.get(name, 'not set')}, is {expected.get(name, 'not set')}"
+        for name in sorted(stored.keys() | expected.keys())
+        if (name in stored) != (name in expected) or stored[name] != expected[name]
     ]
     return [f"preprocessing differs: {', '.join(changed)}"] if changed else []
 
 
-def _differ(was: Any, wanted: Any) -> bool:
-    return wanted is not None and was != wanted
+def _differ(stored: Any, expected: Any) -> bool:
+    return expected is not None and stored != expected
 
 
 def _short(sha: str | None) -> str:

@@ -1,4 +1,4 @@
-"""A cache on disk: what it stores, how it is sharded, and reading its rows.
+"""The layout of a cache on disk, and reading its rows.
 
 A shard is one file of records, one per example, each with all outputs. It is mapped while rows are
 read and then closed, so that many shards or outputs do not mean many open files.
@@ -31,7 +31,7 @@ class Column(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a cache holds, decided before anything is computed, so that a killed run can resume."""
+    """The contents of a cache, decided before any computation, so that a killed run can resume."""
 
     fingerprint: Fingerprint
     size: int  # examples
@@ -51,7 +51,7 @@ class Cache(NamedTuple):
 
 
 def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool = True) -> Cache:
-    """Opens a cache after checking that it is complete, and what it was made from.
+    """Opens a cache after checking that it is complete and fits its expected fingerprint.
 
     Args:
       folder: written by `write`.
@@ -72,16 +72,16 @@ def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool
             f"{folder} was made from something else: {'; '.join(problems)}. Write a new "
             "cache for this run, or give the run what the cache was made from."
         )
-    for name, known in files.items():
-        damage = file_problem(folder, name, known, contents=contents)
+    for name, entry in files.items():
+        damage = file_problem(folder, name, entry, contents=contents)
         if damage is not None:
             raise ValueError(
                 f"{folder} is damaged: {damage}. Run `write` on it again: it computes damaged "
                 "shards alone."
             )
-    wanted = (expect.taps if expect is not None else None) or plan.fingerprint.taps or ()
-    chosen = tuple(i for i, column in enumerate(plan.columns) if column.tap in wanted)
-    return Cache(folder, plan, chosen)
+    taps = (expect.taps if expect is not None else None) or plan.fingerprint.taps or ()
+    columns = tuple(i for i, column in enumerate(plan.columns) if column.tap in taps)
+    return Cache(folder, plan, columns)
 
 
 def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | None:
@@ -107,7 +107,7 @@ def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | No
 def rows(
     cache: Cache, index: Any, epoch: int = 0, *, stored_precision: bool = False
 ) -> dict[str, Any]:
-    """The outputs of examples `index`, as `batch["teacher"]`.
+    """Reads the outputs of examples `index`, as `batch["teacher"]`.
 
     Args:
       cache: from `open_cache`.
@@ -132,42 +132,42 @@ def rows(
             f"rows must lie in 0..{plan.size - 1} (the cache holds "
             f"{plan.size} examples), got {index.min()}..{index.max()}."
         )
-    first = (epoch % (plan.views or 1)) * _shards_per_view(plan)
-    found = [
+    first_shard = (epoch % (plan.views or 1)) * _shards_per_view(plan)
+    arrays = [
         np.empty((len(index), *plan.columns[i].shape), storage_dtype(plan.columns[i]))
         for i in cache.columns
     ]
-    kind = record(plan)
-    for shard, places, within in _pieces(index, plan.shard_rows):
-        records = _mapped(cache, first + shard, kind)
-        for out, i in zip(found, cache.columns, strict=True):
-            out[places] = records[str(i)][within]
-    return _named(plan, cache.columns, found, stored_precision)
+    dtype = record(plan)
+    for shard, positions, local_rows in _group_by_shard(index, plan.shard_rows):
+        records = _map_shard(cache, first_shard + shard, dtype)
+        for array, i in zip(arrays, cache.columns, strict=True):
+            array[positions] = records[str(i)][local_rows]
+    return _collect_taps(plan, cache.columns, arrays, stored_precision)
 
 
 def load(cache: Cache, *, stored_precision: bool = False) -> dict[str, Any]:
-    """All outputs, for `data.resident(..., teacher=, views=)`.
+    """Reads all outputs, for `data.resident(..., teacher=, views=)`.
 
     Returns:
       `{tap: [N, ...]}`, or `[views, N, ...]` for augmented data.
     """
     plan = cache.plan
-    lead = (plan.size,) if plan.views is None else (plan.views, plan.size)
-    found = [
-        np.empty((*lead, *plan.columns[i].shape), storage_dtype(plan.columns[i]))
+    leading_shape = (plan.size,) if plan.views is None else (plan.views, plan.size)
+    arrays = [
+        np.empty((*leading_shape, *plan.columns[i].shape), storage_dtype(plan.columns[i]))
         for i in cache.columns
     ]
-    kind = record(plan)
+    dtype = record(plan)
     for shard in range(shard_count(plan)):
         view, start, stop = shard_range(plan, shard)
-        records = _mapped(cache, shard, kind)
-        for out, i in zip(found, cache.columns, strict=True):
-            (out if plan.views is None else out[view])[start:stop] = records[str(i)]
-    return _named(plan, cache.columns, found, stored_precision)
+        records = _map_shard(cache, shard, dtype)
+        for array, i in zip(arrays, cache.columns, strict=True):
+            (array if plan.views is None else array[view])[start:stop] = records[str(i)]
+    return _collect_taps(plan, cache.columns, arrays, stored_precision)
 
 
 def verify(folder: str | Path) -> list[str]:
-    """All damage in a cache's files, with every byte checked; empty if it is complete.
+    """Checks every byte of a cache's files; lists all damage.
 
     Raises:
       FileNotFoundError: if there is no cache.
@@ -175,8 +175,8 @@ def verify(folder: str | Path) -> list[str]:
     """
     folder = _checks.path(folder=folder)
     _, files = _manifest(folder)
-    found = [file_problem(folder, name, known, contents=True) for name, known in files.items()]
-    return [problem for problem in found if problem is not None]
+    problems = [file_problem(folder, name, entry, contents=True) for name, entry in files.items()]
+    return [problem for problem in problems if problem is not None]
 
 
 def row_bytes(columns: tuple[Column, ...]) -> int:
@@ -191,9 +191,9 @@ def shard_count(plan: Plan) -> int:
 
 def shard_range(plan: Plan, shard: int) -> tuple[int, int, int]:
     """View, first row, and row after the last, of a shard."""
-    view, place = divmod(shard, _shards_per_view(plan))
-    first = place * plan.shard_rows
-    return view, first, min(first + plan.shard_rows, plan.size)
+    view, index = divmod(shard, _shards_per_view(plan))
+    start = index * plan.shard_rows
+    return view, start, min(start + plan.shard_rows, plan.size)
 
 
 def file_name(shard: int) -> str:
@@ -202,7 +202,7 @@ def file_name(shard: int) -> str:
 
 
 def seal_name(shard: int) -> str:
-    """The record that makes a shard count."""
+    """The file of a shard's record, without which the shard does not count."""
     return f"{shard:05d}.json"
 
 
@@ -212,12 +212,12 @@ def storage_dtype(column: Column) -> np.dtype:
 
 
 def record(plan: Plan) -> np.dtype:
-    """One example: all columns, packed, named by their positions."""
+    """The dtype of one example: all columns, packed, named by their positions."""
     return np.dtype([(str(i), storage_dtype(c), c.shape) for i, c in enumerate(plan.columns)])
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as `plan.json` holds it."""
+    """The content of `plan.json`."""
     value = plan._asdict() | {"format": FORMAT, "fingerprint": plan.fingerprint._asdict()}
     return value | {"columns": [column._asdict() for column in plan.columns]}
 
@@ -229,23 +229,28 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
       ValueError: if another version wrote it, or its structure is wrong.
     """
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
-        made_by = value.get("format") if isinstance(value, Mapping) else None
-        raise ValueError(f"format {_text.shown(made_by, 40)}, this version reads {FORMAT}")
+        version = value.get("format") if isinstance(value, Mapping) else None
+        raise ValueError(f"format {_text.shown(version, 40)}, this version reads {FORMAT}")
     try:
-        stored = tuple(
+        columns = tuple(
             Column(**c)._replace(shape=tuple(map(int, c["shape"]))) for c in value["columns"]
         )
-        given = {name: value[name] for name in Plan._fields}
-        plan = Plan(**given | {"fingerprint": from_json(value["fingerprint"]), "columns": stored})
-        sizes = (plan.size, plan.shard_rows, plan.views or 1, *(n for c in stored for n in c.shape))
+        fields = {name: value[name] for name in Plan._fields}
+        plan = Plan(**fields | {"fingerprint": from_json(value["fingerprint"]), "columns": columns})
+        sizes = (
+            plan.size,
+            plan.shard_rows,
+            plan.views or 1,
+            *(n for c in columns for n in c.shape),
+        )
         if not all(type(n) is int and 0 <= n < 2**48 for n in sizes) or not all(sizes[:3]):
             raise ValueError(f"its sizes {_text.shown(sizes[:3], 100)} make no sense")
-        if {column.tap for column in stored} != {*(plan.fingerprint.taps or ())}:
+        if {column.tap for column in columns} != {*(plan.fingerprint.taps or ())}:
             raise ValueError("its columns are not those of its taps")
-        if any(column.field not in {None, *losses.TopK._fields} for column in stored):
+        if any(column.field not in {None, *losses.TopK._fields} for column in columns):
             raise ValueError("its columns are not those of logits")
-        top_k = plan.top_k is None or type(plan.top_k) is int
-        if not top_k or type(plan.temperature) not in (int, float):
+        is_valid_top_k = plan.top_k is None or type(plan.top_k) is int
+        if not is_valid_top_k or type(plan.temperature) not in (int, float):
             raise ValueError("its top_k or its temperature is not a number")
         record(plan)
     except (TypeError, KeyError, AttributeError) as error:
@@ -256,35 +261,35 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
 def seal_problem(folder: Path, plan: Plan, shard: int) -> str | None:
     """Why a shard is unfinished or damaged, or None; reads all its bytes."""
     try:
-        known = _files.read_sealed(folder / seal_name(shard))
+        entry = _files.read_sealed(folder / seal_name(shard))
     except ValueError as error:
         return str(error)
-    problem = _size_problem(plan, shard, known)
-    return problem or file_problem(folder, file_name(shard), known, contents=True)
+    problem = _size_problem(plan, shard, entry)
+    return problem or file_problem(folder, file_name(shard), entry, contents=True)
 
 
-def file_problem(folder: Path, name: str, known: Any, *, contents: bool) -> str | None:
-    """What is wrong with a shard's file, or None; `contents` also checks its SHA-256."""
+def file_problem(folder: Path, name: str, entry: Any, *, contents: bool) -> str | None:
+    """The problem with a shard's file, or None; `contents` also checks its SHA-256."""
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
-    if path.stat().st_size != known["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes, not {known['bytes']}"
-    if contents and _files.sha256(path) != known["sha256"]:
+    if path.stat().st_size != entry["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+    if contents and _files.sha256(path) != entry["sha256"]:
         return f"{name} was altered: its SHA-256 does not match"
     return None
 
 
-def _size_problem(plan: Plan, shard: int, known: Any) -> str | None:
-    """Whether a shard's record speaks of as many bytes as its plan asks for."""
-    if not isinstance(known, Mapping) or not {"bytes", "sha256"} <= known.keys():
+def _size_problem(plan: Plan, shard: int, entry: Any) -> str | None:
+    """The problem with a shard's record, or None if its size is the plan's."""
+    if not isinstance(entry, Mapping) or not {"bytes", "sha256"} <= entry.keys():
         return f"the record of {file_name(shard)} is missing or odd"
     _, start, stop = shard_range(plan, shard)
     expected = (stop - start) * record(plan).itemsize
-    if known["bytes"] == expected:
+    if entry["bytes"] == expected:
         return None
-    said = _text.shown(known["bytes"], 40)
-    return f"{file_name(shard)} has {said} bytes, its plan asks for {expected}"
+    size = _text.shown(entry["bytes"], 40)
+    return f"{file_name(shard)} has {size} bytes, its plan asks for {expected}"
 
 
 def _manifest(folder: Path) -> tuple[Plan, Mapping[str, Any]]:
@@ -316,22 +321,27 @@ def _manifest(folder: Path) -> tuple[Plan, Mapping[str, Any]]:
         ) from None
 
 
-def _mapped(cache: Cache, shard: int, kind: np.dtype) -> np.ndarray:
+def _map_shard(cache: Cache, shard: int, dtype: np.dtype) -> np.ndarray:
     """The records of a shard, mapped for the lifetime of the array."""
     with open(os.path.join(cache.folder, file_name(shard)), "rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), kind)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
-def _pieces(index: np.ndarray, shard_rows: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """`(shard, positions in the batch, rows in the shard)`, rows ascending for sequential reads."""
+def _group_by_shard(index: np.ndarray, shard_rows: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """`(shard, positions in the batch, rows in the shard)`, ascending for sequential reads."""
     order = np.argsort(index, kind="stable")
-    shards, places = np.divmod(index[order], shard_rows)
-    cuts = np.flatnonzero(np.diff(shards)) + 1
-    split = zip(np.split(order, cuts), np.split(places, cuts), np.split(shards, cuts), strict=True)
-    return [(int(shard[0]), batch, rows) for batch, rows, shard in split if len(shard)]
+    shards, local_rows = np.divmod(index[order], shard_rows)
+    boundaries = np.flatnonzero(np.diff(shards)) + 1
+    groups = zip(
+        np.split(order, boundaries),
+        np.split(local_rows, boundaries),
+        np.split(shards, boundaries),
+        strict=True,
+    )
+    return [(int(shard[0]), positions, rows) for positions, rows, shard in groups if len(shard)]
 
 
-def _decoded(column: Column, x: np.ndarray, stored_precision: bool) -> np.ndarray:
+def _decode(column: Column, x: np.ndarray, stored_precision: bool) -> np.ndarray:
     if column.field == "indices":
         return x.astype(np.int32)
     if column.dtype == "bfloat16":
@@ -344,12 +354,12 @@ def _decoded(column: Column, x: np.ndarray, stored_precision: bool) -> np.ndarra
     return x
 
 
-def _named(
-    plan: Plan, chosen: Sequence[int], arrays: Sequence[np.ndarray], stored_precision: bool
+def _collect_taps(
+    plan: Plan, columns: Sequence[int], arrays: Sequence[np.ndarray], stored_precision: bool
 ) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
-    for i, x in zip(chosen, arrays, strict=True):
-        column, x = plan.columns[i], _decoded(plan.columns[i], x, stored_precision)
+    for i, x in zip(columns, arrays, strict=True):
+        column, x = plan.columns[i], _decode(plan.columns[i], x, stored_precision)
         if column.field is None:
             outputs[column.tap] = x
         else:

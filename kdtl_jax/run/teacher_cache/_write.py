@@ -24,7 +24,7 @@ SHARD_BYTES = 64 * 2**20
 Batch = Mapping[str, Any]
 Augment = Callable[[Array, Batch], Batch]  # keys [B], batch -> batch
 Progress = Callable[[int, int], None]  # rows done, rows in all
-ANOTHER = "Choose another folder, or delete this one."
+OTHER_FOLDER = "Choose another folder, or delete this one."
 
 
 def write(
@@ -98,7 +98,7 @@ def write(
             f"augment= and views= (with view_key=) belong together, got "
             f"{'no ' if augment is None else ''}augment and views={views}."
         )
-    made = fingerprint(
+    expected = fingerprint(
         variables if weights is None else weights,
         arrays,
         model=model,
@@ -114,39 +114,43 @@ def write(
     arrays = jax.tree.map(as_numpy, dict(arrays))
     size = count(arrays)
     batch_size = min(batch_size, size)
-    given = variables if isinstance(variables, Variables) else Variables(variables)
-    given = jax.tree.map(_local, given)
+    variables = variables if isinstance(variables, Variables) else Variables(variables)
+    local_variables = jax.tree.map(_to_local, variables)
 
     def outputs_of(variables: Variables, batch: Batch, rows: Array, view: Array, key: Any) -> Any:
         if augment is not None:
             batch = augment(augmentation.example_keys(key, view, rows), batch)
         return teacher(variables.params, variables.model_state, batch["inputs"])[0]
 
-    example = _batch(arrays, np.arange(batch_size)), np.zeros(batch_size, np.int32), np.int32(0)
-    outputs = jax.eval_shape(outputs_of, given, *example, view_key)
-    stored = columns(outputs, batch_size, made.taps or (), top_k, str(made.dtype))
-    rows_each = shard_rows or _rows_per_shard(stored, size)
-    plan = Plan(made, size, views, top_k, float(temperature), rows_each, stored)
+    example = (
+        _take_batch(arrays, np.arange(batch_size)),
+        np.zeros(batch_size, np.int32),
+        np.int32(0),
+    )
+    outputs = jax.eval_shape(outputs_of, local_variables, *example, view_key)
+    stored_columns = columns(outputs, batch_size, expected.taps or (), top_k, str(expected.dtype))
+    rows_per_shard = shard_rows or _rows_per_shard(stored_columns, size)
+    plan = Plan(expected, size, views, top_k, float(temperature), rows_per_shard, stored_columns)
 
     @jax.jit
     def run(variables: Variables, batch: Batch, rows: Array, view: Array, key: Any) -> Any:
         outputs = outputs_of(variables, batch, rows, view, key)
-        encoded = _encoded(outputs, plan)
+        encoded = _encode(outputs, plan)
         return encoded, [
-            _faults(outputs[c.tap], x, c) for c, x in zip(stored, encoded, strict=True)
+            _fault_codes(outputs[c.tap], x, c) for c, x in zip(stored_columns, encoded, strict=True)
         ]
 
     def compute(plan: Plan, shard: int, report: Callable[[int], None]) -> np.ndarray:
-        """The records of a shard; the next batch is computed while the last one is copied."""
+        """Computes the records of a shard; the next batch runs while the last one is copied."""
         view, first, last = _shards.shard_range(plan, shard)
         records = np.empty(last - first, _shards.record(plan))
-        queued: collections.deque[tuple[int, Any]] = collections.deque()
+        queue: collections.deque[tuple[int, Any]] = collections.deque()
 
         def fetch() -> None:
-            start, (encoded, faults) = queued.popleft()
+            start, (encoded, faults) = queue.popleft()
             stop = min(start + batch_size, last)
-            _check(plan, faults, view, start, stop)
-            for i, (x, column) in enumerate(zip(encoded, stored, strict=True)):
+            _check_faults(plan, faults, view, start, stop)
+            for i, (x, column) in enumerate(zip(encoded, stored_columns, strict=True)):
                 host = np.asarray(x)[: stop - start].view(_shards.storage_dtype(column))
                 records[str(i)][start - first : stop - first] = host
             if stop < last:  # a complete shard is reported once it is on disk
@@ -155,20 +159,21 @@ def write(
         for start in range(first, last, batch_size):
             # The last batch is padded with the shard's own first rows.
             rows = first + (np.arange(start, start + batch_size) - first) % (last - first)
-            batch = place((_batch(arrays, rows), rows.astype(np.int32)))
-            queued.append((start, run(given, *batch, jax.device_put(np.int32(view)), view_key)))
-            if len(queued) > 1:
+            batch = place((_take_batch(arrays, rows), rows.astype(np.int32)))
+            view_index = jax.device_put(np.int32(view))
+            queue.append((start, run(local_variables, *batch, view_index, view_key)))
+            if len(queue) > 1:
                 fetch()
-        while queued:
+        while queue:
             fetch()
         return records
 
     def write_here() -> dict[str, Any]:
-        with _locks.taken(folder, lambda: _check_folder(folder)):
-            agreed = _begin(folder, plan, keep_layout=shard_rows is None)
-            _compute_missing(folder, agreed, compute, progress)
-            _finish(folder, agreed)
-        return _shards.to_json(agreed)
+        with _locks.checked_lock(folder, lambda: _check_folder(folder)):
+            final_plan = _resume_or_begin(folder, plan, keep_layout=shard_rows is None)
+            _compute_missing(folder, final_plan, compute, progress)
+            _write_manifest(folder, final_plan)
+        return _shards.to_json(final_plan)
 
     return _shards.read_plan(processes.decide(write_here))
 
@@ -176,16 +181,16 @@ def write(
 def columns(
     outputs: Mapping[str, Any], batch: int, taps: tuple[str, ...], top_k: int | None, dtype: str
 ) -> tuple[Column, ...]:
-    """Columns for the (abstract) outputs `[B, ...]` of a batch.
+    """Makes columns for the (abstract) outputs `[B, ...]` of a batch.
 
     Raises:
       ValueError: if an output does not exist (the nearest are listed) or has no row per example.
     """
-    found = []
+    result = []
     for tap in taps:
         if tap not in outputs:
-            near = ", ".join(map(repr, trees.nearest(tap, list(outputs), n=5)))
-            raise ValueError(f"the teacher has no output {tap!r}. Nearest: {near}.")
+            nearest = ", ".join(map(repr, trees.nearest(tap, list(outputs), n=5)))
+            raise ValueError(f"the teacher has no output {tap!r}. Nearest: {nearest}.")
         output = outputs[tap]
         if output.shape[:1] != (batch,):
             raise ValueError(
@@ -199,25 +204,25 @@ def columns(
                     f"top_k={top_k} needs logits [B, ..., num_classes] with at least so many "
                     f"classes, got {list(output.shape)}."
                 )
-            found += [
+            result += [
                 Column(tap, "indices", _smallest_unsigned(shape[-1]), (*shape[:-1], top_k)),
                 Column(tap, "log_probs", dtype, (*shape[:-1], top_k)),
                 Column(tap, "log_tail", "float32", shape[:-1]),
             ]
         else:
             floating = jnp.issubdtype(output.dtype, jnp.floating)
-            found.append(Column(tap, None, dtype if floating else output.dtype.name, shape))
-    return tuple(found)
+            result.append(Column(tap, None, dtype if floating else output.dtype.name, shape))
+    return tuple(result)
 
 
-def _encoded(outputs: Outputs, plan: Plan) -> list[jax.Array]:
+def _encode(outputs: Outputs, plan: Plan) -> list[jax.Array]:
     """Inside `jit`: the columns for a batch of outputs, in the stored precision."""
     arrays = []
     for column in plan.columns:
         x = outputs[column.tap]
         if column.field is not None and plan.top_k is not None:
-            cut = losses.top_k_targets(x, k=plan.top_k, temperature=plan.temperature)
-            x = getattr(cut, column.field)
+            top_k = losses.top_k_targets(x, k=plan.top_k, temperature=plan.temperature)
+            x = getattr(top_k, column.field)
         arrays.append(x.astype(column.dtype))
     return arrays
 
@@ -230,32 +235,32 @@ def _rows_per_shard(columns: tuple[Column, ...], size: int) -> int:
 def _check_folder(folder: Path) -> None:
     """Refuses a folder with files that are not a cache's, before changing anything in it."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    others = [name for name in names if name != ".lock" and not name.endswith(_files.TEMPORARY)]
-    if others and _shards.PLAN not in others:
-        listed = ", ".join(_text.shown(name) for name in sorted(others)[:5])
-        raise ValueError(f"{folder} holds other files: {listed}. {ANOTHER}")
+    foreign = [name for name in names if name != ".lock" and not name.endswith(_files.TEMPORARY)]
+    if foreign and _shards.PLAN not in foreign:
+        name_list = ", ".join(_text.shown(name) for name in sorted(foreign)[:5])
+        raise ValueError(f"{folder} holds other files: {name_list}. {OTHER_FOLDER}")
 
 
-def _begin(folder: Path, plan: Plan, *, keep_layout: bool) -> Plan:
-    """The plan of a cache started earlier, if it is the same cache; otherwise writes this one."""
+def _resume_or_begin(folder: Path, plan: Plan, *, keep_layout: bool) -> Plan:
+    """Returns the plan of a cache started earlier, if it is the same cache, or writes this one."""
     try:
-        begun = _shards.begun(folder)
+        previous = _shards.begun(folder)
     except ValueError as error:
-        raise ValueError(f"{folder} cannot be resumed: {error}. {ANOTHER}") from None
-    if begun is None:
+        raise ValueError(f"{folder} cannot be resumed: {error}. {OTHER_FOLDER}") from None
+    if previous is None:
         _files.write_sealed(folder / _shards.PLAN, _shards.to_json(plan))
         return plan
-    problems = differences(begun.fingerprint, plan.fingerprint)
-    if not problems and begun._replace(shard_rows=plan.shard_rows) != plan:
-        there, here = (_text.shown([*each.columns], 200) for each in (begun, plan))
-        problems = [f"outputs differ: {there} there, {here} here"]
-    if not problems and not keep_layout and begun.shard_rows != plan.shard_rows:
-        problems = [f"shard_rows differ: {begun.shard_rows} there, {plan.shard_rows} here"]
+    problems = differences(previous.fingerprint, plan.fingerprint)
+    if not problems and previous._replace(shard_rows=plan.shard_rows) != plan:
+        old_columns, new_columns = (_text.shown([*x.columns], 200) for x in (previous, plan))
+        problems = [f"outputs differ: {old_columns} there, {new_columns} here"]
+    if not problems and not keep_layout and previous.shard_rows != plan.shard_rows:
+        problems = [f"shard_rows differ: {previous.shard_rows} there, {plan.shard_rows} here"]
     if problems:
-        raise ValueError(f"{folder} holds another cache: {'; '.join(problems)}. {ANOTHER}")
+        raise ValueError(f"{folder} holds another cache: {'; '.join(problems)}. {OTHER_FOLDER}")
     for leftover in folder.glob(f".*{_files.TEMPORARY}"):
         leftover.unlink()
-    return begun
+    return previous
 
 
 def _compute_missing(
@@ -278,18 +283,18 @@ def _compute_missing(
             progress(done + rows, total)
 
     report(0)
-    for made, shard in enumerate(missing):
+    for written, shard in enumerate(missing):
         records = compute(plan, shard, report)
         try:
             _write_shard(folder, shard, records)
         except OSError as error:
-            raise _failed(folder, shards - len(missing) + made, shards, error) from error
+            raise _write_error(folder, shards - len(missing) + written, shards, error) from error
         done += sizes[shard]
         report(0)
 
 
 def _write_shard(folder: Path, shard: int, records: np.ndarray) -> None:
-    """The records, then their seal, without which the shard does not count."""
+    """Writes the records, then their seal, without which the shard does not count."""
     (folder / _shards.seal_name(shard)).unlink(missing_ok=True)
     content = records.view(np.uint8).data
     _files.write_atomic(folder / _shards.file_name(shard), content)
@@ -297,7 +302,7 @@ def _write_shard(folder: Path, shard: int, records: np.ndarray) -> None:
     _files.write_sealed(folder / _shards.seal_name(shard), seal)
 
 
-def _finish(folder: Path, plan: Plan) -> None:
+def _write_manifest(folder: Path, plan: Plan) -> None:
     files = {
         _shards.file_name(shard): _files.read_sealed(folder / _shards.seal_name(shard))
         for shard in range(_shards.shard_count(plan))
@@ -306,23 +311,23 @@ def _finish(folder: Path, plan: Plan) -> None:
     _files.write_sealed(folder / _shards.MANIFEST, manifest)
 
 
-def _local(leaf: Any) -> Any:
-    """An array that other processes also hold, on this one only, as only the first process runs."""
-    shared = isinstance(leaf, Array) and not leaf.is_fully_addressable
-    return np.asarray(leaf) if shared else leaf
+def _to_local(leaf: Any) -> Any:
+    """Copies an array shared with other processes to the host, as only the first process runs."""
+    is_shared = isinstance(leaf, Array) and not leaf.is_fully_addressable
+    return np.asarray(leaf) if is_shared else leaf
 
 
-def _batch(arrays: Batch, rows: np.ndarray) -> Any:
-    """Rows of every array, in the 32-bit dtypes that JAX gives host arrays."""
+def _take_batch(arrays: Batch, rows: np.ndarray) -> Any:
+    """Takes rows of every array, in the 32-bit dtypes that JAX gives host arrays."""
 
     def take(x: Any) -> np.ndarray:
-        part = x[rows]
-        return part.astype(jax.dtypes.canonicalize_dtype(part.dtype), copy=False)
+        selected = x[rows]
+        return selected.astype(jax.dtypes.canonicalize_dtype(selected.dtype), copy=False)
 
     return jax.tree.map(take, dict(arrays))
 
 
-def _faults(output: Array, stored: Array, column: Column) -> Array:
+def _fault_codes(output: Array, stored: Array, column: Column) -> Array:
     """uint8 `[B]`: 1 where a row holds NaN or infinity, 2 where the stored precision overflows.
 
     -inf marks a masked class.
@@ -333,28 +338,30 @@ def _faults(output: Array, stored: Array, column: Column) -> Array:
     code = jnp.any(jnp.isnan(stored) | (stored == jnp.inf), axis=axes).astype(jnp.uint8)
     if column.field is not None:
         return code
-    over = jnp.any(jnp.isinf(stored) & jnp.isfinite(output), axis=axes)
-    return jnp.where(over, jnp.full_like(code, 2), code)
+    overflows = jnp.any(jnp.isinf(stored) & jnp.isfinite(output), axis=axes)
+    return jnp.where(overflows, jnp.full_like(code, 2), code)
 
 
-def _check(plan: Plan, faults: list[Array], view: int, start: int, stop: int) -> None:
+def _check_faults(plan: Plan, faults: list[Array], view: int, start: int, stop: int) -> None:
     for column, codes in zip(plan.columns, faults, strict=True):
         codes = np.asarray(codes)[: stop - start]
         if not codes.any():
             continue
         row = int(np.flatnonzero(codes)[0])
-        where = f"output {column.tap!r} of row {start + row}" + (f", view {view}," * bool(view))
+        output = f"output {column.tap!r} of row {start + row}" + (f", view {view}," * bool(view))
         if codes[row] == 1:
-            raise ValueError(f"{where} is NaN or infinite. Check the teacher's weights and inputs.")
+            raise ValueError(
+                f"{output} is NaN or infinite. Check the teacher's weights and inputs."
+            )
         raise ValueError(
-            f"{where} is finite but too large for {column.dtype}. Use bfloat16 or float32."
+            f"{output} is finite but too large for {column.dtype}. Use bfloat16 or float32."
         )
 
 
-def _failed(folder: Path, whole: int, shards: int, error: OSError) -> OSError:
+def _write_error(folder: Path, finished: int, shards: int, error: OSError) -> OSError:
     return OSError(
         error.errno,
-        f"a shard could not be written in {folder} ({error.strerror or error}). {whole} of "
+        f"a shard could not be written in {folder} ({error.strerror or error}). {finished} of "
         f"{shards} shards are finished and intact; run it again to continue",
     )
 
