@@ -266,7 +266,7 @@ def test_a_failed_write_is_an_error_and_old_steps_stay(
     kept: Path, standard_promotion: None, request: pytest.FixtureRequest
 ) -> None:
     template = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
-    _save._stored(list(template.values()))  # compiles: JAX's own cache must not be cut short
+    _save._to_storage(list(template.values()))  # compiles: JAX's own cache must not be cut short
     with checkpoint.open_folder(kept) as checkpoints:
         request.getfixturevalue("short_files")
         with pytest.raises(OSError, match=r"step 3 could not be saved .*intact: \[1, 2\]"):
