@@ -10,7 +10,7 @@ import itertools
 import numbers
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,34 +135,29 @@ def _real_number(name: str, value: Any) -> np.ndarray | None:
 
 def finite(**scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite."""
-    for name, value in scalars.items():
-        array = _real_number(name, value)
-        if array is not None and not bool(np.all(np.isfinite(array))):
-            raise ValueError(f"{name} must be finite, got {_short(array)}.")
+    _require("be finite", np.isfinite, scalars)
 
 
 def positive(**scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite and > 0."""
-    for name, value in scalars.items():
-        array = _real_number(name, value)
-        if array is not None and not bool(np.all((array > 0) & np.isfinite(array))):
-            raise ValueError(f"{name} must be finite and > 0, got {_short(array)}.")
+    _require("be finite and > 0", lambda x: (x > 0) & np.isfinite(x), scalars)
 
 
 def non_negative(**arrays: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite and >= 0."""
-    for name, value in arrays.items():
-        array = _real_number(name, value)
-        if array is not None and not bool(np.all((array >= 0) & np.isfinite(array))):
-            raise ValueError(f"{name} must be finite and >= 0, got {_short(array)}.")
+    _require("be finite and >= 0", lambda x: (x >= 0) & np.isfinite(x), arrays)
 
 
 def within(low: float, high: float, **scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value lies in `[low, high]`."""
-    for name, value in scalars.items():
+    _require(f"lie in [{low}, {high}]", lambda x: (x >= low) & (x <= high), scalars)
+
+
+def _require(need: str, holds: Callable[[np.ndarray], Any], given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
         array = _real_number(name, value)
-        if array is not None and not bool(np.all((array >= low) & (array <= high))):
-            raise ValueError(f"{name} must lie in [{low}, {high}], got {_short(array)}.")
+        if array is not None and not bool(np.all(holds(array))):
+            raise ValueError(f"{name} must {need}, got {_short(array)}.")
 
 
 def ordered(**bounds: Any) -> None:
@@ -350,6 +345,13 @@ def mappings(**given: Any) -> None:
     for name, value in given.items():
         if not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a dict by name, got {type(value).__name__}.")
+
+
+def instance(kind: type, **given: Any) -> None:
+    """Raises TypeError unless every value is a `kind`."""
+    for name, value in given.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {value!r:.80}.")
 
 
 def same_keys(**mappings: Mapping[str, Any]) -> None:

@@ -227,3 +227,17 @@ def test_positions_that_a_model_was_made_for() -> None:
     for scaling, whole in (({"type": "linear"}, 128), ({"rope_type": "llama3"}, 64)):
         scaling = {**scaling, "factor": 2.0}
         assert known({"max_position_embeddings": 64, "rope_scaling": scaling}) == whole
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("layers=2,width=8", r"expected layers=N.*got 'layers=2,width=8'"),
+        ("layers=0,width=8,heads=2", "whole numbers above 0, got 'layers=0"),
+        ("layers=2,width=7,heads=2", "even multiple of the heads, got 'layers=2,width=7"),
+        ("layers=2,width=16,heads=4,key_heads=3", "a multiple of the key_heads, got .*heads=3'"),
+    ],
+)
+def test_a_wrong_shape_is_shown_as_given(shape: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        _language_models.shaped(shape)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _files, _text
+from kdtl_jax import _checks, _files, _text
 
 max_header_bytes = 100_000_000  # the format's own limit
 index_name = "model.safetensors.index.json"  # lists the shards of a large checkpoint
@@ -82,7 +82,7 @@ def index(path: str | Path) -> Checkpoint:
       ValueError: if a file is truncated, in another format (such as a pickle) or inconsistent, or
         an index names files outside its folder or tensors that its files lack.
     """
-    file = _locate(Path(path))
+    file = _locate(_checks.path(path=path))
     if file.suffix == ".json":
         return _index_shards(file)
     tensors, metadata = parse(file)

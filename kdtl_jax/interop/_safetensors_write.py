@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from kdtl_jax import trees
+from kdtl_jax import _checks, trees
 from kdtl_jax._files import atomic_file, new_folder
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
@@ -29,6 +29,7 @@ def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None =
       OSError: if the disk is full; the old file then stays as it was.
       FileNotFoundError: if the file's folder does not exist.
     """
+    path = _checks.path(path=path)
     leaves = trees.flatten(tree)
     specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
     stream(path, specs, lambda name: leaves[name], metadata=metadata)

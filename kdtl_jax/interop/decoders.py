@@ -93,6 +93,7 @@ def from_tensors(
     Raises:
       ValueError: as in `load`.
     """
+    _checks.mappings(config=config, tensors=tensors)
     config = dict(config)
     _check_language_head(tensors)
     decoder_config, rules, copies = _build_config(config, tensors)
@@ -114,6 +115,8 @@ def initialized(config: Mapping[str, Any], key: jax.Array) -> PretrainedDecoder:
     Raises:
       ValueError: if the family or a key is unknown.
     """
+    _checks.mappings(config=config)
+    _checks.key(key=key)
     decoder_config, rules = _hf_decoders.decoder(config)
     prefix = _hf_decoders.FAMILIES[config["model_type"]].prefix
     model = models.decoder(decoder_config)
@@ -129,6 +132,7 @@ def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDe
       ValueError: if a position is out of range, or a config.json of this family cannot express the
         windows or rotary tables of these layers.
     """
+    _checks.instance(PretrainedDecoder, source=source)
     source_config = source.model.config
     layers = tuple(layers)
     if not layers or not all(0 <= i < source_config.layers for i in layers):

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from kdtl_jax import _text, datasets, methods, models
+from kdtl_jax import _checks, _text, datasets, methods, models
 from kdtl_jax._types import PyTree, Variables
 from kdtl_jax.datasets import Preprocessing, Standardizer
 from kdtl_jax.interop import networks, own, safetensors
@@ -67,9 +67,9 @@ def about(path: str | Path) -> About:
     Raises:
       ValueError: if there is no such file, or its metadata are damaged.
     """
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is {_kind_of_folder(Path(path))}. Name a model's file.")
-    if not Path(path).exists():
+    if (path := _checks.path(path=path)).is_dir():
+        raise ValueError(f"{path} is {_kind_of_folder(path)}. Name a model's file.")
+    if not path.exists():
         raise ValueError(f"{path}: no such file.")
     checkpoint = safetensors.index(path)
     metadata = checkpoint.metadata

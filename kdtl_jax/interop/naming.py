@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kdtl_jax import trees
+from kdtl_jax import _checks, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _unclear_axes
 
@@ -106,6 +106,9 @@ def from_torch(
       ValueError: if a name has no rule, two names become one path, or the rank of an array is not
         that of its rule's axes.
     """
+    _checks.mappings(tensors=tensors)
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore must be a list of patterns, got {ignore!r:.80}.")
     out: dict[str, Any] = {}
     patterns = [re.compile(pattern) for pattern in ignore]
     for name, array in tensors.items():

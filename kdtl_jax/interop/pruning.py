@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import models, transforms
+from kdtl_jax import _checks, models, transforms
 from kdtl_jax._types import Params
 from kdtl_jax.interop import _hf_decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
@@ -93,6 +93,7 @@ def narrow(
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
       (2407.14679), Minitron, which measures all importances by activations.
     """
+    _checks.instance(PretrainedDecoder, source=source)
     wide = source.model.config
     if key_heads is None:
         key_heads = wide.key_heads if heads is None else min(wide.key_heads, heads)

@@ -183,6 +183,7 @@ def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
     Raises:
       ValueError: if one path is both a leaf and the beginning of another.
     """
+    _checks.mappings(flat=flat)
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split(separator)
@@ -206,6 +207,7 @@ def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
       TypeError: if a dtype differs; the message names the leaf.
       ValueError: if a leaf is missing, extra or of another shape; the message lists them.
     """
+    _checks.mappings(flat=flat)
     expected = trees.flatten(like)
     mismatches = [f"missing {_text.quoted(path)}" for path in expected if path not in flat]
     mismatches += [f"extra {_text.quoted(path)}" for path in flat if path not in expected]

@@ -131,8 +131,15 @@ def chunk_log_probs(log_probs: Array, groups: Array, *, num_chunks: int) -> Arra
 
 
 def chunk_lengths(groups: Array, *, num_chunks: int) -> Array:
-    """The number of tokens in each chunk: int32 `[..., num_chunks]`, 0 for an unused chunk."""
-    counted = chunk_log_probs(jnp.ones(groups.shape, jnp.float32), groups, num_chunks=num_chunks)
+    """The number of tokens in each chunk: int32 `[..., num_chunks]`, 0 for an unused chunk.
+
+    Raises:
+      TypeError: if groups are not integers.
+    """
+    _checks.integers(groups=groups)
+    counted = chunk_log_probs(
+        jnp.ones(np.shape(groups), jnp.float32), groups, num_chunks=num_chunks
+    )
     return counted.astype(jnp.int32)
 
 
@@ -154,7 +161,13 @@ def merge_chunks(groups: Array, closes: Array) -> Array:
       TypeError: if groups are not integers.
     """
     _checks.integers(groups=groups)
-    groups = jnp.asarray(groups)
+    _checks.arrays(closes=closes)
+    groups, closes = jnp.asarray(groups), jnp.asarray(closes)
+    if closes.shape[:-1] != groups.shape[:-1] or not closes.ndim:
+        raise ValueError(
+            "closes must be [..., num_chunks] with the leading axes of groups, got "
+            f"{_checks.described(closes=closes, groups=groups)}."
+        )
     closed = jnp.cumsum(closes.astype(groups.dtype), axis=-1) - closes.astype(groups.dtype)
     merged = jnp.take_along_axis(closed, jnp.maximum(groups, 0), axis=-1)
     return jnp.where(groups >= 0, merged, -1)
@@ -175,6 +188,7 @@ def shared_ids(
     Raises:
       ValueError: if no token is shared.
     """
+    _checks.mappings(student_vocabulary=student_vocabulary, teacher_vocabulary=teacher_vocabulary)
     both = sorted(
         (i, teacher_vocabulary[token])
         for token, i in student_vocabulary.items()
@@ -199,6 +213,7 @@ def require_same_ids(
     Raises:
       ValueError: naming some of the tokens that differ.
     """
+    _checks.mappings(student_vocabulary=student_vocabulary, teacher_vocabulary=teacher_vocabulary)
     differ = [
         (token, student_vocabulary.get(token), teacher_vocabulary.get(token))
         for token in student_vocabulary.keys() | teacher_vocabulary.keys()

@@ -22,6 +22,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from kdtl_jax import _checks
 from kdtl_jax._text import shown
 from kdtl_jax.language._sandbox import Sandbox
 from kdtl_jax.language._tokenizer import Tokenizer
@@ -129,6 +130,13 @@ def _rendered(
     prompts: bool,
 ) -> list[tuple[str, bool]]:
     """The text in pieces, and whether a piece is marked as the assistant's."""
+    _checks.instance(Tokenizer, tokenizer=tokenizer)
+    _checks.mappings(variables=variables)
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+        raise TypeError(
+            "messages must be a list of {'role': …, 'content': …}, got "
+            f"{messages!r:.80} ({type(messages).__name__})."
+        )
     if tokenizer.chat_template is None:
         raise ValueError(
             "the tokenizer has no chat template. Give lines with 'prompt' and 'completion', or a "

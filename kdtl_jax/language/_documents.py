@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdtl_jax import _checks
 from kdtl_jax.language._chat import chat
 from kdtl_jax.language._records import FORMS, Record, has_known_form
 from kdtl_jax.language._tokenizer import Tokenizer
@@ -50,7 +51,12 @@ def document(
         raise ValueError(
             f"{place}: learned must be bool [{len(ids)}], got {own.dtype}{list(own.shape)}."
         )
-    return Document(ids.astype(np.int32), own, np.asarray(privileged, np.int32), place)
+    context = np.asarray(privileged)
+    if context.ndim != 1 or (context.size and context.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{place}: privileged must be ids [n], got {context.dtype}{list(context.shape)}."
+        )
+    return Document(ids.astype(np.int32), own, context.astype(np.int32), place)
 
 
 def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Document]:
@@ -68,7 +74,9 @@ def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Docum
       ValueError: naming file and line, if a record has none of these forms, is empty, has nothing
         to learn, or the chat template raises an error.
     """
+    _checks.instance(Tokenizer, tokenizer=tokenizer)
     for record in records:
+        _checks.instance(Record, **{"each of records": record})
         try:
             found = _document(record, tokenizer)
         except (ValueError, TypeError) as error:

@@ -58,6 +58,7 @@ def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0)
       ValueError: if `length` is below 2.
     """
     _checks.count(2, length=length)
+    _checks.count(0, prompt=prompt)
     tokens, learned, owner = np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.int64)
     before: tuple[np.ndarray, np.ndarray] | None = None
     for i, found in enumerate(documents):
@@ -143,6 +144,8 @@ def joined_row(
     Raises:
       ValueError: if the documents do not fit into the row.
     """
+    _checks.count(0, length=length, start=start)
+    _checks.integer(padding=padding)
     needed = start + sum(len(found.tokens) for found in documents)
     if needed > length:
         raise ValueError(f"length must be at least {needed}, the tokens of the row, got {length}.")
@@ -201,7 +204,12 @@ def _joined(join: Callable[[list[np.ndarray]], np.ndarray], of: list[dict[str, A
 
 
 def as_batch(row: Row) -> dict[str, Any]:
-    """A row's arrays by the names of a token batch."""
+    """A row's arrays by the names of a token batch.
+
+    Raises:
+      TypeError: if `row` is not a `Row`.
+    """
+    _checks.instance(Row, row=row)
     found: dict[str, Any] = {n: getattr(row, n) for n in ("tokens", "segments", "learned")}
     if row.privileged is not None:
         found["privileged"] = dict(zip(("tokens", "segments"), row.privileged, strict=True))
@@ -213,7 +221,11 @@ def maxtext_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
 
     All are int `[B, L]`. Targets are shifted by one; `targets_segmentation` is 0 where nothing is
     learned, so `targets_segmentation != 0` is the loss mask.
+
+    Raises:
+      TypeError: if the batch is not a dict.
     """
+    _checks.mappings(batch=batch)
     segments = jnp.asarray(batch.get("segments", jnp.ones_like(batch["tokens"])))
     positions = segment_positions(segments)
     targets, where = next_tokens(batch)
@@ -238,13 +250,20 @@ def completion_mask(tokens: Array, *, padding: int | None, ends: Sequence[int] =
       padding: the padding's id, or None.
       ends: ids of end tokens.
 
+    Raises:
+      TypeError: if tokens or an id are not integers.
+
     References:
       TRL's `DistillationTrainer._get_completion_lengths`.
     """
+    _checks.integers(tokens=tokens)
+    for end in ends:
+        _checks.integer(**{"each of ends": end})
     tokens = jnp.asarray(tokens)
     place = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
     if padding is None:
         return jnp.ones(tokens.shape, jnp.bool_)
+    _checks.integer(padding=padding)
     if padding in ends:
         is_end = jnp.isin(tokens, jnp.asarray(tuple(ends), tokens.dtype)).astype(jnp.int32)
         return jnp.cumsum(is_end, axis=-1) - is_end == 0

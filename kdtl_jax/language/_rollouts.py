@@ -174,7 +174,14 @@ def last_text(segments: Array) -> Array:
 
     Args:
       segments: int `[B, L]`, 0 is padding; a row of padding alone has no text.
+
+    Raises:
+      TypeError: if segments are not integers.
+      ValueError: if they are not `[B, L]`.
     """
+    _checks.integers(segments=segments)
+    _checks.rank(2, 2, segments=segments)
+    segments = jnp.asarray(segments)
     place = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
     last = jnp.max(jnp.where(segments > 0, place, 0), axis=1, keepdims=True)
     return (segments > 0) & (segments == jnp.take_along_axis(segments, last, axis=1))

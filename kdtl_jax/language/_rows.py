@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kdtl_jax import _files
+from kdtl_jax import _checks, _files
 from kdtl_jax.language._packing import Row, as_batch
 
 FORMAT, RECORD = 1, "rows.json"
@@ -42,7 +42,8 @@ def write_rows(folder: str | Path, rows: Iterable[Row], *, made_from: Mapping[st
       ValueError: if there are no rows, or their shapes differ.
       OSError: if the disk is full.
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
+    _checks.mappings(made_from=made_from)
     known = _known(folder)
     if known is not None and known["made_from"] == _files.as_json(made_from):
         return int(known["rows"])
@@ -81,7 +82,7 @@ def open_rows(folder: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: if the rows are incomplete.
     """
-    folder = Path(folder)
+    folder = _checks.path(folder=folder)
     known = _known(folder)
     if known is None:
         raise ValueError(f"{folder} holds no complete rows. Write them again.")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdtl_jax import _files
+from kdtl_jax import _checks, _files
 from kdtl_jax._text import quoted
 
 _END = 256  # the end token of bytes
@@ -85,7 +85,8 @@ def tokenizer(path: str | Path) -> Tokenizer:
       ImportError: if the package `tokenizers` is not installed.
       ValueError: if a file cannot be read as what its name says.
     """
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    file = _checks.path(path=path)
+    file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist.")
     try:
@@ -149,7 +150,12 @@ def tokenizer(path: str | Path) -> Tokenizer:
 
 
 def write_byte_tokenizer(folder: str | Path) -> None:
-    """Writes `byte_tokenizer` as the tokenizer.json and tokenizer_config.json of a folder."""
+    """Writes `byte_tokenizer` as the tokenizer.json and tokenizer_config.json of a folder.
+
+    Raises:
+      TypeError: if `folder` is not a path.
+    """
+    folder = _checks.path(folder=folder)
     vocabulary = {letter: i for i, letter in enumerate(_letters())}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     end = {"id": _END, "content": _END_TEXT, "special": True, "normalized": False}

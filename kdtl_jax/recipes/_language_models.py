@@ -38,12 +38,17 @@ def shaped(value: Any) -> dict[str, int] | None:
         return None
     found = {name: str(size) for name, size in pairs(value, "=").items()}
     if not set(found) <= set(SHAPE) or not {"layers", "width", "heads"} <= set(found):
-        raise ValueError(f"expected {','.join(f'{n}=N' for n in SHAPE)} (the last two if you like)")
+        raise ValueError(
+            f"expected {','.join(f'{n}=N' for n in SHAPE)} (the last two if you like), "
+            f"got {value!r}"
+        )
     if not all(size.isdecimal() and 0 < int(size) < 10**7 for size in found.values()):
         raise ValueError(f"expected whole numbers above 0, got {value!r}")
     sizes = {name: int(size) for name, size in found.items()}
     if sizes["width"] % (2 * sizes["heads"]):
-        raise ValueError("the width must be an even multiple of the heads")
+        raise ValueError(f"the width must be an even multiple of the heads, got {value!r}")
+    if sizes["heads"] % sizes.get("key_heads", 1):
+        raise ValueError(f"the heads must be a multiple of the key_heads, got {value!r}")
     return sizes
 
 

@@ -72,10 +72,12 @@ def begun(
     if path is not None and finished.resume and path.exists():
         try:
             stored = _read(path, finished)
-            return lambda: stored
         except Exception as error:  # zipfile, zlib, NumPy and json each have their own
             said = _text.shown(str(error) or type(error).__name__, 200)
             print(f"note: {path} cannot be used ({said}): {name} runs again", file=sys.stderr)
+        else:
+            _remove_rungs(path)  # left where the run was killed right after writing the result
+            return lambda: stored
     start, running = time.perf_counter(), make()
 
     def ended() -> tuple[Any, float]:
@@ -83,11 +85,16 @@ def begun(
         seconds = time.perf_counter() - start
         if path is not None:
             _write(path, finished, result, seconds)
-            for rung in path.parent.glob(f"{name}_rung_*.npz"):
-                rung.unlink()
+            _remove_rungs(path)
         return result, seconds
 
     return ended
+
+
+def _remove_rungs(path: Path) -> None:
+    """Deletes the rungs of the method whose whole result is at this path."""
+    for rung in path.parent.glob(f"{path.stem}_rung_*.npz"):
+        rung.unlink(missing_ok=True)
 
 
 def rungs(finished: Finished, name: str, state: PyTree, last: int) -> sweep.Kept:

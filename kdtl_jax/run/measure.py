@@ -96,6 +96,7 @@ def step_times(once: Callable[[], Any], steps: int, *, warmup: int = 3) -> Distr
       ValueError: if `steps` is not positive.
     """
     _checks.count(1, steps=steps)
+    _checks.count(0, warmup=warmup)
     for _ in range(warmup):
         jax.block_until_ready(once())
     seconds = []
@@ -116,7 +117,12 @@ def throughput(once: Callable[[], Any], steps: int, *, warmup: int = 3, rounds: 
     """Seconds per run when only the last of many is awaited: what a training loop sees.
 
     The median over several rounds, with at least `steps` runs in total.
+
+    Raises:
+      ValueError: if `steps` or `rounds` is not positive.
     """
+    _checks.count(1, steps=steps, rounds=rounds)
+    _checks.count(0, warmup=warmup)
     steps_per_round = -(-steps // rounds)
     for _ in range(warmup):
         jax.block_until_ready(once())
@@ -200,9 +206,17 @@ def roofline(work: Cost, seconds: float, limits: Ceilings) -> Roofline | None:
     The bandwidth bound takes XLA's bytes as memory traffic. A program whose arrays stay in the
     caches is faster, and its fraction exceeds 1.
 
+    Raises:
+      TypeError: if `work` is not a `Cost`, or `limits` are not `Ceilings`.
+      ValueError: if `seconds` is not positive.
+
     References:
       Williams, Waterman and Patterson, Roofline: an insightful visual performance model, 2009.
     """
+    _checks.instance(Cost, work=work)
+    _checks.instance(Ceilings, limits=limits)
+    _checks.scalar(seconds=seconds)
+    _checks.positive(seconds=seconds)
     if work.flops is None or work.bytes is None:
         return None
     compute, bandwidth = work.flops / limits.flops, work.bytes / limits.bytes

@@ -74,6 +74,10 @@ def fingerprint(
       ValueError: if there are no inputs or taps, or settings contradict each other.
       TypeError: if `preprocessing` is not JSON, or the dtype is not one of the three.
     """
+    _checks.mappings(arrays=arrays, preprocessing={} if preprocessing is None else preprocessing)
+    for name, names in (("taps", taps), ("classes", () if classes is None else classes)):
+        if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
+            raise TypeError(f"{name} must be a list of names, got {names!r:.80}.")
     if "inputs" not in arrays:
         raise ValueError(f'arrays need an entry "inputs", got {sorted(arrays)}.')
     if not taps:
@@ -92,6 +96,7 @@ def fingerprint(
             f"augmented views need both views= (at least 1) and view_key=, got "
             f"views={views}, view_key={view_key}."
         )
+    _checks.scalar(temperature=temperature)
     _checks.positive(temperature=temperature)
     return Fingerprint(
         model=model,

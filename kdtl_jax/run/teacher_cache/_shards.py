@@ -65,6 +65,8 @@ def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool
         (every difference is named).
     """
     folder = _checks.path(folder=folder)
+    if expect is not None:
+        _checks.instance(Fingerprint, expect=expect)
     plan, files = _manifest(folder)
     problems = differences(plan.fingerprint, expect) if expect is not None else []
     if problems:
@@ -94,6 +96,8 @@ def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | No
     Raises:
       ValueError: if the plan cannot be read, or is for something else (every difference is named).
     """
+    if expect is not None:
+        _checks.instance(Fingerprint, expect=expect)
     file = _checks.path(folder=folder) / PLAN
     if not file.exists():
         return None
@@ -124,6 +128,8 @@ def rows(
       TypeError: if rows are not integers.
       ValueError: if a row does not exist.
     """
+    _checks.instance(Cache, cache=cache)
+    _checks.integer(epoch=epoch)
     index, plan = np.asarray(index), cache.plan
     if not np.issubdtype(index.dtype, np.integer):
         raise TypeError(f"rows must be integers, got {index.dtype}.")
@@ -150,7 +156,11 @@ def load(cache: Cache, *, stored_precision: bool = False) -> dict[str, Any]:
 
     Returns:
       `{tap: [N, ...]}`, or `[views, N, ...]` for augmented data.
+
+    Raises:
+      TypeError: if `cache` is not a `Cache`.
     """
+    _checks.instance(Cache, cache=cache)
     plan = cache.plan
     leading_shape = (plan.size,) if plan.views is None else (plan.views, plan.size)
     arrays = [
