@@ -12,18 +12,18 @@ from kdtl_jax._types import Params, PyTree
 from kdtl_jax.connectors import _layers
 from kdtl_jax.connectors._connector import (
     Connector,
-    check_made,
-    real,
+    check_params,
     run_step,
     with_statistics,
+    zero_masked,
 )
 from kdtl_jax.connectors._layers import Size
 
 
-def check_two(x: Any, what: str) -> None:
+def check_pair(x: Any, description: str) -> None:
     """Refuses inputs that are not a pair."""
     if not isinstance(x, (tuple, list)) or len(x) != 2:
-        raise TypeError(f"x must be a pair, {what}, got {type(x).__name__}.")
+        raise TypeError(f"x must be a pair, {description}, got {type(x).__name__}.")
 
 
 def simkd_projector(features: int, *, factor: int = 2, eps: float = 1e-5) -> Connector:
@@ -39,8 +39,8 @@ def simkd_projector(features: int, *, factor: int = 2, eps: float = 1e-5) -> Con
         _layers.conv3x3(width, bias=False),
         _layers.conv1x1(features, bias=False),
     )
-    after = (_layers.batch_norm(eps=eps), _layers.activation(jax.nn.relu))
-    return _layers.chain(*(part for step in steps for part in (step, *after)))
+    norm_and_activation = (_layers.batch_norm(eps=eps), _layers.activation(jax.nn.relu))
+    return _layers.chain(*(part for step in steps for part in (step, *norm_and_activation)))
 
 
 def generator(features: int) -> Connector:
@@ -57,14 +57,14 @@ def mask_token() -> Connector:
     """
 
     def init(key: Array, x: tuple[Any, Any]) -> Params:
-        check_two(x, "the tokens and where they are replaced")
+        check_pair(x, "the tokens and where they are replaced")
         _layers.floating(x[0])
         return {"token": jnp.zeros(x[0].shape[-1:], _layers.param_dtype(x[0]))}
 
     def apply(params: Params, x: tuple[Array, Array], *, where: Array | None = None) -> Array:
-        check_made(params, "token")
-        check_two(x, "the tokens and where they are replaced")
-        tokens, replaced = real(x, where)
+        check_params(params, "token")
+        check_pair(x, "the tokens and where they are replaced")
+        tokens, replaced = zero_masked(x, where)
         _layers.floating(tokens, params["token"].shape[0])
         _checks.mask(replaced, tokens.shape[:-1])
         token = jnp.broadcast_to(params["token"].astype(tokens.dtype), tokens.shape)
@@ -108,11 +108,11 @@ def paraphraser(channels: int, *, rate: float = 0.5) -> Connector:
     def run(
         params: Params, x: Array, statistics: PyTree | None, where: Array | None, /
     ) -> tuple[tuple[Array, Array], PyTree]:
-        check_made(params, "encoder", "decoder")
-        given = statistics or {"encoder": None, "decoder": None}
-        check_made(given, "encoder", "decoder")
-        factor, encoder = run_step(encode, params["encoder"], x, given["encoder"], where)
-        rebuilt, decoder = run_step(decode, params["decoder"], factor, given["decoder"], where)
+        check_params(params, "encoder", "decoder")
+        by_part = statistics or {"encoder": None, "decoder": None}
+        check_params(by_part, "encoder", "decoder")
+        factor, encoder = run_step(encode, params["encoder"], x, by_part["encoder"], where)
+        rebuilt, decoder = run_step(decode, params["decoder"], factor, by_part["decoder"], where)
         return (factor, rebuilt), {"encoder": encoder, "decoder": decoder}
 
     return with_statistics(init, run)
@@ -137,16 +137,16 @@ def abf(width: int, features: int, *, size: Size | None = None, eps: float = 1e-
     attention = _layers.conv1x1(2)
 
     def init(key: Array, x: tuple[Any, Any]) -> Params:
-        check_two(x, "the features and the residual or None")
+        check_pair(x, "the features and the residual or None")
         _checks.key(key=key)
         keys = jax.random.split(key, 3)
-        own = reduce.init(keys[0], x[0])
-        mixed = jax.eval_shape(reduce.apply, own, x[0])
-        params = {"reduce": own, "expand": expand.init(keys[1], mixed)}
+        reduce_params = reduce.init(keys[0], x[0])
+        mixed = jax.eval_shape(reduce.apply, reduce_params, x[0])
+        params = {"reduce": reduce_params, "expand": expand.init(keys[1], mixed)}
         if x[1] is None:
             return params
-        both = jax.ShapeDtypeStruct((*mixed.shape[:-1], 2 * width), mixed.dtype)
-        return params | {"attention": attention.init(keys[2], both)}
+        concatenated = jax.ShapeDtypeStruct((*mixed.shape[:-1], 2 * width), mixed.dtype)
+        return params | {"attention": attention.init(keys[2], concatenated)}
 
     def run(
         params: Params,
@@ -155,21 +155,21 @@ def abf(width: int, features: int, *, size: Size | None = None, eps: float = 1e-
         where: Array | None,
         /,
     ) -> tuple[tuple[Array, Array], PyTree]:
-        check_two(x, "the features and the residual or None")
-        check_made(params, "reduce", "expand")
-        given = statistics or {"reduce": None, "expand": None}
-        check_made(given, "reduce", "expand")
-        mixed, reduced = run_step(reduce, params["reduce"], x[0], given["reduce"], where)
+        check_pair(x, "the features and the residual or None")
+        check_params(params, "reduce", "expand")
+        by_part = statistics or {"reduce": None, "expand": None}
+        check_params(by_part, "reduce", "expand")
+        mixed, reduced = run_step(reduce, params["reduce"], x[0], by_part["reduce"], where)
         residual = x[1]
         if residual is not None:
-            check_made(params, "attention")
+            check_params(params, "attention")
             residual = _layers.nearest(_layers.feature_map(residual), mixed.shape[1:3])
-            both = jnp.concatenate([mixed, residual], axis=-1)
-            weights = jax.nn.sigmoid(attention.apply(params["attention"], both))
+            concatenated = jnp.concatenate([mixed, residual], axis=-1)
+            weights = jax.nn.sigmoid(attention.apply(params["attention"], concatenated))
             mixed = mixed * weights[..., :1] + residual * weights[..., 1:]
         if sides is not None:
             mixed = _layers.nearest(mixed, sides)
-        features, expanded = run_step(expand, params["expand"], mixed, given["expand"], where)
+        features, expanded = run_step(expand, params["expand"], mixed, by_part["expand"], where)
         return (features, mixed), {"reduce": reduced, "expand": expanded}
 
     return with_statistics(init, run)

@@ -1,4 +1,4 @@
-"""What a connector is, its running statistics, and how they are folded into plain maps."""
+"""`Connector`, its running statistics, and folding them into linear maps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -55,35 +55,38 @@ class Connector(NamedTuple):
         return run_step(self, params, x, statistics, None)[0]
 
 
-def real(x: Any, where: Array | None) -> Any:
+def zero_masked(x: Any, where: Array | None) -> Any:
     """The input with 0 in masked rows: a NaN there would reach the gradients of the parameters."""
     if where is None:
         return x
 
-    def kept(leaf: Any) -> Any:
+    def mask_leaf(leaf: Any) -> Any:
         _checks.arrays(x=leaf)
         _checks.mask(where, np.shape(leaf)[: max(1, np.ndim(where))])
         return _numerics.kept(leaf, jnp.asarray(where))
 
-    return jax.tree.map(kept, x)
+    return jax.tree.map(mask_leaf, x)
 
 
-def check_made(params: Any, *names: str) -> None:
+def check_params(params: Any, *names: str) -> None:
     """Refuses parameters or statistics that are not those of this connector.
 
     Raises:
       ValueError: naming the entries that a connector's parameters have.
     """
     if not isinstance(params, Mapping) or any(name not in params for name in names):
-        got = sorted(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
+        received = (
+            sorted(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
+        )
         raise ValueError(
-            f"params must be what this connector's init made, a dict with {list(names)}, got {got}."
+            f"params must be what this connector's init made, a dict with {list(names)}, got "
+            f"{received}."
         )
 
 
-def check_connector(**given: Any) -> None:
+def check_connector(**connectors: Any) -> None:
     """Raises TypeError unless every value has the two functions of a connector."""
-    for name, value in given.items():
+    for name, value in connectors.items():
         if not (callable(getattr(value, "init", None)) and callable(getattr(value, "apply", None))):
             raise TypeError(
                 f"{name} must be a connector such as connectors.linear(64), got "
@@ -95,7 +98,7 @@ def run_step(
     connector: Connector, params: Params, x: Any, statistics: PyTree | None, where: Array | None
 ) -> tuple[Any, PyTree]:
     """`run` of any connector; if it has no statistics, they are an empty tree."""
-    x = real(x, where)
+    x = zero_masked(x, where)
     if connector.run is None:
         return connector.apply(params, x), {}
     return connector.run(params, x, statistics, where)
@@ -105,7 +108,7 @@ def with_statistics(init: Callable[[Array, Any], Params], run: Run) -> Connector
     """A connector made from its `run`."""
 
     def apply(params: Params, x: Any, *, where: Array | None = None) -> Any:
-        return run(params, real(x, where), None, where)[0]
+        return run(params, zero_masked(x, where), None, where)[0]
 
     return Connector(init, apply, run)
 
@@ -122,17 +125,17 @@ def running_init(connector: Connector, params: Params, x: Any) -> PyTree:
       A pytree of `Statistics`: mean 0, variance 1, nothing counted.
     """
     check_connector(connector=connector)
-    shapes = jax.eval_shape(lambda *given: given, params, x)
+    shapes = jax.eval_shape(lambda *arguments: arguments, params, x)
 
-    def fresh(found: Statistics) -> Statistics:
-        mean, var, size, eps = found
+    def initial(statistics: Statistics) -> Statistics:
+        mean, var, size, eps = statistics
         return Statistics(jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(size), eps)
 
-    def start() -> PyTree:
+    def init_all() -> PyTree:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.tree.map(fresh, connector.measure(*zeros)[1], is_leaf=_is_statistics)
+        return jax.tree.map(initial, connector.measure(*zeros)[1], is_leaf=_is_statistics)
 
-    return jax.jit(start)()  # compiled, so only constants are left
+    return jax.jit(init_all)()  # compiled, so only constants are left
 
 
 def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1) -> PyTree:
@@ -149,20 +152,24 @@ def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1)
       ValueError: if the two are not statistics of one connector.
     """
     _checks.within(0, 1, momentum=momentum)
-    made = [jax.tree.flatten(each, is_leaf=_is_statistics) for each in (running, measured)]
-    if made[0][1] != made[1][1] or not all(map(_is_statistics, (*made[0][0], *made[1][0]))):
+    flattened = [
+        jax.tree.flatten(statistics, is_leaf=_is_statistics) for statistics in (running, measured)
+    ]
+    if flattened[0][1] != flattened[1][1] or not all(
+        map(_is_statistics, (*flattened[0][0], *flattened[1][0]))
+    ):
         raise ValueError(
             "running and measured must be statistics of one connector, from running_init and "
-            f"Connector.measure, got trees of {made[0][1]} and {made[1][1]}."
+            f"Connector.measure, got trees of {flattened[0][1]} and {flattened[1][1]}."
         )
 
-    def moved(old: Statistics, new: Statistics) -> Statistics:
+    def average(old: Statistics, new: Statistics) -> Statistics:
         share = jnp.where(old.size == 0, 1, _numerics.scalar(momentum, old.mean, "momentum"))
         share = jnp.where(new.size >= 2, share, 0)
         mean, var = (a + share * (b - a) for a, b in zip(old[:2], new[:2], strict=True))
         return Statistics(mean, var, old.size + new.size, new.eps)
 
-    return jax.tree.map(moved, running, measured, is_leaf=_is_statistics)
+    return jax.tree.map(average, running, measured, is_leaf=_is_statistics)
 
 
 def fold_batch_norm(params: Params, statistics: PyTree) -> Params:
@@ -181,12 +188,12 @@ def fold_batch_norm(params: Params, statistics: PyTree) -> Params:
     """
     if isinstance(params, Mapping) and isinstance(statistics, Mapping):
         return {
-            name: fold_batch_norm(own, statistics[name]) if name in statistics else own
-            for name, own in params.items()
+            name: fold_batch_norm(child, statistics[name]) if name in statistics else child
+            for name, child in params.items()
         }
     if isinstance(params, Sequence) and isinstance(statistics, Sequence) and params:
         if not isinstance(statistics, Statistics):
-            return _folded_chain(params, statistics)
+            return _fold_chain(params, statistics)
     if isinstance(statistics, Statistics):
         raise ValueError(
             "a batch_norm can be folded only into a linear or conv just before it in the same "
@@ -195,23 +202,25 @@ def fold_batch_norm(params: Params, statistics: PyTree) -> Params:
     return params
 
 
-def _folded_chain(params: Sequence[Params], statistics: Sequence[PyTree]) -> Params:
+def _fold_chain(params: Sequence[Params], statistics: Sequence[PyTree]) -> Params:
     folded: list[Params] = []
-    for own, found in zip(params, statistics, strict=True):
-        linear_before = bool(folded) and isinstance(folded[-1], Mapping) and "kernel" in folded[-1]
-        if isinstance(found, Statistics) and linear_before:
-            folded[-1] = _scaled(folded[-1], own, found)
+    for step_params, step_statistics in zip(params, statistics, strict=True):
+        follows_linear = bool(folded) and isinstance(folded[-1], Mapping) and "kernel" in folded[-1]
+        if isinstance(step_statistics, Statistics) and follows_linear:
+            folded[-1] = _fold_into_linear(folded[-1], step_params, step_statistics)
             folded.append({})
         else:
-            folded.append(fold_batch_norm(own, found))
+            folded.append(fold_batch_norm(step_params, step_statistics))
     return folded
 
 
-def _scaled(before: Params, norm: Params, found: Statistics) -> Params:
+def _fold_into_linear(linear: Params, norm: Params, statistics: Statistics) -> Params:
     """`(x W + b - mean) factor + offset` as one linear map."""
-    kernel = before["kernel"]
-    factor = norm["scale"] * _numerics.safe_rsqrt(found.var + found.eps).astype(kernel.dtype)
-    bias = before.get("bias", jnp.zeros_like(factor)) - found.mean.astype(kernel.dtype)
+    kernel = linear["kernel"]
+    factor = norm["scale"] * _numerics.safe_rsqrt(statistics.var + statistics.eps).astype(
+        kernel.dtype
+    )
+    bias = linear.get("bias", jnp.zeros_like(factor)) - statistics.mean.astype(kernel.dtype)
     rows = factor.reshape((1,) * (kernel.ndim - 1) + factor.shape)
     return {"kernel": kernel * rows, "bias": bias * factor + norm["offset"]}
 

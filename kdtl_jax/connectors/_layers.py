@@ -15,10 +15,10 @@ from kdtl_jax.connectors._connector import (
     Connector,
     Statistics,
     check_connector,
-    check_made,
-    real,
+    check_params,
     run_step,
     with_statistics,
+    zero_masked,
 )
 
 Size = int | Sequence[int]  # a side, or (height, width)
@@ -48,12 +48,12 @@ def _he(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.normal(key, shape, dtype) * math.sqrt(2 / math.prod(shape[:-1]))
 
 
-def _plain(apply: Callable[[Any], Any]) -> Connector:
+def _without_params(apply: Callable[[Any], Any]) -> Connector:
     """A connector without parameters."""
 
     def checked(params: Params, x: Any, *, where: Array | None = None) -> Any:
         _checks.arrays(x=x)
-        return apply(real(x, where))
+        return apply(zero_masked(x, where))
 
     return Connector(lambda key, x: {}, checked)
 
@@ -62,36 +62,36 @@ def activation(fn: Callable[[Array], Array]) -> Connector:
     """`fn(x)`, e.g. `activation(jax.nn.relu)`; any shape."""
     if not callable(fn):
         raise TypeError(f"fn must be a function such as jax.nn.relu, got {fn!r:.80}.")
-    return _plain(fn)
+    return _without_params(fn)
 
 
 def identity() -> Connector:
     """`x`."""
-    return _plain(lambda x: x)
+    return _without_params(lambda x: x)
 
 
 def unit_norm() -> Connector:
     """`x / ||x||` over the last axis, 0 for zeros; the last layer of contrastive embeddings."""
-    return _plain(_numerics.normalize)
+    return _without_params(_numerics.normalize)
 
 
 def pool(size: Size) -> Connector:
     """Adaptive average pooling of `[B, H, W, C]` to `size`, with torch's cells at any size."""
     cells = pair(size)
-    return _plain(lambda x: _pooling.pool_to(feature_map(x), cells))
+    return _without_params(lambda x: _pooling.pool_to(feature_map(x), cells))
 
 
 def resize_nearest(size: Size) -> Connector:
     """`[B, H, W, C]` to `size` from pixel `floor(i h / H)`, the default of torch and ReviewKD."""
     cells = pair(size)
-    return _plain(lambda x: nearest(feature_map(x), cells))
+    return _without_params(lambda x: nearest(feature_map(x), cells))
 
 
 def nearest(x: Array, size: tuple[int, int]) -> Array:
     """`[B, H, W, C]` to `[B, *size, C]`, each cell from the nearest one before it."""
-    for axis, wanted in zip((1, 2), size, strict=True):
-        if x.shape[axis] != wanted:
-            x = jnp.take(x, np.arange(wanted) * x.shape[axis] // wanted, axis=axis)
+    for axis, length in zip((1, 2), size, strict=True):
+        if x.shape[axis] != length:
+            x = jnp.take(x, np.arange(length) * x.shape[axis] // length, axis=axis)
     return x
 
 
@@ -104,7 +104,7 @@ def resize_bilinear(size: Size) -> Connector:
         shape = (feature_map(x).shape[0], *cells, x.shape[-1])
         return jax.image.resize(x, shape, "bilinear", antialias=False)
 
-    return _plain(apply)
+    return _without_params(apply)
 
 
 def feature_map(x: Any) -> Any:
@@ -133,10 +133,10 @@ def linear(features: int, *, bias: bool = True) -> Connector:
         return params | ({"bias": jnp.zeros((features,), param_dtype(x))} if bias else {})
 
     def apply(params: Params, x: Array, *, where: Array | None = None) -> Array:
-        check_made(params, "kernel")
+        check_params(params, "kernel")
         floating(x, params["kernel"].shape[0])
-        x = real(x, where)
-        return _biased(jnp.matmul(x, params["kernel"].astype(x.dtype)), params)
+        x = zero_masked(x, where)
+        return _add_bias(jnp.matmul(x, params["kernel"].astype(x.dtype)), params)
 
     return Connector(init, apply)
 
@@ -167,12 +167,12 @@ def conv(
         return params | ({"bias": jnp.zeros((features,), param_dtype(x))} if bias else {})
 
     def apply(params: Params, x: Array, *, where: Array | None = None) -> Array:
-        check_made(params, "kernel")
+        check_params(params, "kernel")
         floating(feature_map(x), params["kernel"].shape[2])
-        x, weights = real(x, where), params["kernel"].astype(x.dtype)
+        x, weights = zero_masked(x, where), params["kernel"].astype(x.dtype)
         if x.shape[1:3] == (1, 1) and kernel == 2 * edge + 1:
             # A single position only meets the middle of the kernel.
-            return _biased(jnp.matmul(x, weights[edge, edge]), params)
+            return _add_bias(jnp.matmul(x, weights[edge, edge]), params)
         y = jax.lax.conv_general_dilated(
             x,
             weights,
@@ -180,7 +180,7 @@ def conv(
             ((edge, edge), (edge, edge)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return _biased(y, params)
+        return _add_bias(y, params)
 
     return Connector(init, apply)
 
@@ -190,7 +190,7 @@ def conv3x3(features: int, *, stride: int = 1, bias: bool = True) -> Connector:
     return conv(features, kernel=3, stride=stride, bias=bias)
 
 
-def _biased(y: Array, params: Params) -> Array:
+def _add_bias(y: Array, params: Params) -> Array:
     if "bias" not in params:
         return y
     return y + jnp.broadcast_to(params["bias"].astype(y.dtype), y.shape)
@@ -217,7 +217,7 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
     ) -> tuple[Array, Any]:
         if isinstance(params, Mapping) and not params:
             return x, {}  # folded into the preceding map
-        check_made(params, "scale")
+        check_params(params, "scale")
         floating(x, params["scale"].shape[0])
         if statistics is not None and not isinstance(statistics, Statistics):
             raise TypeError(
@@ -225,15 +225,15 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
                 f"Connector.measure, got {type(statistics).__name__}."
             )
         if statistics is None:
-            centered, variance, statistics = _of_batch(_numerics.upcast(x), where, eps)
+            centered, variance, statistics = _batch_statistics(_numerics.upcast(x), where, eps)
             unit = centered * _numerics.safe_rsqrt(variance + eps)
         else:
-            wide = _numerics.upcast(x)
+            upcast = _numerics.upcast(x)
             mean, variance = (
-                jnp.broadcast_to(v.astype(wide.dtype), wide.shape) for v in statistics[:2]
+                jnp.broadcast_to(v.astype(upcast.dtype), upcast.shape) for v in statistics[:2]
             )
-            added = statistics.eps.astype(wide.dtype)
-            unit = (wide - mean) * _numerics.safe_rsqrt(variance + added)
+            epsilon = statistics.eps.astype(upcast.dtype)
+            unit = (upcast - mean) * _numerics.safe_rsqrt(variance + epsilon)
         scale, offset = (
             jnp.broadcast_to(params[name].astype(unit.dtype), unit.shape)
             for name in ("scale", "offset")
@@ -243,7 +243,7 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
     return with_statistics(init, run)
 
 
-def _of_batch(x: Array, where: Array | None, eps: float) -> tuple[Array, Array, Statistics]:
+def _batch_statistics(x: Array, where: Array | None, eps: float) -> tuple[Array, Array, Statistics]:
     """Centered values, biased variance, and the statistics of the values that take part."""
     axes = tuple(range(x.ndim - 1))
     count = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
@@ -251,13 +251,15 @@ def _of_batch(x: Array, where: Array | None, eps: float) -> tuple[Array, Array, 
         _checks.mask(where, x.shape[: jnp.ndim(where)])
         x = _numerics.kept(x, where)
         count = jnp.sum(where, dtype=x.dtype) * math.prod(x.shape[jnp.ndim(where) : -1])
-    some = jnp.maximum(count, 1)
-    mean = jnp.sum(x, axis=axes, keepdims=True) / some
+    divisor = jnp.maximum(count, 1)
+    mean = jnp.sum(x, axis=axes, keepdims=True) / divisor
     centered = _numerics.kept(x - mean, where)
-    variance = jnp.sum(jnp.square(centered), axis=axes, keepdims=True) / some
+    variance = jnp.sum(jnp.square(centered), axis=axes, keepdims=True) / divisor
     unbiased = variance * (count / jnp.maximum(count - 1, 1))
-    found = Statistics(mean.reshape(-1), unbiased.reshape(-1), count, jnp.asarray(eps, x.dtype))
-    return centered, variance, jax.lax.stop_gradient(found)
+    statistics = Statistics(
+        mean.reshape(-1), unbiased.reshape(-1), count, jnp.asarray(eps, x.dtype)
+    )
+    return centered, variance, jax.lax.stop_gradient(statistics)
 
 
 def mlp(
@@ -287,12 +289,12 @@ def chain(*connectors: Connector) -> Connector:
     for number, step in enumerate(connectors):
         check_connector(**{f"connector {number}": step})
 
-    def check_each(given: Any, name: str) -> None:
-        is_list = isinstance(given, Sequence) and not isinstance(given, (str, Statistics))
-        if not is_list or len(given) != len(connectors):
+    def check_each(entries: Any, name: str) -> None:
+        is_list = isinstance(entries, Sequence) and not isinstance(entries, (str, Statistics))
+        if not is_list or len(entries) != len(connectors):
             raise ValueError(
                 f"{name} must be what this chain made, a list of {len(connectors)}, got "
-                f"{len(given) if is_list else type(given).__name__}."
+                f"{len(entries) if is_list else type(entries).__name__}."
             )
 
     def init(key: Array, x: Any) -> Params:
@@ -307,13 +309,13 @@ def chain(*connectors: Connector) -> Connector:
         params: Params, x: Any, statistics: PyTree | None, where: Array | None, /
     ) -> tuple[Any, PyTree]:
         check_each(params, "params")
-        given = [None] * len(connectors) if statistics is None else statistics
-        check_each(given, "statistics")
-        found = []
-        for own, step, known in zip(params, connectors, given, strict=True):
-            x, used = run_step(step, own, x, known, where)
-            found.append(used)
-        return x, found
+        per_step = [None] * len(connectors) if statistics is None else statistics
+        check_each(per_step, "statistics")
+        new_statistics = []
+        for step_params, step, step_statistics in zip(params, connectors, per_step, strict=True):
+            x, step_result = run_step(step, step_params, x, step_statistics, where)
+            new_statistics.append(step_result)
+        return x, new_statistics
 
     return with_statistics(init, run)
 
@@ -329,7 +331,7 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
     check_connector(**{f"connectors[{name!r}]": connectors[name] for name in names})
 
     def init(key: Array, x: Mapping[str, Any]) -> Params:
-        _named(x)
+        _check_inputs(x)
         _checks.key(key=key)
         return {
             name: connectors[name].init(jax.random.fold_in(key, position), x[name])
@@ -339,11 +341,11 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
     def run(
         params: Params, x: Mapping[str, Any], statistics: PyTree | None, where: Array | None, /
     ) -> tuple[dict[str, Any], PyTree]:
-        _named(x)
-        check_made(params, *names)
+        _check_inputs(x)
+        check_params(params, *names)
         if statistics is not None:
-            check_made(statistics, *names)
-        both = {
+            check_params(statistics, *names)
+        results = {
             name: run_step(
                 connectors[name],
                 params[name],
@@ -353,9 +355,11 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
             )
             for name in names
         }
-        return {name: y for name, (y, _) in both.items()}, {n: s for n, (_, s) in both.items()}
+        return {name: y for name, (y, _) in results.items()}, {
+            n: s for n, (_, s) in results.items()
+        }
 
-    def _named(x: Mapping[str, Any]) -> None:
+    def _check_inputs(x: Mapping[str, Any]) -> None:
         if not isinstance(x, Mapping):
             raise TypeError(f"x must be a dict of inputs by name, got {type(x).__name__}.")
         missing = [name for name in names if name not in x]
@@ -380,7 +384,7 @@ def variance(*, initial: float = 5.0, eps: float = 1e-5) -> Connector:
         return {"raw": jnp.full((x.shape[-1],), raw, param_dtype(x))}
 
     def apply(params: Params, x: Any, *, where: Array | None = None) -> Array:
-        check_made(params, "raw")
+        check_params(params, "raw")
         return jax.nn.softplus(params["raw"]) + eps
 
     return Connector(init, apply)

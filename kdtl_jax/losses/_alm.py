@@ -37,14 +37,14 @@ def alm(
       temperature: > 0; a high value compares log-probabilities, 1 compares probabilities.
       eps: > 0.
     """
-    student, teacher = _checked(student_log_probs, teacher_log_probs)
+    student, teacher = _check_log_probs(student_log_probs, teacher_log_probs)
     _checks.positive(temperature=temperature, eps=eps)
     _checks.per_example(student.shape, temperature=temperature)
-    t, small = (
+    t, epsilon = (
         _numerics.per_example(temperature, student, "temperature"),
         _numerics.scalar(eps, student, "eps"),
     )
-    log_s, log_t = student / t - small, teacher / t - small
+    log_s, log_t = student / t - epsilon, teacher / t - epsilon
     log_q = jnp.stack([log_s, _numerics.log1mexp(log_s)], axis=-1)
     log_p = jnp.stack([log_t, _numerics.log1mexp(log_t)], axis=-1)
     return jnp.sum(_softmax.kl_terms(log_p, log_q), axis=-1)
@@ -61,7 +61,7 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
       teacher_log_probs: the same shape.
       eps: > 0, subtracted from both.
     """
-    student, teacher = _checked(student_log_probs, teacher_log_probs)
+    student, teacher = _check_log_probs(student_log_probs, teacher_log_probs)
     _checks.positive(eps=eps)
     x, y = (
         student - _numerics.scalar(eps, student, "eps"),
@@ -70,12 +70,12 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
     # The term of a KL between -y and -x. When they are close, r gives the ratio y / x = 1 + r more
     # accurately.
     r = (teacher - student) / x
-    near = jnp.abs(r) < 0.5
-    ratio = jnp.where(near, jnp.log1p(jnp.where(near, r, 0)), jnp.log(y / x))
+    is_near = jnp.abs(r) < 0.5
+    ratio = jnp.where(is_near, jnp.log1p(jnp.where(is_near, r, 0)), jnp.log(y / x))
     return _softmax.kl_terms(jnp.log(-y), jnp.log(-x), ratio)
 
 
-def _checked(student: Array, teacher: Array) -> tuple[Array, Array]:
+def _check_log_probs(student: Array, teacher: Array) -> tuple[Array, Array]:
     _checks.floating(student_log_probs=student, teacher_log_probs=teacher)
     _checks.rank(1, student_log_probs=student)
     _checks.same_shape(student_log_probs=student, teacher_log_probs=teacher)

@@ -115,7 +115,7 @@ def minilm_relation(
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
     """
     _checks.count(1, relation_heads=relation_heads)
-    _sides.several(2, 2, student=student, teacher=teacher)
+    _sides.check_sequences(2, 2, student=student, teacher=teacher)
     _sides.same_positions(student[0], teacher[0], at_most=3)
     _checks.mask(where, student[0].shape[:-1])
     scores_s = _relation(*student, relation_heads, where)
@@ -154,8 +154,8 @@ def minilm_v2(
 
     def relations(side: Mapping[str, Array]) -> Array:
         """All relations side by side, as if they were heads."""
-        each = [_relation(side[name], side[name], relation_heads, where) for name in sorted(side)]
-        return jnp.concatenate(each, axis=1)
+        parts = [_relation(side[name], side[name], relation_heads, where) for name in sorted(side)]
+        return jnp.concatenate(parts, axis=1)
 
     return len(student) * attention_kl(relations(student), relations(teacher), where=where)
 
@@ -230,13 +230,13 @@ def token_gram(
     References:
       TextBrewer, 2020 (2002.12620).
     """
-    _sides.several(2, 2, student=student, teacher=teacher)
+    _sides.check_sequences(2, 2, student=student, teacher=teacher)
     _sides.same_positions(student[0], teacher[0], at_most=3)
     _checks.mask(where, student[0].shape[:-1])
     grams = []
     for pair in (student, teacher):
         pair = _sides.same_shape(*pair, at_least=3, at_most=3)
-        above, below = (_numerics.kept(states, where) for states in pair)
-        grams.append(_numerics.gram(above, below) / above.shape[-1])
-    both = None if where is None else where[:, :, None] & where[:, None, :]
-    return _numerics.masked_mean(jnp.square(grams[0] - grams[1]), both, axis=-1)
+        upper, lower = (_numerics.kept(states, where) for states in pair)
+        grams.append(_numerics.gram(upper, lower) / upper.shape[-1])
+    is_real_pair = None if where is None else where[:, :, None] & where[:, None, :]
+    return _numerics.masked_mean(jnp.square(grams[0] - grams[1]), is_real_pair, axis=-1)

@@ -59,8 +59,8 @@ def ickd(student: Array, teacher: Array) -> Array:
       Distillation, 2021.
     """
     student, teacher = _sides.same_channels(student, teacher)
-    apart = _row_unit_gram(_by_channel(student)) - _row_unit_gram(_by_channel(teacher))
-    return jnp.mean(jnp.square(apart), axis=(1, 2))
+    difference = _row_unit_gram(_by_channel(student)) - _row_unit_gram(_by_channel(teacher))
+    return jnp.mean(jnp.square(difference), axis=(1, 2))
 
 
 def _row_unit_gram(x: Array) -> Array:
@@ -88,8 +88,8 @@ def nst(student: Array, teacher: Array) -> Array:
     """
     student, teacher = _sides.same_positions(student, teacher)
     u, v = (_numerics.normalize(_by_channel(x)) for x in (student, teacher))
-    (width, positions), others = u.shape[1:], v.shape[1]
-    if positions * (width + others) <= width**2 + others**2 + width * others:
+    (width, positions), other_width = u.shape[1:], v.shape[1]
+    if positions * (width + other_width) <= width**2 + other_width**2 + width * other_width:
         moments = (_numerics.gram(m, m) / m.shape[-1] for m in map(_swap, (u, v)))
         moment_u, moment_v = moments
         return jnp.sum(jnp.square(moment_u - moment_v), axis=(1, 2))
@@ -145,11 +145,11 @@ def fsp(
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
-    _sides.several(2, 2, student=student, teacher=teacher)
+    _sides.check_sequences(2, 2, student=student, teacher=teacher)
     for maps in zip(student, teacher, strict=True):
         _sides.same_channels(*maps)
-    apart = flow_matrix(*student, where=where) - flow_matrix(*teacher, where=where)
-    return jnp.mean(jnp.square(apart), axis=(1, 2))
+    difference = flow_matrix(*student, where=where) - flow_matrix(*teacher, where=where)
+    return jnp.mean(jnp.square(difference), axis=(1, 2))
 
 
 def affinity(student: Array, teacher: Array) -> Array:
@@ -171,9 +171,9 @@ def affinity(student: Array, teacher: Array) -> Array:
     """
     student, teacher = _sides.same_shape(student, teacher, at_least=3)
     x, y = (_numerics.normalize(_by_channel(side)) for side in (student, teacher))
-    apart, together = (jnp.sum(jnp.square(z), axis=-1) for z in (x - y, x + y))
+    squared_differences, squared_sums = (jnp.sum(jnp.square(z), axis=-1) for z in (x - y, x + y))
     lengths = jnp.sum(jnp.square(x), axis=-1) - jnp.sum(jnp.square(y), axis=-1)
-    norms = _numerics.safe_sqrt(0.5 * (apart * together + jnp.square(lengths)))
+    norms = _numerics.safe_sqrt(0.5 * (squared_differences * squared_sums + jnp.square(lengths)))
     return jnp.sum(norms, axis=-1) / x.shape[-1]
 
 
@@ -207,31 +207,33 @@ def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> 
       Lee, Kim and Song, Self-supervised Knowledge Distillation Using Singular Value
       Decomposition, 2018 (1807.06819).
     """
-    _sides.several(2, student=student, teacher=teacher)
+    _sides.check_sequences(2, student=student, teacher=teacher)
     _checks.count(1, k=k)
     layers = []
     for maps in zip(student, teacher, strict=True):
         sides = _sides.same_channels(*maps)
-        own, target = (side.reshape(side.shape[0], -1, side.shape[-1]) for side in sides)
-        layers.append(_aligned(own, target, k))
+        student_map, teacher_map = (
+            side.reshape(side.shape[0], -1, side.shape[-1]) for side in sides
+        )
+        layers.append(_align(student_map, teacher_map, k))
     total = jnp.zeros(student[0].shape[:1], layers[0][0].dtype)
-    for (below_s, below_t), (above_s, above_t) in zip(layers, layers[1:], strict=False):
-        apart = _rbf(above_s, below_s) - _rbf(above_t, below_t)
-        total = total + jnp.sum(jnp.square(apart), axis=(1, 2, 3))
+    for (lower_s, lower_t), (upper_s, upper_t) in zip(layers, layers[1:], strict=False):
+        difference = _rbf(upper_s, lower_s) - _rbf(upper_t, lower_t)
+        total = total + jnp.sum(jnp.square(difference), axis=(1, 2, 3))
     return total
 
 
-def _rbf(above: Array, below: Array) -> Array:
-    apart = above[:, :, None, :] - below[:, None, :, :]
-    return jnp.exp(-jnp.square(apart) / 8)
+def _rbf(upper: Array, lower: Array) -> Array:
+    difference = upper[:, :, None, :] - lower[:, None, :, :]
+    return jnp.exp(-jnp.square(difference) / 8)
 
 
-def _aligned(student: Array, teacher: Array, k: int) -> tuple[Array, Array]:
+def _align(student: Array, teacher: Array, k: int) -> tuple[Array, Array]:
     """The student's vectors nearest the teacher's first k; both scaled by the teacher's values."""
     rank_t, rank_s = (min(x.shape[1:]) for x in (teacher, student))
     values, target = _channel_vectors(teacher, min(k, rank_t))
     _, vectors = _channel_vectors(student, min(k + 3, rank_s))
-    target, values = _signed(target), _numerics.normalize(values)[:, None, :]
+    target, values = _fix_signs(target), _numerics.normalize(values)[:, None, :]
     overlap = _numerics.gram(jnp.swapaxes(vectors, 1, 2), jnp.swapaxes(target, 1, 2))
     best = jnp.argmax(jnp.abs(overlap), axis=1, keepdims=True)
     sign = jnp.where(jnp.take_along_axis(overlap, best, axis=1) < 0, -1, 1)
@@ -239,7 +241,7 @@ def _aligned(student: Array, teacher: Array, k: int) -> tuple[Array, Array]:
     return matched * values, target * values
 
 
-def _signed(vectors: Array) -> Array:
+def _fix_signs(vectors: Array) -> Array:
     """Each column with its largest entry positive: singular vectors have no sign of their own."""
     largest = jnp.argmax(jnp.abs(vectors), axis=1, keepdims=True)
     return vectors * jnp.where(jnp.take_along_axis(vectors, largest, axis=1) < 0, -1, 1)
@@ -275,6 +277,6 @@ def _eigh_jvp(
     rotated = jnp.swapaxes(vectors, -1, -2) @ tangents[0] @ vectors
     gaps = values[..., None, :] - values[..., :, None]
     noise = 16 * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), axis=-1)
-    apart = jnp.abs(gaps) > noise[..., None, None]
-    mixing = jnp.where(apart, rotated / jnp.where(apart, gaps, 1), 0)
+    is_distinct = jnp.abs(gaps) > noise[..., None, None]
+    mixing = jnp.where(is_distinct, rotated / jnp.where(is_distinct, gaps, 1), 0)
     return (values, vectors), (jnp.diagonal(rotated, axis1=-2, axis2=-1), vectors @ mixing)

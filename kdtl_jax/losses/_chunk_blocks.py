@@ -19,57 +19,63 @@ BLOCK_OF_HEAD = 2**21  # weights of a head that fit a CPU's last-level cache twi
 
 
 def gradient(
-    of_product: Callable[..., Array], product: Array, small: Any, aims: PyTree, counts: Array
+    loss_of: Callable[..., Array], product: Array, shared: Any, targets: PyTree, counts: Array
 ) -> tuple[Array, Array, Any]:
-    """A chunk's total `sum_i l(z_i, y_i)` and its gradient with respect to `product` and `small`.
+    """A chunk's total `sum_i l(z_i, y_i)` and its gradient with respect to `product` and `shared`.
 
     On a CPU it works on one block of rows at a time and writes each gradient over the logits it
     comes from: the loss passes a dozen times over its logits, and a block stays in the processor's
     cache.
 
     Args:
-      of_product: `(product, small, aims, counts) -> []`, a sum over rows, of any number of rows.
-      product: `[n, vocabulary]`, where n is a multiple of `block_rows(vocabulary)` or below it.
-      small: pytree of floating-point arrays that all rows share.
-      aims: pytree of arrays `[n, *]`, constants.
+      loss_of: `(product, shared, targets, counts) -> []`, a sum over any number of rows.
+      product: `[n, vocabulary]`; n is at most `block_rows(vocabulary)` or a multiple of it.
+      shared: pytree of floating-point arrays that all rows share.
+      targets: pytree of arrays `[n, *]`, constants.
       counts: bool `[n]`, rows that count.
 
     Returns:
-      The total `[]` and its gradients with respect to `product`, `[n, vocabulary]`, and to `small`.
+      The total `[]` and its gradients with respect to `product` `[n, vocabulary]` and `shared`.
     """
 
-    def at_once(product: Array, small: Any, *rest: Any) -> tuple[Array, Array, Any]:
-        value, pull = jax.vjp(lambda *by: of_product(*by, *rest), product, small)
+    def at_once(product: Array, shared: Any, *constants: Any) -> tuple[Array, Array, Any]:
+        value, pull = jax.vjp(lambda *inputs: loss_of(*inputs, *constants), product, shared)
         return value, *pull(jnp.ones_like(value))
 
     size, vocabulary = product.shape
     rows = block_rows(vocabulary)
     if size <= rows:
-        return at_once(product, small, aims, counts)
+        return at_once(product, shared, targets, counts)
     blocks = size // rows
 
-    def in_blocks(product: Array, small: Any, *rest: Any) -> tuple[Array, Array, Any]:
+    def in_blocks(product: Array, shared: Any, *constants: Any) -> tuple[Array, Array, Any]:
         # Block i holds rows i, i + blocks, …: split over devices like the chunk (see `_chunks`).
         def split(a: Array) -> Array:
             return a.reshape(rows, blocks, *a.shape[1:])
 
         def block(i: Array, carry: Any) -> Any:
-            total, slots, by_small = carry
+            total, slots, shared_gradient = carry
 
-            def own(a: Array) -> Array:
+            def rows_of_block(a: Array) -> Array:
                 return jax.lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False)
 
-            value, by_own, more = at_once(own(slots), small, *jax.tree.map(own, parts))
-            slots = jax.lax.dynamic_update_index_in_dim(slots, by_own, i, axis=1)
-            return total + value, slots, jax.tree.map(jnp.add, by_small, more)
+            value, block_gradient, block_shared_gradient = at_once(
+                rows_of_block(slots), shared, *jax.tree.map(rows_of_block, parts)
+            )
+            slots = jax.lax.dynamic_update_index_in_dim(slots, block_gradient, i, axis=1)
+            return (
+                total + value,
+                slots,
+                jax.tree.map(jnp.add, shared_gradient, block_shared_gradient),
+            )
 
-        parts = jax.tree.map(split, rest)
-        start = jnp.zeros((), product.dtype), split(product), jax.tree.map(jnp.zeros_like, small)
-        total, slots, by_small = jax.lax.fori_loop(0, blocks, block, start)
-        return total, slots.reshape(product.shape), by_small
+        parts = jax.tree.map(split, constants)
+        start = jnp.zeros((), product.dtype), split(product), jax.tree.map(jnp.zeros_like, shared)
+        total, slots, shared_gradient = jax.lax.fori_loop(0, blocks, block, start)
+        return total, slots.reshape(product.shape), shared_gradient
 
-    given = product, small, aims, counts
-    return jax.lax.platform_dependent(*given, cpu=in_blocks, default=at_once)
+    arguments = product, shared, targets, counts
+    return jax.lax.platform_dependent(*arguments, cpu=in_blocks, default=at_once)
 
 
 def with_product(total: Array, rows: Array, by_product: Array) -> Array:
@@ -87,7 +93,7 @@ def with_product(total: Array, rows: Array, by_product: Array) -> Array:
       `[width, vocabulary]`, accumulated in the dtype of `total`.
     """
 
-    def added(total: Array, rows: Array, by_product: Array) -> Array:
+    def add(total: Array, rows: Array, by_product: Array) -> Array:
         # Written in the layout of `total`, so that the product is added in place.
         return total + jax.lax.dot_general(
             rows, by_product, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype
@@ -96,23 +102,23 @@ def with_product(total: Array, rows: Array, by_product: Array) -> Array:
     width, vocabulary = total.shape
     columns = max(512, BLOCK_OF_HEAD // width)
     if vocabulary <= columns:
-        return added(total, rows, by_product)
+        return add(total, rows, by_product)
 
     def in_blocks(total: Array, rows: Array, by_product: Array) -> Array:
         def block(total: Array, start: Any, columns: int) -> Array:
-            def own(a: Array) -> Array:
+            def columns_of_block(a: Array) -> Array:
                 return jax.lax.dynamic_slice_in_dim(a, start, columns, axis=1)
 
-            new = added(own(total), rows, own(by_product))
+            new = add(columns_of_block(total), rows, columns_of_block(by_product))
             return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis=1)
 
-        whole, rest = divmod(vocabulary, columns)
+        full_blocks, last_columns = divmod(vocabulary, columns)
         total = jax.lax.fori_loop(
-            0, whole, lambda i, total: block(total, i * columns, columns), total
+            0, full_blocks, lambda i, total: block(total, i * columns, columns), total
         )
-        return block(total, whole * columns, rest) if rest else total
+        return block(total, full_blocks * columns, last_columns) if last_columns else total
 
-    return jax.lax.platform_dependent(total, rows, by_product, cpu=in_blocks, default=added)
+    return jax.lax.platform_dependent(total, rows, by_product, cpu=in_blocks, default=add)
 
 
 def block_rows(vocabulary: int) -> int:

@@ -67,13 +67,13 @@ def chunked_divergence(
       fused linear losses also compute the gradient in the forward pass.
     """
     _head.check_head(teacher_hidden, teacher_head)
-    frozen = jax.lax.stop_gradient(teacher_head)
+    constant_head = jax.lax.stop_gradient(teacher_head)
 
     def logits(teacher_rows: Array) -> Array:
-        return head_logits(teacher_rows, frozen)
+        return head_logits(teacher_rows, constant_head)
 
-    given = student_hidden, student_head, teacher_hidden, where, chunk_size
-    return _chunked(divergence, logits, *given)
+    arguments = student_hidden, student_head, teacher_hidden, where, chunk_size
+    return _chunked(divergence, logits, *arguments)
 
 
 def chunked_loss(
@@ -111,7 +111,7 @@ def chunked_loss(
 
 def _chunked(
     loss: Callable[[Array, Any], Array],
-    prepared: Callable[[PyTree], PyTree],
+    prepare: Callable[[PyTree], PyTree],
     hidden: Array,
     head: Head,
     targets: PyTree,
@@ -119,36 +119,36 @@ def _chunked(
     chunk_size: int,
 ) -> Mean:
     """`chunked_loss` with the targets `prepared(targets)`, made for a whole chunk."""
-    hidden, targets, where = _counted(hidden, head, targets, where, chunk_size)
+    hidden, targets, where = _check_and_mask(hidden, head, targets, where, chunk_size)
     block = _chunk_blocks.block_rows(head.kernel.shape[1])
     rows = _chunks((hidden, targets, where), where.ndim, chunk_size, block)
 
-    def shapes(like: PyTree, size: int) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[2:]), a.dtype), like)
+    def shapes_of(tree: PyTree, size: int) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[2:]), a.dtype), tree)
 
     # Arrays that the loss closes over become arguments, so they get a gradient too.
     size, converted, constants = rows[2].shape[1], {}, []
     for n in (min(size, block), size):
-        logits = jax.eval_shape(head_logits, shapes(rows[0], n), head)
-        aims = jax.eval_shape(prepared, shapes(rows[1], n))
-        converted[n], constants = jax.closure_convert(loss, logits, aims)
+        logits = jax.eval_shape(head_logits, shapes_of(rows[0], n), head)
+        chunk_targets = jax.eval_shape(prepare, shapes_of(rows[1], n))
+        converted[n], constants = jax.closure_convert(loss, logits, chunk_targets)
 
-    def pure(logits: Array, aims: PyTree, *constants: Array) -> Array:
-        return converted[logits.shape[0]](logits, aims, *constants)
+    def pure(logits: Array, chunk_targets: PyTree, *constants: Array) -> Array:
+        return converted[logits.shape[0]](logits, chunk_targets, *constants)
 
-    values = jax.eval_shape(pure, logits, aims, *constants)
+    values = jax.eval_shape(pure, logits, chunk_targets, *constants)
     if getattr(values, "shape", None) != logits.shape[:-1]:
         raise ValueError(
             f"loss must return one value per token, {list(logits.shape[:-1])} for a chunk, "
             f"got {getattr(values, 'shape', values)}. Leave the reduction to this function."
         )
     # Small hyper-parameters in float32 or wider, since their gradients are accumulated.
-    small = jax.tree.map(_wide, head._replace(kernel=None))
-    total = _summed(
+    small_head = jax.tree.map(_as_float, head._replace(kernel=None))
+    total = _sum_over_chunks(
         pure,
-        lambda targets: jax.lax.stop_gradient(prepared(targets)),
+        lambda targets: jax.lax.stop_gradient(prepare(targets)),
         rows[0],
-        small._replace(kernel=head.kernel),
+        small_head._replace(kernel=head.kernel),
         tuple(constants),
         jax.lax.stop_gradient(rows[1]),
         rows[2],
@@ -182,26 +182,26 @@ def chunked_map(
     Returns:
       `fn`'s pytree with leaves `[..., *]`.
     """
-    hidden, targets, where = _counted(hidden, head, targets, where, chunk_size)
+    hidden, targets, where = _check_and_mask(hidden, head, targets, where, chunk_size)
 
     @jax.checkpoint
-    def of_chunk(chunk: Any) -> PyTree:
+    def map_chunk(chunk: Any) -> PyTree:
         return fn(head_logits(chunk[0], head), chunk[1])
 
-    values = jax.lax.map(of_chunk, _chunks((hidden, targets), where.ndim, chunk_size))
+    values = jax.lax.map(map_chunk, _chunks((hidden, targets), where.ndim, chunk_size))
 
-    def joined(a: Array) -> Array:
+    def join(a: Array) -> Array:
         a = jnp.moveaxis(a, 0, 1)
         rows = a.reshape(-1, *a.shape[2:])[: where.size]
         return _numerics.kept(rows.reshape(*where.shape, *a.shape[2:]), where)
 
-    return jax.tree.map(joined, values)
+    return jax.tree.map(join, values)
 
 
-def _counted(
+def _check_and_mask(
     hidden: Array, head: Head, targets: PyTree, where: Array | None, chunk_size: int
 ) -> tuple[Array, PyTree, Array]:
-    """Checked, with 0 where a token does not count: it may be NaN, and 0 times NaN is NaN."""
+    """Checks the arguments and zeros the tokens that do not count, which may be NaN."""
     _head.check_head(hidden, head)
     _checks.nonempty(hidden=hidden)
     _checks.positive(chunk_size=chunk_size)
@@ -239,9 +239,9 @@ def _chunks(tree: PyTree, leading: int, chunk_size: int, rows: int = 1) -> PyTre
     return jax.tree.map(split, tree)
 
 
-def _summed(
+def _sum_over_chunks(
     loss: Callable[..., Array],
-    prepared: Callable[[PyTree], PyTree],
+    prepare: Callable[[PyTree], PyTree],
     hidden: Array,
     head: Head,
     constants: tuple[Array, ...],
@@ -250,59 +250,67 @@ def _summed(
 ) -> Array:
     """The sum over chunks `[chunks, n, ...]`, with its gradient computed along the way."""
 
-    def of_product(product: Array, small: Any, aims: PyTree, counts: Array) -> Array:
-        return _chunk_total(loss, _head.transformed(product, small[0]), small[1], aims, counts)
+    def loss_of(product: Array, shared: Any, chunk_targets: PyTree, counts: Array) -> Array:
+        return _chunk_total(
+            loss, _head.transformed(product, shared[0]), shared[1], chunk_targets, counts
+        )
 
     @jax.custom_vjp
-    def summed(hidden: Array, head: Head, constants: tuple[Array, ...]) -> Array:
+    def total_loss(hidden: Array, head: Head, constants: tuple[Array, ...]) -> Array:
         kernel = head.kernel.astype(hidden.dtype)
 
         def add(total: Array, chunk: Any) -> tuple[Array, None]:
-            rows, aims, counts = chunk
+            rows, chunk_targets, counts = chunk
             product = _head.adapted(_head.product(rows, kernel), rows, head.delta)
-            return total + of_product(product, (head, constants), prepared(aims), counts), None
+            return total + loss_of(product, (head, constants), prepare(chunk_targets), counts), None
 
         return jax.lax.scan(add, _zero(hidden), (hidden, targets, where))[0]
 
     def forward(hidden: Array, head: Head, constants: tuple[Array, ...]) -> Any:
         kernel = head.kernel.astype(hidden.dtype)
-        small = head._replace(kernel=None, delta=None), constants
+        shared = head._replace(kernel=None, delta=None), constants
 
         def add(carry: Any, chunk: Any) -> tuple[Any, Array]:
-            total, by_kernel, by_delta, by_small = carry
-            rows, aims, counts = chunk
+            total, kernel_gradient, delta_gradient, shared_gradient = carry
+            rows, chunk_targets, counts = chunk
             product, pull = jax.vjp(
                 partial(_head.adapted, _head.product(rows, kernel)), rows, head.delta
             )
-            value, by_product, more = _chunk_blocks.gradient(
-                of_product, product, small, prepared(aims), counts
+            value, product_gradient, chunk_shared_gradient = _chunk_blocks.gradient(
+                loss_of, product, shared, prepare(chunk_targets), counts
             )
-            by_rows, by_own_delta = pull(by_product)
-            by_product = by_product.astype(rows.dtype)
-            by_rows += jnp.matmul(by_product, kernel.T)
-            by_kernel = _chunk_blocks.with_product(by_kernel, rows, by_product)
-            by_delta, by_small = jax.tree.map(jnp.add, (by_delta, by_small), (by_own_delta, more))
-            return (total + value, by_kernel, by_delta, by_small), by_rows
+            rows_gradient, chunk_delta_gradient = pull(product_gradient)
+            product_gradient = product_gradient.astype(rows.dtype)
+            rows_gradient += jnp.matmul(product_gradient, kernel.T)
+            kernel_gradient = _chunk_blocks.with_product(kernel_gradient, rows, product_gradient)
+            delta_gradient, shared_gradient = jax.tree.map(
+                jnp.add,
+                (delta_gradient, shared_gradient),
+                (chunk_delta_gradient, chunk_shared_gradient),
+            )
+            return (total + value, kernel_gradient, delta_gradient, shared_gradient), rows_gradient
 
         start = (
             _zero(hidden),
             jnp.zeros(head.kernel.shape, _zero(hidden).dtype),
             jax.tree.map(jnp.zeros_like, head.delta),
-            jax.tree.map(jnp.zeros_like, small),
+            jax.tree.map(jnp.zeros_like, shared),
         )
-        found, by_hidden = jax.lax.scan(add, start, (hidden, targets, where))
-        total, by_kernel, by_delta, (by_head, by_constants) = found
-        by_head = by_head._replace(kernel=by_kernel.astype(head.kernel.dtype), delta=by_delta)
-        return total, (by_hidden, by_head, by_constants)
+        result, hidden_gradient = jax.lax.scan(add, start, (hidden, targets, where))
+        total, kernel_gradient, delta_gradient, (head_gradient, constants_gradient) = result
+        head_gradient = head_gradient._replace(
+            kernel=kernel_gradient.astype(head.kernel.dtype), delta=delta_gradient
+        )
+        return total, (hidden_gradient, head_gradient, constants_gradient)
 
     def backward(gradient: Any, cotangent: Array) -> Any:
         return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradient)
 
-    summed.defvjp(forward, backward)
-    return summed(hidden, head, constants)
+    total_loss.defvjp(forward, backward)
+    return total_loss(hidden, head, constants)
 
 
-def _wide(x: Scalar) -> Array:
+def _as_float(x: Scalar) -> Array:
     array = jnp.asarray(x)
     return _numerics.upcast(
         array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)

@@ -40,7 +40,7 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
     References:
       Tian, Krishnan and Isola, Contrastive Representation Distillation, 2020 (1910.10699).
     """
-    log_scores = _sides.one(log_scores, "log_scores", at_least=2, at_most=2)
+    log_scores = _sides.single(log_scores, "log_scores", at_least=2, at_most=2)
     _checks.scalar(num_data=num_data)
     _checks.positive(num_data=num_data)
     negatives = log_scores.shape[1] - 1
@@ -51,11 +51,11 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
         )
     noise = negatives / num_data
     log_guarded = jnp.log(jnp.asarray(noise + eps, log_scores.dtype))
-    over = log_scores - log_guarded
+    excess = log_scores - log_guarded
     # log(x + P + eps), short of log(P + eps): a softplus.
-    both = jnp.maximum(over, 0) + jnp.log1p(jnp.exp(-jnp.abs(over)))
+    log_sums = jnp.maximum(excess, 0) + jnp.log1p(jnp.exp(-jnp.abs(excess)))
     guard = negatives * math.log1p(eps / noise)  # published with eps on one side only
-    return jnp.sum(both, axis=-1) - over[:, 0] + guard
+    return jnp.sum(log_sums, axis=-1) - excess[:, 0] + guard
 
 
 def info_nce(
@@ -78,8 +78,8 @@ def info_nce(
       van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018;
       Giakoumoglou and Stathaki, 2024 (2407.11802).
     """
-    logits, others = _similarities(student, teacher, temperature, where)
-    return _numerics.kept(-jnp.diagonal(_softmax.log_softmax(logits, where=others)), where)
+    logits, is_candidate = _similarities(student, teacher, temperature, where)
+    return _numerics.kept(-jnp.diagonal(_softmax.log_softmax(logits, where=is_candidate)), where)
 
 
 def dcd_invariance(
@@ -103,8 +103,8 @@ def dcd_invariance(
       Giakoumoglou and Stathaki, Discriminative and Consistent Representation Distillation, 2024
       (2407.11802).
     """
-    logits, others = _similarities(student, teacher, temperature, where)
-    return _numerics.kept(_softmax.kl_from_logits(logits.T, logits, where=others), where)
+    logits, is_candidate = _similarities(student, teacher, temperature, where)
+    return _numerics.kept(_softmax.kl_from_logits(logits.T, logits, where=is_candidate), where)
 
 
 def _similarities(
@@ -112,10 +112,10 @@ def _similarities(
 ) -> tuple[Array, Array | None]:
     """Scaled cosines `[B, B]`, and which columns are real examples."""
     _checks.positive(temperature=temperature)
-    sides = _sides.real(where, *_sides.same_shape(student, teacher))
+    sides = _sides.zero_masked(where, *_sides.same_shape(student, teacher))
     s, t = (_numerics.normalize(_numerics.batch_flat(side)) for side in sides)
-    others = None if where is None else jnp.broadcast_to(where[None, :], (len(s), len(s)))
-    return _numerics.gram(s, t) / _numerics.scalar(temperature, s, "temperature"), others
+    is_candidate = None if where is None else jnp.broadcast_to(where[None, :], (len(s), len(s)))
+    return _numerics.gram(s, t) / _numerics.scalar(temperature, s, "temperature"), is_candidate
 
 
 def rrd(
@@ -149,7 +149,7 @@ def rrd(
     _checks.positive(
         student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
-    student, teacher = _sides.real(where, *_sides.same_shape(student, teacher, at_most=2))
+    student, teacher = _sides.zero_masked(where, *_sides.same_shape(student, teacher, at_most=2))
     _checks.floating(queue=queue)
     if jnp.ndim(queue) != 2 or jnp.shape(queue)[1:] != student.shape[1:]:
         raise ValueError(
@@ -194,7 +194,7 @@ def bi_tuning_classifier(
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its contrastive
       cross-entropy.
     """
-    features = _sides.one(features, "features", at_least=2, at_most=2)
+    features = _sides.single(features, "features", at_least=2, at_most=2)
     _checks.floating(class_weights=class_weights, class_bias=class_bias)
     _checks.rank(1, 1, class_bias=class_bias)
     width, classes = features.shape[1], jnp.shape(class_bias)[0]
@@ -206,7 +206,7 @@ def bi_tuning_classifier(
     _checks.labels(labels, jax.ShapeDtypeStruct((len(features), classes), features.dtype), where)
     labels, usable = _numerics.usable_labels(labels, classes, where)
     vectors = unit_classes(class_weights, class_bias).astype(features.dtype)
-    (features,) = _sides.real(where, features)
+    (features,) = _sides.zero_masked(where, features)
     scores = _numerics.gram(vectors[labels], unit_features(features))
     return _numerics.at_usable(_class_contrast(scores, labels, temperature, where), usable, where)
 
@@ -237,7 +237,7 @@ def bi_tuning_projection(
     """
     _checks.same_shape(queries=queries, keys=keys)
     _checks.floating(queries=queries, keys=keys)
-    queries, keys = _sides.real(where, *_sides.same_shape(queries, keys, at_most=2))
+    queries, keys = _sides.zero_masked(where, *_sides.same_shape(queries, keys, at_most=2))
     any_class = jnp.iinfo(jnp.int32).max  # only a negative label is certainly invalid
     as_logits = jax.ShapeDtypeStruct((len(queries), any_class), queries.dtype)
     _checks.labels(labels, as_logits, where)
@@ -269,7 +269,7 @@ def uniform_contrast(
     Returns:
       `[B]`, nats.
     """
-    scores = _sides.one(scores, "scores", at_least=2, at_most=2)
+    scores = _sides.single(scores, "scores", at_least=2, at_most=2)
     _checks.mask(positives, scores.shape)
     _checks.positive(temperature=temperature)
     _checks.mask(where, scores.shape)
@@ -285,7 +285,7 @@ def uniform_contrast(
 
 def unit_features(features: Array) -> Array:
     """`[h, 1] / ||[h, 1]||`, `[B, D] -> [B, D + 1]`: features as the head's bias sees them."""
-    features = _sides.one(features, "features", at_least=2, at_most=2)
+    features = _sides.single(features, "features", at_least=2, at_most=2)
     ones = jnp.ones((features.shape[0], 1), features.dtype)
     return _numerics.normalize(jnp.concatenate([features, ones], axis=-1))
 

@@ -53,8 +53,8 @@ def ega_node(student: Array, teacher: Array, *, where: Array | None = None) -> A
       Alignment, 2022 (2211.13264).
     """
     s, t = (_unit_features(x) for x in _flat(student, teacher, where))
-    apart = _numerics.gram(t, s) - jnp.eye(len(s), dtype=s.dtype)
-    return _numerics.kept(jnp.sum(jnp.square(apart), axis=-1), where)
+    difference = _numerics.gram(t, s) - jnp.eye(len(s), dtype=s.dtype)
+    return _numerics.kept(jnp.sum(jnp.square(difference), axis=-1), where)
 
 
 def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
@@ -76,10 +76,10 @@ def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -
       (2112.00459).
     """
     sides = (_numerics.batch_flat(side) for side in _sides.same_batch(student, teacher))
-    units = (_numerics.normalize(side) for side in _sides.real(where, *sides))
+    units = (_numerics.normalize(side) for side in _sides.zero_masked(where, *sides))
     gram_s, gram_t = (_numerics.gram(unit, unit) for unit in units)
-    own, shared = _trace_one(gram_s), _trace_one(gram_s * gram_t)
-    return jnp.sum(jnp.square(own) - jnp.square(shared), axis=-1)
+    self_information, shared_information = _trace_one(gram_s), _trace_one(gram_s * gram_t)
+    return jnp.sum(jnp.square(self_information) - jnp.square(shared_information), axis=-1)
 
 
 def _trace_one(gram: Array) -> Array:
@@ -105,7 +105,7 @@ def feature_correlation(student: Array, teacher: Array, *, where: Array | None =
       Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, 2022
       (2112.00459).
     """
-    sides = _sides.real(where, *_sides.same_shape(student, teacher, at_most=2))
+    sides = _sides.zero_masked(where, *_sides.same_shape(student, teacher, at_most=2))
     s, t = (_numerics.normalize(_numerics.centered(x, where), axis=0) for x in sides)
     return jnp.sum(s * t, axis=0)
 
@@ -138,7 +138,7 @@ def pkd_pearson(
       Cao et al., PKD: General Distillation Framework for Object Detectors via Pearson Correlation
       Coefficient, 2022 (2207.02039).
     """
-    student, teacher = _sides.real(where, *_sides.same_shape(student, teacher))
+    student, teacher = _sides.zero_masked(where, *_sides.same_shape(student, teacher))
     _checks.non_negative(eps=eps)
     _checks.count(0, ddof=ddof)
     count = student.size // student.shape[-1]
@@ -147,19 +147,19 @@ def pkd_pearson(
             f"needs more than ddof={ddof} positions per channel, got "
             f"{_checks.described(student=student)}. Use a larger batch or ddof=0."
         )
-    apart = _standardized(student, ddof, eps, where) - _standardized(teacher, ddof, eps, where)
-    return 0.5 * jnp.mean(jnp.square(_numerics.batch_flat(apart)), axis=-1)
+    difference = _standardize(student, ddof, eps, where) - _standardize(teacher, ddof, eps, where)
+    return 0.5 * jnp.mean(jnp.square(_numerics.batch_flat(difference)), axis=-1)
 
 
-def _standardized(x: Array, ddof: int, eps: Scalar, where: Array | None) -> Array:
+def _standardize(x: Array, ddof: int, eps: Scalar, where: Array | None) -> Array:
     rows = x.reshape(-1, x.shape[-1])
     positions = len(rows) // len(x)
     of_rows = None if where is None else jnp.repeat(where, positions)
     centered = _numerics.centered(rows, of_rows)
     freedom = jnp.maximum(_numerics.row_count(rows, of_rows) - ddof, 1)
     squares = jnp.sum(jnp.square(centered), axis=0, keepdims=True)
-    spread = _numerics.safe_sqrt(squares / freedom) + _numerics.scalar(eps, x, "eps")
-    factor = jnp.where(spread != 0, 1 / jnp.where(spread != 0, spread, 1), 0)
+    deviation = _numerics.safe_sqrt(squares / freedom) + _numerics.scalar(eps, x, "eps")
+    factor = jnp.where(deviation != 0, 1 / jnp.where(deviation != 0, deviation, 1), 0)
     return (centered * factor).reshape(x.shape)
 
 
@@ -187,7 +187,9 @@ def ridge_hint(
     References:
       Golub and Pereyra, Separable nonlinear least squares: the variable projection method, 2003.
     """
-    student, teacher = _sides.real(where, *_sides.same_positions(student, teacher, at_least=2))
+    student, teacher = _sides.zero_masked(
+        where, *_sides.same_positions(student, teacher, at_least=2)
+    )
     _checks.positive(ridge=ridge)
     x, y = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     of_rows = None if where is None else jnp.repeat(where, len(x) // len(student))
@@ -212,4 +214,4 @@ def _unit_features(x: Array) -> Array:
 
 def _flat(student: Array, teacher: Array, where: Array | None) -> tuple[Array, ...]:
     student, teacher = _sides.same_shape(student, teacher)
-    return _sides.real(where, _numerics.batch_flat(student), _numerics.batch_flat(teacher))
+    return _sides.zero_masked(where, _numerics.batch_flat(student), _numerics.batch_flat(teacher))

@@ -40,9 +40,9 @@ def forward_kl(
       Kullback and Leibler, On information and sufficiency, 1951. TRL's `GKDTrainer` gives this at
       beta=0; DistiLLM's `forward_kl` is the cross-entropy form (`soft_cross_entropy`).
     """
-    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
-    apart = _logspace.softened_difference(teacher_logits, student_logits, temperature)
-    return _softmax.kl_from_logits(teacher, student, where=where, difference=apart)
+    student, teacher = _logspace.soften(student_logits, teacher_logits, temperature, where)
+    difference = _logspace.softened_difference(teacher_logits, student_logits, temperature)
+    return _softmax.kl_from_logits(teacher, student, where=where, difference=difference)
 
 
 def kd_kl(
@@ -109,17 +109,17 @@ def binary_kl(
         _checks.floating(class_weights=class_weights)
         _checks.non_negative(class_weights=class_weights)
         if jnp.shape(class_weights) != shape[-1:]:
-            found = _checks.described(class_weights=class_weights, student_logits=student_logits)
-            raise ValueError(f"class_weights must be [num_labels], got {found}.")
+            shapes = _checks.described(class_weights=class_weights, student_logits=student_logits)
+            raise ValueError(f"class_weights must be [num_labels], got {shapes}.")
         # Left out beforehand: 0 times an infinite divergence is NaN.
         where = jnp.broadcast_to(jnp.asarray(class_weights) != 0, shape) & (where is None or where)
     student, teacher = (_numerics.kept(_numerics.upcast(z), where) for z in logits.values())
     t = _numerics.per_example(temperature, student, "temperature")
-    student, teacher, apart = (
+    student, teacher, difference = (
         jnp.stack([z / t, jnp.zeros_like(z)], axis=-1)
         for z in (student, teacher, _softmax.masked_difference(teacher, student))
     )
-    kl = _softmax.kl_from_logits(teacher, student, difference=apart)
+    kl = _softmax.kl_from_logits(teacher, student, difference=difference)
     if class_weights is not None:
         kl *= _numerics.cast(class_weights, kl).reshape((1,) * (kl.ndim - 1) + (-1,))
     total = jnp.sum(kl, axis=-1)  # a masked label has the logits 0 and 0
@@ -146,7 +146,7 @@ def soft_cross_entropy(
     References:
       Hinton, Vinyals and Dean, 2015 (1503.02531).
     """
-    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
+    student, teacher = _logspace.soften(student_logits, teacher_logits, temperature, where)
     if where is not None:
         teacher = jnp.where(where, teacher, -jnp.inf)
     log_q = _softmax.log_softmax(student, where=where)
@@ -171,14 +171,14 @@ def hard_kd(
       2021 (2012.12877).
     """
     _checks.within(0, 1, label_smoothing=label_smoothing)
-    student, teacher = _logspace.softened(
+    student, teacher = _logspace.soften(
         student_logits, teacher_logits, label_smoothing=label_smoothing
     )
     log_p = _softmax.log_softmax(student)
-    hard = -_logspace.at(log_p, jnp.argmax(teacher, axis=-1))
+    hard = -_logspace.at_label(log_p, jnp.argmax(teacher, axis=-1))
     hard = _numerics.nan_of(hard, jnp.max(teacher, axis=-1))
-    known = _checks.concrete(label_smoothing)
-    if known is not None and not known.any():
+    concrete = _checks.concrete(label_smoothing)
+    if concrete is not None and not concrete.any():
         return hard
     smoothing = _numerics.per_example(label_smoothing, hard, "label_smoothing")
     return (1 - smoothing) * hard - smoothing * _logspace.mean_log(log_p)
@@ -204,7 +204,7 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
       (2402.11148).
     """
     _checks.positive(gamma=gamma)
-    student, teacher = _logspace.softened(student_logits, teacher_logits, gamma=gamma)
+    student, teacher = _logspace.soften(student_logits, teacher_logits, gamma=gamma)
     power = _numerics.per_example(gamma, teacher, "gamma")
     return _softmax.kl_from_logits(power * teacher, student)
 
@@ -248,9 +248,9 @@ def reverse_kl(
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
     """
-    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
-    apart = _logspace.softened_difference(student_logits, teacher_logits, temperature)
-    return _softmax.kl_from_logits(student, teacher, where=where, difference=apart)
+    student, teacher = _logspace.soften(student_logits, teacher_logits, temperature, where)
+    difference = _logspace.softened_difference(student_logits, teacher_logits, temperature)
+    return _softmax.kl_from_logits(student, teacher, where=where, difference=difference)
 
 
 def symmetric_kl(
@@ -271,7 +271,7 @@ def symmetric_kl(
       Jeffreys, An invariant form for the prior probability in estimation problems, 1946.
     """
     _checks.within(0, 1, weight=weight)
-    log_s, log_t, ratio = _logspace.compared(
+    log_s, log_t, ratio = _logspace.compare(
         student_logits, teacher_logits, temperature, where, weight=weight
     )
     forward = jnp.sum(_softmax.kl_terms(log_t, log_s, ratio), axis=-1)
@@ -299,7 +299,7 @@ def skew_forward_kl(
       (2402.03898).
     """
     _checks.within(0, 1, alpha=alpha)
-    log_s, log_t, ratio = _logspace.compared(
+    log_s, log_t, ratio = _logspace.compare(
         student_logits, teacher_logits, temperature, where, alpha=alpha
     )
     student_share = 1 - _numerics.per_example(alpha, log_t, "alpha")
@@ -322,7 +322,7 @@ def skew_reverse_kl(
       Ko et al., DistiLLM, 2024 (2402.03898). DistiLLM's `skewed_reverse_kl` is this number.
     """
     _checks.within(0, 1, alpha=alpha)
-    log_s, log_t, ratio = _logspace.compared(
+    log_s, log_t, ratio = _logspace.compare(
         student_logits, teacher_logits, temperature, where, alpha=alpha
     )
     teacher_share = 1 - _numerics.per_example(alpha, log_s, "alpha")
@@ -351,7 +351,7 @@ def total_variation(
       Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation, 2023
       (2307.15190). DistiLLM's `tv_distance` is this number.
     """
-    pair = _logspace.compared(student_logits, teacher_logits, temperature, where)
+    pair = _logspace.compare(student_logits, teacher_logits, temperature, where)
     return jnp.sum(_absolute_gaps(pair), axis=-1) / 2
 
 
@@ -380,21 +380,21 @@ def adaptive_kl_weight(
       sorts in ascending order, so its "head" is the tail.
     """
     _checks.within(0, 1, mu=mu)
-    pair = _logspace.compared(student_logits, teacher_logits, temperature, where, mu=mu)
+    pair = _logspace.compare(student_logits, teacher_logits, temperature, where, mu=mu)
     order = jnp.argsort(pair.log_teacher, axis=-1, descending=True)
     mass = jnp.take_along_axis(_logspace.probabilities(pair.log_teacher), order, axis=-1)
     gap = jnp.take_along_axis(_absolute_gaps(pair), order, axis=-1)
     first = jax.lax.broadcasted_iota(jnp.int32, mass.shape, mass.ndim - 1) == 0
     head = first | (jnp.cumsum(mass, axis=-1) <= _numerics.per_example(mu, mass, "mu"))
     total = jnp.sum(gap, axis=-1)
-    some = total != 0
+    has_gap = total != 0
     tail = jnp.sum(jnp.where(head, 0, gap), axis=-1)
-    return jnp.where(some, tail / jnp.where(some, total, 1), 0.5)
+    return jnp.where(has_gap, tail / jnp.where(has_gap, total, 1), 0.5)
 
 
 def _absolute_gaps(pair: _logspace.Pair) -> Array:
     """`|p_T - p_S|`, relatively accurate even where the two nearly agree."""
     p_t, p_s = _logspace.probabilities(pair.log_teacher), _logspace.probabilities(pair.log_student)
-    near = (p_t > 0) & (p_s > 0) & (jnp.abs(pair.ratio) < 1)
-    close = p_s * jnp.expm1(jnp.where(near, pair.ratio, 0))
-    return jnp.abs(jnp.where(near, close, p_t - p_s))
+    is_near = (p_t > 0) & (p_s > 0) & (jnp.abs(pair.ratio) < 1)
+    near_value = p_s * jnp.expm1(jnp.where(is_near, pair.ratio, 0))
+    return jnp.abs(jnp.where(is_near, near_value, p_t - p_s))

@@ -28,7 +28,7 @@ def acceptance(
       Leviathan, Kalman and Matias, Fast Inference from Transformers via Speculative Decoding, 2022
       (2211.17192).
     """
-    return 1 - _refused(*_both(draft_logits, target_logits, draft_ids))
+    return 1 - _rejection(*_log_probs_and_ratio(draft_logits, target_logits, draft_ids))
 
 
 def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | None = None) -> Array:
@@ -42,11 +42,11 @@ def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | No
       Samarin et al., LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding, 2026
       (2602.23881), the alpha form; SpecForge.
     """
-    log_q, log_p, ratio = _both(draft_logits, target_logits, draft_ids)
-    refused = _refused(log_q, log_p, ratio)
-    near = refused < 0.5
-    far = _logspace.logsumexp(jnp.minimum(log_q, log_p))
-    return -jnp.where(near, jnp.log1p(-jnp.where(near, refused, 0)), far)
+    log_q, log_p, ratio = _log_probs_and_ratio(draft_logits, target_logits, draft_ids)
+    rejection = _rejection(log_q, log_p, ratio)
+    is_small = rejection < 0.5
+    log_acceptance = _logspace.logsumexp(jnp.minimum(log_q, log_p))
+    return -jnp.where(is_small, jnp.log1p(-jnp.where(is_small, rejection, 0)), log_acceptance)
 
 
 def lk_lambda(
@@ -71,11 +71,11 @@ def lk_lambda(
       of the KL and divides it by the number of all positions, padding included.
     """
     _checks.within(0, 1, weight=weight)
-    refused = _refused(*_both(draft_logits, target_logits, draft_ids))
-    _checks.per_example(refused.shape, weight=weight)
-    share = _numerics.per_example(weight, refused, "weight")
+    rejection = _rejection(*_log_probs_and_ratio(draft_logits, target_logits, draft_ids))
+    _checks.per_example(rejection.shape, weight=weight)
+    share = _numerics.per_example(weight, rejection, "weight")
     kl = forward_kl(draft_logits, known_to_draft(target_logits, draft_ids=draft_ids))
-    return share * kl + (1 - share) * refused
+    return share * kl + (1 - share) * rejection
 
 
 def known_to_draft(target_logits: Array, *, draft_ids: Array | None = None) -> Array:
@@ -119,12 +119,14 @@ def draft_targets(
         is_known = jnp.zeros(target_logits.shape[-1], jnp.bool_).at[draft_ids].set(True)
         where = where & is_known[favorite]
     length = where.shape[1]
-    kept = max(length - step, 0)
-    targets = jnp.pad(targets[:, length - kept :], ((0, 0), (0, length - kept), (0, 0)))
-    return targets, jnp.pad(where[:, length - kept :], ((0, 0), (0, length - kept)))
+    count = max(length - step, 0)
+    targets = jnp.pad(targets[:, length - count :], ((0, 0), (0, length - count), (0, 0)))
+    return targets, jnp.pad(where[:, length - count :], ((0, 0), (0, length - count)))
 
 
-def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, Array, Array]:
+def _log_probs_and_ratio(
+    draft: Array, target: Array, draft_ids: Array | None
+) -> tuple[Array, Array, Array]:
     """`log p_S`, the unnormalized target `log p_T` at the draft's tokens, and their difference.
 
     The difference is relatively accurate if the draft knows all tokens: both are normalized.
@@ -145,10 +147,10 @@ def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, 
     return log_q, log_p, _softmax.log_ratio(_numerics.upcast(draft), _numerics.upcast(target))
 
 
-def _refused(log_q: Array, log_p: Array, ratio: Array) -> Array:
+def _rejection(log_q: Array, log_p: Array, ratio: Array) -> Array:
     """`1 - alpha = sum_v max(p_S - p_T, 0)`, as accurate as `ratio`, `log p_S - log p_T`."""
     in_both = (log_q != -jnp.inf) & (log_p != -jnp.inf)
     p = jnp.exp(log_p)
-    near = in_both & (jnp.abs(ratio) < 1)
-    gap = jnp.where(near, p * jnp.expm1(jnp.where(near, ratio, 0)), jnp.exp(log_q) - p)
+    is_near = in_both & (jnp.abs(ratio) < 1)
+    gap = jnp.where(is_near, p * jnp.expm1(jnp.where(is_near, ratio, 0)), jnp.exp(log_q) - p)
     return jnp.sum(jax.nn.relu(gap), axis=-1)

@@ -49,8 +49,8 @@ def random_sampling_draws(
     """
     _checks.count(1, num_draws=num_draws)
     log_q = _proposal(teacher_logits, exponent)[1]
-    drawn = jax.random.categorical(key, log_q, axis=-1, shape=(num_draws, *log_q.shape[:-1]))
-    return jnp.moveaxis(drawn, 0, -1).astype(jnp.int32)
+    draws = jax.random.categorical(key, log_q, axis=-1, shape=(num_draws, *log_q.shape[:-1]))
+    return jnp.moveaxis(draws, 0, -1).astype(jnp.int32)
 
 
 def random_sampling_targets(
@@ -95,7 +95,7 @@ def random_sampling_cross_entropy(
     Returns:
       `[...]`, nats, float32 or wider. Not zero at equality: the teacher's entropy stays in.
     """
-    student, _ = _logspace.softened(student_logits, student_logits, temperature)
+    student, _ = _logspace.soften(student_logits, student_logits, temperature)
     _checks.indices(student.shape[-1], indices=targets.indices)
     _checks.floating(weights=targets.weights)
     _checks.same_shape(**targets._asdict())
@@ -114,7 +114,7 @@ def random_sampling_cross_entropy(
 def _proposal(teacher_logits: Array, exponent: Scalar) -> tuple[Array, Array]:
     """`log p` and `log q`; a class that the teacher excludes is never drawn."""
     _checks.non_negative(exponent=exponent)
-    teacher, _ = _logspace.softened(teacher_logits, teacher_logits)
+    teacher, _ = _logspace.soften(teacher_logits, teacher_logits)
     log_p = _softmax.log_softmax(teacher)
     present = log_p != -jnp.inf
     power = _numerics.scalar(exponent, log_p, "exponent") * jnp.where(present, log_p, 0)

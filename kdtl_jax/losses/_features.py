@@ -164,9 +164,12 @@ def teacher_bounded(
     _checks.non_negative(margin=margin)
     _checks.same_shape(student=student, teacher=teacher, targets=targets)
     _checks.floating(student=student, teacher=teacher, targets=targets)
-    own, of_teacher = mse(student, targets, where=where), mse(teacher, targets, where=where)
-    is_near = own + _numerics.scalar(margin, own, "margin") <= of_teacher
-    return jnp.where(is_near, 0, jnp.where(jnp.isnan(of_teacher), of_teacher, own))
+    student_error, teacher_error = (
+        mse(student, targets, where=where),
+        mse(teacher, targets, where=where),
+    )
+    is_near = student_error + _numerics.scalar(margin, student_error, "margin") <= teacher_error
+    return jnp.where(is_near, 0, jnp.where(jnp.isnan(teacher_error), teacher_error, student_error))
 
 
 def cosine_distance(student: Array, teacher: Array) -> Array:
@@ -231,9 +234,11 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
     student, teacher = _sides.same_shape(student, teacher)
     _checks.within(1, math.inf, exponent=exponent)
     _checks.positive(floor=floor)
-    apart = jnp.abs(_numerics.batch_flat(student - teacher))
-    powers = apart ** _numerics.scalar(exponent, apart, "exponent")
-    return jnp.log(jnp.maximum(jnp.sum(powers, axis=-1), _numerics.scalar(floor, apart, "floor")))
+    distances = jnp.abs(_numerics.batch_flat(student - teacher))
+    powers = distances ** _numerics.scalar(exponent, distances, "exponent")
+    return jnp.log(
+        jnp.maximum(jnp.sum(powers, axis=-1), _numerics.scalar(floor, distances, "floor"))
+    )
 
 
 def vid(student: Array, teacher: Array, variance: Array) -> Array:

@@ -87,8 +87,8 @@ def product(hidden: Array, kernel: Array) -> Array:
     Returns:
       `[..., vocabulary]`, accumulated in float32 or wider.
     """
-    wide = _numerics.upcast(hidden).dtype
-    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
+    dtype = _numerics.upcast(hidden).dtype
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype)
 
 
 def adapted(logits: Array, hidden: Array, delta: tuple[Array, Array] | None) -> Array:

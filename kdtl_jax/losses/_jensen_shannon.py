@@ -38,7 +38,7 @@ def jensen_shannon(
     References:
       Lin, Divergence measures based on the Shannon entropy, 1991.
     """
-    pair = _logspace.compared(student_logits, teacher_logits, temperature, where)
+    pair = _logspace.compare(student_logits, teacher_logits, temperature, where)
     return _interior(pair, jnp.asarray(0.5, pair.ratio.dtype))
 
 
@@ -63,14 +63,14 @@ def jsd_gkd(
       DistiLLM's `js_distance` at `beta = 1 - lam`.
     """
     _checks.within(0, 1, beta=beta)
-    known = _checks.concrete(beta)
-    if known is not None and known.ndim == 0 and float(known) in (0.0, 1.0):
-        end = reverse_kl if known else forward_kl
+    concrete = _checks.concrete(beta)
+    if concrete is not None and concrete.ndim == 0 and float(concrete) in (0.0, 1.0):
+        end = reverse_kl if concrete else forward_kl
         return end(student_logits, teacher_logits, temperature=temperature, where=where)
-    pair = _logspace.compared(student_logits, teacher_logits, temperature, where, beta=beta)
+    pair = _logspace.compare(student_logits, teacher_logits, temperature, where, beta=beta)
     share = _numerics.per_example(beta, pair.ratio, "beta")
     interior = _interior(pair, share)
-    if known is not None and not ((known == 0) | (known == 1)).any():
+    if concrete is not None and not ((concrete == 0) | (concrete == 1)).any():
         return interior
     beta = _numerics.per_example(beta, interior, "beta")
     forward = jnp.sum(_softmax.kl_terms(pair.log_teacher, pair.log_student, pair.ratio), axis=-1)
@@ -96,7 +96,7 @@ def jsd_continuous(
       The convention of EasyDeL's generalized knowledge distillation trainer.
     """
     _checks.within(0, 1, beta=beta)
-    log_s, log_t, ratio = _logspace.compared(
+    log_s, log_t, ratio = _logspace.compare(
         student_logits, teacher_logits, temperature, where, beta=beta
     )
     share = _numerics.per_example(beta, ratio, "beta")
@@ -128,7 +128,7 @@ def jsd_normalized(
       ends.
     """
     _checks.within(0, 1, beta=beta)
-    log_s, log_t, ratio = _logspace.compared(
+    log_s, log_t, ratio = _logspace.compare(
         student_logits, teacher_logits, temperature, where, beta=beta
     )
     share = _numerics.per_example(beta, ratio, "beta")
@@ -154,35 +154,37 @@ def _scaled_terms(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Ar
     `(q - p) + p log(p / m) / w` is safe, since w cannot be small relative to `p/q` there.
     """
     in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
-    both = in_p & in_q
-    some = weight > 0
-    safe_weight = jnp.where(some, weight, 1)
+    in_both = in_p & in_q
+    is_positive = weight > 0
+    safe_weight = jnp.where(is_positive, weight, 1)
     p, q = _logspace.probabilities(log_p), _logspace.probabilities(log_q)
-    d = jnp.where(both, -ratio, 0)
+    d = jnp.where(in_both, -ratio, 0)
     # w exp(d), without overflow of exp(d): beyond e^1 the terms are far for any y.
     moderate = d < math.log(float(jnp.finfo(p.dtype).max)) / 2
     grown = jnp.where(moderate, 0, jnp.minimum(jnp.log(safe_weight) + d, 1))
     y = jnp.where(moderate, weight * jnp.expm1(jnp.where(moderate, d, 0)), jnp.exp(grown))
-    y = jnp.where(moderate | some, y, 0)
-    near = both & (y > -0.632) & (y < 1.718)
+    y = jnp.where(moderate | is_positive, y, 0)
+    is_near = in_both & (y > -0.632) & (y < 1.718)
     close_pair = jnp.abs(d) < 1
     gap = jnp.where(close_pair, p * jnp.expm1(jnp.where(close_pair, d, 0)), q - p)
-    close = gap * y * _log1p_remainder(jnp.where(near, y, 0))
+    near_value = gap * y * _log1p_remainder(jnp.where(is_near, y, 0))
     to_mixture = _logspace.ratio_to_mixture(log_p, log_q, ratio, weight)
-    far = (q - p) + p * jnp.where(both, to_mixture, 0) / safe_weight
+    far_value = (q - p) + p * jnp.where(in_both, to_mixture, 0) / safe_weight
     # Absent from q: m = (1 - w) p, so the term is -p (1 + log(1 - w) / w), infinite at w = 1.
     all_q = weight >= 1
-    alone = -jnp.log1p(-jnp.where(all_q, 0, weight)) / safe_weight - 1
-    alone = jnp.where(all_q, jnp.inf, p * alone)
-    apart = jnp.where(some, jnp.where(in_p, alone, q), 0)
-    return jnp.where(both, jnp.where(near, close, far), jnp.where(in_p | in_q, apart, 0))
+    only_p = -jnp.log1p(-jnp.where(all_q, 0, weight)) / safe_weight - 1
+    only_p = jnp.where(all_q, jnp.inf, p * only_p)
+    one_sided = jnp.where(is_positive, jnp.where(in_p, only_p, q), 0)
+    return jnp.where(
+        in_both, jnp.where(is_near, near_value, far_value), jnp.where(in_p | in_q, one_sided, 0)
+    )
 
 
 def _log1p_remainder(y: Array) -> Array:
     """`(y - log1p(y)) / y^2`, 1/2 at 0."""
-    small = jnp.abs(y) < 0.03
+    is_small = jnp.abs(y) < 0.03
     series = jnp.zeros_like(y)
     for k in range(10, 1, -1):
         series = 1 / k - y * series
-    away = jnp.where(small, 1, y)
-    return jnp.where(small, series, (away - jnp.log1p(away)) / jnp.square(away))
+    safe_y = jnp.where(is_small, 1, y)
+    return jnp.where(is_small, series, (safe_y - jnp.log1p(safe_y)) / jnp.square(safe_y))

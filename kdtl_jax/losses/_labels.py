@@ -45,7 +45,7 @@ def tckd(
       space throughout; the authors' code takes the log of summed probabilities and overflows on
       large margins.
     """
-    student, teacher, labels, usable = _labeled(
+    student, teacher, labels, usable = _check_labels(
         student_logits, teacher_logits, labels, temperature, where
     )
     kl = _softmax.kl_from_logits(_two(teacher, labels), _two(student, labels))
@@ -69,11 +69,11 @@ def nckd(
     References:
       Zhao et al., 2022 (2203.08679).
     """
-    student, teacher, labels, usable = _labeled(
+    student, teacher, labels, usable = _check_labels(
         student_logits, teacher_logits, labels, temperature, where
     )
-    others = ~_logspace.is_label(labels, student.shape[-1])
-    kl = _softmax.kl_from_logits(teacher, student, where=others)
+    is_other = ~_logspace.is_label(labels, student.shape[-1])
+    kl = _softmax.kl_from_logits(teacher, student, where=is_other)
     kl = jnp.square(_numerics.per_example(temperature, kl, "temperature")) * kl
     return _numerics.at_usable(kl, usable, where)
 
@@ -90,9 +90,11 @@ def target_cross_entropy(
     References:
       Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).
     """
-    student, teacher, labels, usable = _labeled(student_logits, teacher_logits, labels, 1.0, where)
-    belief = _logspace.probabilities(_logspace.at(_softmax.log_softmax(teacher), labels))
-    values = -belief * _logspace.at(_softmax.log_softmax(student), labels)
+    student, teacher, labels, usable = _check_labels(
+        student_logits, teacher_logits, labels, 1.0, where
+    )
+    belief = _logspace.probabilities(_logspace.at_label(_softmax.log_softmax(teacher), labels))
+    values = -belief * _logspace.at_label(_softmax.log_softmax(student), labels)
     return _numerics.at_usable(values, usable, where)
 
 
@@ -125,10 +127,12 @@ def wsld_weight(
       Perspective, 2021 (2102.00650).
     """
     _checks.positive(eps=eps)
-    student, teacher, labels, usable = _labeled(student_logits, teacher_logits, labels, 1.0, where)
-    of_student = -_logspace.at(_softmax.log_softmax(student), labels)
-    of_teacher = -_logspace.at(_softmax.log_softmax(teacher), labels)
-    weight = -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher, "eps")))
+    student, teacher, labels, usable = _check_labels(
+        student_logits, teacher_logits, labels, 1.0, where
+    )
+    student_loss = -_logspace.at_label(_softmax.log_softmax(student), labels)
+    teacher_loss = -_logspace.at_label(_softmax.log_softmax(teacher), labels)
+    weight = -jnp.expm1(-student_loss / (teacher_loss + _numerics.scalar(eps, teacher_loss, "eps")))
     return jnp.where(usable, weight, 0)
 
 
@@ -152,9 +156,9 @@ def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = N
       Yang et al., 2023 (2303.13005).
     """
     _checks.rank(2, 2, student_logits=student_logits)
-    student, _, labels, usable = _labeled(student_logits, student_logits, labels, 1.0, where)
+    student, _, labels, usable = _check_labels(student_logits, student_logits, labels, 1.0, where)
     squared = jnp.square(
-        _logspace.probabilities(_logspace.at(_softmax.log_softmax(student), labels))
+        _logspace.probabilities(_logspace.at_label(_softmax.log_softmax(student), labels))
     )
     weight = squared + 1 - _numerics.masked_mean(squared, usable)
     return jnp.where(usable, weight, 0)
@@ -168,7 +172,7 @@ def non_target_logits(logits: Array, labels: Array, *, where: Array | None = Non
     Returns:
       `[..., num_classes]`, the dtype of the logits.
     """
-    labels, usable = _teachers(logits, labels, where)
+    labels, usable = _check_teacher(logits, labels, where)
     at_label = _logspace.is_label(labels, logits.shape[-1]) & usable[..., None]
     return jnp.where(at_label, -jnp.inf, logits)
 
@@ -209,12 +213,14 @@ def virtual_teacher(
     labels, usable = _numerics.usable_labels(labels, num_classes, where)
     a = jnp.where(usable, a.reshape(a.shape + (1,) * (usable.ndim - a.ndim)), 1 / num_classes)
     a = a[..., None]
-    some = a > 0
-    right = jnp.where(some, jnp.log(jnp.where(some, a, 1)), -jnp.inf)
-    unsure = a < 1
-    wrong = jnp.log1p(-jnp.where(unsure, a, 0)) - jnp.log(jnp.asarray(num_classes - 1, a.dtype))
-    wrong = jnp.where(unsure, wrong, -jnp.inf)
-    return jnp.where(_logspace.is_label(labels, num_classes), right, wrong)
+    is_positive = a > 0
+    correct_log_prob = jnp.where(is_positive, jnp.log(jnp.where(is_positive, a, 1)), -jnp.inf)
+    is_below_one = a < 1
+    other_log_prob = jnp.log1p(-jnp.where(is_below_one, a, 0)) - jnp.log(
+        jnp.asarray(num_classes - 1, a.dtype)
+    )
+    other_log_prob = jnp.where(is_below_one, other_log_prob, -jnp.inf)
+    return jnp.where(_logspace.is_label(labels, num_classes), correct_log_prob, other_log_prob)
 
 
 def probability_shift(teacher_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
@@ -229,11 +235,11 @@ def probability_shift(teacher_logits: Array, labels: Array, *, where: Array | No
       Wen et al., Preparing Lessons: Improve Knowledge Distillation with Better Supervision, 2019
       (1911.07471).
     """
-    labels, usable = _teachers(teacher_logits, labels, where)
+    labels, usable = _check_teacher(teacher_logits, labels, where)
     best = jnp.argmax(teacher_logits, axis=-1)
     labels = jnp.where(usable, labels.astype(best.dtype), best)
-    top = _logspace.at(teacher_logits, best)[..., None]
-    right = _logspace.at(teacher_logits, labels)[..., None]
+    top = _logspace.at_label(teacher_logits, best)[..., None]
+    right = _logspace.at_label(teacher_logits, labels)[..., None]
     classes = teacher_logits.shape[-1]
     swapped = jnp.where(_logspace.is_label(best, classes), right, teacher_logits)
     return jnp.where(_logspace.is_label(labels, classes), top, swapped)
@@ -275,26 +281,26 @@ def mft_teacher(
     """
     _checks.within(0, 1, threshold=threshold)
     _checks.non_negative(eps=eps)
-    labels, usable = _teachers(teacher_logits, labels, where)
-    _, teacher = _logspace.softened(
-        teacher_logits, teacher_logits, temperature, threshold=threshold
-    )
+    labels, usable = _check_teacher(teacher_logits, labels, where)
+    _, teacher = _logspace.soften(teacher_logits, teacher_logits, temperature, threshold=threshold)
     log_p = _softmax.log_softmax(teacher)
     is_label = _logspace.is_label(labels, log_p.shape[-1])
-    right = _logspace.probabilities(_logspace.at(log_p, labels))
+    right = _logspace.probabilities(_logspace.at_label(log_p, labels))
     top = _logspace.probabilities(jnp.max(log_p, axis=-1))
-    lead, small = (
+    lead, epsilon = (
         _numerics.per_example(threshold, right, "threshold"),
         _numerics.scalar(eps, right, "eps"),
     )
     # 1 - p_y as the sum of the others, so no digits are lost where the teacher is confident.
-    rest = jnp.sum(jnp.where(is_label, 0, _logspace.probabilities(log_p)), axis=-1)
-    raised = jnp.minimum(lead, rest) / jnp.where(rest > 0, rest + small, 1)
-    moved = (top - right + lead) / (1 + top - right + small)
+    other_mass = jnp.sum(jnp.where(is_label, 0, _logspace.probabilities(log_p)), axis=-1)
+    raised_share = jnp.minimum(lead, other_mass) / jnp.where(
+        other_mass > 0, other_mass + epsilon, 1
+    )
+    mixing = (top - right + lead) / (1 + top - right + epsilon)
     best = jnp.argmax(log_p, axis=-1).astype(labels.dtype)
-    share = jnp.where(usable, jnp.where(best == labels, raised, moved), 0)
-    onto = jnp.where(is_label, jnp.zeros_like(log_p), -jnp.inf)
-    return _logspace.log_mixture(log_p, onto, share[..., None])
+    share = jnp.where(usable, jnp.where(best == labels, raised_share, mixing), 0)
+    label_log_probs = jnp.where(is_label, jnp.zeros_like(log_p), -jnp.inf)
+    return _logspace.log_mixture(log_p, label_log_probs, share[..., None])
 
 
 def zipf_targets(scores: Array, labels: Array) -> Array:
@@ -336,7 +342,7 @@ def zipf_targets(scores: Array, labels: Array) -> Array:
     return _softmax.log_softmax(-jnp.log(ranks), where=~jnp.any(at_label, axis=-2))
 
 
-def _labeled(
+def _check_labels(
     student_logits: Array,
     teacher_logits: Array,
     labels: Array,
@@ -344,13 +350,13 @@ def _labeled(
     where: Array | None,
 ) -> tuple[Array, Array, Array, Array]:
     """Checked and softened logits, safe labels, and which rows have a label that counts."""
-    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature)
+    student, teacher = _logspace.soften(student_logits, teacher_logits, temperature)
     _checks.labels(labels, student_logits, where)
     labels, usable = _numerics.usable_labels(labels, student.shape[-1], where)
     return _numerics.kept(student, where), _numerics.kept(teacher, where), labels, usable
 
 
-def _teachers(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
+def _check_teacher(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
     """Safe labels of checked logits, and which rows have a label that counts."""
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
@@ -361,7 +367,7 @@ def _teachers(logits: Array, labels: Array, where: Array | None) -> tuple[Array,
 
 def _two(logits: Array, labels: Array) -> Array:
     """`[..., 2]` logits of (label, all others together)."""
-    others = ~_logspace.is_label(labels, logits.shape[-1])
+    is_other = ~_logspace.is_label(labels, logits.shape[-1])
     return jnp.stack(
-        [_logspace.at(logits, labels), _logspace.logsumexp(logits, where=others)], axis=-1
+        [_logspace.at_label(logits, labels), _logspace.logsumexp(logits, where=is_other)], axis=-1
     )

@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     ratio: Array
 
 
-def softened(
+def soften(
     student_logits: Array,
     teacher_logits: Array,
     temperature: Scalar = 1.0,
@@ -54,8 +54,8 @@ def softened(
     _checks.per_example(leading, temperature=temperature, **per_example)
     _checks.mask(where, jnp.shape(student_logits))
     student, teacher = _numerics.upcast(student_logits), _numerics.upcast(teacher_logits)
-    wide = np.promote_types(student.dtype, teacher.dtype)  # one float64 side widens the other
-    student, teacher = student.astype(wide), teacher.astype(wide)
+    dtype = np.promote_types(student.dtype, teacher.dtype)  # one float64 side widens the other
+    student, teacher = student.astype(dtype), teacher.astype(dtype)
     return (
         student / _numerics.per_example(temperature, student, "temperature"),
         teacher / _numerics.per_example(temperature, teacher, "temperature"),
@@ -67,11 +67,11 @@ def softened_difference(p_logits: Array, q_logits: Array, temperature: Scalar) -
 
     Unlike `z_p / T - z_q / T`, in which each side is rounded first.
     """
-    apart = _softmax.masked_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
-    return apart / _numerics.per_example(temperature, apart, "temperature")
+    difference = _softmax.masked_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
+    return difference / _numerics.per_example(temperature, difference, "temperature")
 
 
-def compared(
+def compare(
     student_logits: Array,
     teacher_logits: Array,
     temperature: Scalar,
@@ -81,9 +81,9 @@ def compared(
     """`log softmax(z / T)` of both sides, `[..., num_classes]`, and their difference.
 
     A class that `where` (bool, the same shape) excludes has -inf on both sides. Raises the same
-    errors as `softened`.
+    errors as `soften`.
     """
-    student, teacher = softened(student_logits, teacher_logits, temperature, where, **per_example)
+    student, teacher = soften(student_logits, teacher_logits, temperature, where, **per_example)
     if where is not None:
         student, teacher = (jnp.where(where, z, -jnp.inf) for z in (student, teacher))
     log_student, log_teacher = _softmax.log_softmax(student), _softmax.log_softmax(teacher)
@@ -115,8 +115,10 @@ def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
     top = jax.lax.stop_gradient(jnp.max(jnp.where(present, x, low), axis=axis, keepdims=True))
     shifted = jnp.where(present, x - jnp.where(present, top, 0), 0)
     total = jnp.sum(jnp.where(present, jnp.exp(shifted), 0), axis=axis)
-    some = total != 0
-    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jnp.squeeze(top, axis), -jnp.inf)
+    has_any = total != 0
+    return jnp.where(
+        has_any, jnp.log(jnp.where(has_any, total, 1)) + jnp.squeeze(top, axis), -jnp.inf
+    )
 
 
 def cross_entropy(log_p: Array, log_q: Array) -> Array:
@@ -158,23 +160,23 @@ def log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
     to them. It enters linearly, not through its logarithm, so that the derivative with respect to
     it is correct at both ends too.
     """
-    some_p, some_q = ~(weight >= 1), ~(weight <= 0)
+    has_p, has_q = ~(weight >= 1), ~(weight <= 0)
     in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
-    either = (in_p & some_p) | (in_q & some_q)
+    is_present = (in_p & has_p) | (in_q & has_q)
     low = jnp.finfo(log_p.dtype).min
     p, q = jnp.where(in_p, log_p, 0), jnp.where(in_q, log_q, 0)
-    share_p = jnp.log1p(-jnp.where(some_p, weight, 0))
-    share_q = jnp.log(jnp.where(some_q, weight, 1))
+    share_p = jnp.log1p(-jnp.where(has_p, weight, 0))
+    share_q = jnp.log(jnp.where(has_q, weight, 1))
     top = jnp.maximum(
-        jnp.where(in_p & some_p, p + share_p, low), jnp.where(in_q & some_q, q + share_q, low)
+        jnp.where(in_p & has_p, p + share_p, low), jnp.where(in_q & has_q, q + share_q, low)
     )
-    top = jax.lax.stop_gradient(jnp.where(either, top, 0))
+    top = jax.lax.stop_gradient(jnp.where(is_present, top, 0))
     # Only a side with weight 0 can exceed the bound.
     bound = 0.99 * math.log(float(jnp.finfo(log_p.dtype).max))
     p = jnp.where(in_p, jnp.exp(jnp.minimum(p - top, bound)), 0)
     q = jnp.where(in_q, jnp.exp(jnp.minimum(q - top, bound)), 0)
     total = (1 - weight) * p + weight * q
-    return jnp.where(either, jnp.log(jnp.where(either, total, 1)) + top, -jnp.inf)
+    return jnp.where(is_present, jnp.log(jnp.where(is_present, total, 1)) + top, -jnp.inf)
 
 
 def ratio_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Array:
@@ -185,11 +187,11 @@ def ratio_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) ->
     """
     log_m = log_mixture(log_p, log_q, weight)
     in_p, in_q, in_m = log_p != -jnp.inf, log_q != -jnp.inf, log_m != -jnp.inf
-    near = in_p & in_q & (jnp.abs(ratio) < 1)
-    close = -jnp.log1p(weight * jnp.expm1(jnp.where(near, -ratio, 0)))
+    is_near = in_p & in_q & (jnp.abs(ratio) < 1)
+    near_value = -jnp.log1p(weight * jnp.expm1(jnp.where(is_near, -ratio, 0)))
     usable = in_p & in_m
-    far = jnp.where(usable, log_p, 0) - jnp.where(usable, log_m, 0)
-    return jnp.where(near, close, far)
+    far_value = jnp.where(usable, log_p, 0) - jnp.where(usable, log_m, 0)
+    return jnp.where(is_near, near_value, far_value)
 
 
 def kl_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Array:
@@ -202,7 +204,7 @@ def kl_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Ar
     return jnp.sum(_softmax.kl_terms(log_p, log_m, to_mixture), axis=-1)
 
 
-def at(values: Array, labels: Array) -> Array:
+def at_label(values: Array, labels: Array) -> Array:
     """`values[..., labels]`: one entry of the last axis per row."""
     return jnp.squeeze(jnp.take_along_axis(values, labels[..., None], axis=-1), axis=-1)
 
@@ -210,8 +212,8 @@ def at(values: Array, labels: Array) -> Array:
 def columns(values: Array, ids: Array) -> Array:
     """`values[..., ids]`, `[..., n]`; NaN, with gradient 0, for an id outside the last axis."""
     safe, usable = _numerics.usable_labels(ids, jnp.shape(values)[-1])
-    taken = jnp.take(values, safe, axis=-1)
-    return _numerics.at_usable(taken, jnp.broadcast_to(usable, taken.shape))
+    entries = jnp.take(values, safe, axis=-1)
+    return _numerics.at_usable(entries, jnp.broadcast_to(usable, entries.shape))
 
 
 def is_label(labels: Array, num_classes: int) -> Array:

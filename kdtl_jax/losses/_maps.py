@@ -31,7 +31,7 @@ def attention_map(x: Array, *, power: int | float = 2) -> Array:
     References:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928).
     """
-    x = _sides.one(x, "x", at_least=3)
+    x = _sides.single(x, "x", at_least=3)
     _checks.scalar(power=power)
     _checks.positive(power=power)
     return _numerics.normalize(_numerics.batch_flat(jnp.mean(_power(x, power), axis=-1)))
@@ -55,8 +55,8 @@ def attention_transfer(student: Array, teacher: Array, *, power: int | float = 2
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928), and code.
     """
     student, teacher = _sides.same_positions(student, teacher)
-    apart = attention_map(student, power=power) - attention_map(teacher, power=power)
-    return jnp.mean(jnp.square(apart), axis=-1)
+    difference = attention_map(student, power=power) - attention_map(teacher, power=power)
+    return jnp.mean(jnp.square(difference), axis=-1)
 
 
 def attention_transfer_paper(student: Array, teacher: Array, *, power: int | float = 2) -> Array:
@@ -76,8 +76,8 @@ def attention_transfer_paper(student: Array, teacher: Array, *, power: int | flo
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928).
     """
     student, teacher = _sides.same_positions(student, teacher)
-    apart = attention_map(student, power=power) - attention_map(teacher, power=power)
-    return _numerics.safe_norm(apart)
+    difference = attention_map(student, power=power) - attention_map(teacher, power=power)
+    return _numerics.safe_norm(difference)
 
 
 def factor_transfer(
@@ -156,8 +156,8 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
     student, teacher = _sides.same_channels(student, teacher, at_least=4, at_most=4)
     _checks.count(1, resolution=resolution)
     size = (resolution, resolution)
-    apart = _pooled_unit(student, size) - _pooled_unit(teacher, size)
-    return jnp.mean(jnp.square(apart), axis=(1, 2, 3))
+    difference = _pooled_unit(student, size) - _pooled_unit(teacher, size)
+    return jnp.mean(jnp.square(difference), axis=(1, 2, 3))
 
 
 def _pooled_unit(x: Array, size: tuple[int, int]) -> Array:
@@ -183,12 +183,12 @@ def hcl(student: Array, teacher: Array, *, sizes: Sequence[int] = (4, 2, 1)) -> 
       Chen et al., Distilling Knowledge via Knowledge Review, 2021 (2104.09044).
     """
     student, teacher = _sides.same_shape(student, teacher, at_least=4, at_most=4)
-    apart = student - teacher  # pooling is linear: pool the difference
-    total, weight, weights = jnp.mean(jnp.square(apart), axis=(1, 2, 3)), 1.0, 1.0
+    difference = student - teacher  # pooling is linear: pool the difference
+    total, weight, weights = jnp.mean(jnp.square(difference), axis=(1, 2, 3)), 1.0, 1.0
     for size in sizes:
-        if size < apart.shape[1]:
+        if size < difference.shape[1]:
             weight /= 2
-            pooled = _pooling.pool_to(apart, (size, size))
+            pooled = _pooling.pool_to(difference, (size, size))
             total = total + weight * jnp.mean(jnp.square(pooled), axis=(1, 2, 3))
             weights += weight
     return total / weights

@@ -32,7 +32,7 @@ def student_top_k_reverse_kl(
       Shenfeld et al., Self-Distillation Enables Continual Learning (SDFT), 2026 (2601.19897), in
       TRL with `distillation_alpha=1` and `distillation_add_tail=True`.
     """
-    student, _ = _logspace.softened(student_logits, teacher_logits, temperature)
+    student, _ = _logspace.soften(student_logits, teacher_logits, temperature)
     indices = jax.lax.stop_gradient(_topk.top_k_targets(student, k=k).indices)
     targets = _topk.top_k_at(teacher_logits, indices, temperature=temperature)
     buckets = _topk.top_k_buckets(student_logits, targets, temperature=temperature)
@@ -73,23 +73,23 @@ def top_k_reverse_kl_sampled_tail(
     _checks.labels(tokens, student_logits, where)
     of_tokens = {"teacher_log_probs": teacher_log_probs, "sampler_log_probs": sampler_log_probs}
     _checks.same_shape(tokens=tokens, **of_tokens)
-    known = _topk.TopK(*(_numerics.kept(x, where) for x in targets))
-    log_s, known, has_targets = _topk.checked(_numerics.kept(student_logits, where), known, 1.0)
-    tokens, usable = _numerics.usable_labels(tokens, log_s.shape[-1], where)
-    of_teacher, of_sampler = (
-        _numerics.kept(_numerics.upcast(x), where) for x in of_tokens.values()
+    safe_targets = _topk.TopK(*(_numerics.kept(x, where) for x in targets))
+    log_s, safe_targets, has_targets = _topk.check_targets(
+        _numerics.kept(student_logits, where), safe_targets, 1.0
     )
-    on_k = jnp.take_along_axis(log_s, known.indices, axis=-1)
-    on_token = _logspace.at(log_s, tokens)
-    gap, is_infinite = _gap(on_k, _numerics.upcast(known.log_probs))
-    token_gap, is_token_infinite = _gap(on_token, of_teacher)
+    tokens, usable = _numerics.usable_labels(tokens, log_s.shape[-1], where)
+    teacher, sampler = (_numerics.kept(_numerics.upcast(x), where) for x in of_tokens.values())
+    log_s_on_k = jnp.take_along_axis(log_s, safe_targets.indices, axis=-1)
+    log_s_on_token = _logspace.at_label(log_s, tokens)
+    gap, is_infinite = _gap(log_s_on_k, _numerics.upcast(safe_targets.log_probs))
+    token_gap, is_token_infinite = _gap(log_s_on_token, teacher)
     # The two may have different widths; both are in range.
-    same = known.indices.astype(jnp.int32) == tokens.astype(jnp.int32)[..., None]
-    is_outside = ~jnp.any(same, axis=-1)
-    told = (x[..., None] for x in (on_token, -token_gap, of_sampler))
-    drawn = jnp.squeeze(_sampled.policy_gradient(*told), axis=-1)
-    value = jnp.sum(_logspace.probabilities(on_k) * gap, axis=-1)
-    value += jnp.where(is_outside, drawn, 0)
+    is_token = safe_targets.indices.astype(jnp.int32) == tokens.astype(jnp.int32)[..., None]
+    is_outside = ~jnp.any(is_token, axis=-1)
+    sampled_inputs = (x[..., None] for x in (log_s_on_token, -token_gap, sampler))
+    sampled_loss = jnp.squeeze(_sampled.policy_gradient(*sampled_inputs), axis=-1)
+    value = jnp.sum(_logspace.probabilities(log_s_on_k) * gap, axis=-1)
+    value += jnp.where(is_outside, sampled_loss, 0)
     is_infinite = jnp.any(is_infinite, axis=-1) | (is_outside & is_token_infinite)
     value = jnp.where(is_infinite, jax.lax.stop_gradient(value) + jnp.inf, value)
     return _numerics.at_usable(value, usable & has_targets, where)
@@ -154,8 +154,8 @@ def top_k_overlap(student_logits: Array, targets: _topk.TopK) -> Array:
 
 def in_student_top_k(student_logits: Array, targets: _topk.TopK) -> Array:
     """Which of the teacher's k classes are among the student's own k: bool `[..., k]`."""
-    own = _topk.top_k_targets(student_logits, k=jnp.shape(targets.indices)[-1]).indices
-    return jnp.any(targets.indices[..., :, None] == own[..., None, :], axis=-1)
+    student_indices = _topk.top_k_targets(student_logits, k=jnp.shape(targets.indices)[-1]).indices
+    return jnp.any(targets.indices[..., :, None] == student_indices[..., None, :], axis=-1)
 
 
 def _gap(student: Array, teacher: Array) -> tuple[Array, Array]:

@@ -51,10 +51,10 @@ def dist_inter(
       Huang et al., Knowledge Distillation from A Stronger Teacher, 2022 (2205.10536).
     """
     _checks.non_negative(eps=eps)
-    logits = _logspace.softened(student_logits, teacher_logits, temperature)
+    logits = _logspace.soften(student_logits, teacher_logits, temperature)
     student, teacher = (_softmax.softmax(z) for z in logits)
-    terms, rest = _pearson_terms(student, teacher, -1, eps, _present(*logits))
-    return jnp.sum(terms, axis=-1) + jnp.squeeze(rest, -1)
+    terms, remainder = _pearson_terms(student, teacher, -1, eps, _present(*logits))
+    return jnp.sum(terms, axis=-1) + jnp.squeeze(remainder, -1)
 
 
 def dist_intra(
@@ -78,12 +78,12 @@ def dist_intra(
     logits = _rows(student_logits, teacher_logits, temperature, where)
     student, teacher = _probabilities(*logits, where)
     rows = None if where is None else where[:, None]
-    terms, rest = _pearson_terms(student, teacher, 0, eps, rows)
+    terms, remainder = _pearson_terms(student, teacher, 0, eps, rows)
     classes = _classes(*logits, where)
     count = jnp.maximum(jnp.sum(classes, dtype=terms.dtype), 1)
     # For a class that no example has, the terms are 0 and the rest would be 1.
     values = jnp.sum(terms, axis=1) * (_count(student, where) / count)
-    values += jnp.sum(jnp.where(classes, rest[0], 0)) / count
+    values += jnp.sum(jnp.where(classes, remainder[0], 0)) / count
     return _numerics.kept(values, where)
 
 
@@ -210,9 +210,9 @@ def standardize_logits(
     if where is not None:
         present &= where
     count = jnp.sum(present, axis=-1, keepdims=True, dtype=z.dtype)
-    kept = jnp.where(present, z, 0)
-    mean = jnp.sum(kept, axis=-1, keepdims=True) / jnp.maximum(count, 1)
-    centered = jnp.where(present, kept - mean, 0)
+    finite_logits = jnp.where(present, z, 0)
+    mean = jnp.sum(finite_logits, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    centered = jnp.where(present, finite_logits - mean, 0)
     deviation = _numerics.safe_norm(centered, keepdims=True) / jnp.sqrt(
         jnp.maximum(count - ddof, 1)
     )
@@ -226,7 +226,7 @@ def _rows(
 ) -> tuple[Array, Array]:
     """Checked and softened logits `[B, num_classes]`, 0 in the rows that do not count."""
     _checks.rank(2, 2, student_logits=student_logits)
-    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature)
+    student, teacher = _logspace.soften(student_logits, teacher_logits, temperature)
     _checks.mask(where, jnp.shape(student_logits)[:1])
     return _numerics.kept(student, where), _numerics.kept(teacher, where)
 
@@ -250,11 +250,11 @@ def _classes(student: Array, teacher: Array, where: Array | None) -> Array:
     return jnp.any(present if where is None else present & where[:, None], axis=0)
 
 
-def _count(like: Array, where: Array | None) -> Array:
+def _count(rows: Array, where: Array | None) -> Array:
     """The number of examples that count."""
     if where is None:
-        return jnp.asarray(like.shape[0], like.dtype)
-    return jnp.sum(where, dtype=like.dtype)
+        return jnp.asarray(rows.shape[0], rows.dtype)
+    return jnp.sum(where, dtype=rows.dtype)
 
 
 def _pearson_terms(
@@ -269,25 +269,25 @@ def _pearson_terms(
         count = jnp.asarray(x.shape[axis], x.dtype)
     else:
         where = jnp.broadcast_to(where, x.shape)
-        ones = jnp.where(where, jnp.ones((), x.dtype), 0)
-        count = jnp.maximum(jnp.sum(ones, axis=axis, keepdims=True), 1)
+        weights = jnp.where(where, jnp.ones((), x.dtype), 0)
+        count = jnp.maximum(jnp.sum(weights, axis=axis, keepdims=True), 1)
 
-    def centered(z: Array) -> Array:
-        apart = z - jnp.sum(z, axis=axis, keepdims=True) / count
-        return apart if where is None else jnp.where(where, apart, 0)
+    def center(z: Array) -> Array:
+        deviation = z - jnp.sum(z, axis=axis, keepdims=True) / count
+        return deviation if where is None else jnp.where(where, deviation, 0)
 
-    x, y = centered(x), centered(y)
+    x, y = center(x), center(y)
     # Probabilities: their squares are in range.
     square_x = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
     square_y = jnp.sum(jnp.square(y), axis=axis, keepdims=True)
-    both = (square_x != 0) & (square_y != 0)
-    norm_x = jnp.sqrt(jnp.where(both, square_x, 1))
-    norm_y = jnp.sqrt(jnp.where(both, square_y, 1))
+    has_variance = (square_x != 0) & (square_y != 0)
+    norm_x = jnp.sqrt(jnp.where(has_variance, square_x, 1))
+    norm_y = jnp.sqrt(jnp.where(has_variance, square_y, 1))
     floor = _numerics.scalar(eps, norm_x, "eps")
-    whole = norm_x * norm_y + floor
+    denominator = norm_x * norm_y + floor
     # `product / whole` of half the squared distance of the unit vectors, and `floor / whole`; as
     # much as possible is done per row. Without variance the distance is 1, even for eps = 0.
-    scale = jnp.where(both, jnp.sqrt(0.5 / whole), 0)
+    scale = jnp.where(has_variance, jnp.sqrt(0.5 / denominator), 0)
     root_x, root_y = jnp.sqrt(norm_y / norm_x), jnp.sqrt(norm_x / norm_y)
     terms = jnp.square(x * (scale * root_x) - y * (scale * root_y))
-    return terms, jnp.where(both, floor / whole, 1)
+    return terms, jnp.where(has_variance, floor / denominator, 1)

@@ -41,5 +41,5 @@ def margin_mse(student_scores: Array, teacher_scores: Array) -> Array:
     _checks.nonempty(student_scores=student_scores)
     if jnp.shape(student_scores)[-1] < 2:
         raise ValueError(f"a margin needs two scores, got {_checks.described(**scores)}.")
-    apart = _numerics.upcast(student_scores) - _numerics.upcast(teacher_scores)
-    return jnp.mean(jnp.square(apart[..., :1] - apart[..., 1:]), axis=-1)
+    differences = _numerics.upcast(student_scores) - _numerics.upcast(teacher_scores)
+    return jnp.mean(jnp.square(differences[..., :1] - differences[..., 1:]), axis=-1)

@@ -39,8 +39,8 @@ def sp(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """
     sides = (_numerics.rescaled(x) for x in _flat(student, teacher, where))
     grams = (_numerics.gram(x, x) for x in sides)
-    apart = jnp.subtract(*(_numerics.normalize(gram) for gram in grams))
-    return _mean_over_others(jnp.square(apart), where)
+    difference = jnp.subtract(*(_numerics.normalize(gram) for gram in grams))
+    return _mean_over_others(jnp.square(difference), where)
 
 
 def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | None = None) -> Array:
@@ -66,10 +66,12 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | No
     q, p = (_affinities(x, eps, where) for x in _flat(student, teacher, where))
     low = _numerics.scalar(eps, q, "eps")
     # log1p of the relative difference, plus q - p, which sums to 0: no cancellation between terms.
-    apart = (q - p) / (p + low)
-    near = jnp.abs(apart) < 0.5
+    relative_gap = (q - p) / (p + low)
+    is_near = jnp.abs(relative_gap) < 0.5
     far_log = jnp.log(q + low) - jnp.log(p + low)
-    terms = (q - p) - p * jnp.where(near, jnp.log1p(jnp.where(near, apart, 0)), far_log)
+    terms = (q - p) - p * jnp.where(
+        is_near, jnp.log1p(jnp.where(is_near, relative_gap, 0)), far_log
+    )
     return _numerics.kept(jnp.sum(terms, axis=-1), where)
 
 
@@ -100,7 +102,7 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802).
     """
-    x = _sides.one(x, "x", at_least=2, at_most=2)
+    x = _sides.single(x, "x", at_least=2, at_most=2)
     _checks.positive(gamma=gamma)
     _checks.count(0, order=order)
     scaled = 2 * _numerics.scalar(gamma, x, "gamma") * _numerics.gram(x, x)
@@ -214,15 +216,15 @@ def _angle_parts(x: Array, where: Array | None) -> tuple[Array, Array]:
     """Gram matrix and inverse distances (0 on the diagonal and between duplicates)."""
     gram = _centered_gram(x, where)
     distances = _distances(gram, where)
-    apart = distances != 0
-    return gram, jnp.where(apart, 1 / jnp.where(apart, distances, 1), 0)
+    is_distinct = distances != 0
+    return gram, jnp.where(is_distinct, 1 / jnp.where(is_distinct, distances, 1), 0)
 
 
 def _cosines_at(i: Array, gram: Array, inverse: Array) -> Array:
     """`(x_j - x_i) . (x_k - x_i) / (|x_j - x_i| |x_k - x_i|)` for all j, k."""
-    row, near = gram[i], inverse[i]
+    row, inverse_row = gram[i], inverse[i]
     products = gram - row[:, None] - row[None, :] + row[i]
-    return products * near[:, None] * near[None, :]
+    return products * inverse_row[:, None] * inverse_row[None, :]
 
 
 def _centered_gram(x: Array, where: Array | None) -> Array:
@@ -238,17 +240,17 @@ def _distances(gram: Array, where: Array | None) -> Array:
     """Euclidean distances from a Gram matrix; 0 with gradient 0 if only rounding error is left."""
     squares = jnp.diagonal(gram)
     total = squares[:, None] + squares[None, :]
-    apart = total - 2 * gram
+    squared_distances = total - 2 * gram
     noise = 8 * jnp.finfo(gram.dtype).eps * total
-    distinct = ~(apart <= noise) & ~jnp.eye(len(gram), dtype=jnp.bool_)
+    distinct = ~(squared_distances <= noise) & ~jnp.eye(len(gram), dtype=jnp.bool_)
     if where is not None:
         distinct &= where[:, None] & where[None, :]
-    return jnp.where(distinct, jnp.sqrt(jnp.where(distinct, apart, 1)), 0)
+    return jnp.where(distinct, jnp.sqrt(jnp.where(distinct, squared_distances, 1)), 0)
 
 
 def _flat(student: Array, teacher: Array, where: Array | None) -> tuple[Array, ...]:
     student, teacher = _sides.same_batch(student, teacher)
-    return _sides.real(where, _numerics.batch_flat(student), _numerics.batch_flat(teacher))
+    return _sides.zero_masked(where, _numerics.batch_flat(student), _numerics.batch_flat(teacher))
 
 
 def _mean_over_others(pairs: Array, where: Array | None) -> Array:

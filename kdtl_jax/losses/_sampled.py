@@ -47,8 +47,8 @@ def sampled_reverse_kl(
       Thinking Machines, On-Policy Distillation, 2025. Tinker's and slime's advantages are
       `log p_T - log p_sampler`: `policy_gradient` gives their numbers.
     """
-    named = {"student_log_probs": student_log_probs, "teacher_log_probs": teacher_log_probs}
-    student, teacher = _prepared(where, **named)
+    arrays = {"student_log_probs": student_log_probs, "teacher_log_probs": teacher_log_probs}
+    student, teacher = _prepare(where, **arrays)
     advantages = jax.lax.stop_gradient(teacher - student)
     return policy_gradient(student_log_probs, advantages, sampler_log_probs, where=where)
 
@@ -63,7 +63,7 @@ def policy_gradient(
     References:
       Tinker's "importance_sampling" loss is its sum over tokens; SkyRL uses various means of it.
     """
-    log_probs, advantages, sampler = _prepared(
+    log_probs, advantages, sampler = _prepare(
         where, log_probs=log_probs, advantages=advantages, sampler_log_probs=sampler_log_probs
     )
     return -_ratio(log_probs, sampler) * jax.lax.stop_gradient(advantages)
@@ -93,7 +93,7 @@ def clipped_policy_gradient(
       for the dual clip. slime's and verl's on-policy distillation.
     """
     _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
-    log_probs, advantages, sampler = _prepared(
+    log_probs, advantages, sampler = _prepare(
         where, log_probs=log_probs, advantages=advantages, sampler_log_probs=sampler_log_probs
     )
     advantages = jax.lax.stop_gradient(advantages)
@@ -135,9 +135,9 @@ def kl_k3(
       Schulman, Approximating KL Divergence, 2020. verl's "k3" ("low_var_kl") bounds it at 10.
     """
     student, teacher = _pair(student_log_probs, teacher_log_probs, where)
-    apart = jnp.clip(teacher - student, -_top(student), _top(student))
+    log_ratio = jnp.clip(teacher - student, -_log_bound(student), _log_bound(student))
     # `expm1(a) - a`, in which nothing cancels.
-    return _softmax.kl_terms(jnp.zeros_like(apart), apart)
+    return _softmax.kl_terms(jnp.zeros_like(log_ratio), log_ratio)
 
 
 def truncated_ratio(
@@ -155,7 +155,7 @@ def truncated_ratio(
       Truncated importance sampling, as in SDPO (2601.20802) and TRL's trainer for it.
     """
     _checks.positive(max_ratio=max_ratio)
-    student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
+    student, sampler = _prepare(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
     ratio = _ratio(student, sampler)
     bounded = jnp.minimum(ratio, _numerics.per_example(max_ratio, ratio, "max_ratio"))
     return jax.lax.stop_gradient(_numerics.kept(bounded, where))
@@ -176,10 +176,10 @@ def drop_gate(
       prime-rl's reference KL, which adds `1e-3 (log p - log p_sampler)^2` on every token.
     """
     _checks.within(0, 1, max_drop=max_drop)
-    student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
-    fallen = jnp.exp(sampler) - jnp.exp(student)
-    kept = fallen <= _numerics.per_example(max_drop, fallen, "max_drop")
-    return kept if where is None else kept & where
+    student, sampler = _prepare(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
+    drop = jnp.exp(sampler) - jnp.exp(student)
+    is_kept = drop <= _numerics.per_example(max_drop, drop, "max_drop")
+    return is_kept if where is None else is_kept & where
 
 
 def ratio_gate(
@@ -197,11 +197,11 @@ def ratio_gate(
     """
     _checks.positive(low=low, high=high)
     _checks.ordered(low=low, high=high)
-    student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
+    student, sampler = _prepare(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
     ratio = _ratio(student, sampler)
-    inside = ratio >= _numerics.per_example(low, ratio, "low")
-    inside &= ratio <= _numerics.per_example(high, ratio, "high")
-    return inside if where is None else inside & where
+    is_inside = ratio >= _numerics.per_example(low, ratio, "low")
+    is_inside &= ratio <= _numerics.per_example(high, ratio, "high")
+    return is_inside if where is None else is_inside & where
 
 
 def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = None) -> Array:
@@ -223,11 +223,11 @@ def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = N
       Gu et al., MiniLLM, 2023 (2306.08543). TRL's version has an additional factor `gamma^l`.
     """
     _checks.within(0, 1, gamma=gamma)
-    (rewards,) = _prepared(where, rewards=rewards)
+    (rewards,) = _prepare(where, rewards=rewards)
     discount = _numerics.scalar(gamma, rewards, "gamma")
 
-    def add(after: Array, reward: Array) -> tuple[Array, Array]:
-        total = reward + discount * after
+    def add(later_return: Array, reward: Array) -> tuple[Array, Array]:
+        total = reward + discount * later_return
         return total, total
 
     rows = jnp.moveaxis(rewards, -1, 0)
@@ -251,11 +251,11 @@ def whitened(values: Array, *, where: Array | None = None) -> Array:
     References:
       MiniLLM's PPO, which includes padding in the mean and variance.
     """
-    (values,) = _prepared(where, values=values)
+    (values,) = _prepare(where, values=values)
     count = values.size if where is None else jnp.sum(where, dtype=values.dtype)
-    apart = _numerics.kept(values - _numerics.masked_mean(values, where), where)
-    variance = jnp.sum(jnp.square(apart)) / jnp.maximum(count - 1, 1)
-    return apart * jax.lax.rsqrt(variance + 1e-8)
+    deviation = _numerics.kept(values - _numerics.masked_mean(values, where), where)
+    variance = jnp.sum(jnp.square(deviation)) / jnp.maximum(count - 1, 1)
+    return deviation * jax.lax.rsqrt(variance + 1e-8)
 
 
 def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None = None) -> Array:
@@ -274,15 +274,15 @@ def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None
       trainer weights `-log p_S` times the advantage.
     """
     _checks.non_negative(gamma=gamma)
-    (advantages,) = _prepared(where, advantages=advantages)
-    size = jnp.abs(advantages)
-    before = jnp.cumsum(size, axis=-1) - size
-    total = jnp.sum(size, axis=-1, keepdims=True)
-    share = before / jnp.where(total == 0, 1, total)
+    (advantages,) = _prepare(where, advantages=advantages)
+    magnitude = jnp.abs(advantages)
+    earlier = jnp.cumsum(magnitude, axis=-1) - magnitude
+    total = jnp.sum(magnitude, axis=-1, keepdims=True)
+    share = earlier / jnp.where(total == 0, 1, total)
     return jax.lax.stop_gradient(1 + _numerics.scalar(gamma, share, "gamma") * (1 - share))
 
 
-def _prepared(where: Array | None, **arrays: Array) -> list[Array]:
+def _prepare(where: Array | None, **arrays: Array) -> list[Array]:
     """Checked, float32 or wider, 0 where masked."""
     _checks.floating(**arrays)
     _checks.rank(1, None, **arrays)
@@ -293,13 +293,13 @@ def _prepared(where: Array | None, **arrays: Array) -> list[Array]:
 
 
 def _pair(student: Array, teacher: Array, where: Array | None) -> list[Array]:
-    return _prepared(where, student_log_probs=student, teacher_log_probs=teacher)
+    return _prepare(where, student_log_probs=student, teacher_log_probs=teacher)
 
 
-def _top(like: Array) -> Array:
-    return _numerics.scalar(MAX_LOG_RATIO, like)
+def _log_bound(array: Array) -> Array:
+    return _numerics.scalar(MAX_LOG_RATIO, array)
 
 
 def _ratio(log_probs: Array, sampler_log_probs: Array) -> Array:
-    apart = log_probs - jax.lax.stop_gradient(sampler_log_probs)
-    return jnp.exp(jnp.clip(apart, -_top(apart), _top(apart)))
+    log_ratio = log_probs - jax.lax.stop_gradient(sampler_log_probs)
+    return jnp.exp(jnp.clip(log_ratio, -_log_bound(log_ratio), _log_bound(log_ratio)))

@@ -47,9 +47,9 @@ def causal_shift(logits: Array, labels: Array, *, ignore: int = -100) -> Shifted
             "needs logits [..., L, V] and labels [..., L] with L > 1, got "
             f"{_checks.described(logits=logits, labels=labels)}."
         )
-    after = labels[..., 1:]
-    where = after != ignore
-    return Shifted(logits[..., :-1, :], jnp.where(where, after, 0), where)
+    next_labels = labels[..., 1:]
+    where = next_labels != ignore
+    return Shifted(logits[..., :-1, :], jnp.where(where, next_labels, 0), where)
 
 
 def token_log_probs(logits: Array, tokens: Array, *, where: Array | None = None) -> Array:
@@ -69,7 +69,7 @@ def token_log_probs(logits: Array, tokens: Array, *, where: Array | None = None)
     _checks.labels(tokens, logits, where)
     tokens, usable = _numerics.usable_labels(tokens, logits.shape[-1], where)
     log_p = _softmax.log_softmax(_numerics.kept(logits, where))
-    return _numerics.at_usable(_logspace.at(log_p, tokens), usable, where)
+    return _numerics.at_usable(_logspace.at_label(log_p, tokens), usable, where)
 
 
 def answers_first(values: Array, labels: Array, *, ignore: int = -100) -> tuple[Array, Array]:
@@ -122,7 +122,7 @@ def taid_teacher(student_logits: Array, teacher_logits: Array, *, progress: Scal
       Transfer in Language Models, 2025 (2501.16937).
     """
     _checks.within(0, 1, progress=progress)
-    student, teacher = _logspace.softened(student_logits, teacher_logits, progress=progress)
+    student, teacher = _logspace.soften(student_logits, teacher_logits, progress=progress)
     t = _numerics.per_example(progress, student, "progress")
     # 0 * inf at the ends, and -inf - -inf, are NaN, so a class absent from either side is absent.
     present = (student != -jnp.inf) & (teacher != -jnp.inf)
@@ -181,17 +181,17 @@ def taid_advance(
     _checks.count(1, num_steps=num_steps)
     _checks.within(0, 1, start=start, end=end, beta=beta)
     _checks.non_negative(alpha=alpha)
-    like = state.progress
-    loss = _numerics.scalar(loss, like, "loss")
-    alpha, beta = _numerics.scalar(alpha, like, "alpha"), _numerics.scalar(beta, like, "beta")
-    fall = (state.last_loss - loss) / (state.last_loss + _numerics.scalar(1e-15, like))
+    current = state.progress
+    loss = _numerics.scalar(loss, current, "loss")
+    alpha, beta = _numerics.scalar(alpha, current, "alpha"), _numerics.scalar(beta, current, "beta")
+    fall = (state.last_loss - loss) / (state.last_loss + _numerics.scalar(1e-15, current))
     first = state.step == 0
     momentum = jnp.where(first, state.momentum, beta * state.momentum + (1 - beta) * fall)
-    ahead = like + alpha * jax.nn.sigmoid(momentum) * (1 - like)
-    start, end = _numerics.scalar(start, like, "start"), _numerics.scalar(end, like, "end")
-    linear = start + (end - start) * state.step.astype(like.dtype) / num_steps
-    progress = jnp.minimum(end, jnp.maximum(linear, ahead))
-    return TaidProgress(jnp.where(first, like, progress), momentum, loss, state.step + 1)
+    proposal = current + alpha * jax.nn.sigmoid(momentum) * (1 - current)
+    start, end = _numerics.scalar(start, current, "start"), _numerics.scalar(end, current, "end")
+    linear = start + (end - start) * state.step.astype(current.dtype) / num_steps
+    progress = jnp.minimum(end, jnp.maximum(linear, proposal))
+    return TaidProgress(jnp.where(first, current, progress), momentum, loss, state.step + 1)
 
 
 def distillm2_alpha(

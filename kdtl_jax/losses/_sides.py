@@ -11,14 +11,14 @@ from jax import Array
 from kdtl_jax import _checks, _numerics
 
 
-def _arrays(at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array, ...]:
+def _check_and_upcast(at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array, ...]:
     _checks.floating(**arrays)
     _checks.rank(at_least, at_most, **arrays)
     _checks.nonempty(**arrays)
-    wide = [_numerics.upcast(array) for array in arrays.values()]
+    upcast = [_numerics.upcast(array) for array in arrays.values()]
     # NumPy's rule: under strict promotion, JAX's own refuses even to name the wider of two dtypes.
-    dtype = np.result_type(*[array.dtype for array in wide])
-    return tuple(array.astype(dtype) for array in wide)
+    dtype = np.result_type(*[array.dtype for array in upcast])
+    return tuple(array.astype(dtype) for array in upcast)
 
 
 def same_shape(
@@ -26,7 +26,7 @@ def same_shape(
 ) -> tuple[Array, Array]:
     """Both sides have one shape: `[B, ..., C]`, with `at_least` to `at_most` axes."""
     _checks.same_shape(student=student, teacher=teacher)
-    student, teacher = _arrays(at_least, at_most, student=student, teacher=teacher)
+    student, teacher = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
     return student, teacher
 
 
@@ -34,7 +34,7 @@ def same_positions(
     student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
 ) -> tuple[Array, Array]:
     """Equal except for the last axis: `[B, H, W, Cs]` and `[B, H, W, Ct]`."""
-    sides = _arrays(at_least, at_most, student=student, teacher=teacher)
+    sides = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"student and teacher must agree in all axes but the last, got "
@@ -48,9 +48,9 @@ def same_channels(
     student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
 ) -> tuple[Array, Array]:
     """Equal batch and last axis: `[B, Hs, Ws, C]` and `[B, Ht, Wt, C]`."""
-    sides = _arrays(at_least, at_most, student=student, teacher=teacher)
-    ends = [(side.ndim, side.shape[0], side.shape[-1]) for side in sides]
-    if ends[0] != ends[1]:
+    sides = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
+    signatures = [(side.ndim, side.shape[0], side.shape[-1]) for side in sides]
+    if signatures[0] != signatures[1]:
         raise ValueError(
             f"student and teacher must agree in rank, batch and channels, got "
             f"{_checks.described(student=student, teacher=teacher)}. "
@@ -63,17 +63,17 @@ def same_batch(
     student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
     """Equal batch; everything else may differ: `[B, ...]` and `[B, ...]`."""
-    sides = _arrays(at_least, at_most, student=student, teacher=teacher)
+    sides = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
     _checks.same_batch(student=student, teacher=teacher)
     return sides[0], sides[1]
 
 
-def one(x: Array, name: str, *, at_least: int, at_most: int | None = None) -> Array:
+def single(x: Array, name: str, *, at_least: int, at_most: int | None = None) -> Array:
     """A single array `[B, ...]`, the argument `name`, with `at_least` to `at_most` axes."""
-    return _arrays(at_least, at_most, **{name: x})[0]
+    return _check_and_upcast(at_least, at_most, **{name: x})[0]
 
 
-def several(at_least: int, at_most: int | None = None, **sides: Sequence[Array]) -> None:
+def check_sequences(at_least: int, at_most: int | None = None, **sides: Sequence[Array]) -> None:
     """Both sides are sequences of equally many arrays `[B, ...]`, `at_least` to `at_most`."""
     for name, side in sides.items():
         if not isinstance(side, Sequence) or isinstance(side, str):
@@ -81,13 +81,13 @@ def several(at_least: int, at_most: int | None = None, **sides: Sequence[Array])
     lengths = [len(side) for side in sides.values()]
     low, high = min(lengths), max(lengths)
     if low != high or low < at_least or (at_most is not None and high > at_most):
-        wanted = "two arrays each" if at_most == 2 else "equally many arrays, two or more"
+        expected = "two arrays each" if at_most == 2 else "equally many arrays, two or more"
         raise ValueError(
-            f"{' and '.join(sides)} must hold {wanted}, got {' and '.join(map(str, lengths))}."
+            f"{' and '.join(sides)} must hold {expected}, got {' and '.join(map(str, lengths))}."
         )
 
 
-def real(where: Array | None, *arrays: Array) -> tuple[Array, ...]:
+def zero_masked(where: Array | None, *arrays: Array) -> tuple[Array, ...]:
     """The arrays with 0 in the rows that `where` (`[B]`) masks."""
     _checks.mask(where, arrays[0].shape[:1])
     return tuple(_numerics.kept(array, where) for array in arrays)

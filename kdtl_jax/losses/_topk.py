@@ -50,14 +50,14 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     Returns:
       `TopK`, sorted from the most likely; the tail's mass is the sum over the rest.
     """
-    teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
+    teacher, _ = _logspace.soften(teacher_logits, teacher_logits, temperature)
     classes = teacher.shape[-1]
     _checks.integer(k=k)
     if not 1 <= k <= classes:
         raise ValueError(f"k must lie in 1..{classes}, got {k}.")
     log_p = _softmax.log_softmax(teacher)
     values, indices = jax.lax.top_k(log_p, k)
-    return TopK(indices, values, _log_rest(log_p, indices))
+    return TopK(indices, values, _log_tail(log_p, indices))
 
 
 def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0) -> TopK:
@@ -73,7 +73,7 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
     Returns:
       `TopK`; under `jit`, a class out of range is NaN, and so is its row's tail.
     """
-    teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
+    teacher, _ = _logspace.soften(teacher_logits, teacher_logits, temperature)
     _checks.indices(teacher.shape[-1], indices=indices)
     if jnp.ndim(indices) != teacher.ndim or jnp.shape(indices)[:-1] != teacher.shape[:-1]:
         raise ValueError(
@@ -82,9 +82,9 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
         )
     log_p = _softmax.log_softmax(teacher)
     safe, usable = _numerics.usable_labels(indices, log_p.shape[-1])
-    chosen = _numerics.at_usable(jnp.take_along_axis(log_p, safe, axis=-1), usable)
-    tail = _numerics.at_usable(_log_rest(log_p, safe), jnp.all(usable, axis=-1))
-    return TopK(indices, chosen, tail)
+    log_probs = _numerics.at_usable(jnp.take_along_axis(log_p, safe, axis=-1), usable)
+    tail = _numerics.at_usable(_log_tail(log_p, safe), jnp.all(usable, axis=-1))
+    return TopK(indices, log_probs, tail)
 
 
 def stored_top_k(indices: Array, log_probs: Array) -> TopK:
@@ -153,7 +153,7 @@ def top_k_buckets(
     Returns:
       student `[..., k + 1]`, teacher `[..., k + 1]`.
     """
-    log_q, targets, _ = checked(student_logits, targets, temperature)
+    log_q, targets, _ = check_targets(student_logits, targets, temperature)
     return _with_tail(log_q, targets), _teacher_with_tail(targets)
 
 
@@ -167,7 +167,7 @@ def top_k_kl_tail(student_logits: Array, targets: TopK, *, temperature: Scalar =
       TRL's server distillation (`loss_add_tail`), DistillKit's "symmetric_uniform" (which
       multiplies by `T^2`).
     """
-    log_q, targets, usable = checked(student_logits, targets, temperature)
+    log_q, targets, usable = check_targets(student_logits, targets, temperature)
     kl = _softmax.kl_from_logits(_teacher_with_tail(targets), _with_tail(log_q, targets))
     return _numerics.at_usable(kl, usable)
 
@@ -184,10 +184,12 @@ def top_k_kl_renormalized(
     References:
       Model-Optimizer's top-k loss, MaxText's offline distillation, Tunix's `distill_top_k`.
     """
-    log_q, targets, usable = checked(student_logits, targets, temperature)
+    log_q, targets, usable = check_targets(student_logits, targets, temperature)
     _checks.several_classes(log_probs=targets.log_probs)
-    chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
-    return _numerics.at_usable(_softmax.kl_from_logits(targets.log_probs, chosen), usable)
+    student_log_probs = jnp.take_along_axis(log_q, targets.indices, axis=-1)
+    return _numerics.at_usable(
+        _softmax.kl_from_logits(targets.log_probs, student_log_probs), usable
+    )
 
 
 def top_k_kl_teacher_renormalized(
@@ -202,7 +204,7 @@ def top_k_kl_teacher_renormalized(
       DistillKit's "zero" (which multiplies by `T^2`), EasyDeL's sparse distillation (as a
       cross-entropy).
     """
-    log_q, targets, usable = checked(student_logits, targets, temperature)
+    log_q, targets, usable = check_targets(student_logits, targets, temperature)
     log_p = _softmax.log_softmax(targets.log_probs)
     log_p = jnp.concatenate([log_p, jnp.full_like(log_p[..., :1], -jnp.inf)], axis=-1)
     kl = jnp.sum(_softmax.kl_terms(log_p, _with_tail(log_q, targets)), axis=-1)
@@ -219,10 +221,10 @@ def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Sca
     References:
       verl's top-k distillation.
     """
-    log_q, targets, usable = checked(student_logits, targets, temperature)
+    log_q, targets, usable = check_targets(student_logits, targets, temperature)
     log_p = _numerics.upcast(targets.log_probs)
-    chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
-    kl = _logspace.cross_entropy(log_p, chosen) - _logspace.cross_entropy(log_p, log_p)
+    student_log_probs = jnp.take_along_axis(log_q, targets.indices, axis=-1)
+    kl = _logspace.cross_entropy(log_p, student_log_probs) - _logspace.cross_entropy(log_p, log_p)
     return _numerics.at_usable(kl, usable)
 
 
@@ -243,9 +245,11 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
     Returns:
       `[...]`, nats, of either sign.
     """
-    log_q, targets, usable = checked(student_logits, targets, temperature)
-    of_student = _logspace.at(log_q, targets.indices[..., 0])
-    return _numerics.at_usable(_numerics.upcast(targets.log_probs[..., 0]) - of_student, usable)
+    log_q, targets, usable = check_targets(student_logits, targets, temperature)
+    student_log_prob = _logspace.at_label(log_q, targets.indices[..., 0])
+    return _numerics.at_usable(
+        _numerics.upcast(targets.log_probs[..., 0]) - student_log_prob, usable
+    )
 
 
 def hinge_ranking(
@@ -270,13 +274,13 @@ def hinge_ranking(
     References:
       DistillKit's `sparse_hinge_loss`, which divides by the number of pairs of all positions.
     """
-    log_q, targets, usable = checked(student_logits, targets, 1.0)
+    log_q, targets, usable = check_targets(student_logits, targets, 1.0)
     _checks.non_negative(**({} if margin is None else {"margin": margin}))
-    chosen = _logspace.probabilities(jnp.take_along_axis(log_q, targets.indices, axis=-1))
+    p_s = _logspace.probabilities(jnp.take_along_axis(log_q, targets.indices, axis=-1))
     p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
-    lead = _gaps(p_t) if margin is None else _numerics.scalar(margin, p_t, "margin")
+    lead = _pairwise_differences(p_t) if margin is None else _numerics.scalar(margin, p_t, "margin")
     mean = _numerics.masked_mean(
-        jax.nn.relu(lead - _gaps(chosen)), _ordered(p_t, eps), axis=(-2, -1)
+        jax.nn.relu(lead - _pairwise_differences(p_s)), _is_ordered(p_t, eps), axis=(-2, -1)
     )
     return _numerics.at_usable(_numerics.nan_of(mean, jnp.sum(p_t, axis=-1)), usable)
 
@@ -296,18 +300,20 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
       Burges et al., Learning to Rank using Gradient Descent, 2005. DistillKit's
       `sparse_logistic_ranking_loss` divides by the number of pairs of all positions.
     """
-    log_q, targets, usable = checked(student_logits, targets, 1.0)
-    chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
-    present = chosen != -jnp.inf
+    log_q, targets, usable = check_targets(student_logits, targets, 1.0)
+    student_log_probs = jnp.take_along_axis(log_q, targets.indices, axis=-1)
+    present = student_log_probs != -jnp.inf
     p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
     # A class masked to -inf in the student cannot be ranked.
-    counted = _ordered(p_t, eps) & present[..., :, None] & present[..., None, :]
-    gap = _gaps(jnp.where(present, chosen, 0))
-    mean = _numerics.masked_mean(jax.nn.softplus(-gap), counted, axis=(-2, -1))
+    is_counted = _is_ordered(p_t, eps) & present[..., :, None] & present[..., None, :]
+    gap = _pairwise_differences(jnp.where(present, student_log_probs, 0))
+    mean = _numerics.masked_mean(jax.nn.softplus(-gap), is_counted, axis=(-2, -1))
     return _numerics.at_usable(_numerics.nan_of(mean, jnp.sum(p_t, axis=-1)), usable)
 
 
-def checked(student_logits: Array, targets: TopK, temperature: Scalar) -> tuple[Array, TopK, Array]:
+def check_targets(
+    student_logits: Array, targets: TopK, temperature: Scalar
+) -> tuple[Array, TopK, Array]:
     """The student's log-probabilities, targets with safe indices, and which rows are in range.
 
     `[..., num_classes]` logits and targets `[..., k]` give `[..., num_classes]`, targets of the
@@ -316,7 +322,7 @@ def checked(student_logits: Array, targets: TopK, temperature: Scalar) -> tuple[
     Raises:
       ValueError: if the targets do not have the student's leading dimensions.
     """
-    student, _ = _logspace.softened(student_logits, student_logits, temperature)
+    student, _ = _logspace.soften(student_logits, student_logits, temperature)
     classes = student.shape[-1]
     _checks.indices(classes, indices=targets.indices)
     _checks.floating(log_probs=targets.log_probs, log_tail=targets.log_tail)
@@ -332,19 +338,19 @@ def checked(student_logits: Array, targets: TopK, temperature: Scalar) -> tuple[
     return log_q, targets._replace(indices=indices), jnp.all(usable, axis=-1)
 
 
-def _log_rest(log_p: Array, indices: Array) -> Array:
+def _log_tail(log_p: Array, indices: Array) -> Array:
     """Log of the mass outside `indices`, summed from its own terms."""
     classes = log_p.shape[-1]
     flat = indices.reshape(-1, indices.shape[-1])
     rows = jax.lax.broadcasted_iota(jnp.int32, flat.shape, 0)
-    chosen = jnp.zeros((flat.shape[0], classes), jnp.bool_).at[rows, flat].set(True)
-    return _logspace.logsumexp(log_p, where=~chosen.reshape(log_p.shape))
+    is_listed = jnp.zeros((flat.shape[0], classes), jnp.bool_).at[rows, flat].set(True)
+    return _logspace.logsumexp(log_p, where=~is_listed.reshape(log_p.shape))
 
 
 def _with_tail(log_q: Array, targets: TopK) -> Array:
-    chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
-    tail = _log_rest(log_q, targets.indices)
-    return jnp.concatenate([chosen, tail[..., None]], axis=-1)
+    log_probs = jnp.take_along_axis(log_q, targets.indices, axis=-1)
+    tail = _log_tail(log_q, targets.indices)
+    return jnp.concatenate([log_probs, tail[..., None]], axis=-1)
 
 
 def _teacher_with_tail(targets: TopK) -> Array:
@@ -352,13 +358,15 @@ def _teacher_with_tail(targets: TopK) -> Array:
     return _numerics.upcast(jnp.concatenate([targets.log_probs, tail], axis=-1))
 
 
-def _gaps(x: Array) -> Array:
+def _pairwise_differences(x: Array) -> Array:
     """`x_k - x_l`, `[..., k, l]`."""
     return x[..., :, None] - x[..., None, :]
 
 
-def _ordered(p: Array, eps: Scalar) -> Array:
+def _is_ordered(p: Array, eps: Scalar) -> Array:
     _checks.non_negative(eps=eps)
-    small = _numerics.scalar(eps, p, "eps")
-    some = p > small
-    return (_gaps(p) > small) & some[..., :, None] & some[..., None, :]
+    threshold = _numerics.scalar(eps, p, "eps")
+    is_counted = p > threshold
+    return (
+        (_pairwise_differences(p) > threshold) & is_counted[..., :, None] & is_counted[..., None, :]
+    )

@@ -59,7 +59,7 @@ def delta_attention(damage: Array, *, temperature: Scalar = 5.0) -> Array:
     Returns:
       `[C]`, sum 1. The deviation has divisor `C - 1`, as in TLL; equal damage gives 1/C.
     """
-    damage = _sides.one(damage, "damage", at_least=1, at_most=1)
+    damage = _sides.single(damage, "damage", at_least=1, at_most=1)
     _checks.positive(temperature=temperature)
     centered = damage - jnp.mean(damage)
     deviation = _numerics.safe_sqrt(jnp.sum(jnp.square(centered)) / max(damage.shape[0] - 1, 1))
@@ -105,7 +105,7 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
     References:
       Xu et al., Larger Norm More Transferable, 2019 (1811.07456), its stepwise form.
     """
-    features = _sides.one(features, "features", at_least=2, at_most=2)
+    features = _sides.single(features, "features", at_least=2, at_most=2)
     _checks.floating(norms=norms)
     if jnp.shape(norms) != features.shape[:1]:
         raise ValueError(
@@ -117,7 +117,7 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
 
 def feature_norms(features: Array) -> Array:
     """`||f||`, `[B, D] -> [B]`, with gradient 0 at 0."""
-    return _numerics.safe_norm(_sides.one(features, "features", at_least=2, at_most=2))
+    return _numerics.safe_norm(_sides.single(features, "features", at_least=2, at_most=2))
 
 
 # Matching derivatives needs models rather than outputs, as functions of a batch whose examples do
@@ -146,7 +146,7 @@ def jacobian_matching(student: BatchFn, teacher: BatchFn, inputs: Array, probes:
       Czarnecki et al., Sobolev Training for Neural Networks, 2017 (1706.04859); Srinivas and
       Fleuret, Knowledge Transfer with Jacobian Matching, 2018 (1803.00443).
     """
-    inputs = _sides.one(inputs, "inputs", at_least=1)
+    inputs = _sides.single(inputs, "inputs", at_least=1)
 
     def difference(x: Array) -> Array:
         sides = student(x), teacher(x)

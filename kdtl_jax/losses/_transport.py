@@ -59,7 +59,7 @@ def sinkhorn_cost(
     _checks.positive(regularization=regularization)
     _checks.non_negative(eps=eps)
     _checks.count(1, iterations=iterations)
-    logits = _logspace.softened(student_logits, teacher_logits, temperature)
+    logits = _logspace.soften(student_logits, teacher_logits, temperature)
     log_a, log_b = (_softmax.log_softmax(z) for z in logits)
     classes = log_a.shape[-1]
     if jnp.shape(cost) != (classes, classes):

@@ -55,12 +55,12 @@ def by_id(logits: Array, ids: Array) -> Array:
     _checks.rank(1, logits=logits)
     _checks.rank(1, 1, ids=ids)
     _checks.integers(ids=ids)
-    known = _checks.concrete(ids)
-    if known is not None:
-        _checks.indices(jnp.shape(logits)[-1], ids=known[known != -1])
+    concrete = _checks.concrete(ids)
+    if concrete is not None:
+        _checks.indices(jnp.shape(logits)[-1], ids=concrete[concrete != -1])
     ids = jnp.asarray(ids)
-    taken = _logspace.columns(logits, ids)
-    return jnp.where(jnp.broadcast_to(ids == -1, taken.shape), -jnp.inf, taken)
+    entries = _logspace.columns(logits, ids)
+    return jnp.where(jnp.broadcast_to(ids == -1, entries.shape), -jnp.inf, entries)
 
 
 def shared_vocabulary(
@@ -114,5 +114,5 @@ def _with_rest(logits: Array, ids: Array) -> Array:
     _checks.indices(jnp.shape(logits)[-1], ids=ids)
     log_p = _softmax.log_softmax(logits)
     is_shared = jnp.zeros(log_p.shape[-1], jnp.bool_).at[ids].set(True)
-    rest = _logspace.logsumexp(log_p, where=jnp.broadcast_to(~is_shared, log_p.shape))
-    return jnp.concatenate([_logspace.columns(log_p, ids), rest[..., None]], axis=-1)
+    unshared = _logspace.logsumexp(log_p, where=jnp.broadcast_to(~is_shared, log_p.shape))
+    return jnp.concatenate([_logspace.columns(log_p, ids), unshared[..., None]], axis=-1)

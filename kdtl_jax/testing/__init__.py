@@ -109,4 +109,4 @@ def _run(check: Check, subject: Subject) -> Iterator[str]:
     try:
         yield from check(subject)
     except Exception as error:  # a loss that raises fails the check but does not stop the others
-        yield f"raised {_subject.summary(error)}"
+        yield f"raised {_subject.summarize(error)}"

@@ -26,33 +26,33 @@ def values(subject: Subject) -> Iterator[str]:
             )
             return
         loss = _subject.float64_values(subject, args)
-        got = loss(*args)
+        actual = loss(*args)
         if subject.oracle is not None:
-            want = np.asarray(subject.oracle(*args, **subject.hyper))
-            yield from _subject.unequal("float64 oracle", got, want, subject.rtol)
-        typical = max(1.0, float(np.max(np.abs(got))))
-        if subject.nonnegative and got.min() < -1e-12 * typical:
-            yield f"negative: {got.min()} (declare nonnegative=False if that is meant)"
+            expected = np.asarray(subject.oracle(*args, **subject.hyper))
+            yield from _subject.compare("float64 oracle", actual, expected, subject.rtol)
+        scale = max(1.0, float(np.max(np.abs(actual))))
+        if subject.nonnegative and actual.min() < -1e-12 * scale:
+            yield f"negative: {actual.min()} (declare nonnegative=False if that is meant)"
         if subject.zero_at_equality:
             equals = (args[0], args[0], *args[2:])
-            if _subject.alike(args):
+            if _subject.has_equal_forms(args):
                 equal = loss(*equals)
             else:
                 equal = np.asarray(_subject.compiled(_subject.double(subject), *equals)(*equals))
-            if np.max(np.abs(equal)) > 1e-10 * typical or np.isnan(equal).any():
+            if np.max(np.abs(equal)) > 1e-10 * scale or np.isnan(equal).any():
                 yield f"must be 0 where teacher = student, got {equal.ravel()[:4]}"
         order = np.roll(np.arange(subject.batch), 1)
         order[:2] = order[1::-1]
         permuted = loss(*_subject.rows(args, order))
-        yield from _subject.unequal(
-            "a permuted batch must give permuted values", permuted, got[order], 1e-9
+        yield from _subject.compare(
+            "a permuted batch must give permuted values", permuted, actual[order], 1e-9
         )
         if not subject.relational:
             other = _subject.arguments(subject, np.float64, seed=1)
             mixed = jax.tree.map(lambda a, b: np.concatenate([b[:1], a[1:]]), args, other)
-            yield from _subject.unequal(
+            yield from _subject.compare(
                 "changing example 0 must not change the others (or declare relational=True)",
-                loss(*mixed)[1:], got[1:], 1e-12,
+                loss(*mixed)[1:], actual[1:], 1e-12,
             )  # fmt: skip
 
 
@@ -66,21 +66,21 @@ def gradients(subject: Subject) -> Iterator[str]:
         return
     with jax.enable_x64(True):
         args = _subject.arguments(subject, np.float64)
-        at = _subject.differentiable(args)
+        positions = _subject.differentiable(args)
         rng = np.random.default_rng(3)
-        x = tuple(args[i] for i in at)
+        x = tuple(args[i] for i in positions)
         v = jax.tree.map(lambda a: rng.normal(size=a.shape), x)
         run = _subject.derivatives(subject, args)
         c = rng.uniform(0.5, 1.5, size=_subject.float64_values(subject, args)(*args).shape)
         eps = 1e-5
 
-        def moved(e: float) -> tuple[Any, ...]:
+        def shift(e: float) -> tuple[Any, ...]:
             step = iter(jax.tree.map(lambda a, b: a + e * b, x, v))
-            return tuple(next(step) if i in at else a for i, a in enumerate(args))
+            return tuple(next(step) if i in positions else a for i, a in enumerate(args))
 
-        above, below = (run(moved(e), c, v)[0] for e in (eps, -eps))
+        plus, minus = (run(shift(e), c, v)[0] for e in (eps, -eps))
         (_, gradient), tangents = run(args, c, v)
-        slope = (np.asarray(above[0]) - np.asarray(below[0])) / (2 * eps)
+        numeric = (np.asarray(plus[0]) - np.asarray(minus[0])) / (2 * eps)
         for a, g in zip(jax.tree.leaves(x), jax.tree.leaves(gradient), strict=True):
             if a.shape != g.shape or a.dtype != g.dtype:
                 yield f"gradient {g.dtype}{list(g.shape)} for input {a.dtype}{list(a.shape)}"
@@ -88,17 +88,18 @@ def gradients(subject: Subject) -> Iterator[str]:
             np.sum(np.asarray(g) * b)
             for g, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(v), strict=True)
         )
-        yield from _subject.unequal(
-            "vjp against central differences", along, np.sum(c * slope), 1e-5
+        yield from _subject.compare(
+            "vjp against central differences", along, np.sum(c * numeric), 1e-5
         )
         if tangents is not None:
-            yield from _subject.unequal("jvp against central differences", tangents[0], slope, 1e-5)
-            for up, down, second in zip(
-                *(jax.tree.leaves(tree) for tree in (above[1], below[1], tangents[1])), strict=True
-            ):
-                bend = (np.asarray(up) - np.asarray(down)) / (2 * eps)
-                yield from _subject.unequal(
-                    "second derivative against central differences", second, bend, 1e-4
+            yield from _subject.compare(
+                "jvp against central differences", tangents[0], numeric, 1e-5
+            )
+            trees = (plus[1], minus[1], tangents[1])
+            for up, down, second in zip(*map(jax.tree.leaves, trees), strict=True):
+                numeric_second = (np.asarray(up) - np.asarray(down)) / (2 * eps)
+                yield from _subject.compare(
+                    "second derivative against central differences", second, numeric_second, 1e-4
                 )
 
 
@@ -111,15 +112,15 @@ def transformations(subject: Subject) -> Iterator[str]:
     with jax.enable_x64(True):
         args, other = (_subject.arguments(subject, np.float64, seed=seed) for seed in (0, 1))
         loss = partial(subject.loss, **_subject.hyper_of(subject, np.float64))
-        known = jax.device_put(args)
+        device_args = jax.device_put(args)
         stacked = jax.tree.map(lambda a, b: np.stack([a, b]), args, other)
         mapped, eager = _subject.compiled(
-            lambda s: (jax.vmap(_subject.double(subject))(*s), loss(*known)), stacked
+            lambda s: (jax.vmap(_subject.double(subject))(*s), loss(*device_args)), stacked
         )(stacked)
         jitted = _subject.float64_values(subject, args)
-        yield from _subject.unequal("jit must equal eager", jitted(*args), eager, 1e-9)
+        yield from _subject.compare("jit must equal eager", jitted(*args), eager, 1e-9)
         looped = np.stack([jitted(*args), jitted(*other)])
-        yield from _subject.unequal("vmap must equal a loop", mapped, looped, 1e-9)
+        yield from _subject.compare("vmap must equal a loop", mapped, looped, 1e-9)
 
 
 def extremes(subject: Subject) -> Iterator[str]:
@@ -129,8 +130,8 @@ def extremes(subject: Subject) -> Iterator[str]:
     example has the same value alone as in a batch, unless the loss is relational.
     """
     args = _subject.arguments(subject, np.float32)
-    student, teacher, rest = args[0], args[1:2], args[2:]
-    floats = bool(teacher) and _subject.is_float(teacher)
+    student, teacher, others = args[0], args[1:2], args[2:]
+    has_float_teacher = bool(teacher) and _subject.is_float(teacher)
     big = tuple(
         jax.tree.map(lambda a: np.copysign(np.float32(1e4), a), arg)
         if _subject.is_float(arg)
@@ -139,36 +140,37 @@ def extremes(subject: Subject) -> Iterator[str]:
     )
     negative = jax.tree.map(lambda a: -a, big[0])
     zeros = jax.tree.map(np.zeros_like, student)
-    no_teacher = jax.tree.map(np.zeros_like, teacher) if floats else teacher
-    situations = {
+    no_teacher = jax.tree.map(np.zeros_like, teacher) if has_float_teacher else teacher
+    situations: dict[str, Any] = {
         "ordinary arguments": args,
         "duplicate rows": _subject.rows(args, np.zeros(subject.batch, np.int32)),
-        "student zero": (zeros, *teacher, *rest),
-        "teacher zero": (student, *no_teacher, *rest),
-        "both zero": (zeros, *no_teacher, *rest),
+        "student zero": (zeros, *teacher, *others),
+        "teacher zero": (student, *no_teacher, *others),
+        "both zero": (zeros, *no_teacher, *others),
     }
-    if floats and _subject.alike(args):
-        situations["teacher = student"] = (student, student, *rest)
+    if has_float_teacher and _subject.has_equal_forms(args):
+        situations["teacher = student"] = (student, student, *others)
     if subject.extreme:
-        situations["student +-1e4"] = (big[0], *teacher, *rest)
-        situations["teacher +-1e4"] = (student, *big[1:2], *rest)
-        situations["both +-1e4, opposite signs"] = (negative, *big[1:2], *rest)
-        if floats and _subject.alike(args):
-            situations["both +-1e4, equal"] = (big[0], big[0], *rest)
-    one = _subject.rows(args, np.zeros(1, np.int32))
-    program, in_a_batch = None, None
-    for name, given in {**situations, "batch of one": one, "batch of one, zero": None}.items():
+        situations["student +-1e4"] = (big[0], *teacher, *others)
+        situations["teacher +-1e4"] = (student, *big[1:2], *others)
+        situations["both +-1e4, opposite signs"] = (negative, *big[1:2], *others)
+        if has_float_teacher and _subject.has_equal_forms(args):
+            situations["both +-1e4, equal"] = (big[0], big[0], *others)
+    single = _subject.rows(args, np.zeros(1, np.int32))
+    program, batched_value = None, None
+    situations |= {"batch of one": single, "batch of one, zero": None}
+    for name, case in situations.items():
         if name == "batch of one":
             program = None
-        if given is None:
-            given = tuple(
-                jax.tree.map(np.zeros_like, a) if _subject.is_float(a) else a for a in one
+        if case is None:
+            case = tuple(
+                jax.tree.map(np.zeros_like, a) if _subject.is_float(a) else a for a in single
             )
         if program is None:
             program = _subject.compiled(
-                _subject.value_and_gradient(subject, given, np.float32, {}), *given
+                _subject.value_and_gradient(subject, case, np.float32, {}), *case
             )
-        value, gradient = jax.device_get(program(*given))
+        value, gradient = jax.device_get(program(*case))
         if not np.isfinite(value).all():
             yield f"{name}: value {value.ravel()[:4]} is not finite"
         elif subject.nonnegative and np.min(value) < -1e-5 * max(1.0, float(np.max(value))):
@@ -178,14 +180,14 @@ def extremes(subject: Subject) -> Iterator[str]:
                 yield f"{name}: the gradient is not finite (value {value.ravel()[:4]})"
                 break
         if name == "duplicate rows":
-            in_a_batch = value[:1]
+            batched_value = value[:1]
         if name == "batch of one" and not subject.relational:
-            yield from _subject.unequal("an example alone", value, in_a_batch, 1e-4)
+            yield from _subject.compare("an example alone", value, batched_value, 1e-4)
         if name == "ordinary arguments":
-            for which in range(2 if floats else 1):
-                broken = [jax.tree.map(_nan, a) if i == which else a for i, a in enumerate(args)]
+            for side in range(2 if has_float_teacher else 1):
+                broken = [jax.tree.map(_nan, a) if i == side else a for i, a in enumerate(args)]
                 if np.isfinite(np.asarray(program(*broken)[0])).all():
-                    yield f"NaN in the {('student', 'teacher')[which]} gives a finite value"
+                    yield f"NaN in the {('student', 'teacher')[side]} gives a finite value"
 
 
 def _nan(x: np.ndarray) -> np.ndarray:
@@ -198,28 +200,29 @@ def precision(subject: Subject) -> Iterator[str]:
     rounded = [_subject.arguments(subject, dtype) for dtype in names]
     hyper = [_subject.hyper_of(subject, dtype) for dtype in names]
 
-    def both(*given: Any) -> list[Any]:
-        return [subject.loss(*a, **h) for a, h in zip(given, hyper, strict=True)]
+    def run(*arguments: Any) -> list[Any]:
+        return [subject.loss(*a, **h) for a, h in zip(arguments, hyper, strict=True)]
 
-    halves = _subject.compiled(both, *rounded)(*rounded)
+    halves = _subject.compiled(run, *rounded)(*rounded)
     with jax.enable_x64(True):
-        wide = [_subject.cast(args, np.float64) for args in rounded]
+        exact_args = [_subject.cast(args, np.float64) for args in rounded]
         exact = subject.oracle and partial(subject.oracle, **subject.hyper)
         if exact is None:
             exact = _subject.compiled(
-                partial(subject.loss, **_subject.hyper_of(subject, np.float64)), *wide[0]
+                partial(subject.loss, **_subject.hyper_of(subject, np.float64)), *exact_args[0]
             )
-        for dtype, half, args in zip(names, halves, wide, strict=True):
+        for dtype, half, args in zip(names, halves, exact_args, strict=True):
             name = jnp.dtype(dtype).name
             if jnp.finfo(half.dtype).bits < 32:
                 yield f"{name} inputs must give float32 or wider, got {half.dtype}: upcast first"
-            want = np.asarray(exact(*args))
+            expected = np.asarray(exact(*args))
             half = np.asarray(half, np.float64)
-            worst = np.max(np.abs(half - want)) / max(float(np.max(np.abs(want))), 1e-6)
+            scale = max(float(np.max(np.abs(expected))), 1e-6)
+            error = np.max(np.abs(half - expected)) / scale
             # Upcast inputs agree to 1e-6 of the largest value; half arithmetic is rarely within
             # 5e-4 of it, although individual values may happen to be.
-            if not worst <= 5e-4 or not np.allclose(half, want, rtol=1e-2, atol=1e-5):
-                yield f"{name} inputs: {half.ravel()[:4]}, in float64 {want.ravel()[:4]}"
+            if not error <= 5e-4 or not np.allclose(half, expected, rtol=1e-2, atol=1e-5):
+                yield f"{name} inputs: {half.ravel()[:4]}, in float64 {expected.ravel()[:4]}"
 
 
 def masks(subject: Subject) -> Iterator[str]:
@@ -259,23 +262,22 @@ def masks(subject: Subject) -> Iterator[str]:
             lambda a: np.take(a, np.arange(keep), axis) if a.shape[: axis + 1] == leading else a,
             args,
         )
-        want = _subject.compiled(_subject.double(subject), *sliced)(*sliced)
+        expected = _subject.compiled(_subject.double(subject), *sliced)(*sliced)
         for fill in (0.0, 1e4, -np.inf):
             value, gradient = jax.device_get(program(masked(args, fill), where))
-            seen = np.take(value, np.arange(keep), axis) if value.ndim > axis else value
-            yield from _subject.unequal(
-                f"where must equal slicing ({fill} where masked)", seen, want, 1e-9
+            entries = np.take(value, np.arange(keep), axis) if value.ndim > axis else value
+            yield from _subject.compare(
+                f"where must equal slicing ({fill} where masked)", entries, expected, 1e-9
             )
             yield from _subject.not_finite(f"masked entries {fill}", value, gradient)
             if not axis and any(np.any(a[keep:]) for a in jax.tree.leaves((value, gradient))):
                 yield f"masked examples {fill}: value and gradient must be 0"
-        plain = _subject.float64_values(subject, args)(*args)
-        yield from _subject.unequal(
-            "where=True throughout masks", program(args, np.ones_like(where))[0], plain, 1e-9
-        )
-        nothing = where.copy()
-        nothing[0] = False
-        yield from _subject.not_finite("an example masked entirely", *program(args, nothing))
+        unmasked = _subject.float64_values(subject, args)(*args)
+        value = program(args, np.ones_like(where))[0]
+        yield from _subject.compare("where=True throughout masks", value, unmasked, 1e-9)
+        partial_mask = where.copy()
+        partial_mask[0] = False
+        yield from _subject.not_finite("an example masked entirely", *program(args, partial_mask))
 
 
 def hyperparameters(subject: Subject) -> Iterator[str]:
@@ -287,25 +289,25 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         args = _subject.arguments(subject, np.float64)
         hyper = _subject.hyper_of(subject, np.float64)
-        given = inspect.signature(subject.loss).parameters.values()
-        defaults = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY} | hyper
+        parameters = inspect.signature(subject.loss).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | hyper
         numbers = {name: x for name, x in defaults.items() if isinstance(x, float)}
         sizes = {name: x for name, x in defaults.items() if type(x) is int}
-        plain = jax.eval_shape(_subject.double(subject), *args)
+        expected = jax.eval_shape(_subject.double(subject), *args)
         for name, size in sizes.items():
-            several = hyper | {name: np.full((1,), size)}
+            vector = hyper | {name: np.full((1,), size)}
             with contextlib.suppress(ValueError, TypeError), jax.numpy_dtype_promotion("standard"):
-                jax.eval_shape(partial(subject.loss, **several), *args)
+                jax.eval_shape(partial(subject.loss, **vector), *args)
                 yield f"{name}[1]: must raise, it is a size"
 
-        given_as = {
+        loss_of = {
             name: jax.jit(lambda x, name=name: subject.loss(*args, **hyper | {name: x}))
             for name in numbers
         }
 
         def outcome(name: str, *shape: int, dtype: Any = np.float64) -> Any:
             try:
-                return jax.eval_shape(given_as[name], jax.ShapeDtypeStruct(shape, dtype))
+                return jax.eval_shape(loss_of[name], jax.ShapeDtypeStruct(shape, dtype))
             except Exception as error:
                 return error
 
@@ -317,22 +319,22 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
             for shape in ((1,), (batch, 1), (batch + 1,)):
                 error = outcome(name, *shape)
                 if not isinstance(error, ValueError) or name not in str(error):
-                    got = _subject.summary(error) if isinstance(error, Exception) else "no error"
+                    got = _subject.summarize(error) if isinstance(error, Exception) else "no error"
                     yield f"{name}{list(shape)}: must raise ValueError that names it, got {got}"
-            each = outcome(name, batch)
-            if not isinstance(each, Exception):
-                if each.shape != plain.shape:
-                    yield f"{name}{[batch]}: gives {list(each.shape)}, not {list(plain.shape)}"
+            result = outcome(name, batch)
+            if not isinstance(result, Exception):
+                if result.shape != expected.shape:
+                    yield f"{name}{[batch]}: gives {list(result.shape)}, not {list(expected.shape)}"
                     continue
                 accepted |= {} if subject.relational else {name: number + np.arange(batch) / 64}
-            elif not isinstance(each, ValueError):
-                yield f"{name}{[batch]}: must raise ValueError, got {_subject.summary(each)}"
+            elif not isinstance(result, ValueError):
+                yield f"{name}{[batch]}: must raise ValueError, got {_subject.summarize(result)}"
         if not accepted:
             return
-        run = _subject.compiled(lambda x: {n: given_as[n](x[n]) for n in x}, accepted)
+        run = _subject.compiled(lambda x: {n: loss_of[n](x[n]) for n in x}, accepted)
         want = _subject.float64_values(subject, args)(*args)
         for name, got in jax.device_get(run(accepted)).items():
-            yield from _subject.unequal(f"{name} per example", got[0], want[0], 1e-9)
+            yield from _subject.compare(f"{name} per example", got[0], want[0], 1e-9)
 
 
 def errors(subject: Subject) -> Iterator[str]:
@@ -341,33 +343,35 @@ def errors(subject: Subject) -> Iterator[str]:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
     hyper = _subject.hyper_of(subject, np.float32)
 
-    def outcome(*given: Any) -> Exception | None:
+    def outcome(*arguments: Any) -> Exception | None:
         try:
-            jax.eval_shape(partial(subject.loss, **hyper), *given)
+            jax.eval_shape(partial(subject.loss, **hyper), *arguments)
         except Exception as error:  # any exception of a user's loss is inspected
             return error
         return None
 
     students, teachers = jax.tree.leaves(shapes[0]), jax.tree.leaves(shapes[1:2])
     paired = [(s, t) for s, t in zip(students, teachers, strict=False) if _subject.is_float(t)]
-    for what, change in _mismatches(paired):
-        wrong = jax.tree.map(change, shapes[1])
-        error = outcome(shapes[0], wrong, *shapes[2:])
-        before, after = paired[0][0].shape, jax.tree.leaves(wrong)[0].shape
-        told = f"{what}, student{list(before)}, teacher{list(after)}"
+    for description, change in _mismatches(paired):
+        changed = jax.tree.map(change, shapes[1])
+        error = outcome(shapes[0], changed, *shapes[2:])
+        student_shape, teacher_shape = paired[0][0].shape, jax.tree.leaves(changed)[0].shape
+        label = f"{description}, student{list(student_shape)}, teacher{list(teacher_shape)}"
         if not isinstance(error, ValueError):
-            yield f"{told}: must raise ValueError, got {_subject.summary(error)}"
-        elif not all(_subject.names_shape(str(error), s) for s in (before, after)):
-            yield f"{told}: the message must name both shapes, got {error}"
+            yield f"{label}: must raise ValueError, got {_subject.summarize(error)}"
+        elif not all(_subject.names_shape(str(error), s) for s in (student_shape, teacher_shape)):
+            yield f"{label}: the message must name both shapes, got {error}"
     for i in range(min(2, len(shapes))):
         side = ("student", "teacher")[i]
         is_float = _subject.is_float(shapes[i])
         dtype = jnp.int32 if is_float else jnp.float32
-        wrong = jax.tree.map(lambda a, dtype=dtype: jax.ShapeDtypeStruct(a.shape, dtype), shapes[i])
-        error = outcome(*shapes[:i], wrong, *shapes[i + 1 :])
+        changed = jax.tree.map(
+            lambda a, dtype=dtype: jax.ShapeDtypeStruct(a.shape, dtype), shapes[i]
+        )
+        error = outcome(*shapes[:i], changed, *shapes[i + 1 :])
         if not isinstance(error, TypeError):
-            got = "integers" if is_float else "floating point"
-            yield f"{side} as {got}: must raise TypeError, got {_subject.summary(error)}"
+            kind = "integers" if is_float else "floating point"
+            yield f"{side} as {kind}: must raise TypeError, got {_subject.summarize(error)}"
 
 
 def _mismatches(pairs: list[tuple[Any, Any]]) -> Iterator[tuple[str, Callable[[Any], Any]]]:

@@ -86,7 +86,7 @@ def is_float(tree: Any) -> bool:
     return all(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(tree))
 
 
-def alike(args: tuple[Any, ...]) -> bool:
+def has_equal_forms(args: tuple[Any, ...]) -> bool:
     """Whether student and teacher have the same structure, leaf shapes and dtypes."""
     kinds = [jax.tree.map(lambda a: (a.shape, a.dtype.name), arg) for arg in args[:2]]
     return len(kinds) == 2 and kinds[0] == kinds[1]
@@ -102,32 +102,32 @@ def differentiable(args: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(i for i in range(min(2, len(args))) if is_float(args[i]))
 
 
-def along(
-    loss: Callable[..., Any], args: tuple[Any, ...], at: tuple[int, ...]
+def restrict(
+    loss: Callable[..., Any], args: tuple[Any, ...], positions: tuple[int, ...]
 ) -> Callable[..., Any]:
-    """The loss as a function of only the arguments at positions `at`."""
+    """The loss as a function of only the arguments at positions `positions`."""
 
-    def of_some(*x: Any) -> Any:
-        given = list(args)
-        for i, value in zip(at, x, strict=True):
-            given[i] = value
-        return loss(*given)
+    def partial_loss(*x: Any) -> Any:
+        all_args = list(args)
+        for i, value in zip(positions, x, strict=True):
+            all_args[i] = value
+        return loss(*all_args)
 
-    return of_some
+    return partial_loss
 
 
 def value_and_gradient(
     subject: Subject, example: tuple[Any, ...], dtype: Any, extra: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """The loss and its gradient for student and teacher, as one function of all arguments."""
-    at = differentiable(example)
+    positions = differentiable(example)
     loss = partial(subject.loss, **hyper_of(subject, dtype) | dict(extra))
 
-    def both(*args: Any) -> Any:
-        value, pull = jax.vjp(along(loss, args, at), *(args[i] for i in at))
+    def run(*args: Any) -> Any:
+        value, pull = jax.vjp(restrict(loss, args, positions), *(args[i] for i in positions))
         return value, pull(jnp.ones_like(value))
 
-    return both
+    return run
 
 
 def derivatives(
@@ -139,61 +139,61 @@ def derivatives(
     of values and derivatives; the derivatives along v are None for a loss that is only once
     differentiable.
     """
-    at, loss = differentiable(args), double(subject)
+    positions, loss = differentiable(args), double(subject)
 
     def run(args: tuple[Any, ...], c: Any, v: Any) -> tuple[Any, Any]:
         def pulled(*x: Any) -> tuple[Any, Any]:
-            value, pull = jax.vjp(along(loss, args, at), *x)
+            value, pull = jax.vjp(restrict(loss, args, positions), *x)
             return value, pull(jnp.asarray(c))
 
-        x = tuple(args[i] for i in at)
+        x = tuple(args[i] for i in positions)
         return jax.jvp(pulled, x, v) if subject.twice_differentiable else (pulled(*x), None)
 
-    x = tuple(args[i] for i in at)
+    x = tuple(args[i] for i in positions)
     c = np.ones(jax.eval_shape(loss, *args).shape)
     return program(subject, "derivatives", run, args, c, x)
 
 
 def float64_values(subject: Subject, args: tuple[Any, ...]) -> Callable[..., np.ndarray]:
     """The loss's values as a function of arguments of these shapes."""
-    run, at = derivatives(subject, args), differentiable(args)
+    run, positions = derivatives(subject, args), differentiable(args)
     c = np.ones(jax.eval_shape(double(subject), *args).shape)
-    return lambda *args: np.asarray(run(args, c, tuple(args[i] for i in at))[0][0])
+    return lambda *args: np.asarray(run(args, c, tuple(args[i] for i in positions))[0][0])
 
 
-def unequal(what: str, got: Any, want: Any, rtol: float) -> Iterator[str]:
+def compare(label: str, actual: Any, expected: Any, rtol: float) -> Iterator[str]:
     """A failure that states where and by how much, if the two are not close."""
-    got, want = np.asarray(got), np.asarray(want)
-    if got.shape != want.shape:
-        yield f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if actual.shape != expected.shape:
+        yield f"{label}: shape {list(actual.shape)}, expected {list(expected.shape)}"
         return
     # The floor is relative to the largest value, so tiny and huge losses are treated alike.
-    atol = rtol * max(float(np.max(np.abs(want), initial=0.0)), 1e-6)
+    atol = rtol * max(float(np.max(np.abs(expected), initial=0.0)), 1e-6)
     with np.errstate(invalid="ignore"):
-        wrong = ~(np.abs(got - want) <= atol + rtol * np.abs(want))
-    wrong &= got != want  # infinities of the same sign are equal; NaN never is
-    if wrong.any():
-        i = tuple(int(k) for k in np.argwhere(wrong)[0])
+        differs = ~(np.abs(actual - expected) <= atol + rtol * np.abs(expected))
+    differs &= actual != expected  # infinities of the same sign are equal; NaN never is
+    if differs.any():
+        i = tuple(int(k) for k in np.argwhere(differs)[0])
         yield (
-            f"{what}: at {list(i)} {got[i]!s}, expected {want[i]!s} "
-            f"({wrong.sum()} of {wrong.size} differ)"
+            f"{label}: at {list(i)} {actual[i]!s}, expected {expected[i]!s} "
+            f"({differs.sum()} of {differs.size} differ)"
         )
 
 
-def not_finite(what: str, value: Any, gradient: Any) -> Iterator[str]:
+def not_finite(label: str, value: Any, gradient: Any) -> Iterator[str]:
     """A failure for a value, and one for a gradient, with NaN or infinity in it."""
     for name, arrays in (("value", [value]), ("gradient", jax.tree.leaves(gradient))):
         if not all(np.isfinite(a).all() for a in arrays):
-            yield f"{what}: the {name} is not finite"
+            yield f"{label}: the {name} is not finite"
 
 
-def summary(error: Exception | None) -> str:
+def summarize(error: Exception | None) -> str:
     """An exception in one line."""
     return "no error" if error is None else f"{type(error).__name__}: {str(error).splitlines()[:1]}"
 
 
 def names_shape(message: str, shape: Sequence[int]) -> bool:
     """Whether a message names a shape."""
-    plain = message.replace(" ", "").replace(",)", ")")
+    compact = message.replace(" ", "").replace(",)", ")")
     inner = ",".join(str(n) for n in shape)
-    return f"[{inner}]" in plain or f"({inner})" in plain
+    return f"[{inner}]" in compact or f"({inner})" in compact

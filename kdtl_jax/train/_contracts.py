@@ -1,4 +1,4 @@
-"""Checks of what a step expects from terms, batches and states."""
+"""Checks of a step's terms, batches and states."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from kdtl_jax._types import PyTree
 from kdtl_jax.objective import Inputs, TermsFn
 
 
-def optimizer(tx: Any) -> None:
+def check_optimizer(tx: Any) -> None:
     """Refuses anything but an optax optimizer, e.g. a learning rate, or `optax.adam` uncalled.
 
     Raises:
@@ -25,33 +25,40 @@ def optimizer(tx: Any) -> None:
         )
 
 
-def carried(**states: tuple[PyTree, PyTree]) -> None:
+def check_carried(**states: tuple[PyTree, PyTree]) -> None:
     """Refuses a step that changes the form of its model state or memory.
 
     Raises:
       ValueError: naming both, and the first leaf that differs.
     """
     for name, (new, old) in states.items():
-        after, before = trees.flatten({name: new}), trees.flatten({name: old})
+        new_leaves, old_leaves = trees.flatten({name: new}), trees.flatten({name: old})
         if jax.tree.structure(new) == jax.tree.structure(old):
-            wrong = [path for path in after if np.shape(after[path]) != np.shape(before[path])]
+            changed = [
+                path
+                for path in new_leaves
+                if np.shape(new_leaves[path]) != np.shape(old_leaves[path])
+            ]
         else:
-            wrong = [name]
-        if wrong:
-            path = wrong[0]
-            came, held = (
-                describe(each[path]) if path in each and len(each) else f"{len(each)} leaves"
-                for each in (after, before)
+            changed = [name]
+        if changed:
+            path = changed[0]
+            new_form, old_form = (
+                describe(leaves[path])
+                if path in leaves and len(leaves)
+                else f"{len(leaves)} leaves"
+                for leaves in (new_leaves, old_leaves)
             )
             source = "the terms return" if name == "memory" else "the model returns"
             raise ValueError(
-                f"{source} a different {name} from the state's: {path!r} is {came}, was {held}. "
-                f"Give init_state({name}=) what a step carries: the same structure and shapes."
+                f"{source} a different {name} from the state's: {path!r} is {new_form}, was "
+                f"{old_form}. Give init_state({name}=) what a step carries: the same structure and "
+                "shapes."
             )
 
 
-def told(terms: TermsFn, inputs: Inputs) -> Any:
-    """`terms(inputs)`; a KeyError states what is available and what the state lacks."""
+def call_terms(terms: TermsFn, inputs: Inputs) -> Any:
+    """Calls `terms(inputs)`; a KeyError states what is available and what the state lacks."""
     try:
         return terms(inputs)
     except KeyError as error:
@@ -60,25 +67,29 @@ def told(terms: TermsFn, inputs: Inputs) -> Any:
                 f"The batch has {sorted(inputs.batch)}, the model returns {sorted(inputs.student)}."
             )
         if len(error.args) == 1:
-            error.args = (_missing(error.args[0], inputs),)
-        lacking = [n for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))]
-        if lacking:
-            how = ", ".join(f"{name}=method.{name}(key)" for name in lacking)
+            error.args = (_missing_message(error.args[0], inputs),)
+        missing = [n for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))]
+        if missing:
+            arguments = ", ".join(f"{name}=method.{name}(key)" for name in missing)
             error.add_note(
-                f"The state has no {' and no '.join(lacking)}. If the terms are a method's, write "
-                f"init_state(..., {how})."
+                f"The state has no {' and no '.join(missing)}. If the terms are a method's, write "
+                f"init_state(..., {arguments})."
             )
         raise
 
 
-def _missing(entry: Any, inputs: Inputs) -> str:
-    """What the terms looked for, and what is available."""
+def _missing_message(entry: Any, inputs: Inputs) -> str:
+    """The message for an entry that the terms read and that is not available."""
     fields = {name: getattr(inputs, name) for name in ("student", "teacher", "batch")}
-    there = {name: sorted(map(str, x)) for name, x in fields.items() if isinstance(x, Mapping)}
-    there |= {n: [] for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))}
-    listed = ", ".join(f"inputs.{name} has {found or 'nothing'}" for name, found in there.items())
+    available = {name: sorted(map(str, x)) for name, x in fields.items() if isinstance(x, Mapping)}
+    available |= {
+        n: [] for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))
+    }
+    listed = ", ".join(
+        f"inputs.{name} has {names or 'nothing'}" for name, names in available.items()
+    )
     advice = ""
-    if entry in there.get("student", ()) and not there.get("teacher"):
+    if entry in available.get("student", ()) and not available.get("teacher"):
         advice = (
             " There is no teacher: pass teacher= to make_step and teacher_params to the step, or "
             'its outputs as batch["teacher"].'
@@ -86,7 +97,7 @@ def _missing(entry: Any, inputs: Inputs) -> str:
     return f"the terms read {entry}, which is not there: {listed}.{advice}"
 
 
-def donated(state: Any) -> bool:
+def is_donated(state: Any) -> bool:
     """Whether a state's arrays were donated to an earlier call."""
     return any(
         isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
@@ -94,32 +105,32 @@ def donated(state: Any) -> bool:
     )
 
 
-def batch(given: Any) -> Mapping[str, Any]:
-    """The batch, if it is a dict with `"inputs"` and weights `[B]`.
+def check_batch(batch: Any) -> Mapping[str, Any]:
+    """Checks that a batch is a dict with `"inputs"` and weights `[B]`, and returns it.
 
     Raises:
       TypeError: if it is not a mapping.
       ValueError: if an entry is missing or misshapen.
     """
-    given = check_named_arrays("the batch", given)
-    if "inputs" not in given:
+    batch = check_named_arrays("the batch", batch)
+    if "inputs" not in batch:
         raise ValueError(
-            f"the batch must be a dict with 'inputs', got the keys {sorted(given)}. Name "
+            f"the batch must be a dict with 'inputs', got the keys {sorted(batch)}. Name "
             "what the models read 'inputs'."
         )
-    shape = np.shape(given.get("weights", np.ones(1)))
-    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(given["inputs"]) if np.ndim(leaf)}
-    if len(shape) != 1 or ("weights" in given and sizes and shape[0] not in sizes):
+    shape = np.shape(batch.get("weights", np.ones(1)))
+    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch["inputs"]) if np.ndim(leaf)}
+    if len(shape) != 1 or ("weights" in batch and sizes and shape[0] not in sizes):
         size = f"[B] = {sorted(sizes)}" if sizes else "[B]"
         raise ValueError(
             f"the batch's 'weights' must be {size}, one per example, got {list(shape)}."
         )
-    if "weights" in given:
-        _checks.non_negative(**{"the batch's 'weights'": given["weights"]})
-    return given
+    if "weights" in batch:
+        _checks.non_negative(**{"the batch's 'weights'": batch["weights"]})
+    return batch
 
 
-def no_padding_in_statistics(batch: Mapping[str, Any], before: PyTree, after: PyTree) -> None:
+def check_statistics(batch: Mapping[str, Any], old_state: PyTree, new_state: PyTree) -> None:
     """Refuses weights that may be 0 if the model's own state changes with its inputs.
 
     Rows of weight 0 do not affect the results for other rows, except through a model's batch
@@ -129,16 +140,19 @@ def no_padding_in_statistics(batch: Mapping[str, Any], before: PyTree, after: Py
       ValueError: naming what changes.
     """
     weights = batch.get("weights")
-    if weights is None or jax.tree.structure(before) != jax.tree.structure(after):
+    if weights is None or jax.tree.structure(old_state) != jax.tree.structure(new_state):
         return
-    known = _checks.concrete(weights)
-    if known is not None and np.all(known != 0):
+    concrete = _checks.concrete(weights)
+    if concrete is not None and np.all(concrete != 0):
         return
-    old, new = jax.tree.leaves(before), jax.tree_util.tree_leaves_with_path(after)
+    old_leaves, new_leaves = (
+        jax.tree.leaves(old_state),
+        jax.tree_util.tree_leaves_with_path(new_state),
+    )
     changing = [
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for (path, leaf), past in zip(new, old, strict=True)
-        if trees.is_inexact(leaf) and leaf is not past
+        for (path, leaf), previous in zip(new_leaves, old_leaves, strict=True)
+        if trees.is_inexact(leaf) and leaf is not previous
     ]
     if changing:
         raise ValueError(

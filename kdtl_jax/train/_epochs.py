@@ -62,8 +62,8 @@ def step_path(step: Step, state: TrainState, batch: Batch, teacher_params: Any =
     """
     if jax.default_backend() != "cpu":
         return "scan"
-    used = _jaxprs.primitives(step, state, batch, teacher_params)
-    return "steps" if "conv_general_dilated" in used else "scan"
+    primitives = _jaxprs.primitives(step, state, batch, teacher_params)
+    return "steps" if "conv_general_dilated" in primitives else "scan"
 
 
 def epoch_path(
@@ -88,7 +88,7 @@ def jit_epoch(step: Step) -> Epoch:
     def single_step(state: TrainState, data: Batch, rows: Array, teacher_params: Any) -> Any:
         return step(state, take(data, rows), teacher_params)
 
-    one = jax.jit(single_step, donate_argnums=0)
+    jitted_step = jax.jit(single_step, donate_argnums=0)
 
     def epoch(
         state: TrainState, data: Batch, index: Array, teacher_params: Any = None
@@ -97,7 +97,7 @@ def jit_epoch(step: Step) -> Epoch:
             return scanned(state, data, index, teacher_params)
         collected = []
         for rows in np.asarray(index):
-            state, metrics = one(state, data, rows, teacher_params)
+            state, metrics = jitted_step(state, data, rows, teacher_params)
             collected.append(metrics)
         return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
 

@@ -1,4 +1,4 @@
-"""The training state: everything that changes from step to step, and nothing else."""
+"""The training state: everything that changes from step to step."""
 
 import math
 from collections.abc import Mapping
@@ -66,8 +66,8 @@ class Split(NamedTuple):
 
     def join(self, trained: PyTree) -> tuple[Params, Params]:
         """Parameters and connectors with the trained leaves replaced by `trained`."""
-        whole = trees.combine(trained, self.frozen)
-        return (whole["params"], whole["connectors"]) if self.has_connectors else (whole, {})
+        merged = trees.combine(trained, self.frozen)
+        return (merged["params"], merged["connectors"]) if self.has_connectors else (merged, {})
 
 
 def split(params: Params, connectors: Params, trainable: trees.Selector) -> Split:
@@ -75,10 +75,10 @@ def split(params: Params, connectors: Params, trainable: trees.Selector) -> Spli
     trained, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(connectors):
         return Split(trained, frozen, has_connectors=False)
-    glue, fixed = trees.partition(connectors, trees.everything)
+    trained_connectors, frozen_connectors = trees.partition(connectors, trees.everything)
     return Split(
-        {"params": trained, "connectors": glue},
-        {"params": frozen, "connectors": fixed},
+        {"params": trained, "connectors": trained_connectors},
+        {"params": frozen, "connectors": frozen_connectors},
         has_connectors=True,
     )
 
@@ -114,18 +114,18 @@ def init_state(
             "params must be the parameters alone, got Variables. Write init_state(v.params, tx, "
             "key=key, model_state=v.model_state)."
         )
-    _contracts.optimizer(tx)
+    _contracts.check_optimizer(tx)
     _checks.key(key=key)
-    params = jax.tree.map(own, params)
-    connectors = jax.tree.map(own, {} if connectors is None else connectors)
+    params = jax.tree.map(copy_leaf, params)
+    connectors = jax.tree.map(copy_leaf, {} if connectors is None else connectors)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         connectors=connectors,
-        opt_state=jax.tree.map(own, tx.init(split(params, connectors, trainable).trained)),
-        model_state=jax.tree.map(own, model_state),
-        memory=jax.tree.map(own, memory),
-        key=own(key),
+        opt_state=jax.tree.map(copy_leaf, tx.init(split(params, connectors, trainable).trained)),
+        model_state=jax.tree.map(copy_leaf, model_state),
+        memory=jax.tree.map(copy_leaf, memory),
+        key=copy_leaf(key),
     )
 
 
@@ -138,7 +138,7 @@ def check_state(state: Any) -> None:
         )
 
 
-def own(leaf: Any) -> Any:
+def copy_leaf(leaf: Any) -> Any:
     """A copy without weak type, so donating the state never deletes the caller's arrays."""
     if _checks.is_key(leaf):
         return jax.random.wrap_key_data(
@@ -150,12 +150,12 @@ def own(leaf: Any) -> Any:
     return jax.lax.convert_element_type(array, array.dtype)
 
 
-def like(new: PyTree, old: PyTree) -> PyTree:
+def cast_like(new: PyTree, old: PyTree) -> PyTree:
     """Casts every leaf to the old state's dtype, so that the step maps its state to itself."""
 
-    def cast(after: Any, before: Any) -> Any:
-        if _checks.is_key(before):
-            return after
-        return jax.lax.convert_element_type(after, before.dtype)
+    def cast(new_leaf: Any, old_leaf: Any) -> Any:
+        if _checks.is_key(old_leaf):
+            return new_leaf
+        return jax.lax.convert_element_type(new_leaf, old_leaf.dtype)
 
     return jax.tree.map(cast, new, old)

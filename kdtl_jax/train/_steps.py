@@ -15,8 +15,8 @@ from kdtl_jax import _checks, _model_functions, objective, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
 from kdtl_jax.train import _contracts, _gradients, dot, precision
-from kdtl_jax.train._gradients import Carried, Found, Means, Objective
-from kdtl_jax.train._state import Batch, Step, TrainState, check_state, like, split
+from kdtl_jax.train._gradients import Carried, GradientResult, Means, Objective
+from kdtl_jax.train._state import Batch, Step, TrainState, cast_like, check_state, split
 
 
 def make_step(
@@ -64,11 +64,11 @@ def make_step(
     _model_functions.model_function(
         model=model, **({} if teacher is None else {"teacher": teacher})
     )
-    _contracts.optimizer(tx)
+    _contracts.check_optimizer(tx)
     _checks.count(1, microbatches=microbatches)
     optimizer = optax.with_extra_args_support(tx)
 
-    def outputs_of_teacher(teacher_params: Any, batch: Batch) -> Any:
+    def run_teacher(teacher_params: Any, batch: Batch) -> Any:
         if teacher is None:
             return batch.get("teacher", {})
         variables = _variables(teacher_params)
@@ -81,7 +81,7 @@ def make_step(
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
         check_state(state)
-        batch = _blank_padding(_contracts.batch(batch))
+        batch = _blank_padding(_contracts.check_batch(batch))
         parts = split(state.params, state.connectors, trainable)
 
         def forward(
@@ -93,14 +93,14 @@ def make_step(
             if microbatches > 1:
                 key = jax.random.fold_in(key, part)
             model_key, terms_key = jax.random.split(key)
-            outputs, after = _model_functions.call_model(
+            outputs, new_model_state = _model_functions.call_model(
                 "model", model, params, model_state, batch["inputs"], key=model_key, train=True
             )
-            _contracts.no_padding_in_statistics(batch, model_state, after)
-            taught = outputs_of_teacher(teacher_params, batch)
+            _contracts.check_statistics(batch, model_state, new_model_state)
+            teacher_outputs = run_teacher(teacher_params, batch)
             inputs = Inputs(
                 outputs,
-                jax.lax.stop_gradient(taught),
+                jax.lax.stop_gradient(teacher_outputs),
                 batch,
                 params,
                 connectors,
@@ -109,36 +109,38 @@ def make_step(
                 state.step,
                 terms_key,
             )
-            returned = _contracts.told(terms, inputs)
-            named, memory = returned if isinstance(returned, tuple) else (returned, memory)
-            means = objective.reduce_all(named, batch.get("weights"), batch_size=_size(batch))
-            return means, (after, memory)
+            returned = _contracts.call_terms(terms, inputs)
+            terms_by_name, memory = returned if isinstance(returned, tuple) else (returned, memory)
+            means = objective.reduce_all(
+                terms_by_name, batch.get("weights"), batch_size=_size(batch)
+            )
+            return means, (new_model_state, memory)
 
-        scale, apart = precision.loss_scale(state.opt_state), dot.distilled(state.opt_state)
-        of = Objective(forward, objective.resolve(weights, state.step), scale, apart)
+        scale, separate = precision.loss_scale(state.opt_state), dot.distilled(state.opt_state)
+        spec = Objective(forward, objective.resolve(weights, state.step), scale, separate)
         carried = state.model_state, state.memory
         if microbatches == 1:
-            found = _gradients.at_once(of, parts.trained, carried, batch)
-            value_fn = _gradients.loss_at_once(of, carried, batch)
+            result = _gradients.full_batch(spec, parts.trained, carried, batch)
+            value_fn = _gradients.full_batch_loss(spec, carried, batch)
         else:
-            dealt = _deal(batch, microbatches)
-            found = _gradients.in_parts(of, parts.trained, carried, dealt)
-            value_fn = _gradients.loss_in_parts(of, carried, dealt)
+            parts_of_batch = _deal(batch, microbatches)
+            result = _gradients.microbatched(spec, parts.trained, carried, parts_of_batch)
+            value_fn = _gradients.microbatched_loss(spec, carried, parts_of_batch)
         updates, opt_state = _updates(
-            optimizer, found, state.opt_state, parts.trained, value_fn, scale
+            optimizer, result, state.opt_state, parts.trained, value_fn, scale
         )
         params, connectors = parts.join(optax.apply_updates(parts.trained, updates))
         model_state, memory = precision.unless_skipped(
-            found.carried, carried, opt_state, state.opt_state
+            result.carried, carried, opt_state, state.opt_state
         )
-        new = TrainState(
+        new_state = TrainState(
             state.step + 1, params, connectors, opt_state, model_state, memory, state.key
         )
-        logged = found.means | {"loss": Mean(found.loss, jnp.ones_like(found.loss))}
-        _contracts.carried(
+        metrics = result.means | {"loss": Mean(result.loss, jnp.ones_like(result.loss))}
+        _contracts.check_carried(
             model_state=(model_state, state.model_state), memory=(memory, state.memory)
         )
-        return like(new, state), objective.stack(logged)
+        return cast_like(new_state, state), objective.stack(metrics)
 
     return step
 
@@ -153,7 +155,7 @@ def make_eval_step(
     _model_functions.model_function(model=model)
 
     def evaluate(variables: Any, batch: Batch) -> Metrics:
-        variables, batch = _variables(variables), _contracts.batch(batch)
+        variables, batch = _variables(variables), _contracts.check_batch(batch)
         outputs, _ = _model_functions.call_model(
             "model", model, variables.params, variables.model_state, batch["inputs"]
         )
@@ -199,7 +201,7 @@ def jit_step(step: Step) -> Step:
             return jitted(state, batch, teacher_params)
         except (RuntimeError, ValueError) as error:
             # A step that fails while it runs (out of memory) has deleted its state too.
-            if "deleted" not in str(error) or not _contracts.donated(state):
+            if "deleted" not in str(error) or not _contracts.is_donated(state):
                 raise
             raise RuntimeError(
                 "this state was already given to a jitted step, which reuses its arrays. Go on "
@@ -236,37 +238,37 @@ def _size(batch: Batch) -> int | None:
 
 def _updates(
     tx: optax.GradientTransformationExtraArgs,
-    found: Found,
+    result: GradientResult,
     opt_state: PyTree,
     trained: PyTree,
     value_fn: Callable[[PyTree], Array],
     scale: Array | None,
 ) -> tuple[PyTree, PyTree]:
     """The optimizer's updates for the gradient; the other arguments belong to the unscaled loss."""
-    gradient, *apart = [precision.unscaled(tree, scale) for tree in found.gradients]
-    whole = jax.tree.map(jnp.add, gradient, *apart) if apart else gradient
-    extra: dict[str, Any] = {"value": found.loss, "grad": whole, "value_fn": value_fn}
-    if apart:
-        extra["distill_gradient"] = apart[0]
-    taken = inspect.signature(tx.update).parameters
-    if not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+    gradient, *separate = [precision.unscaled(tree, scale) for tree in result.gradients]
+    total = jax.tree.map(jnp.add, gradient, *separate) if separate else gradient
+    extra: dict[str, Any] = {"value": result.loss, "grad": total, "value_fn": value_fn}
+    if separate:
+        extra["distill_gradient"] = separate[0]
+    accepted = inspect.signature(tx.update).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
         # optax's SAM takes grad_fn alone; line searches refuse what value_fn does not read.
         extra["grad_fn"] = lambda params, _: jax.grad(value_fn)(params)
-        extra = {name: value for name, value in extra.items() if name in taken}
+        extra = {name: value for name, value in extra.items() if name in accepted}
     structure = jax.tree.structure(opt_state)
-    raised: Exception | None = None
+    failure: Exception | None = None
     try:
-        updates, new = tx.update(found.gradients[0], opt_state, trained, **extra)
-        if jax.tree.structure(new) == structure:
-            return updates, new
+        updates, new_state = tx.update(result.gradients[0], opt_state, trained, **extra)
+        if jax.tree.structure(new_state) == structure:
+            return updates, new_state
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raised = error
+        failure = error
         if jax.tree.structure(jax.eval_shape(tx.init, trained)) == structure:
             raise
     raise ValueError(
         "the optimizer's state was made for other parameters than the step trains. "
         "Give init_state and the step the same optimizer and the same trainable=."
-    ) from raised
+    ) from failure
 
 
 def _blank_padding(batch: Batch) -> Batch:
@@ -291,5 +293,5 @@ def _blank_padding(batch: Batch) -> Batch:
     }
 
 
-def _variables(given: Any) -> Variables:
-    return given if isinstance(given, Variables) else Variables(given)
+def _variables(variables: Any) -> Variables:
+    return variables if isinstance(variables, Variables) else Variables(variables)

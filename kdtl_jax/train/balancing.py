@@ -82,13 +82,13 @@ def remainder(weights: Mapping[str, float], *, to: str) -> dict[str, float]:
       Model-Optimizer's `StaticLossBalancer`.
     """
     _checks.mappings(weights=weights)
-    named = {f"the weight of {name!r}": weight for name, weight in weights.items()}
-    _checks.scalar(**named)
-    _checks.finite(**named)
-    left = 1 - sum(weights.values())
-    if to in weights or left < -1e-6 or any(weight < 0 for weight in weights.values()):
+    weights_by_name = {f"the weight of {name!r}": weight for name, weight in weights.items()}
+    _checks.scalar(**weights_by_name)
+    _checks.finite(**weights_by_name)
+    unassigned = 1 - sum(weights.values())
+    if to in weights or unassigned < -1e-6 or any(weight < 0 for weight in weights.values()):
         raise ValueError(
             f"expected non-negative weights of other terms than {to!r} that sum to at "
             f"most 1, got {dict(weights)}."
         )
-    return {**weights, to: max(left, 0.0)}
+    return {**weights, to: max(unassigned, 0.0)}

@@ -104,11 +104,11 @@ def scale_by_dot(
                 "around it, such as optax.flatten, changes it. Remove that wrapper."
             )
 
-        def moved(gradient: PyTree, velocity: PyTree, decay: float) -> PyTree:
+        def decayed(gradient: PyTree, velocity: PyTree, decay: float) -> PyTree:
             return jax.tree.map(lambda g, v: g + decay * v, gradient, velocity)
 
-        task = moved(updates, state.task, momentum - delta)
-        distill = moved(distill_gradient, state.distill, momentum + delta)
+        task = decayed(updates, state.task, momentum - delta)
+        distill = decayed(distill_gradient, state.distill, momentum + delta)
         return jax.tree.map(jnp.add, task, distill), DotState(task, distill, names)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -122,10 +122,10 @@ def distilled(opt_state: PyTree) -> frozenset[str]:
       ValueError: if there are two of them: each would add the gradient of the other's terms.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, DotState))
-    found = [leaf.names for leaf in leaves if isinstance(leaf, DotState)]
-    if len(found) > 1:
+    names = [leaf.names for leaf in leaves if isinstance(leaf, DotState)]
+    if len(names) > 1:
         raise ValueError("scale_by_dot is used once: name all distillation terms in one.")
-    return found[0] if found else frozenset()
+    return names[0] if names else frozenset()
 
 
 def _is_masked(node: Any) -> bool:

@@ -91,10 +91,10 @@ def vmap_teacher(teacher: ModelFn) -> ModelFn:
         count = jax.tree.leaves(params)[0].shape[0]
         keys = None if key is None else jax.random.split(key, count)
 
-        def one(params: Params, state: PyTree, key: Array | None) -> tuple[Outputs, PyTree]:
+        def run_one(params: Params, state: PyTree, key: Array | None) -> tuple[Outputs, PyTree]:
             return teacher(params, state, inputs, key=key, train=train)
 
-        return jax.vmap(one)(params, model_state, keys)
+        return jax.vmap(run_one)(params, model_state, keys)
 
     return stacked
 
@@ -117,7 +117,7 @@ def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
     References:
       TextBrewer averages logits. Hinton et al., 2015 (1503.02531), section 1.
     """
-    logits = _door(logits)
+    logits = _check_logits(logits)
     return _mean(logits, _shares(weights, logits))
 
 
@@ -141,7 +141,7 @@ def mean_probabilities(
       ValueError: as `mean_logits`, or if the temperature is not positive.
       TypeError: if the logits are not floating point.
     """
-    logits = _door(logits)
+    logits = _check_logits(logits)
     _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
     share = _shares(weights, logits)
@@ -169,7 +169,7 @@ def log_sum_exp(
       ValueError: as `mean_probabilities`.
       TypeError: if the logits are not floating point.
     """
-    logits = _door(logits)
+    logits = _check_logits(logits)
     _checks.positive(temperature=temperature)
     share = _shares(weights, logits)
     temperature = _numerics.scalar(temperature, logits, "temperature")
@@ -201,7 +201,7 @@ def gated_logits(logits: Array, scores: Array) -> Array:
     References:
       Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, 2018 (1806.04606).
     """
-    logits = _door(logits)
+    logits = _check_logits(logits)
     _checks.floating(scores=scores)
     _checks.rank(3, 3, logits=logits)
     if np.shape(scores) != (logits.shape[1], logits.shape[0]):
@@ -240,21 +240,21 @@ def over_teachers(
         values = jax.vmap(loss, in_axes=(None, 0))(student, teachers)
         if weights is None:
             return jnp.sum(values, axis=0)
-        share = _fitted(weights, values)
+        share = _fit_weights(weights, values)
         # A teacher that does not teach an example may be infinitely far from the student there.
         return jnp.sum(share * jnp.where(share != 0, values, 0), axis=0)
 
     return summed
 
 
-def _door(logits: Array) -> Array:
+def _check_logits(logits: Array) -> Array:
     _checks.floating(logits=logits)
     _checks.rank(2, logits=logits)
     _checks.nonempty(logits=logits)
     return _numerics.upcast(logits)
 
 
-def _fitted(weights: Weights, values: Array) -> Array:
+def _fit_weights(weights: Weights, values: Array) -> Array:
     """Weights `[K]` or `[K, B]`, shaped to multiply `values [K, B, ...]`."""
     if np.shape(weights) not in (values.shape[:1], values.shape[:2]):
         raise ValueError(
@@ -269,38 +269,40 @@ def _shares(weights: Weights | None, logits: Array) -> Array:
     """Weights that sum to 1 over teachers, shaped to multiply the logits."""
     if weights is None:
         return jnp.full((1,) * logits.ndim, 1 / logits.shape[0], logits.dtype)
-    share = _fitted(weights, logits)
+    share = _fit_weights(weights, logits)
     _checks.non_negative(weights=weights)
-    known = _checks.concrete(weights)
-    if known is not None:
-        _checks.positive(**{"the teachers' weights together": known.sum(axis=0)})
+    concrete = _checks.concrete(weights)
+    if concrete is not None:
+        _checks.positive(**{"the teachers' weights together": concrete.sum(axis=0)})
     return share / jnp.sum(share, axis=0, keepdims=True)
 
 
 def _mean(logits: Array, share: Array) -> Array:
     """`sum_k share_k z_k`; `0 * -inf = 0`: a teacher without a share excludes no class."""
-    total = jnp.sum(share * _finite(logits), axis=0)
-    return _with_absent(total, jnp.any(_absent(logits) & (share > 0), axis=0))
+    total = jnp.sum(share * _zero_absent(logits), axis=0)
+    return _restore_absent(total, jnp.any(_is_absent(logits) & (share > 0), axis=0))
 
 
-def _absent(logits: Array) -> Array:
+def _is_absent(logits: Array) -> Array:
     return logits == -jnp.inf
 
 
-def _finite(logits: Array) -> Array:
-    return jnp.where(_absent(logits), 0, logits)
+def _zero_absent(logits: Array) -> Array:
+    return jnp.where(_is_absent(logits), 0, logits)
 
 
-def _with_absent(logits: Array, absent: Array) -> Array:
+def _restore_absent(logits: Array, absent: Array) -> Array:
     return jnp.where(absent, -jnp.inf, logits)
 
 
 def _log_mixture(log_values: Array, share: Array) -> Array:
     """`log sum_k share_k exp(log_values_k)`; gradients are finite even where terms are absent."""
-    counted = (share > 0) & ~_absent(log_values)
-    safe = jnp.where(counted, log_values, jnp.finfo(log_values.dtype).min)
-    top = jax.lax.stop_gradient(jnp.max(safe, axis=0))
-    shifted = jnp.where(counted, log_values - top[None], 0)
-    total = jnp.sum(jnp.where(counted, share * jnp.exp(shifted), 0), axis=0)
-    some = jnp.any(counted, axis=0)
-    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jnp.where(some, top, 0), -jnp.inf)
+    is_present = (share > 0) & ~_is_absent(log_values)
+    safe = jnp.where(is_present, log_values, jnp.finfo(log_values.dtype).min)
+    largest = jax.lax.stop_gradient(jnp.max(safe, axis=0))
+    shifted = jnp.where(is_present, log_values - largest[None], 0)
+    total = jnp.sum(jnp.where(is_present, share * jnp.exp(shifted), 0), axis=0)
+    has_any = jnp.any(is_present, axis=0)
+    return jnp.where(
+        has_any, jnp.log(jnp.where(has_any, total, 1)) + jnp.where(has_any, largest, 0), -jnp.inf
+    )

@@ -58,11 +58,11 @@ def layer_ids(
       timm's `param_groups_layer_decay` and BEiT's `LayerDecayValueAssigner` (2106.08254).
     """
     flat = trees.flatten(params)
-    found = _block_numbers(block, list(flat))
-    depth = 1 + max(found.values(), default=-1)
+    block_numbers = _block_numbers(block, list(flat))
+    depth = 1 + max(block_numbers.values(), default=-1)
     if stacked is not None:
         scanned = trees.flatten(trees.mask(params, stacked))
-        lengths = {np.shape(flat[path])[0] for path, is_in in scanned.items() if is_in}
+        lengths = {np.shape(flat[path])[0] for path, is_stacked in scanned.items() if is_stacked}
         if len(lengths) > 1 or depth:
             raise ValueError(
                 f"stacked leaves must have one leading length and exclude numbered "
@@ -74,7 +74,7 @@ def layer_ids(
             f"block={block!r} matches no path; nearest: {trees.nearest(block, list(flat))}."
         )
     rules: list[tuple[trees.Selector, Any]] = [(stem, 0)]
-    rules += [(lambda path, leaf: path in found, "block")] if found else []
+    rules += [(lambda path, leaf: path in block_numbers, "block")] if block_numbers else []
     rules += [(stacked, "stacked")] if stacked is not None else []
     rules += [(last, depth)] if last is not None else []
     rules += [(head, depth + 1)]
@@ -82,7 +82,7 @@ def layer_ids(
 
     def number(path: str, leaf: Any, label: Any) -> Any:
         if label == "block":
-            return found[path] + 1
+            return block_numbers[path] + 1
         if label == "stacked":
             return np.arange(1, depth + 1).reshape(-1, *(1,) * (np.ndim(leaf) - 1))
         return label
@@ -98,14 +98,14 @@ def _block_numbers(block: str, paths: Sequence[str]) -> dict[str, int]:
         raise ValueError(f"block must be a regular expression, got {block!r}: {error}.") from None
     if pattern.groups != 1:
         raise ValueError(f"block must have one group, the number; got {block!r}.")
-    found = {path: m[1] for path in paths if (m := pattern.fullmatch(path)) is not None}
-    for path, number in found.items():
+    numbers = {path: m[1] for path in paths if (m := pattern.fullmatch(path)) is not None}
+    for path, number in numbers.items():
         if not (number or "").isdecimal():
             raise ValueError(
                 f"block's group must be the number, got {number!r} from {path!r}. "
                 r"Write (\d+) there."
             )
-    return {path: int(number) for path, number in found.items()}
+    return {path: int(number) for path, number in numbers.items()}
 
 
 def layer_decay(
@@ -196,13 +196,13 @@ def multipliers(params: Params, rules: trees.Rules) -> PyTree:
     Raises:
       ValueError: if a rule is never used or a leaf is not covered.
     """
-    _checks.non_negative(**_named("multiplier", rules))
+    _checks.non_negative(**_names_for_messages("multiplier", rules))
     return trees.labels(params, rules)
 
 
-def _named(what: str, rules: trees.Rules) -> dict[str, Any]:
+def _names_for_messages(quantity: str, rules: trees.Rules) -> dict[str, Any]:
     """`{"the … of 'selector'": value}`, for messages."""
-    return {f"the {what} of {selector!r:.80}": value for selector, value in rules}
+    return {f"the {quantity} of {selector!r:.80}": value for selector, value in rules}
 
 
 def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
@@ -221,12 +221,12 @@ def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
     table = trees.flatten(by_leaf)
 
     def init(params: Params) -> optax.EmptyState:
-        _covered(params, table)
+        _check_covered(params, table)
         return optax.EmptyState()
 
     def update(updates: PyTree, state: Any, params: Params | None = None) -> tuple[PyTree, Any]:
-        _covered(updates, table)
-        return trees.map_with_path(lambda path, u: _times(table[path], u), updates), state
+        _check_covered(updates, table)
+        return trees.map_with_path(lambda path, u: _multiply(table[path], u), updates), state
 
     return optax.GradientTransformation(init, update)
 
@@ -246,7 +246,7 @@ def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformati
     table = trees.flatten(trees.labels(params, numbered))
 
     def label(tree: PyTree) -> PyTree:
-        _covered(tree, table)
+        _check_covered(tree, table)
         return trees.map_with_path(lambda path, _: table[path], tree)
 
     # A rule whose leaves are all outside the trainable partition does nothing.
@@ -283,20 +283,20 @@ def unfreeze_gate(params: Params, rules: trees.Rules) -> optax.GradientTransform
     References:
       Howard and Ruder, ULMFiT, 2018 (1801.06146), section 3.3.
     """
-    _checks.count(0, **_named("first step", rules))
-    opens = trees.flatten(trees.labels(params, rules))
+    _checks.count(0, **_names_for_messages("first step", rules))
+    first_steps = trees.flatten(trees.labels(params, rules))
 
     def init(params: Params) -> GateState:
-        _covered(params, opens)
+        _check_covered(params, first_steps)
         return GateState(jnp.zeros((), jnp.int32))
 
     def update(
         updates: PyTree, state: Any, params: Params | None = None
     ) -> tuple[PyTree, GateState]:
         def gate(path: str, leaf: Array) -> Array:
-            return jnp.where(state.step >= opens[path], leaf, jnp.zeros((), leaf.dtype))
+            return jnp.where(state.step >= first_steps[path], leaf, jnp.zeros((), leaf.dtype))
 
-        _covered(updates, opens)
+        _check_covered(updates, first_steps)
         return trees.map_with_path(gate, updates), GateState(state.step + 1)
 
     return optax.GradientTransformation(init, update)
@@ -342,23 +342,27 @@ def carry_opt_state(old: PyTree, new: PyTree) -> Carried:
     Raises:
       ValueError: if nothing could be carried over, or a carried leaf has changed its shape.
     """
-    before, after = trees.flatten(old), trees.flatten(new)
-    shared = [path for path in after if path in before]
-    if not shared and after:
+    old_leaves, new_leaves = trees.flatten(old), trees.flatten(new)
+    shared = [path for path in new_leaves if path in old_leaves]
+    if not shared and new_leaves:
         raise ValueError(
             "the two states share no path; were they made by the same optimizer? "
-            f"Old: {list(before)[:4]}, new: {list(after)[:4]}."
+            f"Old: {list(old_leaves)[:4]}, new: {list(new_leaves)[:4]}."
         )
-    _checks.same_leaves(old={p: before[p] for p in shared}, new={p: after[p] for p in shared})
+    _checks.same_leaves(
+        old={p: old_leaves[p] for p in shared}, new={p: new_leaves[p] for p in shared}
+    )
     leaves = [
-        jax.lax.convert_element_type(before[path], leaf.dtype) if path in before else leaf
-        for path, leaf in after.items()
+        jax.lax.convert_element_type(old_leaves[path], leaf.dtype) if path in old_leaves else leaf
+        for path, leaf in new_leaves.items()
     ]
     state = jax.tree.unflatten(jax.tree.structure(new), leaves)
-    return Carried(state, tuple(shared), tuple(path for path in after if path not in before))
+    return Carried(
+        state, tuple(shared), tuple(path for path in new_leaves if path not in old_leaves)
+    )
 
 
-def _covered(tree: PyTree, table: Mapping[str, Any]) -> None:
+def _check_covered(tree: PyTree, table: Mapping[str, Any]) -> None:
     for path in trees.flatten(tree):
         if path not in table:
             raise ValueError(
@@ -367,5 +371,5 @@ def _covered(tree: PyTree, table: Mapping[str, Any]) -> None:
             )
 
 
-def _times(factor: Scalar, update: Array) -> Array:
+def _multiply(factor: Scalar, update: Array) -> Array:
     return jnp.asarray(factor).astype(update.dtype) * update

@@ -87,10 +87,10 @@ def true_fisher(
         p = jnp.exp(log_p(trained))
         rows = jax.jacrev(log_p)(trained)
 
-        def weighed(row: Array) -> Array:
+        def expected_square(row: Array) -> Array:
             return jnp.tensordot(p.astype(_numerics.upcast(row).dtype), _square(row), axes=1)
 
-        return jax.tree.map(weighed, rows)
+        return jax.tree.map(expected_square, rows)
 
     return _mean_over(squares, params, examples, chunk)
 
@@ -126,21 +126,21 @@ def _mean_over(
     trained, frozen = trees.partition(params, trees.everything)
 
     def summed(part: PyTree) -> PyTree:
-        each = jax.vmap(squares, in_axes=(None, None, 0))(trained, frozen, part)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+        squares_by_example = jax.vmap(squares, in_axes=(None, None, 0))(trained, frozen, part)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), squares_by_example)
 
     chunk = min(chunk, count)
-    whole = count // chunk * chunk
-    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), examples)
+    divisible = count // chunk * chunk
+    chunks = jax.tree.map(lambda x: x[:divisible].reshape(-1, chunk, *x.shape[1:]), examples)
 
     def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, summed(part)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(_numerics.upcast(x)), trained)
     total, _ = jax.lax.scan(add, zeros, chunks)
-    if whole < count:
-        rest = summed(jax.tree.map(lambda x: x[whole:], examples))
-        total = jax.tree.map(jnp.add, total, rest)
+    if divisible < count:
+        remainder = summed(jax.tree.map(lambda x: x[divisible:], examples))
+        total = jax.tree.map(jnp.add, total, remainder)
     return trees.combine(jax.tree.map(lambda x: x / count, total), frozen)
 
 

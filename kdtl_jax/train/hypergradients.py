@@ -116,10 +116,10 @@ def hypergradient(
 
     value, gradient = jax.value_and_grad(unrolled)(hyper)
     for path, leaf in trees.flatten(gradient).items():
-        known = _checks.concrete(leaf)
-        if known is not None and not jnp.isfinite(known).all():
+        concrete = _checks.concrete(leaf)
+        if concrete is not None and not jnp.isfinite(concrete).all():
             raise FloatingPointError(
-                f"the gradient for {path!r} is {known}. If the optimizer divides by "
+                f"the gradient for {path!r} is {concrete}. If the optimizer divides by "
                 "a square root (Adam, RMSProp), pass it eps_root, for example "
                 "optax.adam(rate, eps_root=1e-8); otherwise train fewer steps or more slowly."
             )

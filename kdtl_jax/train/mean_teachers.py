@@ -29,7 +29,7 @@ from kdtl_jax import _checks, _numerics, transforms, trees
 from kdtl_jax._types import Params, PyTree, Scalar, Schedule, Variables
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train import precision
-from kdtl_jax.train._state import Batch, Step, TrainState, check_state, own
+from kdtl_jax.train._state import Batch, Step, TrainState, check_state, copy_leaf
 
 
 class MeanTeacher(NamedTuple):
@@ -50,7 +50,7 @@ def begin(state: TrainState) -> TrainState:
         lambda x: _numerics.upcast(x) if trees.is_inexact(x) else x,
         Variables(state.params, state.model_state),
     )
-    return state._replace(memory=MeanTeacher(jax.tree.map(own, teacher), state.memory))
+    return state._replace(memory=MeanTeacher(jax.tree.map(copy_leaf, teacher), state.memory))
 
 
 def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
@@ -77,26 +77,28 @@ def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
         _checks.scalar(decay=decay)
         _checks.within(0, 1, decay=decay)
 
-    def following(
+    def step_with_teacher(
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
-        held = state.memory
-        if not isinstance(held, MeanTeacher):
+        memory = state.memory
+        if not isinstance(memory, MeanTeacher):
             raise ValueError("the state holds no mean teacher. Start from begin(init_state(...)).")
         if teacher_params is not None:
             raise ValueError("a mean teacher is part of the state: leave teacher_params out.")
-        runs = jax.tree.map(
-            lambda mean, now: mean.astype(now.dtype) if trees.is_inexact(now) else mean,
-            held.teacher,
+        teacher_variables = jax.tree.map(
+            lambda mean, new: mean.astype(new.dtype) if trees.is_inexact(new) else mean,
+            memory.teacher,
             Variables(state.params, state.model_state),
         )
-        new, metrics = step(state._replace(memory=held.memory), batch, runs)
-        student = Variables(new.params, new.model_state)
-        teacher = _averaged(held.teacher, student, _at(decay, state.step))
-        teacher = precision.unless_skipped(teacher, held.teacher, new.opt_state, state.opt_state)
-        return new._replace(memory=MeanTeacher(teacher, new.memory)), metrics
+        new_state, metrics = step(state._replace(memory=memory.memory), batch, teacher_variables)
+        student = Variables(new_state.params, new_state.model_state)
+        teacher = _average(memory.teacher, student, _decay_at(decay, state.step))
+        teacher = precision.unless_skipped(
+            teacher, memory.teacher, new_state.opt_state, state.opt_state
+        )
+        return new_state._replace(memory=MeanTeacher(teacher, new_state.memory)), metrics
 
-    return following
+    return step_with_teacher
 
 
 def ema_decay(decay: float = 0.999) -> Schedule:
@@ -136,10 +138,10 @@ def ema_update(
     References:
       Tarvainen and Valpola, 2017 (1703.01780).
     """
-    return transforms.ema(teacher, student, decay=_at(decay, step))
+    return transforms.ema(teacher, student, decay=_decay_at(decay, step))
 
 
-def _averaged(teacher: Variables, student: Variables, decay: Scalar) -> Variables:
+def _average(teacher: Variables, student: Variables, decay: Scalar) -> Variables:
     params = transforms.ema(teacher.params, student.params, decay=decay)
     if not any(trees.is_inexact(leaf) for leaf in jax.tree.leaves(student.model_state)):
         return Variables(params, student.model_state)
@@ -150,5 +152,5 @@ def _averaged(teacher: Variables, student: Variables, decay: Scalar) -> Variable
     return Variables(params, state)
 
 
-def _at(decay: Scalar | Schedule, step: Array) -> Scalar:
+def _decay_at(decay: Scalar | Schedule, step: Array) -> Scalar:
     return decay(step) if callable(decay) else decay

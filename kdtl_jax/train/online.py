@@ -61,15 +61,15 @@ def mutual_terms(
     peers = logits.shape[0]
     if peers < 2:
         raise ValueError(f"expected at least two peers, got {_checks.described(logits=logits)}.")
-    taught = jax.lax.stop_gradient(logits)
+    targets = jax.lax.stop_gradient(logits)
 
-    def from_all(student: Array) -> Array:
-        kl = jax.vmap(lambda peer: losses.kd_kl(student, peer, temperature=temperature))(taught)
+    def mutual_loss(student: Array) -> Array:
+        kl = jax.vmap(lambda peer: losses.kd_kl(student, peer, temperature=temperature))(targets)
         return jnp.sum(kl, axis=0) / (peers - 1)  # a peer's KL to itself is exactly 0
 
     return {
         "task": _cross_entropies(logits, labels, where),
-        "mutual": jnp.sum(jax.vmap(from_all)(logits), axis=0),
+        "mutual": jnp.sum(jax.vmap(mutual_loss)(logits), axis=0),
     }
 
 
@@ -103,13 +103,13 @@ def one_terms(
     ensemble = ensembles.gated_logits(branches, scores)
     teacher = jax.lax.stop_gradient(ensemble)
 
-    def taught(branch: Array) -> Array:
+    def branch_loss(branch: Array) -> Array:
         return losses.kd_kl(branch.astype(teacher.dtype), teacher, temperature=temperature)
 
     return {
         "task": _cross_entropies(branches, labels, where),
         "ensemble": _cross_entropies(ensemble[None], labels, where),
-        "distill": jnp.sum(jax.vmap(taught)(branches), axis=0),
+        "distill": jnp.sum(jax.vmap(branch_loss)(branches), axis=0),
     }
 
 

@@ -16,7 +16,7 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics, _softmax, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
-from kdtl_jax.train._state import like
+from kdtl_jax.train._state import cast_like
 
 
 def compute_in(model: ModelFn, dtype: Any) -> ModelFn:
@@ -129,19 +129,19 @@ def loss_scaling(
         updates: PyTree, state: Any, params: Params = None, **extra: Any
     ) -> tuple[PyTree, LossScaleState]:
         grads = unscaled(updates, state.scale)
-        told = {name: tree for name, tree in extra.items() if not callable(tree)}
-        finite = all_finite((grads, told))
-        safe, told = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, told))
-        updates, inner = inner_tx.update(safe, state.inner, params, **(extra | told))
+        extra_trees = {name: tree for name, tree in extra.items() if not callable(tree)}
+        finite = all_finite((grads, extra_trees))
+        safe, extra_trees = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, extra_trees))
+        updates, inner = inner_tx.update(safe, state.inner, params, **(extra | extra_trees))
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
         inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
-        good = jnp.where(finite, state.good_steps + 1, 0)
+        good_steps = jnp.where(finite, state.good_steps + 1, 0)
         scale = jnp.where(finite, state.scale, jnp.maximum(state.scale / factor, smallest))
         # An infinite scale would never decrease again.
-        grow = (good >= period) & jnp.isfinite(scale * factor)
+        grow = (good_steps >= period) & jnp.isfinite(scale * factor)
         return updates, LossScaleState(
             jnp.where(grow, scale * factor, scale),
-            jnp.where(grow, 0, good).astype(jnp.int32),
+            jnp.where(grow, 0, good_steps).astype(jnp.int32),
             state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
             inner,
         )
@@ -173,36 +173,38 @@ def unscaled(gradient: PyTree, scale: Array | None) -> PyTree:
     return jax.tree.map(lambda g: (_numerics.upcast(g) / scale).astype(g.dtype), gradient)
 
 
-def unless_skipped(new: PyTree, old: PyTree, after: PyTree, before: PyTree) -> PyTree:
+def unless_skipped(
+    new: PyTree, old: PyTree, new_opt_state: PyTree, old_opt_state: PyTree
+) -> PyTree:
     """`new`, or `old` if the optimizer skipped the step between two of its states.
 
     `loss_scaling` skips steps, and so do `optax.apply_if_finite` and `optax.MultiSteps` with
     `optax.skip_not_finite`. Otherwise batch statistics would keep a NaN that never reaches the
     parameters.
     """
-    if isinstance(after, LossScaleState):
-        taken = [after.skipped == before.skipped]
+    if isinstance(new_opt_state, LossScaleState):
+        flags = [new_opt_state.skipped == old_opt_state.skipped]
     else:
-        taken = _taken(after)
-    if not taken:
+        flags = _guard_flags(new_opt_state)
+    if not flags:
         return new
-    is_taken = jnp.all(jnp.stack(taken))
-    return jax.tree.map(partial(jax.lax.select_n, is_taken), old, like(new, old))
+    is_taken = jnp.all(jnp.stack(flags))
+    return jax.tree.map(partial(jax.lax.select_n, is_taken), old, cast_like(new, old))
 
 
-def _taken(opt_state: PyTree) -> list[Array]:
+def _guard_flags(opt_state: PyTree) -> list[Array]:
     """Whether optax's own guards took the last step, bool `[]` each; empty without guards."""
 
     def is_guard(state: Any) -> bool:
         return isinstance(state, (optax.ApplyIfFiniteState, optax.MultiStepsState))
 
-    taken = []
+    flags = []
     for state in jax.tree.leaves(opt_state, is_leaf=is_guard):
         if isinstance(state, optax.ApplyIfFiniteState):
-            taken.append(state.last_finite)
+            flags.append(state.last_finite)
         elif is_guard(state) and "should_skip" in state.skip_state:
-            taken.append(~state.skip_state["should_skip"])
-    return taken
+            flags.append(~state.skip_state["should_skip"])
+    return flags
 
 
 def all_finite(tree: PyTree) -> Array:
@@ -236,18 +238,18 @@ def quantize(params: Params, where: trees.Selector = r"(.*/)?kernel") -> Params:
         selector matches nothing.
     """
 
-    def one(path: str, chosen: bool, leaf: Any) -> Any:
-        if not chosen or not trees.is_inexact(leaf) or leaf.ndim < 2:
+    def quantize_leaf(path: str, is_selected: bool, leaf: Any) -> Any:
+        if not is_selected or not trees.is_inexact(leaf) or leaf.ndim < 2:
             return leaf
         w = leaf.astype(jnp.float32)
-        top = jnp.max(jnp.abs(w), axis=tuple(range(leaf.ndim - 1)), keepdims=True)
-        known = _checks.concrete(top)
-        if known is not None and not np.isfinite(known).all():
+        largest = jnp.max(jnp.abs(w), axis=tuple(range(leaf.ndim - 1)), keepdims=True)
+        concrete = _checks.concrete(largest)
+        if concrete is not None and not np.isfinite(concrete).all():
             raise ValueError(f"{path!r} holds NaN or infinity. Check these weights.")
-        scale = jnp.where(top > 0, top / 127, 1)
+        scale = jnp.where(largest > 0, largest / 127, 1)
         return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
 
-    return trees.map_with_path(one, trees.mask(params, where), params)
+    return trees.map_with_path(quantize_leaf, trees.mask(params, where), params)
 
 
 def dequantize(params: Params) -> Params:

@@ -9,7 +9,7 @@ import numpy as np
 from kdtl_jax import _checks
 from kdtl_jax._types import PyTree
 from kdtl_jax.train.sweep._points import Points, size
-from kdtl_jax.train.sweep._programs import taken, vmap
+from kdtl_jax.train.sweep._programs import select_rows, vmap
 
 
 class Halving(NamedTuple):
@@ -68,34 +68,34 @@ def successive_halving(
         raise ValueError(f"expected keep in (0, 1], got {keep}.")
     begin = vmap(start, chunk=chunk, devices=devices)
 
-    def on(own: Any, *shared: Any) -> tuple[PyTree, Any]:
-        state = advance(own["state"], own["point"], *shared)
-        return state, score(state, own["point"], *shared)
+    def advance_and_score(candidate: Any, *shared: Any) -> tuple[PyTree, Any]:
+        state = advance(candidate["state"], candidate["point"], *shared)
+        return state, score(state, candidate["point"], *shared)
 
-    further = vmap(on, chunk=chunk, devices=devices)
+    advance_all = vmap(advance_and_score, chunk=chunk, devices=devices)
     total = size(points)
 
-    def after(rung: int) -> Halving:
+    def halving_after(rung: int) -> Halving:
         """The survivors after a rung; earlier rungs are trained only if they are not stored."""
-        return kept(rung, lambda: next_after(rung))
+        return kept(rung, lambda: compute_rung(rung))
 
-    def next_after(rung: int) -> Halving:
+    def compute_rung(rung: int) -> Halving:
         if rung:
-            left, state, scores = after(rung - 1)
+            survivors, state, scores = halving_after(rung - 1)
         else:
-            left, state, scores = np.arange(total), begin(dict(points), *shared), None
-        here = taken(dict(points), left)
-        state, found = further({"state": state, "point": here}, *shared)
-        found = np.asarray(found, float)
+            survivors, state, scores = np.arange(total), begin(dict(points), *shared), None
+        remaining_points = select_rows(dict(points), survivors)
+        state, new_scores = advance_all({"state": state, "point": remaining_points}, *shared)
+        new_scores = np.asarray(new_scores, float)
         if scores is None:
-            scores = np.full((rungs, total, *found.shape[1:]), np.nan)
+            scores = np.full((rungs, total, *new_scores.shape[1:]), np.nan)
         scores = scores.copy()  # the previous rung's array may be stored
-        scores[rung, left] = found
-        mean = found.reshape(len(left), -1).mean(axis=1)
+        scores[rung, survivors] = new_scores
+        mean = new_scores.reshape(len(survivors), -1).mean(axis=1)
         order = np.argsort(-np.where(np.isfinite(mean), mean, -np.inf), kind="stable")
         if rung < rungs - 1:
-            order = order[: max(1, int(np.ceil(keep * len(left))))]
+            order = order[: max(1, int(np.ceil(keep * len(survivors))))]
         state = jax.tree.map(lambda leaf: leaf[order], state)
-        return Halving(left[order], state, scores)
+        return Halving(survivors[order], state, scores)
 
-    return after(rungs - 1)
+    return halving_after(rungs - 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax.train.sweep._points import Points, size
-from kdtl_jax.train.sweep._programs import Experiment, Program, taken
+from kdtl_jax.train.sweep._programs import Experiment, Program, select_rows
 
 
 def timings(
@@ -22,15 +22,15 @@ def timings(
     the same. Batched convolutions become grouped ones, which some back ends run more slowly than
     one model after another; only a measurement can tell.
     """
-    some = taken(points, np.arange(min(probe, size(points))))
+    probe_points = select_rows(points, np.arange(min(probe, size(points))))
     best = [float("inf")] * len(programs)
     for turn in range(1 + repeats):
         for i, program in enumerate(programs):
             start = time.perf_counter()
-            jax.block_until_ready(program(some, *shared))
+            jax.block_until_ready(program(probe_points, *shared))
             if turn:  # the first run compiles
                 best[i] = min(best[i], time.perf_counter() - start)
-    return [seconds / size(some) for seconds in best]
+    return [seconds / size(probe_points) for seconds in best]
 
 
 def fastest(
@@ -48,25 +48,25 @@ def chunk_for_memory(experiment: Experiment, points: Points, *shared: Any, bytes
     Raises:
       ValueError: if not even one point fits, or the back end does not report its memory.
     """
-    every = jax.jit(lambda points, *shared: jax.vmap(lambda p: experiment(p, *shared))(points))
+    run_all = jax.jit(lambda points, *shared: jax.vmap(lambda p: experiment(p, *shared))(points))
 
-    def needs(n: int) -> int:
-        some = jax.tree.map(
+    def bytes_for(n: int) -> int:
+        shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((n, *np.shape(x)[1:]), jnp.asarray(x).dtype),
             dict(points),
         )
-        memory = every.lower(some, *shared).compile().memory_analysis()
+        memory = run_all.lower(shapes, *shared).compile().memory_analysis()
         if memory is None:
             raise ValueError("this back end reports no memory; pass chunk=.")
         return int(memory.temp_size_in_bytes + memory.output_size_in_bytes)
 
-    two, four = needs(2), needs(4)
+    two, four = bytes_for(2), bytes_for(4)
     per_point = max((four - two) / 2, 1.0)
-    fixed = max(two - 2 * per_point, 0.0)
-    chunk = int((bytes - fixed) // per_point)
+    fixed_bytes = max(two - 2 * per_point, 0.0)
+    chunk = int((bytes - fixed_bytes) // per_point)
     if chunk < 1:
         raise ValueError(
-            f"one point needs about {int(fixed + per_point)} bytes, "
+            f"one point needs about {int(fixed_bytes + per_point)} bytes, "
             f"but {bytes} are allowed. Use smaller batches."
         )
     return min(chunk, size(points))

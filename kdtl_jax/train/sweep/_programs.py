@@ -64,45 +64,46 @@ def sequential(experiment: Experiment) -> Program:
     """One call of the compiled experiment per point: the baseline that the others should beat."""
     compiled = jax.jit(experiment)
 
-    def every(points: Points, /, *shared: Any) -> PyTree:
+    def run_each(points: Points, /, *shared: Any) -> PyTree:
         results = [
             compiled(jax.tree.map(lambda x, i=i: x[i], dict(points)), *shared)
             for i in range(size(points))
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
-    return every
+    return run_each
 
 
-def taken(points: Points, index: np.ndarray) -> dict[str, Any]:
+def select_rows(points: Points, index: np.ndarray) -> dict[str, Any]:
     """The points of the given rows."""
     return jax.tree.map(lambda x: x[index], dict(points))
 
 
 def _in_chunks(
-    every: Callable[..., PyTree], chunk: int | None, devices: Sequence[Any] | None
+    run: Callable[..., PyTree], chunk: int | None, devices: Sequence[Any] | None
 ) -> Program:
-    """`every` on the same number of points per call: one shape, one compilation."""
+    """`run` on the same number of points per call: one shape, one compilation."""
     if chunk is not None:
         _checks.count(1, chunk=chunk)
-    many = 1 if devices is None else len(devices)
-    placed = jnp.asarray
+    device_count = 1 if devices is None else len(devices)
+    place = jnp.asarray
     if devices is not None:
         mesh = Mesh(np.array(devices, dtype=object), ("points",), axis_types=(AxisType.Auto,))
-        placed = partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("points")))
+        place = partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("points")))
 
     def program(points: Points, /, *shared: Any) -> PyTree:
         total = size(points)
         columns = jax.tree.map(_on_host, dict(points))
-        width = -(-min(chunk or total, total) // many) * many  # a multiple of the devices
+        # A multiple of the number of devices.
+        width = -(-min(chunk or total, total) // device_count) * device_count
         parts = []
         for start in range(0, total, width):
             index = np.arange(start, start + width)
             index[index >= total] = start
-            here = columns if width == total else taken(columns, index)
-            part = every(jax.tree.map(placed, here), *shared)
-            kept = min(width, total - start)
-            parts.append(part if kept == width else jax.tree.map(lambda x, n=kept: x[:n], part))
+            rows = columns if width == total else select_rows(columns, index)
+            part = run(jax.tree.map(place, rows), *shared)
+            count = min(width, total - start)
+            parts.append(part if count == width else jax.tree.map(lambda x, n=count: x[:n], part))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
     return program
