@@ -13,7 +13,7 @@ from kdtl_jax._types import Params, PyTree, Scalar
 
 
 class Statistics(NamedTuple):
-    """Of one normalization: `mean` and `var` `[C]`, `size`, the number of values, and its `eps`.
+    """Statistics of a normalization: `mean` and `var` `[C]`, their number of values, and its `eps`.
 
     The variance has the divisor n - 1, like running variances in torch.
     """
@@ -56,7 +56,7 @@ class Connector(NamedTuple):
 
 
 def zero_masked(x: Any, where: Array | None) -> Any:
-    """The input with 0 in masked rows: a NaN there would reach the gradients of the parameters."""
+    """Zeros masked rows, where a NaN would reach the gradients of the parameters."""
     if where is None:
         return x
 

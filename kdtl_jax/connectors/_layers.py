@@ -43,7 +43,7 @@ def param_dtype(x: Any) -> Any:
 
 
 def _he(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Normal with variance `2 / fan_in`."""
+    """He initialization: normal with variance `2 / fan_in`."""
     _checks.key(key=key)
     return jax.random.normal(key, shape, dtype) * math.sqrt(2 / math.prod(shape[:-1]))
 
@@ -285,7 +285,7 @@ def mlp(
 
 
 def chain(*connectors: Connector) -> Connector:
-    """One connector after another; its parameters are a list with one entry each."""
+    """Applies connectors in sequence; the parameters are a list with one entry per connector."""
     for number, step in enumerate(connectors):
         check_connector(**{f"connector {number}": step})
 

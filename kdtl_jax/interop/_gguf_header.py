@@ -11,16 +11,18 @@ from kdtl_jax import _files
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number
 _STRING, _ARRAY = 8, 9
-_DIMENSIONS = 4  # the most of a tensor
-_ENTRIES, _TENSORS = 10_000, 100_000  # the most of a file; the package takes long for each
-_TEXTS = 2**21  # the most in all lists; the largest vocabularies and merges have half as many
+# Limits: axes of a tensor; entries and tensors of a file, which the package reads slowly; strings
+# in all lists (the largest vocabularies and merges have half as many).
+_DIMENSIONS = 4
+_ENTRIES, _TENSORS = 10_000, 100_000
+_TEXTS = 2**21
 
 
 def check(path: Path) -> None:
     """Refuses a header that announces more than the file holds.
 
     Raises:
-      ValueError: naming what is too large, or of a kind that GGUF does not have.
+      ValueError: naming the entry that is too large or has an unknown type.
     """
     with _files.regular(path).open("rb") as file:
         if path.stat().st_size < 24 or file.read(4) != b"GGUF":

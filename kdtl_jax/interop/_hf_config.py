@@ -33,8 +33,8 @@ class Field(NamedTuple):
     default: Any = REQUIRED
 
 
-# Keys that change no output of the models here, whatever their value: where a file came from, what
-# a trainer, a tokenizer or `generate` does, and what a forward pass returns besides its outputs.
+# Keys that never change the outputs of the models here: the origin of a file, settings of trainers,
+# tokenizers and `generate`, and additional return values of a forward pass.
 HARMLESS = frozenset(
     """
     architectures model_type transformers_version _name_or_path _commit_hash name license language
@@ -167,7 +167,7 @@ def number(key: str, default: Any, *, most: float = math.inf, zero: bool = False
 
 
 def epsilon(key: str, default: float) -> Field:
-    """The number that a norm adds to a variance."""
+    """The epsilon that a norm adds to a variance."""
     return number(key, default, most=1.0)
 
 
@@ -183,7 +183,7 @@ def share(key: str, default: Any) -> Field:
 
 
 def flag(key: str, default: Any = REQUIRED) -> Field:
-    """true or false."""
+    """A boolean."""
 
     def check(value: Any, limits: Limits) -> bool:
         if not isinstance(value, bool):
@@ -194,7 +194,7 @@ def flag(key: str, default: Any = REQUIRED) -> Field:
 
 
 def choice(key: str, *values: Any) -> Field:
-    """One of the allowed values; the first is the default. Others mean another computation."""
+    """One of the supported values; the first is the default."""
 
     def check(value: Any, limits: Limits) -> Any:
         if not any(type(value) is type(allowed) and value == allowed for allowed in values):
@@ -216,7 +216,7 @@ def optional(field: Field) -> Field:
 
 
 def as_given(key: str) -> Field:
-    """A value, or None, that the family's own function checks."""
+    """A value, or None, that the family's `build` checks."""
     return Field(key, lambda value, limits: value, None)
 
 

@@ -38,7 +38,7 @@ _HARMLESS = HARMLESS | frozenset(
 
 
 class Family(NamedTuple):
-    """How a family's configuration is read.
+    """The rules for reading a family's configuration.
 
     `build` reads it; `reads` names the keys that it uses; `requires` lists, by key, the supported
     values of keys that have other values too.
@@ -195,7 +195,7 @@ def _gemma(config: Config) -> DecoderConfig:
 
 
 def _gemma1(config: Config) -> DecoderConfig:
-    """Gemma; its successors only read `hidden_activation`.
+    """Reads Gemma's configuration; its successors only read `hidden_activation`.
 
     Files of early 2024 say `hidden_act: gelu` and mean the tanh approximation.
     """

@@ -123,17 +123,17 @@ def own_biases(head: Head | None) -> list[str]:
 
 
 def dense(torch: str, jax: str, axes: Axes = linear) -> tuple[Rule, Rule]:
-    """A layer's weight and bias."""
+    """The rules of a layer's weight and bias."""
     return Rule(f"{torch}.weight", f"{jax}/kernel", axes), Rule(f"{torch}.bias", f"{jax}/bias")
 
 
 def norm(torch: str, jax: str) -> tuple[Rule, Rule]:
-    """A norm's scale and bias."""
+    """The rules of a norm's scale and bias."""
     return Rule(f"{torch}.weight", f"{jax}/scale"), Rule(f"{torch}.bias", f"{jax}/bias")
 
 
 def embedding(torch: str, jax: str) -> tuple[Rule]:
-    """A table."""
+    """The rule of an embedding table."""
     return (Rule(f"{torch}.weight", f"{jax}/embedding"),)
 
 
@@ -157,7 +157,7 @@ def rules_of(
     rules += () if head is None else (*head.rules, *head.optional)
     if is_tied:
         rules = [rule for rule in rules if rule.torch not in family.copies]
-    # A tied table may be stored under the name of its copy alone.
+    # A tied table may be stored only under the name of its copy.
     names, rule_names = set(stored_names), {rule.torch for rule in rules}
     stored_copies = {
         path: name for name, path in family.copies.items() if name in names - rule_names
@@ -218,7 +218,7 @@ def head_of(
 
 
 def equal_in(tensors: Mapping[str, Any]) -> Equal:
-    """Compares arrays by name."""
+    """Makes a function that compares two tensors by name."""
 
     def equal(name: str, other: str) -> bool:
         a, b = tensors[name], tensors[other]
@@ -301,7 +301,7 @@ def depth_of(flat: Iterable[str]) -> int:
 
 
 def with_dtypes(target: PyTree, arrays: Shaped, dtype: Any) -> PyTree:
-    """The target with the arrays' dtypes, which may differ, or with the given dtype."""
+    """Gives the target the arrays' dtypes, which may differ, or the dtype `dtype`."""
 
     def typed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         stored_dtype = arrays[path].dtype if path in arrays else leaf.dtype
@@ -315,7 +315,7 @@ def _is_replaced(rule: Rule, head: Head) -> bool:
 
 
 def set_dtype(out: dict[str, Any], tensors: Mapping[str, Any]) -> None:
-    """The dtype of most numbers, under the key that the config uses."""
+    """Sets the dtype that most numbers have, under the key that the config uses."""
     counts: dict[str, int] = {}
     for array in tensors.values():
         if trees.is_inexact(array):
@@ -331,7 +331,7 @@ def _set_architecture(
 ) -> None:
     """Sets the architecture to the class of a body with this head and nothing else.
 
-    For a class with more (a second head, a decoder), transformers would initialize the rest at
+    For a class with more parts (a second head, a decoder), transformers would initialize them at
     random.
     """
     if head is not None and any(rule.torch in tensors for rule in head.rules):

@@ -43,7 +43,7 @@ def number(config: Config, key: str, default: float | None) -> float:
 
 
 def epsilon(config: Config, key: str, default: float) -> float:
-    """The number that a norm adds to a variance."""
+    """The epsilon that a norm adds to a variance."""
     value = number(config, key, default)
     if not 0 < value <= 1:
         raise ValueError(f"config.json: {key} must be a number above 0, at most 1, got {value}.")
@@ -58,7 +58,7 @@ def optional(config: Config, key: str, default: float | None = None) -> float | 
 def rope(
     config: Config, width: int, parameters: Config | None = None, theta: float | None = None
 ) -> Rope:
-    """Rotary tables as transformers computes them: default, linear, llama3, yarn, longrope.
+    """Computes rotary tables as transformers does: default, linear, llama3, yarn, longrope.
 
     Args:
       config: the whole configuration.
@@ -161,7 +161,7 @@ def _positive(config: Config, key: str, default: float | None) -> float:
 
 
 def _divisors(parameters: Config, key: str, count: int) -> list[float]:
-    """One positive number per frequency."""
+    """Reads one positive number per frequency."""
     divisors = parameters[key]
     fits = isinstance(divisors, list) and len(divisors) == count
     if not fits or not all(_is_positive(x) for x in divisors):
@@ -206,7 +206,7 @@ def _yarn(
     factor: float,
     original: int,
 ) -> Rope:
-    """YaRN: short waves are kept, long ones stretched, with a ramp in between (2309.00071)."""
+    """YaRN: keeps short wavelengths, stretches long ones, with a ramp in between (2309.00071)."""
 
     def scale(m: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1

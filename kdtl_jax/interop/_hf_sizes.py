@@ -14,7 +14,7 @@ Config = Mapping[str, Any]
 
 
 def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
-    """Channels, patch size and image size of a vision transformer.
+    """Derives channels, patch size and image size of a vision transformer.
 
     Args:
       flat: the tensors.

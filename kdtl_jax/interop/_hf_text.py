@@ -236,7 +236,7 @@ modernbert = Family(
         ),
     ),
     copies={"decoder.weight": "tokens/embedding"},
-    # The norms read norm_eps; the rest is about training and kernels.
+    # The norms read norm_eps; the other keys concern training and kernels.
     harmless="max_position_embeddings layer_norm_eps position_embedding_type reference_compile "
     "repad_logits_with_grad deterministic_flash_attn sparse_prediction sparse_pred_ignore_index",
     other_heads=(r"(head|decoder|classifier|qa_outputs)\..*",),

@@ -85,7 +85,7 @@ vit_embeddings = (
 
 
 def _patch_sizes(v: dict[str, Any]) -> dict[str, Any]:
-    """The fields that all vision transformers have."""
+    """The fields shared by all vision transformers."""
     return {
         "width": v["hidden_size"],
         "layers": v["num_hidden_layers"],

@@ -1,4 +1,4 @@
-"""Training or evaluation: setting a module's mode through its arguments, whatever their names.
+"""Sets a module's mode, training or evaluation, through arguments of any common name.
 
 A recognized argument is set by its name. Arguments hidden in `**kwargs` are tried by name until the
 module's dropout and batch statistics follow. If they cannot be made to follow, the adapter raises
@@ -97,7 +97,7 @@ def arguments(
 def first_that_follows(
     ways: list[Way], train: bool, modes: Callable[[Way], Mapping[str, bool]]
 ) -> Way:
-    """The first way in which all layers are in the right mode; the last one if there is none."""
+    """Returns the first way that puts all layers in the right mode, or else the last one."""
     for way in ways[:-1]:
         try:
             layer_modes = modes(way)
@@ -135,7 +135,7 @@ def check(modes: Mapping[str, bool], train: bool, name: str, example: str) -> No
 
 
 def changed(old_arrays: Mapping[str, Any], new_arrays: Mapping[str, Any]) -> set[str]:
-    """Paths whose array was replaced; an array that a module does not change is the same object."""
+    """Paths whose array was replaced; modules return unchanged arrays as the same object."""
     return {path for path, leaf in new_arrays.items() if leaf is not old_arrays.get(path)}
 
 
@@ -162,7 +162,7 @@ def check_module(module: Any, is_valid: bool, framework: str) -> None:
     """Refuses anything that is not a module of a framework, such as its class or its parameters.
 
     Raises:
-      TypeError: naming what was given.
+      TypeError: naming the type received.
     """
     if not is_valid:
         repair = f": write {module.__name__}(...)" if isinstance(module, type) else ""

@@ -1,4 +1,4 @@
-"""A PEFT adapter's configuration and tensors: understood, or refused by name."""
+"""Parses a PEFT adapter's configuration and tensors; refuses unknown ones by name."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from kdtl_jax import _text
 
-# Keys on which no merged weight depends, or that repeat what the tensors show.
+# Keys that merged weights do not depend on, or that repeat information in the tensors.
 _HARMLESS = frozenset(
     """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     target_modules exclude_modules lora_dropout vera_dropout module_dropout megatron_core
@@ -42,7 +42,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _are_patterns(value: Any) -> bool:
-    """Whether it maps regular expressions to numbers; repeated groups could match for ever."""
+    """Whether it maps regular expressions to numbers; repeated groups may take exponential time."""
     return isinstance(value, dict) and all(
         _is_number(number)
         and len(text) < 500
@@ -81,7 +81,7 @@ _SHARED = re.compile(r"(?:base_model\.)?(vera_[AB])(?:\.\w+)?")  # VeRA's projec
 
 
 class Adapter(NamedTuple):
-    """An adapter that was read and understood.
+    """A parsed adapter.
 
     `weights[module][part]` is by module, `"model.layers.0.self_attn.q_proj"`, and by PEFT's name of
     the part (`lora_A`, `lora_B.bias`, `ia3_l`, …). `replaced` are tensors of the base, by name:

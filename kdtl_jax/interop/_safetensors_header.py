@@ -1,4 +1,4 @@
-"""A checkpoint's files and their headers, each of which is eight bytes of length and JSON.
+"""Reads and checks the headers of a checkpoint's files: eight bytes of length, then JSON.
 
 Nothing is trusted: sizes are exact integers, the tensors must tile the payload without gaps or
 overlaps, no key may appear twice, and files of other formats are recognized by their first bytes.
@@ -188,7 +188,7 @@ def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads and checks one file's header.
 
     Returns:
-      `({name: Tensor}, metadata)`; nothing of the payload is read.
+      `({name: Tensor}, metadata)`; the payload is not read.
 
     Raises:
       ValueError: in plain words, if the file is not a complete and consistent safetensors file.
@@ -255,7 +255,7 @@ def encode(
 
 
 def json_file(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, as in `json_object`; at most as long as a header may be.
+    """Reads the JSON object in a file, as in `json_object`; limited to the length of a header.
 
     Raises:
       ValueError: naming the file.

@@ -175,6 +175,6 @@ def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], conten
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    """Row-major little-endian bytes; bfloat16 does not support buffers, hence the uint8 view."""
+    """Row-major little-endian bytes, viewed as uint8 because bfloat16 does not support buffers."""
     little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return np.ascontiguousarray(little_endian).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""Outputs of submodules by path, and their selection by regular expressions."""
+"""Collects outputs of submodules by path, and selects them by regular expressions."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

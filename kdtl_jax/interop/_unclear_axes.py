@@ -1,4 +1,4 @@
-"""Leaves whose axes a tree's shapes do not determine: those that PyTorch may store differently.
+"""Finds leaves whose axes in PyTorch cannot be inferred from a tree's shapes.
 
 A wrong guess would be silent, because the shapes fit. Any leaf that might be a flattened map, an
 image or a transposed square matrix therefore counts as unclear.
@@ -58,7 +58,7 @@ def gather_evidence(
 
 
 def why_unclear(path: str, shape: tuple[int, ...], evidence: Evidence) -> str | None:
-    """Why a leaf's axes cannot be inferred from its shape; None if they can."""
+    """Explains why a leaf's axes cannot be inferred from its shape; None if they can."""
     name = path.split("/")[-1]
     start = f"{path} {list(shape)}: "
     if name == "kernel" and len(shape) > 2:
@@ -95,7 +95,7 @@ def why_unclear(path: str, shape: tuple[int, ...], evidence: Evidence) -> str | 
 
 
 def _may_be_flattened(length: int, evidence: Evidence) -> bool:
-    """Whether a vector may belong to a flattened map: no layer has as many outputs of its own."""
+    """Whether a vector may belong to a flattened map: no layer has this number of outputs."""
     if length in evidence.outputs | evidence.channels | evidence.images | evidence.not_maps:
         return False
     return length in evidence.flattened or any(_is_multiple(length, n) for n in evidence.channels)

@@ -152,7 +152,7 @@ def _ways(module: Any, train: bool) -> list[Call]:
 
 
 def _copy_state(state: Any) -> Any:
-    """A copy of a state, since Equinox refuses one that was used before."""
+    """Copies a state, because Equinox refuses a state that was used before."""
     return jax.tree.map(lambda leaf: leaf, state)
 
 
@@ -173,12 +173,12 @@ def _maps_itself(module: Any, ways: list[Call], state: Any, inputs: Any) -> bool
 
 
 def _set_fields(module: Any, train: bool) -> Any:
-    """A copy with every field of a known name that holds a bool set, static ones too."""
+    """Sets every boolean field of a known name, static ones too, on a copy."""
     copy = jax.tree.map(lambda leaf: leaf, module)
     for node in _submodules(copy):
         fields = [name for name, value in vars(node).items() if isinstance(value, bool)]
         for name, value in _modes.flags(fields, train).items():
-            object.__setattr__(node, name, value)  # on a fresh copy, which nobody else sees
+            object.__setattr__(node, name, value)  # safe on a fresh copy
     return copy
 
 

@@ -258,7 +258,7 @@ def _scaling(
         if original is None:
             original = _count(hyperparameters, "context_length", 2048)
         scaling: dict[str, Any] = {"rope_type": "longrope"}
-        if "rope_freqs" in factor_names:  # Llama 3, whose blend is stored frequency by frequency
+        if "rope_freqs" in factor_names:  # Llama 3's blend, stored per frequency
             short_factors = long_factors = factors["rope_freqs.weight"]
             scaling["attention_factor"] = 1.0
             scaling["original_max_position_embeddings"] = original

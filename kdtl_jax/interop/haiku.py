@@ -110,7 +110,7 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
 
 
 def _with_mode(net: Callable[..., Any]) -> Callable[[Any, bool], Any]:
-    """`net` as a function of inputs and `train`."""
+    """Adapts `net` to a function of inputs and `train`."""
     names = list(inspect.signature(net).parameters)
     accepted = _modes.accepted(net)
     if _modes.flags(accepted, True):

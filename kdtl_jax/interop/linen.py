@@ -138,13 +138,13 @@ def model(
 
 
 def _message(error: Exception) -> str:
-    """Flax's message without its link."""
+    """Flax's message without the link."""
     return str(error).partition(" (http")[0].rstrip(".")
 
 
 @contextlib.contextmanager
 def _rephrased_errors(module: nn.Module) -> Iterator[None]:
-    """Rephrases Flax's errors about a missing random stream or mode to say what to pass here."""
+    """Rephrases Flax's errors about a missing random stream or mode in terms of this adapter."""
     try:
         yield
     except jax.errors.ConcretizationTypeError as error:

@@ -32,7 +32,7 @@ PLAIN, CONNECTED = "model", "model with connectors"  # the metadata's "kind"
 
 
 class About(NamedTuple):
-    """What a model's file records about it; None for anything that it does not record."""
+    """The description of a model in its file; fields are None if the file does not record them."""
 
     model: str | None = None
     classes: int | None = None
@@ -62,7 +62,7 @@ class Model(NamedTuple):
 
 
 def about(path: str | Path) -> About:
-    """Reads what a model's file records about it.
+    """Reads the description of a model from its file.
 
     Raises:
       ValueError: if there is no such file, or its metadata are damaged.

@@ -25,12 +25,12 @@ from kdtl_jax.interop import _unclear_axes
 
 
 class Axes(NamedTuple):
-    """How a torch tensor's axes become a JAX array's: split, permuted, flipped, joined.
+    """Maps a torch tensor's axes to a JAX array's: split, permute, flip, join.
 
     `split` gives, per torch axis, the lengths it is split into (None: not split). `order[i]` is the
     torch axis, counted after splitting, at JAX position `i` (None: unchanged). `flip` lists the JAX
-    axes, counted before joining, that are reversed. `join` gives the number of them that make up
-    each final axis (None: each is one).
+    axes, counted before joining, to reverse. `join` gives the number of these axes that make up
+    each final axis (None: one).
     """
 
     order: tuple[int, ...] | None = None
@@ -44,15 +44,15 @@ linear = Axes((1, 0))  # [out, in] to [in, out]
 conv1d = Axes((2, 1, 0))  # [out, in, length] to [length, in, out]
 conv2d = Axes((2, 3, 1, 0))  # [out, in, h, w] to [h, w, in, out]
 conv3d = Axes((2, 3, 4, 1, 0))  # [out, in, d, h, w] to [d, h, w, in, out]
-# torch stores a transposed convolution as the convolution whose gradient it is, [in, out, *window];
-# Flax's ConvTranspose (transpose_kernel=False) expects in and out swapped back, and mirrored.
+# torch stores the kernel of a transposed convolution as that of the matching forward convolution,
+# [in, out, *window]; Flax's ConvTranspose (transpose_kernel=False) expects it swapped and mirrored.
 conv_transpose1d = Axes((2, 0, 1), flip=(0,))
 conv_transpose2d = Axes((2, 3, 0, 1), flip=(0, 1))  # as `conv_transpose1d`
 conv_transpose3d = Axes((2, 3, 4, 0, 1), flip=(0, 1, 2))  # as `conv_transpose1d`
 
 
 def flattened(channels: int, *window: int) -> Axes:
-    """A linear layer after a flattened map: torch flattens C, H, W; Flax flattens H, W, C.
+    """The axes of a linear layer on a flattened map: torch flattens C, H, W; Flax H, W, C.
 
     `flattened(64, 7, 7)` is for the layer `nn.Linear(64 * 7 * 7, ...)`.
     """
@@ -61,9 +61,9 @@ def flattened(channels: int, *window: int) -> Axes:
 
 
 def unflattened(channels: int, *window: int) -> Axes:
-    """A linear layer whose outputs become a map: the kernel of `nn.Linear(n, 64 * 7 * 7)`.
+    """The axes of a linear layer whose outputs become a map: `nn.Linear(n, 64 * 7 * 7)`.
 
-    `unflattened_vector` is for its bias, or any other vector with one number per place.
+    `unflattened_vector` is for its bias, or any other vector with one number per position.
     """
     window_axes = tuple(range(1, 1 + len(window)))
     last = len(window_axes) + 1
@@ -71,7 +71,7 @@ def unflattened(channels: int, *window: int) -> Axes:
 
 
 def unflattened_vector(channels: int, *window: int) -> Axes:
-    """One number per channel and place of a flattened map: `[C * H * W]` and `[H * W * C]`."""
+    """The axes of a flattened map, `[C * H * W]` in torch and `[H * W * C]` in Flax."""
     window_axes = tuple(range(1, 1 + len(window)))
     return Axes((*window_axes, 0), split=((channels, *window),), join=(len(window_axes) + 1,))
 
@@ -94,7 +94,7 @@ _IGNORE = ", or name the tensor in ignore=."
 def from_torch(
     tensors: Mapping[str, Any], rules: Sequence[Rule], *, ignore: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """`{canonical path: array}` from a torch state dict.
+    """Converts a torch state dict to `{canonical path: array}`.
 
     Args:
       tensors: `{torch name: array}`; arrays may be memory maps or `jax.ShapeDtypeStruct`s. NumPy
@@ -122,7 +122,7 @@ def from_torch(
 
 
 def to_torch(tree: PyTree, rules: Sequence[Rule]) -> dict[str, Any]:
-    """`{torch name: array}` from a tree (or a flat dict of paths): the inverse of `from_torch`.
+    """Converts a tree (or a flat dict of paths) to `{torch name: array}`: inverts `from_torch`.
 
     Raises:
       ValueError: if a path has no rule, or two paths become one name.
@@ -294,7 +294,7 @@ def _sizes(path: str, shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...]
         _check_rank(path, shape, len(axes.order or shape))
         torch_shape = [shape[int(i)] for i in np.argsort(axes.order or range(len(shape)))]
         return tuple(shape), tuple(torch_shape)
-    # Only one axis in a group may have an unknown length, and axes that are not split are alone.
+    # Only one axis in a group may have an unknown length; an axis that is not split is a group.
     lengths = [n for parts in axes.split for n in (parts or (None,))]
     order = axes.order or tuple(range(len(lengths)))
     join = axes.join or (1,) * len(order)

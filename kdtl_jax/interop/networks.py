@@ -1,4 +1,4 @@
-"""A model as a network for methods: its initialization, its function, and where its features are.
+"""Networks for methods: a model's initialization, its function, and the layout of its features.
 
     net = networks.network(models.mlp((64, 32), 10), example)
     variables = net.init(key, example)
@@ -24,7 +24,7 @@ BATCH = 256  # rows that `in_batches` computes at once, at most
 
 
 class Network(NamedTuple):
-    """A module as functions, and where its features are."""
+    """A module as functions, with the layout of its features."""
 
     init: Callable[[Array, Any], Variables]
     apply: ModelFn
@@ -37,7 +37,7 @@ def network(module: nn.Module, example: Any, *, dtype: Any = None) -> Network:
     Args:
       module: an unbound Linen module.
       example: inputs `[1, ...]`, for shapes.
-      dtype: the precision to compute in; outputs are float32 in any case. None leaves it unchanged.
+      dtype: the precision to compute in; outputs are always float32. None leaves it unchanged.
 
     Raises:
       ValueError: if the module does not accept such inputs.

@@ -36,7 +36,7 @@ INHERITED = (
 
 
 class NNX(NamedTuple):
-    """A module as a model function, with its parameters and everything else it holds."""
+    """A module as a model function, its parameters, and its other state."""
 
     apply: ModelFn
     params: nnx.State
@@ -162,7 +162,7 @@ def _ways(module: nnx.Module, train: bool) -> list[Call]:
 
 
 def _traced_modes(run: Callable[[Call], _CallResult], way: Call) -> dict[str, bool]:
-    """The modes of a call that is only traced."""
+    """Traces a call to find its modes."""
     modes: dict[str, bool] = {}
     jitted: list[bool] = []
 
@@ -179,7 +179,7 @@ def _traced_modes(run: Callable[[Call], _CallResult], way: Call) -> dict[str, bo
 
 
 def _set_mode(module: nnx.Module, train: bool) -> None:
-    """`module.train()` or `.eval()`, and every own field of a known name that holds a bool."""
+    """Calls `module.train()` or `.eval()`, and sets every boolean field of a known name."""
     if train:
         module.train()
     else:
@@ -230,7 +230,7 @@ def _has_dropout(layer: nnx.Module) -> bool:
 
 
 def _arrays(module: nnx.Module) -> dict[str, Any]:
-    """What is not a parameter, by path."""
+    """Everything but the parameters, by path."""
     return _flat(nnx.split(module, nnx.Param, ...)[2])
 
 
@@ -248,7 +248,7 @@ def _capture(
     inputs: Any,
     with_submodules: bool,
 ) -> tuple[Any, dict[str, Array]]:
-    """Runs the module; also returns sown values, and the outputs of its submodules, by path.
+    """Runs the module; also returns sown values and the outputs of its submodules by path.
 
     Sown values are removed from the module's state, which would otherwise grow.
     """

@@ -40,7 +40,7 @@ CHANNELS = ("channels", "in_channels", "input_channels")
 KEYS = ("key", "rng", "rng_key", "rngs")
 # Names of arguments that take the shape of one input.
 SHAPES = ("shape", "input_shape", "inputs_shape")
-# What a model may be, in words, for messages.
+# The accepted forms of a model, for messages.
 FORMS = "a Linen module, an NNX or Equinox class, a factory of one, or functions (init, apply)"
 
 
@@ -183,7 +183,7 @@ def _parameters(model: Any) -> list[inspect.Parameter]:
 def _pair_network(
     init: Callable[..., Any], apply: Callable[..., Any], values: dict[str, Any]
 ) -> Network:
-    """A network of two functions; a model function and its variables are used as they are.
+    """Builds a network from two functions; a model function and its variables are used unchanged.
 
     `values` are the arguments of `init` by name, in addition to the key and the inputs.
     """

@@ -52,7 +52,7 @@ def load(folder: str | Path) -> Adapter:
 def merge(
     tensors: Mapping[str, Any], adapter: Adapter, base_config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The base's tensors with the adapter merged: PEFT's `merge_and_unload`.
+    """Merges the adapter into the base's tensors: PEFT's `merge_and_unload`.
 
     Arguments and errors are those of `edits`; each tensor keeps its dtype.
     """
@@ -115,7 +115,7 @@ def to_lora(adapter: Adapter) -> dict[str, Any]:
 def from_lora(
     weights: Mapping[str, Any], *, alpha: float, is_root_rank: bool = False, **config: Any
 ) -> Adapter:
-    """An adapter for PEFT from `{kernel's torch name: transforms.LoraWeights or DoraWeights}`.
+    """Makes a PEFT adapter from `{kernel's torch name: transforms.LoraWeights or DoraWeights}`.
 
     Args:
       weights: weights for kernels of two axes; `a [in, r]`, `b [r, out]`.

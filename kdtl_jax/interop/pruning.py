@@ -1,4 +1,4 @@
-"""Narrower decoders: the most important heads, hidden units and channels of a pretrained one.
+"""Makes decoders narrower: keeps a pretrained one's most important heads, units and channels.
 
     narrow, kept = pruning.narrow(teacher, width=384, heads=6, key_heads=3, hidden=1024)
     print(kept)
@@ -29,7 +29,7 @@ KEYS = {  # names of a size in config.json, the first that the family reads
     "key_heads": ("num_key_value_heads",),
     "hidden": ("intermediate_size", "n_inner"),
 }
-# Matrices that hold more than one part side by side, with the parts in their order.
+# Fused matrices, with their parts in order.
 FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
@@ -75,7 +75,7 @@ def narrow(
     Args:
       source: the wide decoder.
       width: number of channels of the residual stream; None keeps all.
-      heads: number of query heads, equally many for every key head.
+      heads: number of query heads; each key head has the same number.
       key_heads: number of key and value heads; None keeps all, or as many as there are heads.
       hidden: number of units of the feed-forward layers.
       tokens: int `[B, L]`, a text in B pieces without padding, on which all importances are
@@ -236,7 +236,7 @@ def _weight_importance(wide: DecoderConfig, layer: Params) -> tuple[np.ndarray, 
 def _activation_importance(
     source: PretrainedDecoder, tokens: Array
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """Importance of every layer's heads and hidden units, and of the channels, on a text."""
+    """Importance on a text of every layer's heads and hidden units, and of the channels."""
     config = source.model.config
     units, stream = models.unit_names(config), models.tap_names(config)
     inner_sizes = (config.head_width, 1) * config.layers

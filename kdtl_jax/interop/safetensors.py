@@ -53,7 +53,7 @@ def views(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def view(tensor: Tensor) -> np.ndarray:
-    """One tensor as `views` gives it."""
+    """A read-only memory map of one tensor, as in `views`."""
     return views({tensor.name: tensor})[tensor.name]
 
 
@@ -117,7 +117,7 @@ def take(
 
 
 def _runs(indices: np.ndarray, rows: int) -> Iterator[np.ndarray]:
-    """Consecutive parts of `indices`, each within `rows` neighboring rows."""
+    """Splits `indices` into consecutive parts, each within `rows` neighboring rows."""
     start, least, most = 0, int(indices[0]), int(indices[0])
     for i, position in enumerate(indices.tolist()):
         least, most = min(least, position), max(most, position)
@@ -178,7 +178,7 @@ def load_tree(path: str | Path, like: PyTree = None) -> PyTree:
 
 
 def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
-    """Nested dicts from flat paths.
+    """Builds nested dicts from flat paths.
 
     Raises:
       ValueError: if one path is both a leaf and the beginning of another.
@@ -201,7 +201,7 @@ def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
 
 
 def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
-    """The template's structure, filled with the leaves of `flat`; everything must match exactly.
+    """Fills the template's structure with the leaves of `flat`; everything must match exactly.
 
     Raises:
       TypeError: if a dtype differs; the message names the leaf.

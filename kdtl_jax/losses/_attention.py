@@ -71,7 +71,7 @@ def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) 
 def _scores(
     student: Array, teacher: Array, where: Array | None
 ) -> tuple[Array, Array, Array | None]:
-    """Checked scores and the mask of real (query, key) pairs, of the scores' shape or None."""
+    """Checks scores; also returns the mask of real (query, key) pairs, of their shape or None."""
     student, teacher = _sides.same_shape(student, teacher, at_least=4, at_most=4)
     batch, _, queries, keys = student.shape
     if queries != keys:
@@ -153,7 +153,7 @@ def minilm_v2(
     _checks.mask(where, next(iter(student.values())).shape[:-1])
 
     def relations(side: Mapping[str, Array]) -> Array:
-        """All relations side by side, as if they were heads."""
+        """Concatenates all relations along the axis of heads."""
         parts = [_relation(side[name], side[name], relation_heads, where) for name in sorted(side)]
         return jnp.concatenate(parts, axis=1)
 

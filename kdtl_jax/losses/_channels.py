@@ -242,7 +242,7 @@ def _align(student: Array, teacher: Array, k: int) -> tuple[Array, Array]:
 
 
 def _fix_signs(vectors: Array) -> Array:
-    """Each column with its largest entry positive: singular vectors have no sign of their own."""
+    """Flips columns so that their largest entry is positive: the sign is otherwise arbitrary."""
     largest = jnp.argmax(jnp.abs(vectors), axis=1, keepdims=True)
     return vectors * jnp.where(jnp.take_along_axis(vectors, largest, axis=1) < 0, -1, 1)
 
@@ -268,7 +268,7 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
 def _eigh_jvp(
     primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """First-order perturbation; directions within one (numerically) repeated value do not move.
+    """First-order perturbation, without the directions of (numerically) repeated values.
 
     The derivative of an eigenvector divides by gaps between eigenvalues. If a gap is only rounding
     error, the vectors of that space are an arbitrary basis and have no derivative.

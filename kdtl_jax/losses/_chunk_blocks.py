@@ -1,6 +1,6 @@
 """The work on a chunk of logits, in blocks that fit a CPU's caches.
 
-Matrix products are fastest on many rows at a time, everything else on few. XLA's CPU programs pass
+Matrix products are fastest on many rows, elementwise operations on few. XLA's CPU programs pass
 over whole arrays, and a chunk of logits is larger than the caches, so on a CPU the loss processes
 its chunk block by block. On other devices a chunk is one block.
 """

@@ -129,7 +129,7 @@ def _log_probs_and_ratio(
 ) -> tuple[Array, Array, Array]:
     """`log p_S`, the unnormalized target `log p_T` at the draft's tokens, and their difference.
 
-    The difference is relatively accurate if the draft knows all tokens: both are normalized.
+    If the draft knows all tokens, both are normalized and the difference is relatively accurate.
     """
     _checks.floating(draft_logits=draft, target_logits=target)
     _checks.rank(1, draft_logits=draft, target_logits=target)

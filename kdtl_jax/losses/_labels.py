@@ -349,7 +349,7 @@ def _check_labels(
     temperature: Scalar,
     where: Array | None,
 ) -> tuple[Array, Array, Array, Array]:
-    """Checked and softened logits, safe labels, and which rows have a label that counts."""
+    """Checks and softens logits; also returns safe labels and which rows have a usable label."""
     student, teacher = _logspace.soften(student_logits, teacher_logits, temperature)
     _checks.labels(labels, student_logits, where)
     labels, usable = _numerics.usable_labels(labels, student.shape[-1], where)
@@ -357,7 +357,7 @@ def _check_labels(
 
 
 def _check_teacher(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
-    """Safe labels of checked logits, and which rows have a label that counts."""
+    """Checks logits and labels; returns safe labels and which rows have a usable label."""
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
     _checks.several_classes(logits=logits)

@@ -81,7 +81,7 @@ def dist_intra(
     terms, remainder = _pearson_terms(student, teacher, 0, eps, rows)
     classes = _classes(*logits, where)
     count = jnp.maximum(jnp.sum(classes, dtype=terms.dtype), 1)
-    # For a class that no example has, the terms are 0 and the rest would be 1.
+    # For a class that no example has, the terms are 0 and the remainder would be 1.
     values = jnp.sum(terms, axis=1) * (_count(student, where) / count)
     values += jnp.sum(jnp.where(classes, remainder[0], 0)) / count
     return _numerics.kept(values, where)
@@ -224,7 +224,7 @@ def standardize_logits(
 def _rows(
     student_logits: Array, teacher_logits: Array, temperature: Scalar, where: Array | None
 ) -> tuple[Array, Array]:
-    """Checked and softened logits `[B, num_classes]`, 0 in the rows that do not count."""
+    """Checks and softens logits `[B, num_classes]`; rows that do not count become 0."""
     _checks.rank(2, 2, student_logits=student_logits)
     student, teacher = _logspace.soften(student_logits, teacher_logits, temperature)
     _checks.mask(where, jnp.shape(student_logits)[:1])
@@ -260,7 +260,9 @@ def _count(rows: Array, where: Array | None) -> Array:
 def _pearson_terms(
     x: Array, y: Array, axis: int, eps: Scalar, where: Array | None = None
 ) -> tuple[Array, Array]:
-    """Terms >= 0 along `axis` and a rest, in total `1 - <x', y'> / (|x'| |y'| + eps)`, centered.
+    """Terms >= 0 along `axis` and a remainder; their sum is `1 - <x', y'> / (|x'| |y'| + eps)`.
+
+    x' and y' are centered.
 
     `1 - rho = 1/2 |u - v|^2` of the unit vectors does not cancel where the two nearly agree.
     `where` broadcasts to x and y, which are 0 wherever it is false.

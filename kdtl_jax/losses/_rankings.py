@@ -1,4 +1,4 @@
-"""Scores of candidates: what embedding models and rerankers learn from a stronger ranker.
+"""Losses on scores of candidates, for embedding models and rerankers with a stronger ranker.
 
 A query's scores are a row `[B, n]`, the positive first: dot products or cosines
 (`1 - cosine_distance`) of embeddings, or a reranker's logits. The listwise loss on them is `kd_kl`,

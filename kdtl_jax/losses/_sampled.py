@@ -283,7 +283,7 @@ def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None
 
 
 def _prepare(where: Array | None, **arrays: Array) -> list[Array]:
-    """Checked, float32 or wider, 0 where masked."""
+    """Checks and upcasts arrays, and zeros masked entries."""
     _checks.floating(**arrays)
     _checks.rank(1, None, **arrays)
     _checks.same_shape(**arrays)

@@ -1,4 +1,4 @@
-"""Both sides of a feature loss, checked and cast to one dtype, float32 or wider.
+"""Checks both sides of a feature loss and casts them to one dtype, float32 or wider.
 
 The function that a loss calls here determines which axes of student and teacher must agree.
 """
@@ -24,7 +24,7 @@ def _check_and_upcast(at_least: int, at_most: int | None, **arrays: Array) -> tu
 def same_shape(
     student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
-    """Both sides have one shape: `[B, ..., C]`, with `at_least` to `at_most` axes."""
+    """For sides of one shape `[B, ..., C]`, with `at_least` to `at_most` axes."""
     _checks.same_shape(student=student, teacher=teacher)
     student, teacher = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
     return student, teacher
@@ -33,7 +33,7 @@ def same_shape(
 def same_positions(
     student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
 ) -> tuple[Array, Array]:
-    """Equal except for the last axis: `[B, H, W, Cs]` and `[B, H, W, Ct]`."""
+    """For sides that may differ in the last axis: `[B, H, W, Cs]` and `[B, H, W, Ct]`."""
     sides = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
@@ -47,7 +47,7 @@ def same_positions(
 def same_channels(
     student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
 ) -> tuple[Array, Array]:
-    """Equal batch and last axis: `[B, Hs, Ws, C]` and `[B, Ht, Wt, C]`."""
+    """For sides with equal batch and last axis: `[B, Hs, Ws, C]` and `[B, Ht, Wt, C]`."""
     sides = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
     signatures = [(side.ndim, side.shape[0], side.shape[-1]) for side in sides]
     if signatures[0] != signatures[1]:
@@ -62,7 +62,7 @@ def same_channels(
 def same_batch(
     student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
-    """Equal batch; everything else may differ: `[B, ...]` and `[B, ...]`."""
+    """For sides with equal batch that may differ otherwise: `[B, ...]` and `[B, ...]`."""
     sides = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
     _checks.same_batch(student=student, teacher=teacher)
     return sides[0], sides[1]
@@ -74,7 +74,7 @@ def single(x: Array, name: str, *, at_least: int, at_most: int | None = None) ->
 
 
 def check_sequences(at_least: int, at_most: int | None = None, **sides: Sequence[Array]) -> None:
-    """Both sides are sequences of equally many arrays `[B, ...]`, `at_least` to `at_most`."""
+    """Checks that both sides are equally long sequences of `at_least` to `at_most` arrays."""
     for name, side in sides.items():
         if not isinstance(side, Sequence) or isinstance(side, str):
             raise TypeError(f"{name} must be a sequence of arrays, got {type(side).__name__}.")
@@ -88,6 +88,6 @@ def check_sequences(at_least: int, at_most: int | None = None, **sides: Sequence
 
 
 def zero_masked(where: Array | None, *arrays: Array) -> tuple[Array, ...]:
-    """The arrays with 0 in the rows that `where` (`[B]`) masks."""
+    """Zeros the rows that `where` (`[B]`) masks."""
     _checks.mask(where, arrays[0].shape[:1])
     return tuple(_numerics.kept(array, where) for array in arrays)

@@ -314,7 +314,7 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
 def check_targets(
     student_logits: Array, targets: TopK, temperature: Scalar
 ) -> tuple[Array, TopK, Array]:
-    """The student's log-probabilities, targets with safe indices, and which rows are in range.
+    """Checks targets; returns the student's log-probabilities, safe targets, and rows in range.
 
     `[..., num_classes]` logits and targets `[..., k]` give `[..., num_classes]`, targets of the
     same shapes, and bool `[...]`.

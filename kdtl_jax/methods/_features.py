@@ -187,7 +187,7 @@ WIDEST = 512  # channels of ReviewKD's residual stream
 
 
 def features_first(term: str, weight: float, setup: Setup) -> dict[str, Weight]:
-    """Weights of a term that is first trained alone, and of the task that follows it.
+    """Weights that first train one term alone, then the task.
 
     RepDistiller's two-stage methods train 30 epochs on features, then 240 on the labels.
     """

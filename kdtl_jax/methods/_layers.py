@@ -25,7 +25,7 @@ PairLoss = Callable[[Array, Array, Array | None], Array]
 
 
 class Layers(NamedTuple):
-    """Matched layers, viewed in the same way on both sides."""
+    """Matched layers under one view."""
 
     read: Callable[[Outputs, Outputs], Features]  # of the student's and the teacher's outputs
     student: list[jax.ShapeDtypeStruct]  # the student's part of what `read` returns
@@ -44,15 +44,14 @@ def as_vector(x: Array) -> Array:
 
 
 def unchanged(student: Array, teacher: Array) -> tuple[Array, Array]:
-    """Both unchanged, for losses that flatten each side."""
+    """Returns both unchanged, for losses that flatten each side."""
     return student, teacher
 
 
 def same_positions(student: Array, teacher: Array) -> tuple[Array, Array]:
-    """The larger map averaged over adaptive cells.
+    """Averages the larger map over adaptive cells.
 
-    For different kinds of features (a map and a vector), only averages over all positions
-    correspond.
+    Features of different kinds (a map and a vector) are averaged over all positions.
     """
     if student.ndim != teacher.ndim:
         return as_vector(student), as_vector(teacher)
@@ -186,7 +185,7 @@ def pairwise(
 def connect(
     layer_connectors: Sequence[Connector], params: Params, features: Features, where: Array | None
 ) -> Features:
-    """The student's features through their connectors, the teacher's unchanged."""
+    """Applies the connectors to the student's features; the teacher's are unchanged."""
     return [
         (connector.apply(params[f"pair_{i}"], student, where=where), teacher)
         for i, (connector, (student, teacher)) in enumerate(
@@ -196,7 +195,7 @@ def connect(
 
 
 def by_example(loss: Callable[[Array, Array], Array]) -> PairLoss:
-    """A loss whose value for one example depends on no other; the objective applies the mask."""
+    """Adapts a loss whose values depend on one example each; the objective applies the mask."""
     return lambda student, teacher, where: loss(student, teacher)
 
 

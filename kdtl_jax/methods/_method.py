@@ -32,7 +32,7 @@ class Method(NamedTuple):
 
 
 def no_connectors(key: Array) -> Params:
-    """`Method.connectors` of a method that trains the student alone."""
+    """`Method.connectors` of a method that only trains the student."""
     return {}
 
 
@@ -77,7 +77,7 @@ def count(x: Array, where: Array | None) -> Array | int:
 
 
 def key_and_step(inputs: Inputs) -> tuple[Array, Array]:
-    """The step's random key and number, which every step of `train` gives its terms."""
+    """The step's random key and number, which every step of `train` passes to its terms."""
     assert inputs.key is not None and inputs.step is not None
     return inputs.key, inputs.step
 
@@ -109,7 +109,7 @@ def needs_teacher_head(setup: Setup) -> Head:
 
 
 def no_head(side: str) -> str:
-    """Why a method refuses a "teacher" or a "student" whose classifier is unknown."""
+    """The message for a "teacher" or a "student" whose classifier is unknown."""
     return (
         f"needs the {side}'s classifier and its input, weights called 'head' and the output "
         f"'pooled': give setup a {side}_layout with head= and last= if they have other names"
@@ -130,7 +130,7 @@ def schedule(values: optax.Schedule, description: str) -> Schedule:
 
 
 def warmed_up(weight: float, setup: Setup) -> Schedule:
-    """0 to `weight` over the first 20 of 240 parts of the run, mdistiller's epochs."""
+    """Warms up from 0 to `weight` over the first 20/240 of the run (epochs in mdistiller)."""
     check_setup(setup)
     steps = max(round(20 / 240 * setup.steps), 1)
     description = f"0 to {weight:g} over {steps} steps"
@@ -138,7 +138,7 @@ def warmed_up(weight: float, setup: Setup) -> Schedule:
 
 
 def cooled_down(weight: float, setup: Setup) -> Schedule:
-    """`weight`, decaying to 0 along a half cosine over the last 90 of 240 parts of the run."""
+    """`weight`, decaying to 0 along a half cosine over the last 90/240 of the run."""
     start = round(150 / 240 * setup.steps)
     decay = optax.cosine_decay_schedule(weight, max(setup.steps - start, 1))
     values = optax.join_schedules([optax.constant_schedule(weight), decay], [start])

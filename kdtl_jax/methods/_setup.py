@@ -25,9 +25,9 @@ class Head(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a network's features are, given as names of its outputs.
+    """The features of a network, as names of its outputs.
 
-    `layout` finds it for networks that follow the usual names.
+    `layout` finds them for networks that follow the usual names.
     """
 
     features: tuple[str, ...]  # from the input to the head
@@ -236,7 +236,7 @@ def setup(
 
 
 def layout(model: ModelFn, variables: Variables, inputs: Any) -> Layout:
-    """Finds a network's features by the names and shapes of its outputs; nothing is computed.
+    """Finds a network's features from the names and shapes of its outputs; nothing is computed.
 
     Every output is a feature, in the order in which they are computed, except the logits,
     `"pooled"` and the parts of attention modules (`path/query`, `path/key`, `path/value`,

@@ -1,4 +1,4 @@
-"""The table of methods, which `kdtl distill --list` prints and which maps names to functions."""
+"""The table of methods by name, which `kdtl distill --list` prints."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -37,7 +37,10 @@ def _entries(
 
 
 def _refusal(build: Callable[..., Method], setup: Setup) -> str | None:
-    """With its default hyper-parameters, a method refuses a setup only because of the models."""
+    """The reason why a method refuses a setup, or None.
+
+    With default hyper-parameters, the reason can only be the models.
+    """
     try:
         build(setup)
     except ValueError as reason:

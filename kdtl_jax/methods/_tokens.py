@@ -21,7 +21,7 @@ RELATION_HEADS = 12
 
 
 def _token_layers(setup: Setup) -> Sequence[Pair]:
-    """All matched layers, which must be token layers with equally many tokens on both sides."""
+    """All matched layers, checked to be token layers with equally many tokens on both sides."""
     check_setup(setup)
     for student_tap, teacher_tap in setup.pairs:
         if len(setup.student[student_tap].shape) != 3 or len(setup.teacher[teacher_tap].shape) != 3:
@@ -33,7 +33,7 @@ def _token_layers(setup: Setup) -> Sequence[Pair]:
 
 
 def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
-    """Matched attention modules; their named parts must be tapped."""
+    """Matched attention modules, checked to have taps for `parts`."""
     check_setup(setup)
     if not setup.attention:
         raise ValueError(
@@ -49,7 +49,7 @@ def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
 
 
 def _same_heads(setup: Setup, *parts: str) -> Sequence[Pair]:
-    """`_attention` with maps that are compared entry by entry: equally many heads and tokens."""
+    """`_attention`, checked to have equally many heads and tokens, for comparing entries."""
     pairs = _attention(setup, "probs", *parts)
     for student_path, teacher_path in pairs:
         student = setup.student[f"{student_path}/probs"].shape

@@ -104,7 +104,7 @@ def gradients(subject: Subject) -> Iterator[str]:
 
 
 def transformations(subject: Subject) -> Iterator[str]:
-    """Concrete arguments give the same result as jit, and vmap over an extra axis that of a loop.
+    """Concrete arguments must give the result of jit, and vmap over an extra axis that of a loop.
 
     The concrete call is traced with the arguments as constants instead of run operation by
     operation: the same Python code, in a twentieth of the time.
@@ -126,8 +126,8 @@ def transformations(subject: Subject) -> Iterator[str]:
 def extremes(subject: Subject) -> Iterator[str]:
     """Finite value and gradient in float32 at equality, +-1e4, zeros, duplicates, batch of one.
 
-    They must not be finite if an argument is NaN, since the loss is what reveals a broken model. An
-    example has the same value alone as in a batch, unless the loss is relational.
+    The value must not be finite if an argument is NaN: the loss must reveal a broken model. Unless
+    the loss is relational, an example has the same value alone and in a batch.
     """
     args = _subject.arguments(subject, np.float32)
     student, teacher, others = args[0], args[1:2], args[2:]
@@ -375,7 +375,7 @@ def errors(subject: Subject) -> Iterator[str]:
 
 
 def _mismatches(pairs: list[tuple[Any, Any]]) -> Iterator[tuple[str, Callable[[Any], Any]]]:
-    """Ways to change the teacher's shape on axes where the example's two sides agree."""
+    """Changes of the teacher's shape on axes where the example's two sides agree."""
     if not pairs:
         return
 

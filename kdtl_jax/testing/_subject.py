@@ -35,7 +35,7 @@ Check = Callable[[Subject], Iterator[str]]  # yields one line per failure
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Compiled for the arguments' shapes; on CPU without optimization, which is faster."""
+    """Compiles for the arguments' shapes; on CPU without optimization, which is faster."""
     lowered = jax.jit(fn).lower(*args)
     if jax.default_backend() != "cpu":
         return lowered.compile()
@@ -72,7 +72,7 @@ def hyper_of(subject: Subject, dtype: Any) -> dict[str, Any]:
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating-point leaves as `dtype`, all leaves as NumPy arrays."""
+    """Casts floating-point leaves to `dtype`, and all leaves to NumPy arrays."""
 
     def cast(a: Any) -> np.ndarray:
         a = np.asarray(a)
@@ -162,7 +162,7 @@ def float64_values(subject: Subject, args: tuple[Any, ...]) -> Callable[..., np.
 
 
 def compare(label: str, actual: Any, expected: Any, rtol: float) -> Iterator[str]:
-    """A failure that states where and by how much, if the two are not close."""
+    """Yields a failure that states where and by how much, if the two are not close."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     if actual.shape != expected.shape:
         yield f"{label}: shape {list(actual.shape)}, expected {list(expected.shape)}"
@@ -181,7 +181,7 @@ def compare(label: str, actual: Any, expected: Any, rtol: float) -> Iterator[str
 
 
 def not_finite(label: str, value: Any, gradient: Any) -> Iterator[str]:
-    """A failure for a value, and one for a gradient, with NaN or infinity in it."""
+    """Yields a failure for a value, and one for a gradient, with NaN or infinity."""
     for name, arrays in (("value", [value]), ("gradient", jax.tree.leaves(gradient))):
         if not all(np.isfinite(a).all() for a in arrays):
             yield f"{label}: the {name} is not finite"

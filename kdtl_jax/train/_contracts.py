@@ -137,7 +137,7 @@ def check_statistics(batch: Mapping[str, Any], old_state: PyTree, new_state: PyT
     statistics, which no mask reaches. Traced weights may be 0.
 
     Raises:
-      ValueError: naming what changes.
+      ValueError: naming the first leaf that changes.
     """
     weights = batch.get("weights")
     if weights is None or jax.tree.structure(old_state) != jax.tree.structure(new_state):

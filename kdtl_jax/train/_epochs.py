@@ -1,4 +1,4 @@
-"""Epochs over device-resident data: the order, the scan, and when single steps are faster."""
+"""Epochs over device-resident data: their order, as one scan or as single steps if faster."""
 
 from typing import Any, Protocol
 

@@ -71,7 +71,7 @@ class Split(NamedTuple):
 
 
 def split(params: Params, connectors: Params, trainable: trees.Selector) -> Split:
-    """Selects what is trained: the parameters that match `trainable`, and all connectors."""
+    """Splits off the trained leaves: parameters that match `trainable`, and all connectors."""
     trained, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(connectors):
         return Split(trained, frozen, has_connectors=False)
@@ -97,11 +97,11 @@ def init_state(
 
     Args:
       params: the model's parameters.
-      tx: the optimizer. Its state is made for what is trained: the bare parameters if there are no
+      tx: the optimizer. Its state covers the trained leaves: the bare parameters if there are no
         connectors, `{"params": ..., "connectors": ...}` otherwise.
       key: typed PRNG key (`jax.random.key(seed)`).
       connectors: parameters trained along with the model; terms read them as `inputs.connectors`.
-      model_state: what the model carries in addition to its parameters (batch statistics).
+      model_state: the model's state besides its parameters (batch statistics).
       memory: banks and queues that the terms carry.
       trainable: selector over `params` for what the optimizer may change; the same as the step's.
 

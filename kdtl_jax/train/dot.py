@@ -30,7 +30,7 @@ class Names(frozenset[str]):
 
 
 class DotState(NamedTuple):
-    """One momentum per gradient, and the terms that make up the second."""
+    """A momentum for each gradient, and the names of the distillation terms."""
 
     task: PyTree
     distill: PyTree

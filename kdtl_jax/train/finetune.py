@@ -254,7 +254,7 @@ def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformati
 
 
 class GateState(NamedTuple):
-    """Number of updates so far."""
+    """The number of updates so far."""
 
     step: Array
 

@@ -1,4 +1,4 @@
-"""Mean teachers: the teacher is the moving average of its own student.
+"""Mean teachers: the teacher is a moving average of its student.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from kdtl_jax import losses, train
@@ -40,7 +40,7 @@ class MeanTeacher(NamedTuple):
 
 
 def begin(state: TrainState) -> TrainState:
-    """`state` with a copy of its student as the teacher, including batch statistics.
+    """Adds a copy of the student, including batch statistics, to `state` as its teacher.
 
     Half-precision values are averaged in float32, where small steps are not rounded away; the
     teacher runs in its student's dtypes.
@@ -54,7 +54,7 @@ def begin(state: TrainState) -> TrainState:
 
 
 def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
-    """`step` with a teacher that follows its student, `d teacher + (1 - d) student` at each step.
+    """Adds a teacher that follows its student to `step`: `d teacher + (1 - d) student`.
 
     Batch statistics are averaged like parameters; counters and keys are copied. In a step that the
     optimizer skips (`precision.loss_scaling`, `optax.apply_if_finite`), the teacher stays too.

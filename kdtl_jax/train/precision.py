@@ -60,7 +60,7 @@ def rematerialized(model: ModelFn, *, policy: Callable[..., Any] | None = None) 
     """`model` that recomputes its activations in the backward pass instead of storing them.
 
     Args:
-      policy: what to keep anyway, one of `jax.checkpoint_policies`; None keeps nothing.
+      policy: which values to keep, one of `jax.checkpoint_policies`; None keeps nothing.
     """
 
     def apply(
@@ -167,7 +167,7 @@ def loss_scale(opt_state: PyTree) -> Array | None:
 
 
 def unscaled(gradient: PyTree, scale: Array | None) -> PyTree:
-    """A scaled loss's gradient divided by its scale, for which float16 may be too narrow."""
+    """Divides the gradient of a scaled loss by its scale, in float32, which can hold the scale."""
     if scale is None:
         return gradient
     return jax.tree.map(lambda g: (_numerics.upcast(g) / scale).astype(g.dtype), gradient)
@@ -278,7 +278,7 @@ def with_int8(model: ModelFn) -> ModelFn:
 
 
 class Fidelity(NamedTuple):
-    """How well changed weights reproduce a model's logits."""
+    """Measures of how well changed weights reproduce a model's logits."""
 
     agreement: Array  # share of examples with the same most likely class
     kl: Array  # mean KL(reference || changed), nats

@@ -29,7 +29,7 @@ AxisSpec = int | tuple[int, ...]
 
 
 class AdaptedParams(NamedTuple):
-    """What `init` returns and adapted models take: `base/...` and `adapter/...` by path."""
+    """Parameters of an adapted model, from `init`: paths begin with `base/` or `adapter/`."""
 
     base: Params
     adapter: AdapterWeights
@@ -130,7 +130,7 @@ def matrix_view(path: str, leaf: Any, in_axis: AxisSpec, out_axis: AxisSpec) -> 
 
 
 def selected_matrices(params: Params, where: trees.Selector) -> dict[str, Any]:
-    """The inexact leaves that an adapter is to adapt."""
+    """The inexact leaves that `where` selects for an adapter."""
     flags = jax.tree.leaves(_leaves.select_inexact(params, where))
     pairs = zip(trees.flatten(params).items(), flags, strict=True)
     matrices = {path: leaf for (path, leaf), is_selected in pairs if is_selected}
@@ -177,7 +177,7 @@ def check_fits(path: str, expected: Mapping[str, tuple[int, ...]], **arrays: Arr
 def check_members(
     members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None
 ) -> list[Scalar]:
-    """One weight per member; checks that the members adapt the same paths."""
+    """Checks that the members adapt the same paths, and returns one weight per member."""
     if not members:
         raise ValueError("expected a non-empty list of adapters' weights.")
     _checks.same_keys(**{f"members[{i}]": member for i, member in enumerate(members)})

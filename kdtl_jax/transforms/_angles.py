@@ -27,7 +27,7 @@ class Angles(NamedTuple):
 
 
 def angles(read: Read, axis: int | None = None) -> Angles:
-    """Lengths and cosines of N vectors, whose pieces `read()` yields side by side.
+    """Lengths and cosines of N vectors, from corresponding pieces that `read()` yields.
 
     Args:
       read: called twice; must yield the same pieces each time, which may be read from files.
@@ -142,7 +142,7 @@ def of_leaves(vectors: Sequence[Array], axis: int | None = None) -> Angles:
 
 
 def _tops(read: Read, axis: int | None) -> list[Array]:
-    """Each vector's largest entry; dividing by it keeps squares from underflowing."""
+    """Each vector's largest entry, by which it is divided so that squares do not underflow."""
     tops: Any = None
     for pieces in read():
         largest = _largest(pieces, axis)
@@ -165,7 +165,7 @@ def _total(terms: Sequence[Array]) -> Array:
     return sum(terms[1:], terms[0])
 
 
-# One program per kind of piece, for every caller: sums over pieces are then equal bit for bit.
+# All callers share one program per kind of piece, so sums over pieces are equal bit for bit.
 
 
 @functools.partial(jax.jit, static_argnums=1)

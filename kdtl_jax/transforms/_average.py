@@ -104,7 +104,7 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
 def greedy_soup(
     models: Sequence[Params], score: Callable[[Params], Scalar]
 ) -> tuple[Params, list[int]]:
-    """Averages models one after another, best first, keeping each that does not lower the score.
+    """Averages models greedily, best first, keeping each that does not lower the score.
 
     Runs on the host: `score` is called `2 N - 1` times, once for every model and trial soup.
 

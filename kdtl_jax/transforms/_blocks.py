@@ -1,6 +1,6 @@
-"""Leaves in blocks of rows: what is summed or drawn for a block depends only on its number.
+"""Processes leaves in blocks of rows: sums and draws of a block depend only on its number.
 
-A leaf thus gives the same numbers whether it is in memory or read from a file block by block.
+A leaf gives the same numbers in memory and when it is read from a file block by block.
 """
 
 import functools
@@ -20,7 +20,7 @@ BLOCK = 1 << 20  # entries that one key draws for
 
 
 def fold_path(key: Array, path: str) -> Array:
-    """A key specific to the path: merging a subset draws what merging everything draws."""
+    """A key specific to the path, so that draws do not depend on the other leaves."""
     _checks.key(key=key)
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
@@ -60,7 +60,7 @@ def in_blocks(leaves: Sequence[Array], formula: Callable[[int, Sequence[Array]],
 def uniform(key: Array, path: str, shape: tuple[int, ...], dtype: Any, block: Any = 0) -> Array:
     """Uniform draws in [0, 1) for a leaf, or for its blocks from number `block` on.
 
-    They are drawn in float32 for every dtype: a wider copy of a leaf keeps the same entries.
+    Draws are float32 for every dtype, so a wider copy of a leaf keeps the same entries.
     """
     draws = _uniform(fold_path(key, path), block, shape, block_rows(shape))
     return draws.astype(dtype)
@@ -73,7 +73,7 @@ def _uniform(key: Array, first_block: Array, shape: tuple[int, ...], rows_per_bl
         return jax.random.uniform(jax.random.fold_in(key, number), block, jnp.float32)
 
     full_blocks, last_rows = divmod(math.prod(shape[:-1]), rows_per_block)
-    # One block after another: a generator's temporaries take several times what it draws.
+    # Sequential: a generator's temporaries take several times the memory of its draws.
     blocks = jax.lax.map(lambda i: draw(i, rows_per_block), first_block + jnp.arange(full_blocks))
     rows = [blocks.reshape(full_blocks * rows_per_block, *shape[-1:])]
     if last_rows:

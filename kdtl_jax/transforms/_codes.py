@@ -54,7 +54,7 @@ def refuse_codes(flat: Mapping[str, Any], selected: Collection[str] | None = Non
     """Raises ValueError if a leaf of `{path: leaf}` holds quantized codes, or scales of them.
 
     Args:
-      flat: all leaves, since a leaf's neighbors decide what it is.
+      flat: all leaves, because neighbors determine whether a leaf holds codes.
       selected: the paths that would be computed with; None means all.
     """
     codes = quantized(flat)

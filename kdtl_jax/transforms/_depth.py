@@ -36,7 +36,7 @@ Layers = Mapping[Any, LayerKey]
 
 
 def compile_pattern(layers: str) -> re.Pattern[str]:
-    """The pattern; raises unless it is a regular expression with exactly one group."""
+    """Compiles the pattern; raises unless it is a regular expression with exactly one group."""
     try:
         pattern = re.compile(layers)
     except re.error as error:
@@ -61,7 +61,7 @@ def number_of(match: re.Match[str]) -> int:
 
 
 def over_layers(params: PyTree, layers: str, rebuild: Callable[[Any, Layers], Any]) -> PyTree:
-    """Replaces every container that holds layers with `rebuild(container, its layer keys)`."""
+    """Replaces every container of layers by `rebuild(container, its layer keys)`."""
     parents = _parents(params, layers)
 
     def walk(node: Any, keys: Keys) -> Any:
@@ -88,7 +88,7 @@ def over_layers(params: PyTree, layers: str, rebuild: Callable[[Any, Layers], An
 
 
 def _parents(params: PyTree, layers: str) -> dict[Keys, dict[Any, LayerKey]]:
-    """The containers of layers by the keys that lead to them."""
+    """The containers of layers, by their keys from the root."""
     pattern = compile_pattern(layers)
     parents: dict[Keys, dict[Any, LayerKey]] = {}
     unmatched: list[tuple[Keys, str]] = []
@@ -121,7 +121,7 @@ def _parents(params: PyTree, layers: str) -> dict[Keys, dict[Any, LayerKey]]:
 
 
 def _is_in_layer(key: Any, layers: Layers) -> bool:
-    """Whether an entry belongs to a layer: it is one, or its name is that of a part of one."""
+    """Whether an entry is a layer, or has the name of a part of one."""
     parts = {(layer.prefix, layer.suffix[0]) for layer in layers.values() if layer.suffix}
     return key in layers or any(
         re.match(rf"{re.escape(prefix)}\d+{re.escape(separator)}", str(key))
@@ -320,7 +320,7 @@ def _renumber(key: Any, layer_keys: Layers, number: int) -> Any:
 
 
 def _copy_repeated(values: Sequence[Any]) -> list[Any]:
-    """Copies repeated values: one array in two places cannot be donated."""
+    """Copies repeated values, because one array in two places cannot be donated."""
     seen_ids: set[int] = set()
     out: list[Any] = []
     for value in values:
@@ -358,7 +358,7 @@ def _stack_leaves(*leaves: Any) -> Any:
 
 
 def _signature(leaf: Any) -> Any:
-    # What is not an array (a function, a name) cannot be stacked: all layers must hold the same.
+    # Leaves that are not arrays (functions, names) cannot be stacked: all layers must share them.
     return (np.shape(leaf), leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 

@@ -146,7 +146,7 @@ def identity_layer(path: str, leaf: Any) -> Array:
 
 
 def copy_with_zeros(where: trees.Selector) -> Callable[[str, Any], Any]:
-    """For `deepen`: the new layer is a copy whose selected leaves are zero.
+    """Makes layers for `deepen`: copies in which the selected leaves are zero.
 
     A residual block whose last projection (kernel and bias) is zero adds nothing.
     """

@@ -296,6 +296,6 @@ def _scaling_adapter(apply: Apply, in_axis: AxisSpec, out_axis: AxisSpec, side: 
 
 
 def _rows(key: Array, count: int, width: int, bound: float, dtype: jnp.dtype) -> Array:
-    """Uniform rows `[count, width]`, each from its own key: adding rows changes no earlier one."""
+    """Uniform rows `[count, width]`, one key each, so adding rows does not change earlier ones."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
     return jax.vmap(lambda k: jax.random.uniform(k, (width,), dtype, -bound, bound))(keys)

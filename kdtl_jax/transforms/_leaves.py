@@ -50,7 +50,7 @@ def coefficients(
     *,
     name: str = "alpha",
 ) -> list[Any]:
-    """One coefficient per leaf; None if a leaf is not chosen or matches no rule.
+    """One coefficient per leaf; None if a leaf is not selected or matches no rule.
 
     `selected` defaults to the inexact leaves; `name` is the caller's argument.
 

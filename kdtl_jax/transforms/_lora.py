@@ -261,7 +261,7 @@ def _concatenate(
     alpha: Scalar,
     rank: int | None,
 ) -> LoraWeights:
-    """One pair whose scaled product is `sum_i w_i s_i a_i b_i`; the scale at the new rank."""
+    """Concatenates pairs to one whose product, scaled at its rank, is `sum_i w_i s_i a_i b_i`."""
     total = sum(pair.a.shape[-1] for pair in pairs)
     factors = [
         share * (scaling(alpha, pair.a.shape[-1]) / scaling(alpha, total))
@@ -278,7 +278,7 @@ def _concatenate(
 
 
 def _truncate(a: Array, b: Array, rank: int, factor: Scalar) -> LoraWeights:
-    """The best approximation of rank r, from the factors alone: no `[in, out]` matrix is formed."""
+    """Finds the best approximation of rank r from the factors, without an `[in, out]` matrix."""
     _check_rank(rank)
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))

@@ -69,7 +69,7 @@ def crop_or_pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
 
 
 class SelectWith(NamedTuple):
-    """What `select_with` returns."""
+    """The policy that `select_with` returns."""
 
     choose: Callable[[int, int], Any]
 
@@ -154,7 +154,7 @@ PATH_FREE: frozenset[Policy] = frozenset({crop, pad, crop_or_pad, select_uniform
 
 
 def keeps_fitting_leaves(policy: Policy) -> bool:
-    """Whether the policy is one of this module, which does nothing where shapes agree."""
+    """Whether the policy is one of this module's, which do nothing where shapes agree."""
     shape_policies = (raise_on_mismatch, keep_on_mismatch)
     return isinstance(policy, SelectWith) or policy in shape_policies or policy in PATH_FREE
 

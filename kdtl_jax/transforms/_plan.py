@@ -1,4 +1,4 @@
-"""Planning a transfer: everything that names and shapes decide, in Python, on abstract values."""
+"""Plans a transfer from names and shapes, in Python, on abstract values."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ OnExtra = Literal["error", "ignore"]
 
 
 class Step(NamedTuple):
-    """How one target leaf is filled; if `source` is None, it keeps its own value."""
+    """One target leaf and its source; if `source` is None, it keeps its own value."""
 
     path: str
     source: str | None = None
@@ -175,10 +175,10 @@ def _refuse_ambiguous_kernels(
     source_leaves: Mapping[str, Any],
     target_leaves: Mapping[str, Any],
 ) -> list[Step | Kept | _Missing | _Misfit]:
-    """Refuses a `weight` for a `kernel` that would fit both as it is and transposed.
+    """Refuses a `weight` for a `kernel` that would fit with and without transposing it.
 
-    PyTorch and Equinox store outputs first, Flax stores them last. A leaf that only fits as it is
-    shows that the source was transposed already, or never had to be.
+    PyTorch and Equinox store outputs first, Flax stores them last. A leaf that only fits without
+    transposing shows that the source needs no transposition.
     """
 
     def crosses(decision: Any, policy: Policy) -> bool:
@@ -328,7 +328,7 @@ def _is_one(value: Any) -> bool:
 
 
 def _as_number(alpha: Any) -> float | None:
-    """A plain number, or None; reading traced or device values would block or fail."""
+    """The value of a Python or NumPy number, else None: reading other values may block or fail."""
     number_types = (int, float, np.integer, np.floating)
     return float(alpha) if isinstance(alpha, number_types) else None
 

@@ -189,7 +189,7 @@ def _weight(weight: Array) -> Array:
 
 
 def _straight_through(weight: Array, upcast: Array, rounded: Array, passes: Array) -> Array:
-    """The rounded value, bit for bit, with the weight's gradient where `passes` is true."""
+    """Returns exactly the rounded value, with the weight's gradient where `passes` is true."""
     identity = jnp.where(passes, upcast - jax.lax.stop_gradient(upcast), 0)
     return (jax.lax.stop_gradient(rounded) + identity).astype(weight.dtype)
 
@@ -211,7 +211,7 @@ def _by_blocks(weight: Array, fn: Callable[[Array], Array], size: int, axis: int
 
 
 def _minifloat(x: Array, mantissa_bits: int, least_exponent: int, largest: float) -> Array:
-    """x >= 0 rounded to a small float, halves to the even code, saturating."""
+    """Rounds x >= 0 to a small float, halves to the even code, saturating."""
     exponent = jnp.frexp(jnp.where(x > 0, x, 1))[1] - 1
     top = jnp.frexp(jnp.asarray(largest, x.dtype))[1] - 1
     exponent = jnp.clip(exponent, least_exponent, top) - mantissa_bits

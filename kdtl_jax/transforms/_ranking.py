@@ -19,7 +19,7 @@ _BINS = 1 << 16
 
 
 class Cut(NamedTuple):
-    """Which of the ranked entries are taken: those above a threshold and some equal to it."""
+    """The ranked entries that are taken: those above a threshold and some equal to it."""
 
     threshold: Array  # the key of the smallest entry taken
     equal: Array  # how many entries equal to it are taken; the first ones are
@@ -85,7 +85,7 @@ def _select(x: Array, threshold: Array, count: Array, before: Array) -> tuple[Ar
 
 
 def _keys(x: Array, bits: int) -> Array:
-    """Unsigned integers that sort as the numbers do; 0 for NaN."""
+    """Maps numbers to unsigned integers in the same order; NaN to 0."""
     x = jax.lax.stop_gradient(x).astype(f"float{bits}") + 0.0  # -0 is 0
     raw = jax.lax.bitcast_convert_type(x, f"uint{bits}")
     sign = jnp.asarray(1, raw.dtype) << (bits - 1)

@@ -38,7 +38,7 @@ class Cast(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What happened to every leaf. Paths are the target's, except in `extra` and `unused`.
+    """The outcome for every leaf. Paths are the target's, except in `extra` and `unused`.
 
     Each target leaf is in exactly one of `copied`, `scaled`, `adapted`, `merged`, `kept` and
     `missing`; an adapted leaf may have been multiplied by alpha as well (`factors`). `str(report)`

@@ -29,7 +29,7 @@ class Selection(NamedTuple):
 def sce(
     base: Params, models: Sequence[Params], *, top: Scalar = 1.0, floor: Scalar = 0.0
 ) -> Params:
-    """Select entries by variance, calculate weights by energy, erase minority signs, leaf by leaf.
+    """Selects entries by variance, weights models by energy, erases minority signs, leaf by leaf.
 
     Takes the `floor(top n)` entries of largest variance across models, where `n` entries vary at
     all. The weight of model i is the mean square of its delta. An entry keeps the deltas with the
@@ -131,7 +131,7 @@ def _most_varying(read: Read, top: Scalar) -> _ranking.Cut:
 def _select(
     pieces: Sequence[Array], cut: _ranking.Cut | None, before: Any
 ) -> tuple[Array | None, Any]:
-    """Which entries the cut takes, None for all, and `before` for the next piece.
+    """Marks the entries that the cut takes (None: all); also returns `before` for the next piece.
 
     Variances come from the program that computed them for ranking, so they are equal bit for bit.
     """

@@ -183,7 +183,7 @@ def ram_piece(pieces: Sequence[Array], boosts: Sequence[Array], *, epsilon: Scal
 
 @jax.jit
 def _counts(pieces: Sequence[Array], epsilon: Scalar) -> list[list[Array]]:
-    """For each model, how many entries it changed with others, and how many alone."""
+    """For each model, the number of entries it changed with others, and that it changed alone."""
     return [
         [jnp.sum(mask).astype(pieces[0].dtype) for mask in masks]
         for masks in _changed(pieces, epsilon)
@@ -191,7 +191,7 @@ def _counts(pieces: Sequence[Array], epsilon: Scalar) -> list[list[Array]]:
 
 
 def _changed(pieces: Sequence[Array], epsilon: Scalar) -> list[tuple[Array, Array]]:
-    """For each model, which entries it changed with others, and which alone."""
+    """For each model, masks of the entries it changed with others, and that it changed alone."""
     start, *leaves = pieces
     masks = [jnp.abs(leaf - start) > _numerics.scalar(epsilon, start, "epsilon") for leaf in leaves]
     count = sum(mask.astype(jnp.int32) for mask in masks)

@@ -198,7 +198,7 @@ def _rows(matrix: Array) -> Iterator[Array]:
 
 @jax.jit
 def _shrink(rows: Array, diagonal: Array, shrink: Scalar, start: int) -> Array:
-    """Rows of a Gram matrix from `start` on, `diagonal` added to its diagonal."""
+    """Shrinks rows of a Gram matrix from `start` on, and adds `diagonal` to its diagonal."""
     row_index = start + jnp.arange(rows.shape[-2])
     eye = row_index[:, None] == jnp.arange(rows.shape[-1])[None]
     return shrink * rows + jnp.where(jnp.broadcast_to(eye, rows.shape), diagonal[..., None, :], 0)
@@ -214,7 +214,7 @@ def _add(total: Any, piece: Array, start: int, axis: int) -> Any:
 
 
 def _with_start(read: Rows) -> Iterator[tuple[int, Array]]:
-    """Each block of rows, preceded by the number of its first row."""
+    """Yields each block of rows with the number of its first row."""
     start = 0
     for rows in read():
         yield start, rows
@@ -222,16 +222,16 @@ def _with_start(read: Rows) -> Iterator[tuple[int, Array]]:
 
 
 def _columns(read: Rows, out: Array, first_column: int) -> Array:
-    """Columns of a matrix from `first_column` on, as many as `out` has, from its blocks of rows."""
+    """Fills `out` with a matrix's columns from `first_column` on, from its blocks of rows."""
     for start, rows in _with_start(read):
         part = _slice(rows, first_column, out.shape[-1], -1)
         out = jax.block_until_ready(_overwrite(out, part, start, -2))
     return out
 
 
-# On concrete arrays, these work in place. Positions are traced: a program for each would take more
-# memory than the blocks. LAPACK stores columns one after another, so a matrix that is kept
-# transposed need not be copied for it.
+# On concrete arrays, these work in place. Positions are traced, because one program per position
+# would take more memory than the blocks. LAPACK is column-major, so a transposed matrix is passed
+# to it without a copy.
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
@@ -245,7 +245,7 @@ def _slice(total: Array, start: int, count: int, axis: int) -> Array:
 
 
 def _factor(transposed: Any) -> tuple[Array, Array]:
-    """The factors of the matrix, transposed like it, and the rows' swaps."""
+    """Factors a transposed matrix by LU; returns the transposed factors and the row swaps."""
     if not isinstance(transposed, np.ndarray):
         factors, swaps = jax.scipy.linalg.lu_factor(transposed.mT)
         return factors.mT, swaps

@@ -25,7 +25,7 @@ Divisor = Callable[[Array], Array]  # which members agree, bool [N, ...] -> [...
 def ties(
     task_vectors: Sequence[PyTree], weights: Weights | None = None, *, density: Scalar = 0.2
 ) -> PyTree:
-    """TIES as in its paper: trim globally, elect a sign per entry, average the entries that agree.
+    """TIES as published: trims globally, elects a sign per entry, averages the agreeing entries.
 
     Args:
       task_vectors: a list of trees of one structure.
@@ -169,7 +169,7 @@ def agreeing_weight(weights: Sequence[Scalar] | Array) -> Divisor:
 
 
 def undivided(agrees: Array) -> Array:
-    """1 everywhere, bool `[N, ...]` -> `[...]`: a sum instead of a mean."""
+    """A divisor of 1, bool `[N, ...]` -> `[...]`, for a sum instead of a mean."""
     return jnp.ones_like(agrees[0])
 
 

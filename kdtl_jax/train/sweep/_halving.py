@@ -76,7 +76,7 @@ def successive_halving(
     total = size(points)
 
     def halving_after(rung: int) -> Halving:
-        """The survivors after a rung; earlier rungs are trained only if they are not stored."""
+        """The survivors after a rung; trains earlier rungs only if `kept` did not store them."""
         return kept(rung, lambda: compute_rung(rung))
 
     def compute_rung(rung: int) -> Halving:

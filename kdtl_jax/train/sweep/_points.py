@@ -41,7 +41,7 @@ def grid(**axes: Iterable[Any]) -> dict[str, Array]:
 
 
 def size(points: Points) -> int:
-    """Number of points.
+    """The number of points.
 
     Raises:
       ValueError: if there are none, the columns' lengths differ, or one is not an array.

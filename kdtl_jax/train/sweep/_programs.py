@@ -1,4 +1,4 @@
-"""Experiments as compiled programs: all points at once, mapped, or one after another."""
+"""Compiles experiments: all points vectorized, mapped in one program, or in sequence."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,7 +25,7 @@ class Program(Protocol):
 def vmap(
     experiment: Experiment, *, chunk: int | None = None, devices: Sequence[Any] | None = None
 ) -> Program:
-    """All points at once: small matrix products become one batched product.
+    """Runs all points at once: small matrix products become one batched product.
 
     Build it once and call it often: calls with the same number of points share one compilation and,
     with `chunk`, so do all calls with at least that many points.
@@ -49,7 +49,7 @@ def vmap(
 def map(
     experiment: Experiment, *, chunk: int | None = None, devices: Sequence[Any] | None = None
 ) -> Program:
-    """One point after another within one program (`lax.map`), with the memory of one point.
+    """Runs one point after another in one program (`lax.map`), with the memory of one point.
 
     Arguments are those of `vmap`; each device maps over its own points.
     """
@@ -61,7 +61,7 @@ def map(
 
 
 def sequential(experiment: Experiment) -> Program:
-    """One call of the compiled experiment per point: the baseline that the others should beat."""
+    """Calls the compiled experiment once per point: the baseline for `vmap` and `map`."""
     compiled = jax.jit(experiment)
 
     def run_each(points: Points, /, *shared: Any) -> PyTree:
@@ -75,14 +75,14 @@ def sequential(experiment: Experiment) -> Program:
 
 
 def select_rows(points: Points, index: np.ndarray) -> dict[str, Any]:
-    """The points of the given rows."""
+    """Selects points by row."""
     return jax.tree.map(lambda x: x[index], dict(points))
 
 
 def _in_chunks(
     run: Callable[..., PyTree], chunk: int | None, devices: Sequence[Any] | None
 ) -> Program:
-    """`run` on the same number of points per call: one shape, one compilation."""
+    """Calls `run` on the same number of points each time, so that it compiles once."""
     if chunk is not None:
         _checks.count(1, chunk=chunk)
     device_count = 1 if devices is None else len(devices)
