@@ -53,7 +53,7 @@ def test_configs_of_towers_leave_out_what_the_base_model_has() -> None:
     ("name", "changes", "says"),
     [
         ("bert-base-uncased", {"auto_map": {"AutoModel": "org/x--m.JinaBert"}}, "auto_map"),
-        ("Phi-3-mini-4k", {"auto_map": {"AutoModel": "modeling_own.Own"}}, "code of its own"),
+        ("Phi-3-mini-4k", {"auto_map": {"AutoModel": "modeling_own.Own"}}, "custom code"),
         ("Phi-4-mini", {"full_attn_mod": 2}, "full_attn_mod = 2"),
         ("Qwen2.5-0.5B", {"use_mrope": True}, "use_mrope = True"),
         ("clip-vit-base-patch32", {"text_config": {"is_decoder": True}}, "is_decoder"),

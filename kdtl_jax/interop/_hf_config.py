@@ -106,8 +106,8 @@ def check_tokens(config: Config, rows: int | None) -> None:
             isinstance(i, int) and rows <= i < source_rows for i in ids
         ):
             raise ValueError(
-                f"config.json: {key} = {_text.quoted(value)} has no row among the {rows} tokens "
-                "that are left. Keep its row, and give the config with its new number."
+                f"config.json: {key} = {_text.quoted(value)} has no row among the {rows} "
+                "remaining tokens. Keep its row, and give the config with its new number."
             )
 
 

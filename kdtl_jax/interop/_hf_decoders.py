@@ -253,7 +253,7 @@ _PHI3_CODE = re.compile(r"(.+--)?(configuration_phi3\.Phi3Config|modeling_phi3\.
 def _phi3(config: Config) -> DecoderConfig:
     code = config.get("auto_map") or {}
     if not all(_PHI3_CODE.fullmatch(str(name)) for name in code.values()):
-        raise ValueError(f"config.json: auto_map = {_text.shown(code)} names code of its own.")
+        raise ValueError(f"config.json: auto_map = {_text.shown(code)} refers to custom code.")
     return _common(
         config,
         windows=windows(config, _layers(config), lambda i: True, None),

@@ -304,9 +304,9 @@ def _check_language_head(tensors: Mapping[str, Any]) -> None:
     if heads and _HEAD not in tensors:
         raise ValueError(
             f"the head of this decoder is {_text.listed(sorted(heads))}: it classifies texts or "
-            "tokens and has no language head: it is not a language model. classifiers.load reads "
-            "classifiers of texts and of tokens. For hidden states alone pass from_tensors the "
-            "tensors without these, and its config with tie_word_embeddings = true."
+            "tokens and has no language head. classifiers.load reads classifiers of texts and of "
+            "tokens. For hidden states alone pass from_tensors the tensors without these, and its "
+            "config with tie_word_embeddings = true."
         )
 
 

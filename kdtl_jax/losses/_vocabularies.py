@@ -35,7 +35,7 @@ def without_padding(logits: Array, *, size: int, width: int | None = None) -> Ar
     width = classes if width is None else width
     _checks.count(1, size=size)
     if size > min(classes, width):
-        raise ValueError(f"size {size} exceeds the {min(classes, width)} classes that there are.")
+        raise ValueError(f"size {size} exceeds the number of classes, {min(classes, width)}.")
     if width > classes:
         fill = [(0, 0)] * (jnp.ndim(logits) - 1) + [(0, width - classes)]
         logits = jnp.pad(logits, fill)

@@ -115,8 +115,8 @@ def check_batch(batch: Any) -> Mapping[str, Any]:
     batch = check_named_arrays("the batch", batch)
     if "inputs" not in batch:
         raise ValueError(
-            f"the batch must be a dict with 'inputs', got the keys {sorted(batch)}. Name "
-            "what the models read 'inputs'."
+            f"the batch must be a dict with 'inputs', got the keys {sorted(batch)}. Store "
+            "the models' inputs under 'inputs'."
         )
     shape = np.shape(batch.get("weights", np.ones(1)))
     sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch["inputs"]) if np.ndim(leaf)}

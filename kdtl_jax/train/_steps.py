@@ -189,7 +189,7 @@ def jit_step(step: Step) -> Step:
     An EMA teacher must be a copy, not a leaf of the donated state.
 
     Raises:
-      RuntimeError: (from the returned step) if the state was already given to a step.
+      RuntimeError: (from the returned step) if the state was already passed to a step.
     """
     jitted = jax.jit(step, donate_argnums=0)
 
@@ -204,7 +204,7 @@ def jit_step(step: Step) -> Step:
             if "deleted" not in str(error) or not _contracts.is_donated(state):
                 raise
             raise RuntimeError(
-                "this state was already given to a jitted step, which reuses its arrays. Go on "
+                "this state was already given to a jitted step, which reuses its arrays. Continue "
                 "with the state that the step returned: state, metrics = step(state, batch)."
             ) from error
 
