@@ -82,7 +82,7 @@ def lora(
     References:
       Hu et al., LoRA, 2021 (2106.09685).
     """
-    _check_rank(rank)
+    _checks.count(1, rank=rank)
     _checks.scalar(alpha=alpha)
     _checks.finite(alpha=alpha)
 
@@ -194,10 +194,6 @@ def dora(
     return Adapter(init, apply, apply, combine)
 
 
-def _check_rank(rank: int) -> None:
-    _checks.count(1, rank=rank)
-
-
 def _start_weights(
     key: Array,
     leaves: dict[str, PyTree],
@@ -279,7 +275,7 @@ def _concatenate(
 
 def _truncate(a: Array, b: Array, rank: int, factor: Scalar) -> LoraWeights:
     """Finds the best approximation of rank r from the factors, without an `[in, out]` matrix."""
-    _check_rank(rank)
+    _checks.count(1, rank=rank)
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
     u, s, vt = jnp.linalg.svd(r_a @ jnp.swapaxes(r_b, -1, -2), full_matrices=False)
