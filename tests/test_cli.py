@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,22 @@ def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(env, "run", raising(AssertionError("ours")))
     with pytest.raises(AssertionError, match="ours"):
         main(["env"])
+
+
+def test_a_warning_of_the_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def warned() -> int:
+        for place in (cli.__file__, "elsewhere.py"):
+            print(warnings.formatwarning("x is lost.", UserWarning, place, 3, "x()"), end="")
+        return 0
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    monkeypatch.setattr(cli, "main", warned)
+    with pytest.raises(SystemExit):
+        cli.command()
+    own, other = "note: x is lost.", "elsewhere.py:3: UserWarning: x is lost."
+    assert capsys.readouterr().out.splitlines() == [own, other, "  x()"]
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend")])

@@ -11,7 +11,8 @@ import importlib
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -115,12 +116,27 @@ def command() -> NoReturn:
     After a signal nothing is torn down: an XLA computation still in flight would read what Python
     has freed, and the process would end with signal 11. What must be kept is already on disk.
     """
+    warnings.formatwarning = _note
     code = main()
     if code in (130, 143) and not _is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+    usual: Callable[..., str] = warnings.formatwarning,
+) -> str:
+    """The package's own warnings in one line, without the place in its source."""
+    if Path(filename).is_relative_to(Path(_text.__file__).parent):
+        return f"note: {_text.shown(str(message), LONGEST)}\n"
+    return usual(message, category, filename, lineno, line)
 
 
 def _is_one_of_several() -> bool:
