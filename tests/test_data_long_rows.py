@@ -64,7 +64,7 @@ def test_wide_tables_are_no_long_rows(tmp_path: Path, mark: str) -> None:
 
 @pytest.mark.parametrize("text", ["text", "messages"])
 def test_lines_of_json(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_records, "LONGEST", 2**20)
+    monkeypatch.setattr(_records, "MAX_BYTES", 2**20)
     path, value = tmp_path / "a.jsonl", '"' + "x" * MANY + '"'
     if text == "messages":
         value = "[" + '{"role":"user","content":"x"},' * (MANY // 30) + "{}]"

@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_columnar, "LARGE_BYTES", 2**22)
     monkeypatch.setattr(_columnar, "MAX_COMPRESSION_RATIO", 10)
     monkeypatch.setattr(_columnar, "MAX_SHARED_BYTES", 2**22)
-    monkeypatch.setattr(_records, "LONGEST", 2**22)
+    monkeypatch.setattr(_records, "MAX_BYTES", 2**22)
 
 
 @contextlib.contextmanager

@@ -195,7 +195,7 @@ def test_the_parts_of_files_are_disjoint_and_whole(tmp_path: Path):
 
 
 def test_long_texts_come_in_pieces_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kdtl_jax.language._records.PIECE", 7)
+    monkeypatch.setattr("kdtl_jax.language._records.CHUNK_BYTES", 7)
     file = tmp_path / "a.txt"
     file.write_text("ab\ncd\nefghé\nij\n" + "é" * 20, encoding="utf-8")
     found = list(language.records(file))
@@ -263,7 +263,7 @@ def test_rows_on_disk_are_those_in_memory_in_an_order_of_key_and_step(
 def test_rows_in_memory_take_little_more_than_their_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kdtl_jax.language._packing.TOGETHER", 100)
+    monkeypatch.setattr("kdtl_jax.language._packing.ROWS_PER_STACK", 100)
     text = language.document(np.arange(16_000) % 50)
     want = [*language.concatenated([text], 8, prompt=2)]
     tracemalloc.start()

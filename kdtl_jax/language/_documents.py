@@ -10,7 +10,7 @@ from kdtl_jax.language._chat import chat
 from kdtl_jax.language._records import FORMS, Record, has_known_form
 from kdtl_jax.language._tokenizer import Tokenizer
 
-NOTHING = np.zeros(0, np.int32)
+NO_TOKENS = np.zeros(0, np.int32)
 
 
 class Document(NamedTuple):
@@ -25,7 +25,7 @@ class Document(NamedTuple):
 
     tokens: np.ndarray
     learned: np.ndarray
-    privileged: np.ndarray = NOTHING
+    privileged: np.ndarray = NO_TOKENS
     place: str = "document"
 
 
@@ -46,17 +46,17 @@ def document(
         raise ValueError(f"{place}: expected ids [n], at least one, got {ids.dtype}{ids.shape}.")
     if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
         raise ValueError(f"{place}: ids must lie in 0..2**31 - 1, got {ids.min()}..{ids.max()}.")
-    own = np.ones(len(ids), np.bool_) if learned is None else np.asarray(learned)
-    if own.shape != ids.shape or own.dtype != np.bool_:
+    mask = np.ones(len(ids), np.bool_) if learned is None else np.asarray(learned)
+    if mask.shape != ids.shape or mask.dtype != np.bool_:
         raise ValueError(
-            f"{place}: learned must be bool [{len(ids)}], got {own.dtype}{list(own.shape)}."
+            f"{place}: learned must be bool [{len(ids)}], got {mask.dtype}{list(mask.shape)}."
         )
     context = np.asarray(privileged)
     if context.ndim != 1 or (context.size and context.dtype.kind not in "iu"):
         raise ValueError(
             f"{place}: privileged must be ids [n], got {context.dtype}{list(context.shape)}."
         )
-    return Document(ids.astype(np.int32), own, context.astype(np.int32), place)
+    return Document(ids.astype(np.int32), mask, context.astype(np.int32), place)
 
 
 def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Document]:
@@ -78,12 +78,12 @@ def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Docum
     for record in records:
         _checks.instance(Record, **{"each of records": record})
         try:
-            found = _document(record, tokenizer)
+            result = _document(record, tokenizer)
         except (ValueError, TypeError) as error:
-            said = str(error).removeprefix(f"{record.place}: ")
-            raise ValueError(f"{record.place}: {said.rstrip('.')}.") from None
-        if found is not None:
-            yield found
+            message = str(error).removeprefix(f"{record.place}: ")
+            raise ValueError(f"{record.place}: {message.rstrip('.')}.") from None
+        if result is not None:
+            yield result
 
 
 def _document(record: Record, tokenizer: Tokenizer) -> Document | None:
@@ -114,23 +114,23 @@ def _document(record: Record, tokenizer: Tokenizer) -> Document | None:
 
 def _conversation(place: str, value: Mapping[str, Any], tokenizer: Tokenizer) -> Document:
     if "messages" in value:
-        before, messages = [], _messages(value["messages"])
+        prompt_messages, messages = [], _messages(value["messages"])
     else:
-        before = _messages(value["prompt"])
-        messages = [*before, *_messages(value["completion"])]
+        prompt_messages = _messages(value["prompt"])
+        messages = [*prompt_messages, *_messages(value["completion"])]
     variables = {"tools": value["tools"]} if "tools" in value else {}
-    found = chat(tokenizer, messages, variables)
-    learned = found.learned.copy()
+    conversation = chat(tokenizer, messages, variables)
+    learned = conversation.learned.copy()
     runs = stretches(learned)
-    known = sum(each["role"] == "assistant" for each in before)
-    for start, stop in runs[:known]:
+    prompt_replies = sum(message["role"] == "assistant" for message in prompt_messages)
+    for start, stop in runs[:prompt_replies]:
         learned[start:stop] = False
-    if not runs[known:]:
+    if not runs[prompt_replies:]:
         raise ValueError("there is no reply to learn: no message of the role 'assistant'")
-    privileged = found.tokens[slice(*runs[-1])]
+    privileged = conversation.tokens[slice(*runs[-1])]
     if "privileged" in value:
         privileged = tokenizer.encode(_text("privileged", value["privileged"]))
-    return document(found.tokens, learned, privileged=privileged, place=place)
+    return document(conversation.tokens, learned, privileged=privileged, place=place)
 
 
 def stretches(learned: np.ndarray) -> list[tuple[int, int]]:
@@ -150,8 +150,10 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     if not (
         isinstance(value, list)
         and value
-        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in value)
+        and all(
+            isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+        )
     ):
         raise ValueError("messages must be a list of objects with a 'role', at least one")
     # Readers of tables give each message all keys.
-    return [{name: x for name, x in each.items() if x is not None} for each in value]
+    return [{name: x for name, x in message.items() if x is not None} for message in value]

@@ -20,7 +20,7 @@ from kdtl_jax.language._terms import next_tokens
 from kdtl_jax.models import segment_positions
 
 WINDOW = 4096  # documents that are packed together
-TOGETHER = 1024  # rows that are stacked at a time
+ROWS_PER_STACK = 1024  # rows that are stacked at a time
 
 
 class Row(NamedTuple):
@@ -60,22 +60,24 @@ def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0)
     _checks.count(2, length=length)
     _checks.count(0, prompt=prompt)
     tokens, learned, owner = np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.int64)
-    before: tuple[np.ndarray, np.ndarray] | None = None
-    for i, found in enumerate(documents):
-        tokens = np.concatenate([tokens, found.tokens])
-        learned = np.concatenate([learned, found.learned])
-        owner = np.concatenate([owner, np.full(len(found.tokens), i)])
-        full = len(tokens) // length * length
-        for start in range(0, full, length):
-            ids, own = tokens[start : start + length], owner[start : start + length]
+    previous: tuple[np.ndarray, np.ndarray] | None = None
+    for i, document in enumerate(documents):
+        tokens = np.concatenate([tokens, document.tokens])
+        learned = np.concatenate([learned, document.learned])
+        owner = np.concatenate([owner, np.full(len(document.tokens), i)])
+        complete = len(tokens) // length * length
+        for start in range(0, complete, length):
+            ids, owners = tokens[start : start + length], owner[start : start + length]
             row = Row(
-                ids, (own - own[0] + 1).astype(np.int32), learned[start : start + length].copy()
+                ids,
+                (owners - owners[0] + 1).astype(np.int32),
+                learned[start : start + length].copy(),
             )
             if prompt:
-                row = row._replace(privileged=_context(before, ids, own, prompt))
-                before = ids[-prompt:], own[-prompt:]
+                row = row._replace(privileged=_context(previous, ids, owners, prompt))
+                previous = ids[-prompt:], owners[-prompt:]
             yield row
-        tokens, learned, owner = tokens[full:], learned[full:], owner[full:]
+        tokens, learned, owner = tokens[complete:], learned[complete:], owner[complete:]
 
 
 def packed(documents: Iterable[Document], length: int, *, window: int = WINDOW) -> Iterator[Row]:
@@ -95,14 +97,14 @@ def packed(documents: Iterable[Document], length: int, *, window: int = WINDOW) 
     """
     _checks.count(2, length=length)
     _checks.count(1, window=window)
-    waiting: list[Document] = []
-    for found in documents:
-        for piece in split(found, length):
-            waiting.append(piece)
-            if len(waiting) == window:
-                yield from _best_fit(waiting, length)
-                waiting = []
-    yield from _best_fit(waiting, length)
+    pending: list[Document] = []
+    for document in documents:
+        for piece in split(document, length):
+            pending.append(piece)
+            if len(pending) == window:
+                yield from _best_fit(pending, length)
+                pending = []
+    yield from _best_fit(pending, length)
 
 
 def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> Iterator[Row]:
@@ -118,21 +120,22 @@ def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> It
     """
     _checks.count(1, prompt=prompt)
     _checks.count(prompt + 1, length=length)
-    for found in documents:
-        runs = stretches(found.learned)
+    for document in documents:
+        runs = stretches(document.learned)
         if not runs or runs[-1][0] == 0:
             raise ValueError(
-                f"{found.place}: a row needs a prompt that is not learned, and an answer that is."
+                f"{document.place}: a row needs a prompt that is not learned, and an answer that "
+                "is."
             )
         begin, stop = runs[-1]
         start, end = max(0, begin - prompt), min(stop, begin + length - prompt)
-        kept = Document(found.tokens[start:end], np.arange(start, end) >= begin)
-        told = np.concatenate([found.privileged, found.tokens[start:begin]])
-        whole = told[-length:]
+        answered = Document(document.tokens[start:end], np.arange(start, end) >= begin)
+        privileged = np.concatenate([document.privileged, document.tokens[start:begin]])
+        visible = privileged[-length:]
         tokens, segments = np.zeros(length, np.int32), np.zeros(length, np.int32)
-        tokens[length - len(whole) :], segments[length - len(whole) :] = whole, 1
-        row = joined_row([kept], length, start=prompt - (begin - start))
-        is_cut = start > 0 or end < stop or len(told) > length
+        tokens[length - len(visible) :], segments[length - len(visible) :] = visible, 1
+        row = joined_row([answered], length, start=prompt - (begin - start))
+        is_cut = start > 0 or end < stop or len(privileged) > length
         yield row._replace(privileged=(tokens, segments), is_cut=is_cut)
 
 
@@ -146,30 +149,31 @@ def joined_row(
     """
     _checks.count(0, length=length, start=start)
     _checks.integer(padding=padding)
-    needed = start + sum(len(found.tokens) for found in documents)
+    needed = start + sum(len(document.tokens) for document in documents)
     if needed > length:
         raise ValueError(f"length must be at least {needed}, the tokens of the row, got {length}.")
     row = Row(
         np.full(length, padding, np.int32), np.zeros(length, np.int32), np.zeros(length, np.bool_)
     )
-    for i, found in enumerate(documents, 1):
-        here = slice(start, start + len(found.tokens))
-        row.tokens[here], row.segments[here], row.learned[here] = found.tokens, i, found.learned
-        start = here.stop
+    for i, document in enumerate(documents, 1):
+        columns = slice(start, start + len(document.tokens))
+        row.tokens[columns], row.segments[columns] = document.tokens, i
+        row.learned[columns] = document.learned
+        start = columns.stop
     return row
 
 
-def split(of: Document, length: int) -> Iterator[Document]:
-    """A document in pieces of at most `length` tokens, without those that have nothing to learn.
+def split(document: Document, length: int) -> Iterator[Document]:
+    """Splits a document into pieces of at most `length` tokens, dropping those with none to learn.
 
-    A piece begins with the last token of the one before, so every learned token except the
-    document's first is learned exactly once, whatever the length.
+    A piece begins with the last token of the previous one, so every learned token except the
+    document's first is learned exactly once, for any length.
     """
-    for start in range(0, max(len(of.tokens) - 1, 1), length - 1):
-        learned = of.learned[start : start + length].copy()
+    for start in range(0, max(len(document.tokens) - 1, 1), length - 1):
+        learned = document.learned[start : start + length].copy()
         learned[0] = False
         if learned.any():
-            yield of._replace(tokens=of.tokens[start : start + length], learned=learned)
+            yield document._replace(tokens=document.tokens[start : start + length], learned=learned)
 
 
 def batch(rows: Iterable[Row]) -> dict[str, Any]:
@@ -180,27 +184,29 @@ def batch(rows: Iterable[Row]) -> dict[str, Any]:
     """
     # A single row takes several times the memory of its numbers, so few are held at once.
     parts: list[dict[str, Any]] = []
-    few: list[dict[str, Any]] = []
+    pending: list[dict[str, Any]] = []
     for row in rows:
-        few.append(as_batch(row))
-        if len(few) == TOGETHER:
-            parts.append(_joined(np.stack, few))
-            few = []
-    if few:
-        parts.append(_joined(np.stack, few))
+        pending.append(as_batch(row))
+        if len(pending) == ROWS_PER_STACK:
+            parts.append(_join_batches(np.stack, pending))
+            pending = []
+    if pending:
+        parts.append(_join_batches(np.stack, pending))
     if not parts:
         raise ValueError("there are no rows: no document has a token to learn.")
-    return parts[0] if len(parts) == 1 else _joined(np.concatenate, parts)
+    return parts[0] if len(parts) == 1 else _join_batches(np.concatenate, parts)
 
 
-def _joined(join: Callable[[list[np.ndarray]], np.ndarray], of: list[dict[str, Any]]) -> Any:
-    """One batch from several, entry by entry; each entry is freed as soon as it is joined."""
-    joined: dict[str, Any] = {}
-    for name in [*of[0]]:
-        entries = [one.pop(name) for one in of]
-        inner = isinstance(entries[0], dict)
-        joined[name] = _joined(join, entries) if inner else join(entries)
-    return joined
+def _join_batches(
+    join: Callable[[list[np.ndarray]], np.ndarray], batches: list[dict[str, Any]]
+) -> Any:
+    """Joins batches entry by entry; each entry is freed as soon as it is joined."""
+    result: dict[str, Any] = {}
+    for name in [*batches[0]]:
+        entries = [batch.pop(name) for batch in batches]
+        is_nested = isinstance(entries[0], dict)
+        result[name] = _join_batches(join, entries) if is_nested else join(entries)
+    return result
 
 
 def as_batch(row: Row) -> dict[str, Any]:
@@ -210,10 +216,10 @@ def as_batch(row: Row) -> dict[str, Any]:
       TypeError: if `row` is not a `Row`.
     """
     _checks.instance(Row, row=row)
-    found: dict[str, Any] = {n: getattr(row, n) for n in ("tokens", "segments", "learned")}
+    arrays: dict[str, Any] = {n: getattr(row, n) for n in ("tokens", "segments", "learned")}
     if row.privileged is not None:
-        found["privileged"] = dict(zip(("tokens", "segments"), row.privileged, strict=True))
-    return found
+        arrays["privileged"] = dict(zip(("tokens", "segments"), row.privileged, strict=True))
+    return arrays
 
 
 def maxtext_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
@@ -260,26 +266,26 @@ def completion_mask(tokens: Array, *, padding: int | None, ends: Sequence[int] =
     for end in ends:
         _checks.integer(**{"each of ends": end})
     tokens = jnp.asarray(tokens)
-    place = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
+    position = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
     if padding is None:
         return jnp.ones(tokens.shape, jnp.bool_)
     _checks.integer(padding=padding)
     if padding in ends:
         is_end = jnp.isin(tokens, jnp.asarray(tuple(ends), tokens.dtype)).astype(jnp.int32)
         return jnp.cumsum(is_end, axis=-1) - is_end == 0
-    last = jnp.max(jnp.where(tokens != padding, place, -1), axis=-1, keepdims=True)
-    return place <= last
+    last = jnp.max(jnp.where(tokens != padding, position, -1), axis=-1, keepdims=True)
+    return position <= last
 
 
 def _context(
-    before: tuple[np.ndarray, np.ndarray] | None, ids: np.ndarray, own: np.ndarray, prompt: int
+    previous: tuple[np.ndarray, np.ndarray] | None, ids: np.ndarray, owners: np.ndarray, prompt: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `prompt` tokens before a row in its first document, and the row's prompt."""
-    tokens, owner = (np.zeros(prompt, np.int32), own[:0]) if before is None else before
+    tokens, owner = (np.zeros(prompt, np.int32), owners[:0]) if previous is None else previous
     is_before = np.zeros(prompt, np.int32)
-    is_before[prompt - len(owner) :] = owner == own[0]
+    is_before[prompt - len(owner) :] = owner == owners[0]
     tokens = np.pad(tokens, (prompt - len(tokens), 0))
-    segments = (own[:prompt] - own[0] + 1).astype(np.int32)
+    segments = (owners[:prompt] - owners[0] + 1).astype(np.int32)
     return np.concatenate([tokens, ids[:prompt]]), np.concatenate([is_before, segments])
 
 
@@ -287,15 +293,15 @@ def _best_fit(documents: Sequence[Document], length: int) -> Iterator[Row]:
     """Best fit decreasing: each document goes into the fullest row that still has room for it."""
     rows: list[list[Document]] = []
     free: list[tuple[int, int]] = []  # (columns left, row), ascending
-    for found in sorted(documents, key=lambda x: -len(x.tokens)):
-        size = len(found.tokens)
-        at = bisect.bisect_left(free, (size, -1))
-        if at == len(free):
-            rows.append([found])
-            left, row = length - size, len(rows) - 1
+    for document in sorted(documents, key=lambda x: -len(x.tokens)):
+        size = len(document.tokens)
+        index = bisect.bisect_left(free, (size, -1))
+        if index == len(free):
+            rows.append([document])
+            remaining, row = length - size, len(rows) - 1
         else:
-            left, row = free.pop(at)
-            rows[row].append(found)
-            left -= size
-        bisect.insort(free, (left, row))
+            remaining, row = free.pop(index)
+            rows[row].append(document)
+            remaining -= size
+        bisect.insort(free, (remaining, row))
     yield from (joined_row(row, length) for row in rows)

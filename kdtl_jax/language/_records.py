@@ -1,4 +1,4 @@
-"""Files of text as records, read as they are needed: plain text, JSON lines, parquet.
+"""Files of text as records, read lazily: plain text, JSON lines, parquet.
 
 A record is `{"text": ...}`, `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`, where
 prompt and completion are texts or lists of messages. No file is held in memory, and the order is
@@ -19,10 +19,10 @@ PARQUET = (".parquet",)
 PLAIN = (".txt", ".md", ".text")
 COLUMNS = ("text", "messages", "prompt", "completion", "privileged", "tools")
 FORMS = "'text' nor 'messages' nor 'prompt' and 'completion'"
-MARK = b"\xef\xbb\xbf"  # the byte order mark, which some editors write at the start of a file
-LONGEST = 16 * 2**20  # bytes of one line of JSON; its objects may take twenty times as many
-PIECE = 2**20  # bytes of plain text in one record
-ROWS = 1024  # of a parquet file at a time
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of a file
+MAX_BYTES = 16 * 2**20  # of one line of JSON; its objects may take twenty times as many
+CHUNK_BYTES = 2**20  # bytes of plain text in one record
+ROWS_PER_READ = 1024  # of a parquet file at a time
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -49,26 +49,26 @@ def text_files(paths: Paths) -> list[Path]:
     Raises:
       FileNotFoundError: if a path does not exist, or a folder holds no such file.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)
         if not path.is_dir():
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist.")
-            found.append(_files.regular(path))
+            files.append(_files.regular(path))
             continue
-        known = (*JSON_LINES, *PARQUET, *PLAIN)
-        inside = [
+        suffixes = (*JSON_LINES, *PARQUET, *PLAIN)
+        matches = [
             file
             for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in known
+            if file.suffix.lower() in suffixes
             and file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
-        if not inside:
-            raise FileNotFoundError(f"{path} holds no file of text ({', '.join(known)}).")
-        found += inside
-    return found
+        if not matches:
+            raise FileNotFoundError(f"{path} holds no file of text ({', '.join(suffixes)}).")
+        files += matches
+    return files
 
 
 def records(paths: Paths, between: tuple[float, float] = (0.0, 1.0)) -> Iterator[Record]:
@@ -100,8 +100,8 @@ def records(paths: Paths, between: tuple[float, float] = (0.0, 1.0)) -> Iterator
             yield from _plain_text(file, between)
 
 
-def _cuts(size: int, between: tuple[float, float]) -> tuple[int, int]:
-    """The first and the last of `size` items; the very first is never left out."""
+def _range(size: int, between: tuple[float, float]) -> tuple[int, int]:
+    """The first index and the end of the shares of `size` items; at least one precedes a cut."""
     start, stop = (max(1, int(size * x)) if 0 < x < 1 else round(size * x) for x in between)
     return start, stop
 
@@ -109,12 +109,12 @@ def _cuts(size: int, between: tuple[float, float]) -> tuple[int, int]:
 def _lines(content: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of every line that is not blank; lines end only at newlines."""
     number = 0
-    while line := content.readline(LONGEST + 1):
+    while line := content.readline(MAX_BYTES + 1):
         number += 1
-        if len(line) > LONGEST:
-            raise ValueError(f"{file}: line {number} has more than {LONGEST:,} bytes.")
+        if len(line) > MAX_BYTES:
+            raise ValueError(f"{file}: line {number} has more than {MAX_BYTES:,} bytes.")
         if number == 1:
-            line = line.removeprefix(MARK)
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if line.strip():
             yield number, line
 
@@ -123,7 +123,7 @@ def _json_lines(file: Path, between: tuple[float, float]) -> Iterator[Record]:
     with file.open("rb") as content:
         start, stop = 0, -1
         if between != (0, 1):
-            start, stop = _cuts(sum(1 for _ in _lines(content, file)), between)
+            start, stop = _range(sum(1 for _ in _lines(content, file)), between)
             content.seek(0)
         for i, (number, line) in enumerate(_lines(content, file)):
             if i == stop:
@@ -134,90 +134,90 @@ def _json_lines(file: Path, between: tuple[float, float]) -> Iterator[Record]:
 
 def _object(line: bytes, place: str) -> dict[str, Any]:
     try:
-        found = json.loads(line.decode())
+        value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8 text ({error.reason}).") from None
     except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else " The file ends within it: complete or delete it."
-        raise ValueError(f"{place} is not JSON ({shown(str(error))}).{cut}") from None
-    if not isinstance(found, dict) or not has_known_form(found):
+        hint = "" if line.endswith(b"\n") else " The file ends within it: complete or delete it."
+        raise ValueError(f"{place} is not JSON ({shown(str(error))}).{hint}") from None
+    if not isinstance(value, dict) or not has_known_form(value):
         raise ValueError(f"{place} has neither {FORMS}.")
-    return found
+    return value
 
 
 def has_known_form(value: Mapping[str, Any]) -> bool:
     """Whether a record has text, messages, or a prompt and its completion."""
-    given = {name for name, x in value.items() if x is not None}
-    return "text" in given or "messages" in given or {"prompt", "completion"} <= given
+    keys = {name for name, x in value.items() if x is not None}
+    return "text" in keys or "messages" in keys or {"prompt", "completion"} <= keys
 
 
 def _plain_text(file: Path, between: tuple[float, float]) -> Iterator[Record]:
-    """Pieces that end at a line end; none is held longer than it is used."""
+    """Yields chunks that end at a line end, each held only while it is used."""
     with file.open("rb") as content:
         size = file.stat().st_size
-        start, stop = (_line_start(content, at, size) for at in _cuts(size, between))
-        begins, at = start == 0, start
+        start, stop = (_line_start(content, position, size) for position in _range(size, between))
+        begins, position = start == 0, start
         content.seek(start)
         decoder = codecs.getincrementaldecoder("utf-8")()  # a long line may be cut within a letter
-        while at < stop:
-            piece = content.read(min(PIECE, stop - at))
-            if at + len(piece) < stop:
-                piece += content.readline(min(PIECE, stop - at - len(piece)))
-            if not piece:
+        while position < stop:
+            chunk = content.read(min(CHUNK_BYTES, stop - position))
+            if position + len(chunk) < stop:
+                chunk += content.readline(min(CHUNK_BYTES, stop - position - len(chunk)))
+            if not chunk:
                 return
-            place = f"{file}: the text from byte {at:,} on"
-            at += len(piece)
+            place = f"{file}: the text from byte {position:,} on"
+            position += len(chunk)
             try:
-                text = decoder.decode(piece, final=at == stop)
+                text = decoder.decode(chunk, final=position == stop)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{place} is not UTF-8 text ({error.reason}).") from None
             text = text.removeprefix("\ufeff") if begins else text
-            yield Record(place, {"text": text}, begins, at == size)
+            yield Record(place, {"text": text}, begins, position == size)
             begins = False
 
 
-def _line_start(content: BinaryIO, at: int, size: int) -> int:
-    """The last start of a line up to a byte, or else of a letter."""
-    if at in (0, size):
-        return at
-    back = min(at, PIECE)
-    content.seek(at - back)
-    before = content.read(back)
-    if (line := before.rfind(b"\n")) >= 0:
-        return at - back + line + 1
-    content.seek(at)
-    here = content.read(1)
-    while at and here and here[0] & 0xC0 == 0x80:  # within a letter
-        at -= 1
-        content.seek(at)
-        here = content.read(1)
-    return at
+def _line_start(content: BinaryIO, position: int, size: int) -> int:
+    """The last line start up to a byte, or else the last character start."""
+    if position in (0, size):
+        return position
+    length = min(position, CHUNK_BYTES)
+    content.seek(position - length)
+    preceding = content.read(length)
+    if (line := preceding.rfind(b"\n")) >= 0:
+        return position - length + line + 1
+    content.seek(position)
+    byte = content.read(1)
+    while position and byte and byte[0] & 0xC0 == 0x80:  # within a letter
+        position -= 1
+        content.seek(position)
+        byte = content.read(1)
+    return position
 
 
 def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
     pa = _columnar.pyarrow(file)
     row = 0
     try:
-        with pa.parquet.ParquetFile(file) as opened:
-            names, about = opened.schema_arrow.names, opened.metadata
+        with pa.parquet.ParquetFile(file) as table:
+            names, metadata = table.schema_arrow.names, table.metadata
         if not has_known_form(dict.fromkeys(names, "")):
             raise ValueError(f"its columns are {listed(names)}, but neither {FORMS}")
-        start, stop = _cuts(about.num_rows, between)
+        start, stop = _range(metadata.num_rows, between)
         columns = [name for name in COLUMNS if name in names]
-        stored = list(_columnar.chunks(about, columns))
-        _columnar.check_unpacked(file, _columnar.parquet_bytes(file, stored))
-        rows, texts = (
-            _columnar.rows_per_read(file, about, columns, ROWS),
-            _columnar.dictionary_columns(stored),
-        )
-        with pa.parquet.ParquetFile(file, read_dictionary=texts) as opened:
-            for group in range(opened.num_row_groups):
-                size = about.row_group(group).num_rows
+        column_chunks = list(_columnar.chunks(metadata, columns))
+        _columnar.check_unpacked(file, _columnar.parquet_bytes(file, column_chunks))
+        rows_per_read = _columnar.rows_per_read(file, metadata, columns, ROWS_PER_READ)
+        dictionaries = _columnar.dictionary_columns(column_chunks)
+        with pa.parquet.ParquetFile(file, read_dictionary=dictionaries) as table:
+            for group in range(table.num_row_groups):
+                size = metadata.row_group(group).num_rows
                 if row + size <= start or row >= stop:
                     row += size
                     continue
-                some = opened.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
-                for value in (value for batch in some for value in _values(pa, batch)):
+                batches = table.iter_batches(
+                    batch_size=rows_per_read, row_groups=[group], columns=columns
+                )
+                for value in (value for batch in batches for value in _values(pa, batch)):
                     if start <= row < stop:
                         yield _record(f"{file}: row {row + 1}", value)
                     row += 1
@@ -232,10 +232,10 @@ def _record(place: str, value: Mapping[str, Any]) -> Record:
 
 
 def _values(pa: Any, batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, one by one if shared texts would take much memory all at once."""
-    once = _columnar.expanded_bytes(pa, batch.to_struct_array()) <= LONGEST
-    for i in range(0, len(batch), len(batch) if once else 1):
-        part = batch if once else batch.slice(i, 1)
-        if not once and (size := _columnar.expanded_bytes(pa, part.to_struct_array())) > LONGEST:
-            raise ValueError(f"it has {size:,} bytes, at most {LONGEST:,} are read")
-        yield from part.to_pylist()
+    """The rows of a batch, one at a time if shared texts would take too much memory together."""
+    fits = _columnar.expanded_bytes(pa, batch.to_struct_array()) <= MAX_BYTES
+    for i in range(0, len(batch), len(batch) if fits else 1):
+        rows = batch if fits else batch.slice(i, 1)
+        if not fits and (size := _columnar.expanded_bytes(pa, rows.to_struct_array())) > MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes, at most {MAX_BYTES:,} are read")
+        yield from rows.to_pylist()

@@ -25,7 +25,7 @@ from kdtl_jax.train import Batch, Step, TrainState
 Tokens = dict[str, Any]
 Rollout = Callable[[Params, Any, Array], Tokens]  # (parameters, token batch, key) -> token batch
 Choice = Callable[[TrainState, Any], Params]  # (state, teacher_params) -> parameters that sample
-_APART = 2**31 - 1  # folded into the sampler's key; no microbatch has this number
+_SAMPLER_KEY = 2**31 - 1  # folded into the sampler's key; no microbatch has this number
 
 
 def rollout(
@@ -78,24 +78,24 @@ def rollout(
             top_p=top_p,
             stop_tokens=stop_tokens,
         )
-        whole = joined(prompts, samples, prompt_mask=mask)
-        segments = jnp.where(is_row, whole.segments, 0)
+        sequences = joined(prompts, samples, prompt_mask=mask)
+        segments = jnp.where(is_row, sequences.segments, 0)
         log_probs = jnp.pad(samples.log_probs, ((0, 0), (prompt, 0)))
-        drawn: Tokens = {
-            "tokens": whole.tokens,
+        result: Tokens = {
+            "tokens": sequences.tokens,
             "segments": segments,
             "positions": segment_positions(segments),
-            "learned": whole.is_sampled & is_row,
+            "learned": sequences.is_sampled & is_row,
             "log_probs": jnp.where(is_row, log_probs, 0),
             "is_drawn": jnp.ones(rows, jnp.bool_),
         }
         if "privileged" in tokens:
-            told = _told(tokens["privileged"])
-            drawn["privileged"] = {
-                **told,
-                "segments": last_text(told["segments"]).astype(jnp.int32),
+            privileged = _privileged_tokens(tokens["privileged"])
+            result["privileged"] = {
+                **privileged,
+                "segments": last_text(privileged["segments"]).astype(jnp.int32),
             }
-        return jax.lax.stop_gradient(drawn)
+        return jax.lax.stop_gradient(result)
 
     return draw
 
@@ -114,13 +114,13 @@ def of_data(terms: TermsFn) -> TermsFn:
     """The terms on the data only; rows that were sampled do not count."""
 
     def on_data(inputs: Inputs) -> dict[str, Any]:
-        given = inputs.batch["inputs"]
-        if "is_drawn" in given:
-            learned = given["learned"] & ~given["is_drawn"][:, None]
-            batch = {**inputs.batch, "inputs": {**given, "learned": learned}}
+        tokens = inputs.batch["inputs"]
+        if "is_drawn" in tokens:
+            learned = tokens["learned"] & ~tokens["is_drawn"][:, None]
+            batch = {**inputs.batch, "inputs": {**tokens, "learned": learned}}
             inputs = inputs._replace(batch=batch)
-        found: Any = terms(inputs)
-        return found
+        values: Any = terms(inputs)
+        return values
 
     return on_data
 
@@ -147,25 +147,25 @@ def on_samples(
     def sampled(
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
-        own = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _APART)
-        key_choice, key = jax.random.split(own)
-        given = batch["inputs"]
+        sampler_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _SAMPLER_KEY)
+        key_choice, key = jax.random.split(sampler_key)
+        data = batch["inputs"]
 
         def drawn() -> Tokens:
-            return draw(choice(state, teacher_params), given, key)
+            return draw(choice(state, teacher_params), data, key)
 
         if share >= 1:
             tokens = drawn()
         else:
             is_drawn = jax.random.uniform(key_choice) < share
-            tokens = jax.lax.cond(is_drawn, drawn, lambda: _as_drawn(given))
-        kept = {n: x for n, x in given.items() if n not in tokens}
-        return step(state, {**batch, "inputs": {**kept, **tokens}}, teacher_params)
+            tokens = jax.lax.cond(is_drawn, drawn, lambda: _with_sample_entries(data))
+        rest = {n: x for n, x in data.items() if n not in tokens}
+        return step(state, {**batch, "inputs": {**rest, **tokens}}, teacher_params)
 
     return sampled
 
 
-def _told(privileged: Any) -> Tokens:
+def _privileged_tokens(privileged: Any) -> Tokens:
     return {name: jnp.asarray(array, jnp.int32) for name, array in privileged.items()}
 
 
@@ -182,23 +182,25 @@ def last_text(segments: Array) -> Array:
     _checks.integers(segments=segments)
     _checks.rank(2, 2, segments=segments)
     segments = jnp.asarray(segments)
-    place = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
-    last = jnp.max(jnp.where(segments > 0, place, 0), axis=1, keepdims=True)
+    column = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+    last = jnp.max(jnp.where(segments > 0, column, 0), axis=1, keepdims=True)
     return (segments > 0) & (segments == jnp.take_along_axis(segments, last, axis=1))
 
 
-def _as_drawn(given: Any) -> Tokens:
-    """A batch of data with every entry that a drawn one has."""
-    tokens = jnp.asarray(given["tokens"], jnp.int32)
-    segments = jnp.asarray(given.get("segments", jnp.ones_like(tokens)), jnp.int32)
-    positions = given.get("positions", segment_positions(segments))
-    told = {"privileged": _told(given["privileged"])} if "privileged" in given else {}
+def _with_sample_entries(data: Any) -> Tokens:
+    """Adds the entries of a sampled batch to a batch of data."""
+    tokens = jnp.asarray(data["tokens"], jnp.int32)
+    segments = jnp.asarray(data.get("segments", jnp.ones_like(tokens)), jnp.int32)
+    positions = data.get("positions", segment_positions(segments))
+    privileged = (
+        {"privileged": _privileged_tokens(data["privileged"])} if "privileged" in data else {}
+    )
     return {
-        **told,
+        **privileged,
         "tokens": tokens,
         "segments": segments,
         "positions": jnp.asarray(positions, jnp.int32),
-        "learned": jnp.asarray(given.get("learned", segments > 0), jnp.bool_),
+        "learned": jnp.asarray(data.get("learned", segments > 0), jnp.bool_),
         "log_probs": jnp.zeros(tokens.shape, jnp.float32),
         "is_drawn": jnp.zeros(tokens.shape[:1], jnp.bool_),
     }

@@ -44,9 +44,9 @@ def write_rows(folder: str | Path, rows: Iterable[Row], *, made_from: Mapping[st
     """
     folder = _checks.path(folder=folder)
     _checks.mappings(made_from=made_from)
-    known = _known(folder)
-    if known is not None and known["made_from"] == _files.as_json(made_from):
-        return int(known["rows"])
+    record = _read_record(folder)
+    if record is not None and record["made_from"] == _files.as_json(made_from):
+        return int(record["rows"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     for leftover in folder.glob(f".*.bin.*{_files.TEMPORARY}"):  # of a run that was killed
@@ -54,20 +54,20 @@ def write_rows(folder: str | Path, rows: Iterable[Row], *, made_from: Mapping[st
     shapes: dict[str, tuple[str, list[int]]] = {}
     count = 0
     with ExitStack() as stack:
-        opened: dict[str, BinaryIO] = {}
+        files: dict[str, BinaryIO] = {}
         for row in rows:
             arrays = _by_path(as_batch(row))
-            found = {n: (x.dtype.str, list(x.shape)) for n, x in arrays.items()}
+            layout = {n: (x.dtype.str, list(x.shape)) for n, x in arrays.items()}
             if not count:
-                shapes = found
-                opened = {
-                    name: stack.enter_context(_files.atomic_file(folder / _file(name)))
+                shapes = layout
+                files = {
+                    name: stack.enter_context(_files.atomic_file(folder / _file_name(name)))
                     for name in shapes
                 }
-            if found != shapes:
-                raise ValueError(f"row {count} has {found}, the rows before it {shapes}.")
+            if layout != shapes:
+                raise ValueError(f"row {count} has {layout}, the rows before it {shapes}.")
             for name, array in arrays.items():
-                opened[name].write(array.tobytes())
+                files[name].write(array.tobytes())
             count += 1
         if not count:
             raise ValueError("there are no rows: no document has a token to learn.")
@@ -83,52 +83,52 @@ def open_rows(folder: str | Path) -> dict[str, Any]:
       ValueError: if the rows are incomplete.
     """
     folder = _checks.path(folder=folder)
-    known = _known(folder)
-    if known is None:
+    record = _read_record(folder)
+    if record is None:
         raise ValueError(f"{folder} holds no complete rows. Write them again.")
     arrays: dict[str, Any] = {}
-    for path, (dtype, shape) in known["arrays"].items():
-        mapped = np.memmap(folder / _file(path), dtype, "r", shape=(known["rows"], *shape))
+    for path, (dtype, shape) in record["arrays"].items():
+        array = np.memmap(folder / _file_name(path), dtype, "r", shape=(record["rows"], *shape))
         *parents, name = path.split("/")
-        inside = arrays
+        node = arrays
         for parent in parents:
-            inside = inside.setdefault(parent, {})
-        inside[name] = mapped
+            node = node.setdefault(parent, {})
+        node[name] = array
     return arrays
 
 
-def _known(folder: Path) -> dict[str, Any] | None:
+def _read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a complete folder, or None."""
     try:
-        known = _files.read_sealed(folder / RECORD)
-        rows, arrays = known["rows"], known["arrays"]
-        if known["format"] != FORMAT or not (isinstance(rows, int) and rows > 0):
+        record = _files.read_sealed(folder / RECORD)
+        rows, arrays = record["rows"], record["arrays"]
+        if record["format"] != FORMAT or not (isinstance(rows, int) and rows > 0):
             return None
         names = [*arrays]
         if any(other.startswith(f"{name}/") for name in names for other in names):
             return None  # an array cannot hold others
         for path, (dtype, shape) in arrays.items():
-            kind = np.dtype(dtype)
-            if kind.kind not in "biuf" or any(type(n) is not int or n < 0 for n in shape):
+            numpy_dtype = np.dtype(dtype)
+            if numpy_dtype.kind not in "biuf" or any(type(n) is not int or n < 0 for n in shape):
                 return None
-            size = rows * math.prod(shape) * kind.itemsize
-            if not size or (folder / _file(path)).stat().st_size != size:
+            size = rows * math.prod(shape) * numpy_dtype.itemsize
+            if not size or (folder / _file_name(path)).stat().st_size != size:
                 return None
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return None
-    return known
+    return record
 
 
 def _by_path(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A row's arrays by path; `trees.flatten` would take longer than writing them."""
-    found: dict[str, np.ndarray] = {}
+    result: dict[str, np.ndarray] = {}
     for name, entry in batch.items():
         if isinstance(entry, Mapping):
-            found |= {f"{name}/{inner}": array for inner, array in entry.items()}
+            result |= {f"{name}/{inner}": array for inner, array in entry.items()}
         else:
-            found[name] = entry
-    return found
+            result[name] = entry
+    return result
 
 
-def _file(path: str) -> str:
+def _file_name(path: str) -> str:
     return f"{path.replace('/', '.')}.bin"

@@ -97,53 +97,53 @@ def tokenizer(path: str | Path) -> Tokenizer:
         ) from None
     content = file.read_bytes()
     try:
-        made = package.Tokenizer.from_str(content.decode())
+        backend = package.Tokenizer.from_str(content.decode())
     except Exception as error:  # the package raises plain Exception
         raise ValueError(f"{file} is not a tokenizer: {quoted(str(error))}.") from None
-    made.no_padding()
-    made.no_truncation()
-    about = _object(file.parent / "tokenizer_config.json")
+    backend.no_padding()
+    backend.no_truncation()
+    tokenizer_config = _object(file.parent / "tokenizer_config.json")
     config = _object(file.parent / "config.json")
     special = {
         name: text
         for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if (text := _text(about.get(name))) is not None
+        if (text := _text(tokenizer_config.get(name))) is not None
     }
 
     def id_of(name: str) -> int | None:
-        found = config.get(f"{name}_token_id")
-        found = next(iter(found), None) if isinstance(found, list) else found
+        token_id = config.get(f"{name}_token_id")
+        token_id = next(iter(token_id), None) if isinstance(token_id, list) else token_id
         # Some write a number below 0 for none.
-        if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
-            if found >= 2**31:
+        if isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0:
+            if token_id >= 2**31:
                 raise ValueError(f"{file.parent / 'config.json'}: {name}_token_id is not a token.")
-            return found
+            return token_id
         text = special.get(f"{name}_token")
-        return None if text is None else made.token_to_id(text)
+        return None if text is None else backend.token_to_id(text)
 
     def encode(text: str) -> list[int]:
-        return made.encode(text, add_special_tokens=False).ids
+        return backend.encode(text, add_special_tokens=False).ids
 
     def framed(text: str, length: int) -> list[int]:
-        found = made.encode(text, add_special_tokens=False)
-        found.truncate(max(length - made.num_special_tokens_to_add(False), 0))
-        return made.post_process(found).ids
+        encoding = backend.encode(text, add_special_tokens=False)
+        encoding.truncate(max(length - backend.num_special_tokens_to_add(False), 0))
+        return backend.post_process(encoding).ids
 
     def decode(ids: Sequence[int] | np.ndarray) -> str:
-        return made.decode(list(ids))
+        return backend.decode(list(ids))
 
     bos = id_of("bos")
     return Tokenizer(
         encode=encode,
         framed=framed,
         decode=decode,
-        vocabulary=made.get_vocab(),
-        size=made.get_vocab_size(),
+        vocabulary=backend.get_vocab(),
+        size=backend.get_vocab_size(),
         bos=bos,
         eos=id_of("eos"),
         pad=id_of("pad"),
-        adds_bos=bos is not None and made.encode("").ids[:1] == [bos],
-        chat_template=_template(file.parent, about),
+        adds_bos=bos is not None and backend.encode("").ids[:1] == [bos],
+        chat_template=_template(file.parent, tokenizer_config),
         special=special,
         fingerprint=hashlib.sha256(content).hexdigest(),
     )
@@ -160,23 +160,23 @@ def write_byte_tokenizer(folder: str | Path) -> None:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     end = {"id": _END, "content": _END_TEXT, "special": True, "normalized": False}
     end |= {"single_word": False, "lstrip": False, "rstrip": False}
-    made = {
+    content = {
         "version": "1.0",
         "added_tokens": [end],
         "pre_tokenizer": {**level, "use_regex": False},
         "decoder": {**level, "use_regex": False},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
-    _files.write_json(Path(folder) / "tokenizer.json", made)
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_TEXT}
-    _files.write_json(Path(folder) / "tokenizer_config.json", about)
+    _files.write_json(Path(folder) / "tokenizer.json", content)
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_TEXT}
+    _files.write_json(Path(folder) / "tokenizer_config.json", tokenizer_config)
 
 
 def _letters() -> list[str]:
     """The letter that stands for each byte in byte-level vocabularies (GPT-2's table)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b) if b in shown else chr(next(others)) for b in range(256)]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    substitutes = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(substitutes)) for b in range(256)]
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -186,19 +186,23 @@ def _object(file: Path) -> dict[str, Any]:
 
 def _text(token: Any) -> str | None:
     """A special token's text: tokenizer_config.json holds the text or an object with it."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
-def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
+def _template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error}).") from None
-    found = about.get("chat_template")
-    if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):
+        templates = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
+        template = templates.get("default")
+    return template if isinstance(template, str) else None

@@ -33,7 +33,7 @@ from kdtl_jax.losses import Head
 from kdtl_jax.models import _decoder_layer
 from kdtl_jax.models._blocks import known_ids
 from kdtl_jax.models._decoder_config import Cache, DecoderConfig
-from kdtl_jax.models._decoder_layer import Kind, Slots, kinds, normalized, places_of, written
+from kdtl_jax.models._decoder_layer import LayerConstants, Slots, layer_constants, normalize
 
 # The axis along which devices share each weight: heads, hidden units, or the vocabulary. Fused
 # kernels are split by their inputs, so their parts need no special care.
@@ -149,25 +149,26 @@ def decoder(
             name: int(name.split("/")[0].removeprefix("layers_"))
             for name in (*attention_names(config), *unit_names(config))
         }
-        if strange := [name for name in names if name not in known | layers]:
-            raise ValueError(f"a decoder has the taps {[*known, *layers]}, got {strange}.")
+        if unknown := [name for name in names if name not in known | layers]:
+            raise ValueError(f"a decoder has the taps {[*known, *layers]}, got {unknown}.")
         # Values inside a layer are computed from its input.
         places = tuple((known | layers)[name] for name in names)
         hidden, _, states = _apply(
             config, params, tokens, positions, segments, None, dtype, remat_policy, places
         )
-        found = dict(zip(names, states, strict=True))
-        if found.keys() & layers.keys():
-            where = places_of(*_placed(tokens, positions, segments, None), None)
-            for name in found.keys() & layers.keys():
-                weights, kind = _of_layer(config, params, layers[name])
-                given = config, found[name], weights, kind, where
+        outputs = dict(zip(names, states, strict=True))
+        if outputs.keys() & layers.keys():
+            pair = _positions_and_segments(tokens, positions, segments, None)
+            where = _decoder_layer.token_positions(*pair, None)
+            for name in outputs.keys() & layers.keys():
+                weights, kind = _layer_params(config, params, layers[name])
+                args = config, outputs[name], weights, kind, where
                 part = name.split("/", 1)[1]
                 if part == "attention/probs":
-                    found[name] = _decoder_layer.attention_probs(*given)
+                    outputs[name] = _decoder_layer.attention_probs(*args)
                 else:
-                    found[name] = _decoder_layer.inner(*given)[part]
-        return hidden, found
+                    outputs[name] = _decoder_layer.projection_inputs(*args)[part]
+        return hidden, outputs
 
     def head(params: Params) -> Head:
         table = params["tokens"]["embedding"]
@@ -237,13 +238,13 @@ def _apply(
         if given is not None:
             _checks.integers(**{name: given})
             _checks.same_shape(tokens=tokens, **{name: given})
-    at, own = _placed(tokens, positions, segments, cache)
+    at, own = _positions_and_segments(tokens, positions, segments, cache)
     if cache is not None:
         cache = cache._replace(
-            positions=written(cache.positions, at, cache.length),
-            segments=written(cache.segments, own, cache.length),
+            positions=_decoder_layer.write_slots(cache.positions, at, cache.length),
+            segments=_decoder_layer.write_slots(cache.segments, own, cache.length),
         )
-    places = places_of(at, own, cache)
+    places = _decoder_layer.token_positions(at, own, cache)
 
     table = params["tokens"]["embedding"]
     if segments is not None:  # padding may hold anything, and an id out of range would be NaN
@@ -255,7 +256,7 @@ def _apply(
         x = x + jnp.take(params["positions"]["embedding"], at, axis=0).astype(x.dtype)
 
     def layer(
-        x: Array, weights: Params, kind: Kind, slots: Slots | None
+        x: Array, weights: Params, kind: LayerConstants, slots: Slots | None
     ) -> tuple[Array, Slots | None]:
         return _decoder_layer.layer(config, x, weights, kind, places, slots)
 
@@ -266,7 +267,7 @@ def _apply(
         slots = Slots(cache.keys, cache.values, jnp.int32(0), cache.length)
     if "layers" in params:
         # Only the requested layers' outputs are kept; the others are dropped at once.
-        kept = [x if place == 0 else jnp.zeros_like(x) for place in taps]
+        tapped = [x if place == 0 else jnp.zeros_like(x) for place in taps]
 
         def next_layer(carry: Any, each: Any) -> Any:
             (x, slots), (number, weights, kind) = carry[0], each
@@ -277,24 +278,24 @@ def _apply(
             return ((x, slots), [jnp.where(number == place, x, old) for place, old in pairs]), None
 
         numbers = jnp.arange(1, config.layers + 1, dtype=jnp.int32)
-        start = (x, slots), kept
-        every = (numbers, params["layers"], kinds(config))
-        ((x, slots), kept), _ = jax.lax.scan(next_layer, start, every)
+        start = (x, slots), tapped
+        scanned = (numbers, params["layers"], layer_constants(config))
+        ((x, slots), tapped), _ = jax.lax.scan(next_layer, start, scanned)
     else:
         states = [x]
         for i in range(config.layers):
             if slots is not None:
                 slots = slots._replace(layer=jnp.int32(i))
-            x, slots = layer(x, *_of_layer(config, params, i), slots)
+            x, slots = layer(x, *_layer_params(config, params, i), slots)
             states.append(x)
-        kept = [states[place] for place in taps]
+        tapped = [states[place] for place in taps]
     if cache is not None and slots is not None:
         length = cache.length + jnp.int32(tokens.shape[1])
         cache = cache._replace(keys=slots.keys, values=slots.values, length=length)
-    return normalized(config.norm, x, params["norm"]), cache, kept
+    return normalize(config.norm, x, params["norm"]), cache, tapped
 
 
-def _placed(
+def _positions_and_segments(
     tokens: Array, positions: Array | None, segments: Array | None, cache: Cache | None
 ) -> tuple[Array, Array]:
     """Position and segment of each token, int32 `[B, L]`."""
@@ -308,9 +309,9 @@ def _placed(
     return at, own
 
 
-def _of_layer(config: DecoderConfig, params: Params, i: int) -> tuple[Params, Kind]:
-    """A layer's parameters, stacked or not, and its `Kind`."""
-    kind = jax.tree.map(lambda a: a[i], kinds(config))
+def _layer_params(config: DecoderConfig, params: Params, i: int) -> tuple[Params, LayerConstants]:
+    """A layer's parameters, stacked or not, and its `LayerConstants`."""
+    kind = jax.tree.map(lambda a: a[i], layer_constants(config))
     if "layers" in params:
         return jax.tree.map(lambda a: a[i], params["layers"]), kind
     return params[f"layers_{i}"], kind

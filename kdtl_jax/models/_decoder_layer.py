@@ -11,8 +11,8 @@ from kdtl_jax._types import Params
 from kdtl_jax.models._decoder_config import NO_WINDOW, Cache, DecoderConfig, Norm, Rope
 
 
-class Kind(NamedTuple):
-    """What differs between layers besides the parameters, as arrays, so layers can be scanned."""
+class LayerConstants(NamedTuple):
+    """Constants that differ between layers, as arrays, so that layers can be scanned."""
 
     frequencies: Array  # [pairs]
     long_frequencies: Array  # [pairs]
@@ -21,13 +21,13 @@ class Kind(NamedTuple):
     window: Array
 
 
-def kinds(config: DecoderConfig) -> Kind:
-    """The `Kind` of every layer, as rows `[layers, ...]`."""
+def layer_constants(config: DecoderConfig) -> LayerConstants:
+    """The `LayerConstants` of every layer, as rows `[layers, ...]`."""
     ropes = config.ropes or (Rope(),) * config.layers
     windows = config.windows or (None,) * config.layers
     long = [r.frequencies if r.long_frequencies is None else r.long_frequencies for r in ropes]
     lengths = [NO_WINDOW if r.original_length is None else r.original_length for r in ropes]
-    return Kind(
+    return LayerConstants(
         jnp.asarray([r.frequencies for r in ropes], jnp.float32),
         jnp.asarray(long, jnp.float32),
         jnp.asarray(lengths, jnp.int32),
@@ -36,7 +36,7 @@ def kinds(config: DecoderConfig) -> Kind:
     )
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """The positions of queries and keys."""
 
     queries: Array  # positions [B, L]
@@ -54,44 +54,44 @@ class Slots(NamedTuple):
     start: Array
 
 
-def places_of(positions: Array, segments: Array, cache: Cache | None) -> Places:
-    """The places of queries `[B, L]` with keys `[B, L]`, or with those of the cache `[B, S]`."""
+def token_positions(positions: Array, segments: Array, cache: Cache | None) -> Positions:
+    """The positions of queries `[B, L]` and keys `[B, L]`, or the keys of the cache `[B, S]`."""
     keys = (positions, segments) if cache is None else (cache.positions, cache.segments)
     distance = positions[:, :, None] - keys[0][:, None, :]
-    same = (segments[:, :, None] == keys[1][:, None, :]) & (keys[1][:, None, :] > 0)
-    own = segments[:, :, None] == segments[:, None, :]
-    ends = jnp.max(jnp.where(own, positions[:, None, :], 0), axis=2, keepdims=True) + 1
-    return Places(positions, distance, same & (distance >= 0), ends)
+    is_same_text = (segments[:, :, None] == keys[1][:, None, :]) & (keys[1][:, None, :] > 0)
+    is_same_segment = segments[:, :, None] == segments[:, None, :]
+    ends = jnp.max(jnp.where(is_same_segment, positions[:, None, :], 0), axis=2, keepdims=True) + 1
+    return Positions(positions, distance, is_same_text & (distance >= 0), ends)
 
 
 def layer(
     config: DecoderConfig,
     x: Array,
     weights: Params,
-    own: Kind,
-    places: Places,
+    constants: LayerConstants,
+    positions: Positions,
     slots: Slots | None,
 ) -> tuple[Array, Slots | None]:
     """One layer: attention, then feed-forward, each with its residual."""
-    y = _before(config, x, weights, "attention_norm")
-    y, filled = _attention(config, y, weights["attention"], own, places, slots)
-    x = _added(config, x, y, weights, "attention")
-    y = _units(config, _before(config, x, weights, "mlp_norm"), weights["mlp"])
-    return _added(config, x, y, weights, "mlp"), filled
+    y = _pre_norm(config, x, weights, "attention_norm")
+    y, slots_out = _attention(config, y, weights["attention"], constants, positions, slots)
+    x = _add_residual(config, x, y, weights, "attention")
+    y = _units(config, _pre_norm(config, x, weights, "mlp_norm"), weights["mlp"])
+    return _add_residual(config, x, y, weights, "mlp"), slots_out
 
 
 OUTPUTS = {"attention": "out", "mlp": "down"}
 
 
-def _before(config: DecoderConfig, x: Array, weights: Params, norm: str) -> Array:
-    return normalized(config.norm, x, weights[norm]) if config.has_pre_norms else x
+def _pre_norm(config: DecoderConfig, x: Array, weights: Params, norm: str) -> Array:
+    return normalize(config.norm, x, weights[norm]) if config.has_pre_norms else x
 
 
-def _added(config: DecoderConfig, x: Array, y: Array, weights: Params, part: str) -> Array:
+def _add_residual(config: DecoderConfig, x: Array, y: Array, weights: Params, part: str) -> Array:
     """The input of a part's output projection, projected and added to the residual."""
     y = _dense(y, weights[part][OUTPUTS[part]])
     if config.has_post_norms:
-        y = normalized(config.norm, y, weights[f"{part}_post_norm"])
+        y = normalize(config.norm, y, weights[f"{part}_post_norm"])
     return x + y
 
 
@@ -99,19 +99,19 @@ def _attention(
     config: DecoderConfig,
     x: Array,
     weights: Params,
-    own: Kind,
-    places: Places,
+    constants: LayerConstants,
+    positions: Positions,
     slots: Slots | None,
 ) -> tuple[Array, Slots | None]:
     """The heads' outputs side by side, before the projection."""
     batch, length, _ = x.shape
-    query, key, value = _projected(config, x, weights, own, places)
+    query, key, value = _project(config, x, weights, constants, positions)
     if slots is not None:
         # Written to the array of all layers, which a loop updates in place, and read from it.
-        at = (slots.layer, jnp.int32(0), jnp.int32(0), slots.start, jnp.int32(0))
+        start = (slots.layer, jnp.int32(0), jnp.int32(0), slots.start, jnp.int32(0))
         keys, values = (
             jax.lax.dynamic_update_slice(
-                all_layers, jnp.swapaxes(new, 1, 2)[None].astype(all_layers.dtype), at
+                all_layers, jnp.swapaxes(new, 1, 2)[None].astype(all_layers.dtype), start
             )
             for all_layers, new in ((slots.keys, key), (slots.values, value))
         )
@@ -120,52 +120,64 @@ def _attention(
             jnp.swapaxes(jax.lax.dynamic_index_in_dim(a, slots.layer, keepdims=False), 1, 2)
             for a in (keys, values)
         )
-    visible = places.visible & (places.distance < own.window)
+    visible = positions.visible & (positions.distance < constants.window)
     y = _attend(config, query, key.astype(query.dtype), value.astype(query.dtype), visible)
     return y.reshape(batch, length, -1), slots
 
 
 def attention_probs(
-    config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
+    config: DecoderConfig,
+    x: Array,
+    weights: Params,
+    constants: LayerConstants,
+    positions: Positions,
 ) -> Array:
     """Attention probabilities `[B, heads, L, L]` of a layer with input `x`."""
-    y = _before(config, x, weights, "attention_norm")
-    query, key, _ = _projected(config, y, weights["attention"], own, places)
-    probs = _probs(config, query, key, places.visible & (places.distance < own.window))
+    y = _pre_norm(config, x, weights, "attention_norm")
+    query, key, _ = _project(config, y, weights["attention"], constants, positions)
+    probs = _probs(config, query, key, positions.visible & (positions.distance < constants.window))
     return probs.reshape(len(x), config.heads, *probs.shape[-2:])
 
 
-def inner(
-    config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
+def projection_inputs(
+    config: DecoderConfig,
+    x: Array,
+    weights: Params,
+    constants: LayerConstants,
+    positions: Positions,
 ) -> dict[str, Array]:
     """The inputs of the two output projections of a layer with input `x`."""
-    y = _before(config, x, weights, "attention_norm")
-    heads, _ = _attention(config, y, weights["attention"], own, places, None)
-    x = _added(config, x, heads, weights, "attention")
-    units = _units(config, _before(config, x, weights, "mlp_norm"), weights["mlp"])
+    y = _pre_norm(config, x, weights, "attention_norm")
+    heads, _ = _attention(config, y, weights["attention"], constants, positions, None)
+    x = _add_residual(config, x, heads, weights, "attention")
+    units = _units(config, _pre_norm(config, x, weights, "mlp_norm"), weights["mlp"])
     return {"attention/heads": heads, "mlp/units": units}
 
 
-def _projected(
-    config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
+def _project(
+    config: DecoderConfig,
+    x: Array,
+    weights: Params,
+    constants: LayerConstants,
+    positions: Positions,
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values `[B, L, heads, width]`, normalized and rotated by position."""
     batch, length, _ = x.shape
     count, width = config.key_heads, config.head_width
     if config.fuses_qkv:
-        cuts = (config.heads * width, (config.heads + count) * width)
-        query, key, value = jnp.split(_dense(x, weights["qkv"]), cuts, axis=-1)
+        split_points = (config.heads * width, (config.heads + count) * width)
+        query, key, value = jnp.split(_dense(x, weights["qkv"]), split_points, axis=-1)
     else:
         query, key, value = (_dense(x, weights[name]) for name in ("query", "key", "value"))
     if config.has_projection_norms:
-        query = normalized(config.norm, query, weights["query_norm"])
-        key = normalized(config.norm, key, weights["key_norm"])
+        query = normalize(config.norm, query, weights["query_norm"])
+        key = normalize(config.norm, key, weights["key_norm"])
     query = query.reshape(batch, length, config.heads, width)
     key, value = (a.reshape(batch, length, count, width) for a in (key, value))
     if config.has_head_norms:
-        query = normalized(config.norm, query, weights["query_norm"])
-        key = normalized(config.norm, key, weights["key_norm"])
-    return *_rotated((query, key), own, places), value
+        query = normalize(config.norm, query, weights["query_norm"])
+        key = normalize(config.norm, key, weights["key_norm"])
+    return *_rotate((query, key), constants, positions), value
 
 
 def _attend(config: DecoderConfig, query: Array, key: Array, value: Array, visible: Array) -> Array:
@@ -194,25 +206,30 @@ def _scale(config: DecoderConfig) -> float:
     return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
 
 
-def _rotated(arrays: tuple[Array, Array], own: Kind, places: Places) -> tuple[Array, Array]:
+def _rotate(
+    arrays: tuple[Array, Array], constants: LayerConstants, positions: Positions
+) -> tuple[Array, Array]:
     """Queries and keys `[B, L, heads, width]`, rotated by position; angles in float32."""
-    pairs = own.frequencies.shape[-1]
+    pairs = constants.frequencies.shape[-1]
     if not pairs:
         return arrays
-    is_long = places.ends > own.original_length
-    both = _along(own.long_frequencies, is_long), _along(own.frequencies, is_long)
-    frequencies = jnp.where(is_long, *both)
-    frequencies = jnp.broadcast_to(frequencies, (*places.queries.shape, pairs))
-    angle = places.queries[:, :, None].astype(jnp.float32) * frequencies
-    cos, sin = (own.scale * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    is_long = positions.ends > constants.original_length
+    choices = (
+        _expand_vector(constants.long_frequencies, is_long),
+        _expand_vector(constants.frequencies, is_long),
+    )
+    frequencies = jnp.where(is_long, *choices)
+    frequencies = jnp.broadcast_to(frequencies, (*positions.queries.shape, pairs))
+    angle = positions.queries[:, :, None].astype(jnp.float32) * frequencies
+    cos, sin = (constants.scale * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
 
-    def turned(x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        first, second, rest = jnp.split(wide, (pairs, 2 * pairs), axis=-1)
-        both = first * cos - second * sin, second * cos + first * sin
-        return jnp.concatenate([*both, rest], axis=-1).astype(x.dtype)
+    def rotate(x: Array) -> Array:
+        float32_x = x.astype(jnp.float32)
+        first, second, rest = jnp.split(float32_x, (pairs, 2 * pairs), axis=-1)
+        rotated = first * cos - second * sin, second * cos + first * sin
+        return jnp.concatenate([*rotated, rest], axis=-1).astype(x.dtype)
 
-    return turned(arrays[0]), turned(arrays[1])
+    return rotate(arrays[0]), rotate(arrays[1])
 
 
 def _units(config: DecoderConfig, x: Array, weights: Params) -> Array:
@@ -232,11 +249,11 @@ def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
     y = jnp.matmul(rows, weights["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
     y = y.reshape(*x.shape[:-1], -1)
     if "bias" in weights:
-        y = y + _along(weights["bias"], y)
+        y = y + _expand_vector(weights["bias"], y)
     return y.astype(x.dtype)
 
 
-def normalized(norm: Norm, x: Array, weights: Mapping[str, Array]) -> Array:
+def normalize(norm: Norm, x: Array, weights: Mapping[str, Array]) -> Array:
     """RMS norm, or layer norm if it is centered, of `[..., D]` over the last axis.
 
     `scale x / sqrt(mean(x^2) + epsilon) + bias`, with `1 + scale` if the norm has a unit offset and
@@ -246,19 +263,19 @@ def normalized(norm: Norm, x: Array, weights: Mapping[str, Array]) -> Array:
     if norm.is_centered:
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + norm.epsilon)
-    scale = _along(weights["scale"], y)
+    scale = _expand_vector(weights["scale"], y)
     y = y * (1 + scale if norm.has_unit_offset else scale)
     if "bias" in weights:
-        y = y + _along(weights["bias"], y)
+        y = y + _expand_vector(weights["bias"], y)
     return y.astype(x.dtype)
 
 
-def written(slots: Array, new: Array, start: Array) -> Array:
+def write_slots(slots: Array, new: Array, start: Array) -> Array:
     """`slots` `[B, S, ...]` with `new` `[B, L, ...]` from slot `start` on."""
-    at = (jnp.int32(0), start) + (jnp.int32(0),) * (slots.ndim - 2)
-    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), at)
+    start_indices = (jnp.int32(0), start) + (jnp.int32(0),) * (slots.ndim - 2)
+    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), start_indices)
 
 
-def _along(vector: Array, x: Array) -> Array:
+def _expand_vector(vector: Array, x: Array) -> Array:
     """A float32 vector along the last axis of `x`."""
     return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)
