@@ -202,7 +202,7 @@ def test_numbers_in_other_units() -> None:
 
 
 def test_inputs_from_another_zero() -> None:
-    inputs = np.random.default_rng(0).normal(size=(_data.FEW, 4))
+    inputs = np.random.default_rng(0).normal(size=(_data.FEW_ROWS, 4))
     kelvins = inputs + [0, 27, 0, 0]
     assert "half of the column 'b', scaled, lies between 2" in str(
         _data.other_units(kelvins, "abcd")
@@ -210,7 +210,7 @@ def test_inputs_from_another_zero() -> None:
     assert _data.other_units(kelvins) is None  # a pixel may be dark in most images
     assert "half of the data, scaled," in str(_data.other_units(kelvins - [30, 0, 30, 30]))
     assert _data.other_units(kelvins[:10], "abcd") is None
-    inputs[:, 1] = np.where(np.arange(_data.FEW) == 3, 0.0, 31.0)  # a category
+    inputs[:, 1] = np.where(np.arange(_data.FEW_ROWS) == 3, 0.0, 31.0)  # a category
     assert _data.other_units(inputs, "abcd") is None
 
 
@@ -218,11 +218,11 @@ def test_a_changed_source_is_told(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "config.json").write_text('{"hidden_act": "gelu"}')
     text = f"huggingface:{tmp_path}"
     known = {"source_sha256": _models.record.made_from({"x": _models.files_of(text)}).files["x"]}
-    _models.tell_changed(text, known)
-    _models.tell_changed("mlp:2", known)
+    _models.note_changed(text, known)
+    _models.note_changed("mlp:2", known)
     assert capsys.readouterr().err == ""
     (tmp_path / "config.json").write_text('{"hidden_act": "relu"}')
-    _models.tell_changed(text, known)
+    _models.note_changed(text, known)
     assert "config.json has changed since the model was trained" in capsys.readouterr().err
 
 

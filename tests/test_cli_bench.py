@@ -52,8 +52,8 @@ def test_step_times_leave_the_warm_up_out() -> None:
 
 
 def test_devices_double_up_to_the_last() -> None:
-    assert bench.counts(1) == [1] and bench.counts(8) == [1, 2, 4, 8]
-    assert bench.counts(6) == [1, 2, 4, 6]
+    assert bench.device_counts(1) == [1] and bench.device_counts(8) == [1, 2, 4, 8]
+    assert bench.device_counts(6) == [1, 2, 4, 6]
 
 
 def test_every_pair_is_larger_on_the_teacher_s_side() -> None:

@@ -176,7 +176,7 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     few, entries = TRAIN._replace(inputs=INPUTS), _pair.entries()
     pair: Any = SimpleNamespace(
         teacher=NET, teacher_text=TEACHER, arrays={"inputs": INPUTS},
-        splits=Splits(few, few, few), example=INPUTS[:1], given=VARIABLES,
+        splits=Splits(few, few, few), example=INPUTS[:1], teacher_variables=VARIABLES,
     )  # fmt: skip
     plain, cut = tmp_path / "plain", tmp_path / "cut"
     kd, hint = [entries["kd"], entries["dkd"]], [entries["kd"], entries["hint"]]
@@ -184,7 +184,7 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     def said(folder: Path, chosen: Any, **instead: Any) -> str:
         asked: Any = SimpleNamespace(**{**vars(pair), **instead})
         with pytest.raises(UsageError) as error:
-            _caching.check_folder(folder, has_teacher=asked.given is not None)
+            _caching.check_folder(folder, has_teacher=asked.teacher_variables is not None)
             _caching.check(folder, asked, chosen)
         return str(error.value)
 
@@ -200,9 +200,9 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     assert "holds logits, but hint read" in said(plain, hint)
     assert "kdtl cache --taps all" in said(plain, hint)
     assert "without --top-k" in said(cut, kd)
-    assert "--teacher-weights" in said(plain, kd, given=None)
+    assert "--teacher-weights" in said(plain, kd, teacher_variables=None)
     other = init(jax.random.key(1), INPUTS[:1])
-    assert "teacher weights differ" in said(plain, kd, given=other)
+    assert "teacher weights differ" in said(plain, kd, teacher_variables=other)
     # The same is known of one that is not finished, which is completed with its own outputs.
     more, half = tmp_path / "more", tmp_path / "half"
     assert _cache(more, weights, "--taps", "all") == 0
@@ -210,7 +210,7 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     for folder in (plain, more, half):
         (folder / "manifest.json").unlink()
     assert "holds logits, but hint read" in said(plain, hint)
-    assert "teacher weights differ" in said(plain, kd, given=other)
+    assert "teacher weights differ" in said(plain, kd, teacher_variables=other)
     assert "complete it with kdtl cache" in said(half, kd) and "float16" in said(half, kd)
     _caching.check(more, pair, kd)
     found = _caching.outputs(more, pair, VARIABLES, "float32", ["logits"])

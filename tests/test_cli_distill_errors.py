@@ -215,7 +215,7 @@ def test_a_student_that_diverges_ranks_last_and_is_not_saved(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits that are not finite name no class: not even class 0."""
-    plain = _seeds.evaluation
+    plain = _seeds.make_evaluate
 
     def evaluation(experiment: Any, *rest: Any) -> Any:
         evaluate = plain(experiment, *rest)
@@ -226,7 +226,7 @@ def test_a_student_that_diverges_ranks_last_and_is_not_saved(
 
         return diverged
 
-    monkeypatch.setattr(_seeds, "evaluation", evaluation)
+    monkeypatch.setattr(_seeds, "make_evaluate", evaluation)
     run = tmp_path / "run"
     assert kdtl("distill", "--data", file, *SHORT, "--out", run) == 0
     rows = {row["method"]: row for row in results(run)["rows"]}

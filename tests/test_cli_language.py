@@ -69,10 +69,10 @@ def test_a_run_writes_students_that_open_and_what_was_measured(
 
 
 def test_a_lora_is_trained_beside_the_weights_it_starts_from() -> None:
-    source = _language_models.anew(
+    source = _language_models.initialize(
         {"layers": 1, "width": 8, "heads": 2}, 260, 256, jax.random.key(0)
     )
-    found = _language_models.student(
+    found = _language_models.make_student(
         source, dtype=None, lora=2, quantize=None, key=jax.random.key(1)
     )
     trained = trees.mask(found.start, found.trainable)
@@ -87,7 +87,7 @@ def test_a_lora_is_trained_beside_the_weights_it_starts_from() -> None:
 def test_a_cache_serves_students_whose_tables_have_padding(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    teacher = _language_models.anew(
+    teacher = _language_models.initialize(
         {"layers": 1, "width": 8, "heads": 2}, 260, 256, jax.random.key(0)
     )
     _language_models.write_folder(tmp_path / "teacher", teacher.params, teacher, None)
@@ -99,14 +99,14 @@ def test_a_cache_serves_students_whose_tables_have_padding(
     assert cli.main([*words, *wide]) == 2
     assert not (tmp_path / "cache").exists()  # refused before the teacher answers all rows
     # A student that diverges at once does not cost the others' results.
-    whole = _language_training.trained
+    whole = _language_training.train_model
 
     def diverging(name: str, learner: Any, state: Any, *rest: Any, **options: Any) -> Any:
         if name == "sft":
             state = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
         return whole(name, learner, state, *rest, **options)
 
-    monkeypatch.setattr(_language_training, "trained", diverging)
+    monkeypatch.setattr(_language_training, "train_model", diverging)
     assert cli.main(words) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     kd, sft = found["rows"][-2:]
@@ -221,7 +221,7 @@ def test_a_teacher_that_cannot_answer_is_refused_before_anything_is_trained(
 
 
 def test_positions_that_a_model_was_made_for() -> None:
-    known = _language_models.known_positions
+    known = _language_models.trained_length
     assert known({}) == known({"max_position_embeddings": None, "rope_scaling": None}) == np.inf
     assert known({"max_position_embeddings": 64}) == 64
     for scaling, whole in (({"type": "linear"}, 128), ({"rope_type": "llama3"}, 64)):
@@ -240,4 +240,4 @@ def test_positions_that_a_model_was_made_for() -> None:
 )
 def test_a_wrong_shape_is_shown_as_given(shape: str, message: str):
     with pytest.raises(ValueError, match=message):
-        _language_models.shaped(shape)
+        _language_models.parse_shape(shape)

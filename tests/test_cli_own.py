@@ -263,7 +263,7 @@ def test_what_a_last_layer_says(
         np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32),
         f"{file}:Probabilities",
     )
-    net = _models.described(text, 2, jax.numpy.asarray(inputs[:1]))
+    net = _models.make_network(text, 2, jax.numpy.asarray(inputs[:1]))
     data = datasets.Dataset("x", inputs, inputs, 2, form=datasets.Preprocessing(kind))
     _user_code.check_logits("--teacher", text, net, data)
     told = capsys.readouterr().err

@@ -92,10 +92,10 @@ def test_predictions_are_in_the_order_of_the_data(
 def test_examples_without_an_answer_have_no_class() -> None:
     from kdtl_jax.recipes import predict
 
-    found = list(predict.rows(np.array([[np.nan, 0.0], [1.0, 1.0]]), ("a", "b"), False))
+    found = list(predict.class_rows(np.array([[np.nan, 0.0], [1.0, 1.0]]), ("a", "b"), False))
     assert found == [["row", "class", "probability"], ["0", "", ""], ["1", "a", "0.5"]]
     labels = np.array([[np.nan, 1.0], [-1.0, -1.0], [1.0, 1.0]])
-    told = [row[1] for row in predict.rows_of_labels(labels, ("a", "b"), False)]
+    told = [row[1] for row in predict.label_rows(labels, ("a", "b"), False)]
     assert told == ["labels", "nan", "", "a;b"]
 
 
@@ -112,7 +112,7 @@ def test_examples_without_an_answer_are_counted_aloud(
         gap[[4, 7]] = np.nan
         return model._replace(predict=lambda x: model.predict(x) + gap), found
 
-    monkeypatch.setattr(_inputs, "used", with_gaps)
+    monkeypatch.setattr(_inputs, "load", with_gaps)
     assert kdtl("predict", run / "students" / "kd.safetensors", file, "--part", "all") == 0
     said = capsys.readouterr()
     assert "answers 2 of 90 examples with numbers that are not finite, row 4 first" in said.err

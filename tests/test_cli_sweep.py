@@ -29,7 +29,7 @@ from kdtl_jax.recipes import (
     _training,
     sweep,
 )
-from kdtl_jax.recipes._optimizers import Training
+from kdtl_jax.recipes._optimizers import TrainingSettings
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.train import TrainState
 from kdtl_jax.train import sweep as sweeps
@@ -65,7 +65,7 @@ def pair() -> tuple[Any, Any, Any]:
             made,
             entry,
             setup,
-            lambda point: _optimizers.optimizer(Training(), point["learning_rate"], 0.0, 4),
+            lambda point: _optimizers.optimizer(TrainingSettings(), point["learning_rate"], 0.0, 4),
         )
         outputs = {"logits": _training.outputs(teacher, frozen, few.inputs)["logits"]}
         shared = sweep.Shared(jax.tree.map(jnp.asarray, {**arrays, "teacher": outputs}), frozen)
@@ -86,19 +86,21 @@ POINTS = {
 @pytest.mark.usefixtures("standard_promotion")
 def test_every_path_trains_the_same_students(pair: tuple[Any, Any, Any]) -> None:
     learner, shared, held = pair
-    how = _training.Fitting(2, BATCH, checks=2, keep=lambda state: state.params)
+    how = _training.FitOptions(2, BATCH, checks=2, keep=lambda state: state.params)
     fit = _training.fit(learner, how)
     together = sweeps.vmap(fit)(POINTS, shared, held, held)
     for program in (
         sweeps.map(fit),
         sweeps.vmap(fit, chunk=2),
-        _training.one_by_one(learner, how),
+        _training.fit_one_by_one(learner, how),
     ):
         found = program(POINTS, shared, held, held)
         np.testing.assert_allclose(found.losses, together.losses, rtol=1e-4)
         np.testing.assert_allclose(found.test, together.test, atol=0.04)
         np.testing.assert_allclose(found.curve, together.curve, atol=0.04)
-        for a, b in zip(jax.tree.leaves(found.kept), jax.tree.leaves(together.kept), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(found.variables), jax.tree.leaves(together.variables), strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     assert len(np.unique(np.asarray(together.losses[:, -1]))) == 3, "every axis matters"
 
@@ -106,7 +108,7 @@ def test_every_path_trains_the_same_students(pair: tuple[Any, Any, Any]) -> None
 @pytest.mark.usefixtures("standard_promotion")
 def test_two_rungs_train_as_one(pair: tuple[Any, Any, Any]) -> None:
     learner, shared, held = pair
-    once = _training.Fitting(1, BATCH)
+    once = _training.FitOptions(1, BATCH)
 
     def twice(point: Any, shared: sweep.Shared) -> Any:
         state = learner.start(point, shared)
@@ -114,9 +116,9 @@ def test_two_rungs_train_as_one(pair: tuple[Any, Any, Any]) -> None:
             state, *_ = _training.advance(learner, state, point, shared, shared.arrays, held, once)
         return state
 
-    fit = _training.fit(learner, _training.Fitting(2, BATCH, keep=lambda state: state))
+    fit = _training.fit(learner, _training.FitOptions(2, BATCH, keep=lambda state: state))
     after = jax.jit(jax.vmap(twice, in_axes=(0, None)))(POINTS, shared)
-    straight = sweeps.vmap(fit)(POINTS, shared, held, held).kept
+    straight = sweeps.vmap(fit)(POINTS, shared, held, held).variables
     assert after.step.tolist() == [4, 4, 4]
     for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(straight.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -251,7 +253,7 @@ def test_halving_is_resumed_after_its_last_rung(
     words = ["sweep", "--data", file, *SHORT, "--halving", "4", "--grid", "lr=1e-3,3e-2"]
     words += ["--path", "together"]
     assert kdtl(*words, "--out", tmp_path / "whole") == 0
-    once = _stored_results.once
+    once = _stored_results.load_or_run
 
     def interrupted(finished: Any, name: str, make: Any) -> Any:
         def stopped() -> Any:
@@ -263,7 +265,7 @@ def test_halving_is_resumed_after_its_last_rung(
         return once(finished, name, stopped)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_stored_results, "once", interrupted)
+        patch.setattr(_stored_results, "load_or_run", interrupted)
         assert kdtl(*words, "--out", tmp_path / "a") == 130
     kept = [path.name for path in (tmp_path / "a" / "finished").glob("*.npz")]
     assert kept == ["kd_rung_1.npz"]
@@ -272,7 +274,7 @@ def test_halving_is_resumed_after_its_last_rung(
     def watched(finished: Any, name: str, make: Any) -> Any:
         return once(finished, name, lambda: (trained.append(name), make())[1])
 
-    monkeypatch.setattr(_stored_results, "once", watched)
+    monkeypatch.setattr(_stored_results, "load_or_run", watched)
     assert kdtl(*words, "--out", tmp_path / "a", "--resume") == 0
     assert trained == ["kd", "kd_rung_2"]
     assert [path.name for path in (tmp_path / "a" / "finished").glob("*.npz")] == ["kd.npz"]
@@ -340,7 +342,7 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
             jnp.zeros(()), {}, {}, None, None, None, jax.random.key(0)
         ),
         logits=lambda state, inputs, shared: inputs,
-        judged=lambda logits, labels: (labels, jnp.float32(0.5)),
+        judge=lambda logits, labels: (labels, jnp.float32(0.5)),
     )
     held = {"inputs": jnp.zeros((2,)), "labels": jnp.zeros((2,))}
     shared: Any = sweep.Shared({}, Variables({}))
@@ -350,7 +352,7 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
 
     def found(*alphas: float) -> Any:
         columns = {"alpha": np.asarray(alphas, np.float32)}
-        made = _halving.halved("kd", learner, columns, work, None)
+        made = _halving.run_halving("kd", learner, columns, work, None)
         swept = sweep.Swept("kd", columns, *made, "together", 1, 0.0, {})
         measure = SimpleNamespace(score_name=_sweep_report.report.ACCURACY)
         return _sweep_report.lines(

@@ -210,8 +210,8 @@ def fit_of(
     llrd: float = 1.0,
 ) -> Any:
     """One point's training, as `_targets.compare` makes it."""
-    learner = _targets.experiment(method, net, CLASSES, 4, transfer.Settings(llrd=llrd))
-    how = _training.Fitting(
+    learner = _targets.make_experiment(method, net, CLASSES, 4, transfer.Settings(llrd=llrd))
+    how = _training.FitOptions(
         epochs,
         batch_size,
         checks=_training.even_checks(epochs),
@@ -233,11 +233,11 @@ def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Me
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), read["begin"].params
     )
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), fitted.kept.params) == jax.tree.map(
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), fitted.variables.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), wanted
     )
     assert fitted.curve.shape == (4,)
-    learner = _targets.experiment(method, net, CLASSES, 4, transfer.Settings())
+    learner = _targets.make_experiment(method, net, CLASSES, 4, transfer.Settings())
     state = jax.eval_shape(learner.start, point_of(method), read)
     count = trees.count(state.params, method.trainable) + trees.count(state.connectors)
     whole = trees.count(wanted)
@@ -261,8 +261,8 @@ def test_a_network_with_batch_statistics_carries_them(name: str):
     fit = fit_of(method, net, epochs=2, llrd=0.9)
     read = {"data": data, "begin": stack, "copied": stack, "heads": None}
     fitted = jax.eval_shape(fit, point_of(method), read, held, held)
-    assert jax.tree.structure(fitted.kept.model_state) == jax.tree.structure(fresh.model_state)
-    assert jax.tree.structure(fitted.kept.params) == jax.tree.structure(fresh.params)
+    assert jax.tree.structure(fitted.variables.model_state) == jax.tree.structure(fresh.model_state)
+    assert jax.tree.structure(fitted.variables.params) == jax.tree.structure(fresh.params)
 
 
 @pytest.mark.slow
@@ -272,7 +272,9 @@ def test_what_is_frozen_stays_and_what_is_low_rank_is(tmp_path: Path):
     for name in ("copied_head_only", "lora"):
         fit = fit_of(ways.BY_NAME[name], net, epochs=2, batch_size=20)
         fitted = sweep.vmap(fit)(points, *held)
-        after, before = (trees.flatten(x) for x in (fitted.kept.params, held[0]["copied"].params))
+        after, before = (
+            trees.flatten(x) for x in (fitted.variables.params, held[0]["copied"].params)
+        )
         changed = {path for path in after if not np.array_equal(after[path], before[path])}
         heads = {"head/kernel", "head/bias"}
         assert changed == heads | (
@@ -319,7 +321,7 @@ def test_modules_with_batch_statistics_are_copied_with_them():
         {"dense": {"kernel": jnp.zeros((2, 2))}, "head": {"kernel": jnp.zeros((2, 3))}},
         {"batch_stats": {"norm": {"mean": jnp.zeros(2)}}},
     )
-    copied, report = _targets.copy(source, target, _targets.Surgery())
+    copied, report = _targets.copy_source(source, target, _targets.Surgery())
     assert float(copied.model_state["batch_stats"]["norm"]["mean"][0]) == 3
     assert {kept.path for kept in report.kept} == {"params/head/kernel"}
     assert _targets.source_head(source) is None

@@ -102,7 +102,7 @@ def test_a_source_that_is_no_classifier(kind: str, tmp_path: Path, capsys: Captu
         known = model_files.about(str(student)).preprocessing
         assert known is not None and known.targets == wanted
     of_default = [ways.BY_NAME[name] for name in ways.DEFAULT]
-    left = transfer.suited(of_default, transfer.Settings(), _measures.CLASSES, kind)  # pyright: ignore[reportArgumentType]  # a key of KINDS
+    left = transfer.select_methods(of_default, transfer.Settings(), _measures.CLASSES, kind)  # pyright: ignore[reportArgumentType]  # a key of KINDS
     assert [m.name for m in of_default if m not in left] == ["co_tuning", "lwf"]
 
 
@@ -134,17 +134,17 @@ def test_a_sweep_of_targets_that_are_no_classes(kind: str, tmp_path: Path) -> No
 def test_scores_within_a_program_are_those_of_numpy(kind: str) -> None:
     rng = np.random.default_rng(0)
     targets = HOT if kind == "labels" else rng.normal(size=(N, 2))
-    measure = _measures.of(datasets.Preprocessing(kind=kind))  # pyright: ignore[reportArgumentType]  # a key of KINDS
+    measure = _measures.measure_of(datasets.Preprocessing(kind=kind))  # pyright: ignore[reportArgumentType]  # a key of KINDS
     logits = np.round(rng.normal(size=(N, 2)), 1).astype(np.float32)  # with ties
     for each in (logits, np.full_like(logits, np.nan)):
-        answers, found = measure.judged(jnp.asarray(each), jnp.asarray(targets, jnp.float32))
+        answers, found = measure.judge(jnp.asarray(each), jnp.asarray(targets, jnp.float32))
         np.testing.assert_array_equal(answers, each)
         np.testing.assert_allclose(found, measure.score(each, targets), rtol=1e-5)
 
 
 def test_an_error_in_small_units_is_not_rounded_to_0() -> None:
     scaling = datasets.Standardizer(np.zeros(1), np.full(1, 1e-9))
-    measure = _measures.of(datasets.Preprocessing(kind="numbers", target_scaling=scaling))
+    measure = _measures.measure_of(datasets.Preprocessing(kind="numbers", target_scaling=scaling))
     score, answers = jnp.asarray([0.5]), jnp.asarray([[[2.0], [0.0]]])
     found = _training.Fitted(None, score[:, None], score, score, answers, score[:, None])
     row = _measures.row(
@@ -198,12 +198,12 @@ def test_the_best_check_is_given_back() -> None:
 
     learner = _training.Experiment(
         start, step, lambda state, x, shared: state.params["w"],
-        judged=lambda w, labels: (w[None], scores[w.astype(int)]),
+        judge=lambda w, labels: (w[None], scores[w.astype(int)]),
     )  # fmt: skip
     data = {"inputs": jnp.zeros((4, 1)), "labels": jnp.zeros((4,), jnp.int32)}
-    how = _training.Fitting(5, 4, checks=5, patience=2, keep=lambda state: state.params["w"])
+    how = _training.FitOptions(5, 4, checks=5, patience=2, keep=lambda state: state.params["w"])
     found = sweep.vmap(_training.fit(learner, how))({"seed": jnp.arange(2)}, data, data, data)
-    assert found.kept.tolist() == [2, 2] and found.epoch is not None
+    assert found.variables.tolist() == [2, 2] and found.epoch is not None
     assert found.epoch.tolist() == [2, 2] and found.test.tolist() == pytest.approx([0.9, 0.9])
     assert found.curve[0].tolist() == pytest.approx([0.3, 0.9, 0.5, 0.4, 0.9])
 

@@ -121,7 +121,7 @@ def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
     assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] == pytest.approx(score)
     # As a teacher it keeps its own classes.
     with pytest.raises(ValueError, match="head/kernel.*for these classes"):
-        net = _models.described(f"huggingface:{VIT}", 3, test.inputs[:1])
+        net = _models.make_network(f"huggingface:{VIT}", 3, test.inputs[:1])
         sources.variables(sources.opened(str(VIT)), networks.abstract(net, test.inputs[:1]))
 
 
@@ -175,11 +175,11 @@ def test_images_of_another_size_than_the_folder_makes_are_told(
 def test_a_body_without_a_head_gets_one() -> None:
     folder = VIT.parent / "vit_rectangles"
     sides = huggingface.load(folder).config["image_size"]
-    net = _models.described(f"huggingface:{folder}", 3, jnp.zeros((1, *sides, 3)))
+    net = _models.make_network(f"huggingface:{folder}", 3, jnp.zeros((1, *sides, 3)))
     head = networks.abstract(net, jnp.zeros((1, *sides, 3))).params["head"]
     assert head["kernel"].shape[-1] == 3
     with pytest.raises(ValueError, match="type 'bert' reads text, not images or tables"):
-        _models.described(f"huggingface:{VIT.parent / 'bert'}", 3, jnp.zeros((1, *sides, 3)))
+        _models.make_network(f"huggingface:{VIT.parent / 'bert'}", 3, jnp.zeros((1, *sides, 3)))
 
 
 def _refusal(student: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -201,7 +201,7 @@ def test_an_orbax_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[s
             whole: Any = {"params": params, "opt": {"count": jnp.zeros(())}}
             manager.save(step, args=ocp.args.PyTreeSave(whole))
     for folder in (alone, steps):
-        source = _models.opened(str(folder), "mlp:6", "mlp:1")
+        source = _models.open_source(str(folder), "mlp:6", "mlp:1")
         assert source.about.model == "mlp:6"
         found = sources.variables(source, networks.abstract(net, example))
         jax.tree.map(np.testing.assert_array_equal, found.params, variables.params)
@@ -209,7 +209,7 @@ def test_an_orbax_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[s
         other = networks.network(models.mlp((7,), 3), np.zeros((1, 5), np.float32))
         sources.variables(sources.opened(str(alone)), networks.abstract(other, example))
     with pytest.raises(UsageError, match="an Orbax folder, which does not say its model"):
-        _models.opened(str(alone), None, "mlp:1")
+        _models.open_source(str(alone), None, "mlp:1")
     assert not sources.is_orbax(str(tmp_path))
     data, out = write_data(tmp_path / "d.npz"), tmp_path / "run"
     words = ["distill", "--data", data, "--teacher-weights", alone, "--teacher", "mlp:6", *SHORT]

@@ -25,4 +25,4 @@ def test_few_examples_still_make_steps(
 
 
 def test_batches_divide_among_devices_and_microbatches() -> None:
-    assert _training.usual_batch(100, 8) == 16 and _training.usual_batch(10, 8) == 8
+    assert _training.default_batch(100, 8) == 16 and _training.default_batch(10, 8) == 8

@@ -50,12 +50,12 @@ TEACHER = np.array([[0, 0, 1, 2]])
 
 
 def test_confusions_are_counted_over_seeds() -> None:
-    found = _evidence.counts(split().labels, NAMED, 3)
+    found = _evidence.confusion_counts(split().labels, NAMED, 3)
     assert found.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def test_differing_examples_are_shown_as_rows_or_pictures() -> None:
-    student = _evidence.Named("KD", NAMED)
+    student = _evidence.Predictions("KD", NAMED)
     confusion, differences = _evidence.sections(split(), student, TEACHER)
     assert "all 2 seeds" in confusion.notes[0]
     [table] = differences.parts
@@ -72,7 +72,7 @@ def test_differing_examples_are_shown_as_rows_or_pictures() -> None:
     assert pictures.pictures[0].caption == "is <cat>, teacher <cat>, student dog (2 of 2)"
     page = report.page("t", [confusion, differences, shown])
     assert "<cat>" not in page and page.count('src="data:image/png;base64,') == 3
-    assert len(_evidence.sections(split(), _evidence.Named("KD", TEACHER), TEACHER)) == 1
+    assert len(_evidence.sections(split(), _evidence.Predictions("KD", TEACHER), TEACHER)) == 1
 
 
 def test_rows_of_a_table_are_shown_as_its_file_has_them(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_rows_of_a_table_are_shown_as_its_file_has_them(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\n".join([header, *lines]))
     read = datasets.read_splits(str(tmp_path / "a.csv"), one_hot=True)
     test = datasets.prepared(read)[0].test
-    student = _evidence.Named("KD", 1 - test.labels[None])
+    student = _evidence.Predictions("KD", 1 - test.labels[None])
     [table] = _evidence.sections(test, student, test.labels[None])[1].parts
     assert isinstance(table, report.Table)
     [(_, rows)] = table.groups
@@ -100,7 +100,7 @@ def test_rows_of_a_table_are_shown_as_its_file_has_them(tmp_path: Path) -> None:
 def test_examples_that_differ_alike_are_of_all_classes() -> None:
     count = 40
     data = Dataset("t", np.zeros((count, 2), np.float32), np.arange(count) // 20, 2, ("a", "b"))
-    wrong = _evidence.Named("KD", np.ones((1, count), np.int64) - data.labels)
+    wrong = _evidence.Predictions("KD", np.ones((1, count), np.int64) - data.labels)
     _, differences = _evidence.sections(data, wrong, data.labels[None])
     [table] = differences.parts
     assert isinstance(table, report.Table)
@@ -110,7 +110,7 @@ def test_examples_that_differ_alike_are_of_all_classes() -> None:
 
 def test_of_many_classes_the_most_frequent_confusions_are_listed() -> None:
     data = split()._replace(classes=30, names=())
-    [section] = _evidence.sections(data, _evidence.Named("KD", NAMED), NAMED)
+    [section] = _evidence.sections(data, _evidence.Predictions("KD", NAMED), NAMED)
     [table] = section.parts
     assert isinstance(table, report.Table)
     assert list(table.groups[0][1]) == [("0", "1", "2"), ("1", "0", "1")]

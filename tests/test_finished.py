@@ -26,8 +26,8 @@ VALUE = Found(
 )
 
 
-def opened(folder: Path, run: str = "r", *, resume: bool = True) -> _stored_results.Finished:
-    return _stored_results.opened(folder, run, resume=resume, kinds=(Found,))
+def opened(folder: Path, run: str = "r", *, resume: bool = True) -> _stored_results.Store:
+    return _stored_results.open_store(folder, run, resume=resume, kinds=(Found,))
 
 
 def counted() -> tuple[list[int], Any]:
@@ -42,10 +42,10 @@ def counted() -> tuple[list[int], Any]:
 
 def test_a_finished_method_is_not_run_again(tmp_path: Path) -> None:
     calls, make = counted()
-    first, seconds = _stored_results.once(opened(tmp_path, resume=False), "kd", make)
+    first, seconds = _stored_results.load_or_run(opened(tmp_path, resume=False), "kd", make)
     left = tmp_path / "finished" / "kd_rung_2.npz"  # killed between the two
     left.touch()
-    again, later = _stored_results.once(opened(tmp_path), "kd", make)
+    again, later = _stored_results.load_or_run(opened(tmp_path), "kd", make)
     assert len(calls) == 1 and later == seconds and not left.exists()
     assert jax.tree.structure(again) == jax.tree.structure(first)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
@@ -57,22 +57,22 @@ def test_only_a_resumed_run_takes_its_own_whole_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls, make = counted()
-    _stored_results.once(opened(tmp_path, resume=False), "kd", make)
-    _stored_results.once(opened(tmp_path, "another"), "kd", make)
+    _stored_results.load_or_run(opened(tmp_path, resume=False), "kd", make)
+    _stored_results.load_or_run(opened(tmp_path, "another"), "kd", make)
     assert len(calls) == 2 and "it is of another run" in capsys.readouterr().err
     path = tmp_path / "finished" / "kd.npz"
     path.write_bytes(path.read_bytes()[:-30])
-    _stored_results.once(opened(tmp_path, "another"), "kd", make)
+    _stored_results.load_or_run(opened(tmp_path, "another"), "kd", make)
     assert len(calls) == 3 and "kd runs again" in capsys.readouterr().err
-    _stored_results.once(opened(tmp_path, "another", resume=False), "kd", make)
+    _stored_results.load_or_run(opened(tmp_path, "another", resume=False), "kd", make)
     assert len(calls) == 4, "a new run begins with nothing"
-    _stored_results.once(_stored_results.NOWHERE, "kd", make)
+    _stored_results.load_or_run(_stored_results.NO_STORE, "kd", make)
     assert len(calls) == 5
 
 
 def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="holds object, which is not stored"):
-        _stored_results.once(opened(tmp_path), "kd", lambda: {"x": object()})
+        _stored_results.load_or_run(opened(tmp_path), "kd", lambda: {"x": object()})
 
 
 class Weights(NamedTuple):
@@ -100,8 +100,10 @@ class Linear(eqx.Module):
 def test_a_framework_s_own_tree_keeps_its_paths(kept: Any, tmp_path: Path) -> None:
     """What is read by path, as files of students are written, is the same from a stored result."""
     result = Found({"params": kept}, np.zeros(2))
-    first, _ = _stored_results.once(opened(tmp_path, resume=False), "kd", lambda: result)
-    again, _ = _stored_results.once(opened(tmp_path), "kd", lambda: pytest.fail("it ran again"))
+    first, _ = _stored_results.load_or_run(opened(tmp_path, resume=False), "kd", lambda: result)
+    again, _ = _stored_results.load_or_run(
+        opened(tmp_path), "kd", lambda: pytest.fail("it ran again")
+    )
     wanted, found = trees.flatten(first.kept), trees.flatten(again.kept)
     assert sorted(found) == sorted(wanted) and len(found) > 0
     for path, leaf in wanted.items():

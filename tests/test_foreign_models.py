@@ -193,7 +193,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe=st.sampled_from(RECIPES),
     number=st.integers(0, 100),
     value=values | st.sampled_from(
-        [*_recipes.KNOWN, BASE, ["a"], [{"filter": "x"}], [0, 10**5], "gguf", "+", "/dev/zero"]),
+        [*_recipes.KNOWN, BASE, ["a"], [{"filter": "x"}], [0, 10**5], "gguf", "+",
+         "/dev/zero"]),
     edit=st.none() | edits,
 )  # fmt: skip
 def test_any_recipe_of_a_merge(
@@ -221,11 +222,11 @@ def test_any_result_of_a_finished_method(
 ) -> None:
     """It is the result, or the method runs again."""
     folder, wanted = tmp_path_factory.mktemp("run"), (np.arange(20.0), {"a": [1, None, "x"]})
-    kept = _stored_results.opened(folder, "r", resume=True, kinds=())
-    _stored_results.once(kept, "kd", lambda: wanted)
+    kept = _stored_results.open_store(folder, "r", resume=True, kinds=())
+    _stored_results.load_or_run(kept, "kd", lambda: wanted)
     path = folder / "finished/kd.npz"
     path.write_bytes(edited(path.read_bytes(), edit))
     with bounded():
-        (found, more), _ = _stored_results.once(kept, "kd", lambda: wanted)
+        (found, more), _ = _stored_results.load_or_run(kept, "kd", lambda: wanted)
     np.testing.assert_array_equal(found, wanted[0])
     assert more == wanted[1]

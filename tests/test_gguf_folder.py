@@ -65,16 +65,16 @@ def test_other_tokenizers_are_refused(changes: dict[str, Any]) -> None:
 
 def test_the_folder_is_the_file(tmp_path: Path) -> None:
     path = _write(tmp_path / "model.gguf", "LLAMA", LLAMA, _source(LLAMA)[1])
-    assert of_models.as_folder(None, tmp_path) is None
-    assert of_models.as_folder("some/folder", tmp_path) == "some/folder"
+    assert of_models.to_folder(None, tmp_path) is None
+    assert of_models.to_folder("some/folder", tmp_path) == "some/folder"
     folder = tmp_path / "teacher"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"of another, which a resumed run would read")
-    assert of_models.as_folder(str(path), folder) == str(folder)
+    assert of_models.to_folder(str(path), folder) == str(folder)
     read, again = gguf.load(path), decoders.load(folder)
     assert read.model.config == again.model.config and again.config["eos_token_id"] == 2
     for ours, theirs in zip(*map(jax.tree.leaves, (again.params, read.params)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="GGUF"):
-        of_models.as_folder(str(path), folder)
+        of_models.to_folder(str(path), folder)

@@ -33,9 +33,7 @@ def written(folder: Path, rows: Any = None, **changed: Any) -> teacher_cache.Cac
         DECODER, params, (), {"architectures": ["Tiny"]}, transforms.Report()
     )
     rows = Rows(batch()["inputs"] if rows is None else rows)
-    return training.written_cache(
-        str(folder), teacher, tokenizer, rows, say=lambda _: None, **given
-    )
+    return training.write_cache(str(folder), teacher, tokenizer, rows, say=lambda _: None, **given)
 
 
 @cache

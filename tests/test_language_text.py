@@ -107,7 +107,10 @@ def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
     assert rows.inputs["privileged"]["tokens"].tolist() == [[0, 0, 0, *b"cdeab"]]
     assert rows.cut == 0 and rows_of(file, 5, 2, 0.5).train.cut == 1
     # The text alone, for measuring on it; and what a self-taught teacher is told.
-    assert _language_text.pieces(rows).tolist() == [[*b"abcde", 256]] and text.told == "its answer"
+    assert (
+        _language_text.pieces(rows).tolist() == [[*b"abcde", 256]]
+        and text.teacher_context == "its answer"
+    )
     [told] = language.after_prompts(documents({"prompt": "a", "completion": "b"} | HINT), 6, 2)
     assert told.privileged is not None and told.is_cut
     assert BYTES.decode(told.privileged[0]) == "3456 a"

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run_of(folder: Path) -> _seeds.Run:
     none = Dataset("none", np.zeros((0, 1)), np.zeros(0), 2)
-    return _seeds.Run(folder, "", False, 1, {}, Splits(none, none, none), _logs.begun(folder))
+    return _seeds.Run(folder, "", False, 1, {}, Splits(none, none, none), _logs.read_lines(folder))
 
 
 def test_a_table_has_a_row_per_line(folder: Path) -> None:
@@ -37,15 +37,15 @@ def test_a_table_has_a_row_per_line(folder: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["loss"] for row in rows] == ["2.0", "", "nan"]
     assert rows[1]["eval/validation_accuracy"] == "0.75" and rows[0]["learning_rate"] == "0.1"
-    assert _logs.curves(_logs.begun(folder)["kd"]) == {"loss": [2.0], "learning_rate": [0.1]}
+    assert _logs.curves(_logs.read_lines(folder)["kd"]) == {"loss": [2.0], "learning_rate": [0.1]}
 
 
 def test_lines_of_other_programs_stand_there_for_others(folder: Path) -> None:
     theirs = [{"epoch": 1, "loss": 2.0}, {"method": "kd", "loss": 9.0}, {"method": 3, "step": 1}]
     with (folder / "metrics.jsonl").open("a") as file:
         file.writelines(f"{json.dumps(line)}\n" for line in theirs)
-    assert _logs.of_methods(folder) == LINES
-    assert _logs.curves(_logs.begun(folder)["kd"]) == {"loss": [2.0], "learning_rate": [0.1]}
+    assert _logs.method_lines(folder) == LINES
+    assert _logs.curves(_logs.read_lines(folder)["kd"]) == {"loss": [2.0], "learning_rate": [0.1]}
     _logs.write_curves(folder, {"dkd": {"epoch": [1], "loss": [0.5]}}, ["csv"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == [*LINES[:2], *theirs, {"step": 1, "method": "dkd", "loss": 0.5}]
@@ -73,19 +73,19 @@ def test_the_file_is_read_once_for_all_methods(
         assert _seeds._skipped(run, name, 4) == [2, 0]
         assert _logs.curves(run.lines[name])["loss"][-1:] == pytest.approx([np.nan], nan_ok=True)
     assert len(reads) == before, "it grows with the square of the methods otherwise"
-    assert _logs.begun(folder) == run.lines, "what is remembered is what is written"
+    assert _logs.read_lines(folder) == run.lines, "what is remembered is what is written"
 
 
 def test_a_lost_file_is_told_once_a_method_has_saved_steps(folder: Path) -> None:
     (folder / "metrics.jsonl").unlink()
     (folder / "checkpoints" / "kd").mkdir(parents=True)
-    assert _logs.begun(folder) == {}, "ended before it had logged anything"
+    assert _logs.read_lines(folder) == {}, "ended before it had logged anything"
     (folder / "checkpoints" / "kd" / "3").mkdir()
     with pytest.warns(UserWarning, match=r"metrics\.jsonl is missing: its metrics are lost"):
-        assert _logs.begun(folder) == {}
+        assert _logs.read_lines(folder) == {}
     (folder / "metrics.jsonl").write_text("\n")
     with pytest.warns(UserWarning, match=r"metrics\.jsonl holds no metrics: those of the saved"):
-        assert _logs.begun(folder) == {}
+        assert _logs.read_lines(folder) == {}
 
 
 def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:
@@ -96,7 +96,7 @@ def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:
         assert all(tag in events.read_bytes() for tag in tags)
     own = [{**LINES[0], "method": "hint"}]
     for chosen in (("csv",), ("csv", "tensorboard")):  # as soon as a method is finished, if asked
-        _logs.show(folder, own, chosen)
+        _logs.write_method_events(folder, own, chosen)
         known = {home.name for home in (folder / "tensorboard").iterdir()}
         assert known == {"kd", "dkd"} | ({"hint"} if "tensorboard" in chosen else set())
 
@@ -113,7 +113,7 @@ def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_programs_are_listed_by_name_with_their_number_and_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with _output.counted_programs() as said:
+    with _output.count_programs() as said:
 
         @jax.jit
         def doubled(x: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def test_programs_are_listed_by_name_with_their_number_and_seconds(
             doubled(np.ones(size, np.float32))
         once = said()
         jax.jit(lambda x: x - 1)(np.ones(3, np.float32))
-        monkeypatch.setattr(_output, "NAMED", 1)
+        monkeypatch.setattr(_output, "MOST_NAMES", 1)
         summed = said()
     seconds = r"\d+\.\d s"
     total = rf"\d compiled, \d from the compilation cache, {seconds} in all"

@@ -121,7 +121,7 @@ def test_what_would_broadcast_or_count_as_something_else_is_refused(
 
 def test_labels_of_an_example_without_an_answer_leave_no_score_of_all() -> None:
     logits = np.array([[1.0, -1.0], [np.nan, -1.0]])
-    found = evaluate.of_labels(logits, np.array([[1, 0], [0, 0]]), ["a", "b"])
+    found = evaluate.score_labels(logits, np.array([[1, 0], [0, 0]]), ["a", "b"])
     assert found["not_finite"] == 1
     for name in ("exact", "mean_average_precision", "micro_f1", "macro_f1"):
         assert np.isnan(found[name])
@@ -129,21 +129,21 @@ def test_labels_of_an_example_without_an_answer_leave_no_score_of_all() -> None:
 
 def test_a_class_without_an_answer_leaves_no_score_of_all() -> None:
     logits = np.array([[1.0, -1.0], [np.nan, -1.0], [-np.inf, 2.0]])
-    found = evaluate.of_classes(logits, np.array([0, 1, 1]), ["a", "b"])
+    found = evaluate.score_classes(logits, np.array([0, 1, 1]), ["a", "b"])
     assert found["not_finite"] == 1
     for name in ("accuracy", "balanced_accuracy", "macro_f1", "negative_log_likelihood", "brier"):
         assert np.isnan(found[name]), name
-    known = evaluate.of_classes(logits[[0, 2]], np.array([0, 1]), ["a", "b"])
+    known = evaluate.score_classes(logits[[0, 2]], np.array([0, 1]), ["a", "b"])
     assert known["macro_f1"] == known["accuracy"] == 1
 
 
 def test_a_diverged_student_agrees_with_nobody_and_names_nothing() -> None:
     """NaN > 0 is false: as an answer that would be "none of the labels"."""
     answers = np.array([[[1.0, -1.0], [-2.0, -1.0]], [[np.nan] * 2, [1.0, 1.0]]])  # [S, N, K]
-    labels = _measures.of(Preprocessing(kind="labels"))
-    assert all(np.isnan(x) for x in labels.more(answers, [[1, 0], [0, 0]]).values())
-    assert labels.more(answers[:1], [[1, 0], [0, 0]])["subset_accuracy"] == 1
-    assert labels.alike is not None and _measures.CLASSES.alike is not None
-    np.testing.assert_array_equal(labels.alike(answers, answers[:1]), [[1, 1], [np.nan, 0]])
-    alike = _measures.CLASSES.alike([[0, 1, 2], [-1, 1, 0]], [[0, 1, -1]])
+    labels = _measures.measure_of(Preprocessing(kind="labels"))
+    assert all(np.isnan(x) for x in labels.extra_scores(answers, [[1, 0], [0, 0]]).values())
+    assert labels.extra_scores(answers[:1], [[1, 0], [0, 0]])["subset_accuracy"] == 1
+    assert labels.agree is not None and _measures.CLASSES.agree is not None
+    np.testing.assert_array_equal(labels.agree(answers, answers[:1]), [[1, 1], [np.nan, 0]])
+    alike = _measures.CLASSES.agree([[0, 1, 2], [-1, 1, 0]], [[0, 1, -1]])
     np.testing.assert_array_equal(alike, [[1, 1, np.nan], [np.nan, 1, np.nan]])

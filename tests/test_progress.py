@@ -54,7 +54,7 @@ def test_the_time_left_is_that_of_the_mean_rate() -> None:
     assert _progress.time_left((5.0, 2), (15.0, 7), 99.0, 10) == 0.0
     assert _progress.time_left((5.0, 2), (5.0, 2), 9.0, 10) is None, "one moment has no rate"
     assert _progress.time_left(None, None, 9.0, 10) is None
-    words = [_progress.in_words(s) for s in (0.4, 59.4, 59.6, 200.0, 7500.0)]
+    words = [_progress.format_duration(s) for s in (0.4, 59.4, 59.6, 200.0, 7500.0)]
     assert words == ["0 s", "59 s", "1 min 0 s", "3 min 20 s", "2 h 5 min"]
 
 
@@ -62,9 +62,9 @@ def test_parts_add_up_to_the_whole() -> None:
     bars: list[tuple[Any, ...]] = []
     lines: list[str] = []
     say = _progress.Progress(lines.append, lambda *bar: bars.append(bar), lambda: None)
-    moved = _progress.part(say, "kd", 2, 4)
+    moved = _progress.track_part(say, "kd", 2, 4)
     moved(5, 10)
-    begins = _progress.by_part(say, 2)
+    begins = _progress.announce_parts(say, 2)
     for text in ("source", "scratch", "one more"):
         begins(text)
     assert bars == [
@@ -75,7 +75,7 @@ def test_parts_add_up_to_the_whole() -> None:
 
 def test_a_bar_is_seldom_drawn_and_then_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
-    with terminal, pytest.raises(RuntimeError, match="half"), _progress.shown() as say:
+    with terminal, pytest.raises(RuntimeError, match="half"), _progress.show_progress() as say:
         for step in range(50_000):
             say.bar("steps", step, 100_000)
         say("a line")
@@ -91,12 +91,12 @@ def test_no_terminal_no_bar(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with _progress.shown() as say:
+    with _progress.show_progress() as say:
         for step in range(100):
             say.bar("steps", step, 100)
     assert capfd.readouterr() == ("", "")
     monkeypatch.delenv("FORCE_COLOR")
-    with _progress.shown() as say:
+    with _progress.show_progress() as say:
         say.bar("steps", 1, 100)
         say("a line")
     printed = capfd.readouterr()
@@ -108,7 +108,7 @@ def test_a_command_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Standard output holds what it holds without a terminal; the run is the same."""
-    monkeypatch.setattr(_progress, "REDRAWN", 0.0)
+    monkeypatch.setattr(_progress, "REDRAW_SECONDS", 0.0)
     command = ["distill", "--data", file, *SHORT]
     with Terminal(monkeypatch) as terminal:
         assert kdtl(*command, "--out", tmp_path / "a") == 0

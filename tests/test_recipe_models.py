@@ -194,7 +194,7 @@ def teacher(tmp_path: Path) -> str:
 
 def read(path: str, splits: Splits, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Any:
     monkeypatch.setattr(_data, "read_splits", lambda *args, **kwargs: splits)
-    source = _models.opened(path, given.get("text"), "mlp:1")
+    source = _models.open_source(path, given.get("text"), "mlp:1")
     found, form = _data.read_data(Data(), source)
     return source.about.model, found, form.scaling
 
@@ -204,7 +204,7 @@ def test_a_file_says_what_its_model_is(teacher: str, monkeypatch: pytest.MonkeyP
     assert text == "mlp:6" and safetensors.index(teacher).metadata["seed"] == "0"
     np.testing.assert_array_equal(scaling.mean, np.full(4, 5))
     np.testing.assert_allclose(splits.test.inputs, (data().test.inputs - 5) / 2, rtol=1e-6)
-    assert _models.opened(None, None, "mlp:1")[:2] == (None, About("mlp:1"))
+    assert _models.open_source(None, None, "mlp:1")[:2] == (None, About("mlp:1"))
 
 
 def test_a_file_of_something_else_is_refused(
@@ -238,11 +238,11 @@ def test_a_file_of_something_else_is_refused(
     inputs[:, 2] *= 1e-3
     assert _data.other_units(inputs, ["a", "b", "c", "d"]) is None
     with pytest.raises(ValueError, match="no such file"):
-        _models.opened(str(tmp_path / "nowhere"), None, "mlp:1")
+        _models.open_source(str(tmp_path / "nowhere"), None, "mlp:1")
     broken = tmp_path / "broken.safetensors"
     safetensors.save(broken, {"a": np.ones(1)}, metadata={"classes": "many"})
     with pytest.raises(ValueError, match="metadata are damaged"):
-        _models.opened(str(broken), None, "mlp:1")
+        _models.open_source(str(broken), None, "mlp:1")
 
 
 def test_images_of_another_size_are_refused_and_unknown_scaling_is_said(

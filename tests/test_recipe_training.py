@@ -17,7 +17,7 @@ from tiny import SHORT, kdtl, results, write_data
 from kdtl_jax import train
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _choice, _measures, _optimizers, _training
-from kdtl_jax.recipes._optimizers import Training
+from kdtl_jax.recipes._optimizers import TrainingSettings
 from kdtl_jax.run import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("standard")
@@ -43,13 +43,13 @@ def after(tx: optax.GradientTransformation, steps: int = 3) -> Any:
 def test_the_defaults_are_adam_along_a_cosine_to_the_bit() -> None:
     fall = optax.cosine_decay_schedule(1.0, 5)
     wanted = after(optax.adam(lambda count: 0.01 * fall(count)))
-    found = after(_optimizers.optimizer(Training(), 0.01, 0.0, 5))
+    found = after(_optimizers.optimizer(TrainingSettings(), 0.01, 0.0, 5))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize("name", list(_optimizers.RATES))
 def test_every_optimizer_is_optaxs_with_weight_decay_and_clipping(name: str) -> None:
-    constant: Any = replace(Training(), optimizer=name, schedule="constant")
+    constant: Any = replace(TrainingSettings(), optimizer=name, schedule="constant")
     plain = after(_optimizers.optimizer(constant, 0.01, 0.0, 5))
     decayed = after(_optimizers.optimizer(constant, 0.01, 0.1, 5))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(plain))
@@ -69,7 +69,7 @@ def test_every_optimizer_is_optaxs_with_weight_decay_and_clipping(name: str) -> 
 
 def test_schedules_rise_and_fall() -> None:
     def values(name: str, warmup: float) -> list[float]:
-        made = _optimizers.shape(name, warmup, 10)
+        made = _optimizers.schedule_shape(name, warmup, 10)
         return [float(np.asarray(made(jnp.int32(i)))) for i in range(11)]
 
     np.testing.assert_allclose(values("constant", 0.3), [1 / 3, 2 / 3, *[1] * 9], rtol=1e-6)
@@ -87,22 +87,22 @@ def test_labels_are_smoothed_and_classes_weighted() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
     inputs = Inputs({"logits": logits}, {}, {"labels": jnp.asarray(labels)})
     log_p = np.asarray(jax.nn.log_softmax(logits))
-    assert _measures.cross_entropy_of(Training(), labels, 3) is _measures.cross_entropy
-    smooth: Any = replace(Training(), label_smoothing=0.3)
+    assert _measures.cross_entropy_of(TrainingSettings(), labels, 3) is _measures.cross_entropy
+    smooth: Any = replace(TrainingSettings(), label_smoothing=0.3)
     targets = 0.7 * np.eye(3)[labels] + 0.1
     found = _measures.cross_entropy_of(smooth, labels, 3)(inputs)
     assert isinstance(found, dict)
     np.testing.assert_allclose(found["task"], -(targets * log_p).sum(-1), rtol=1e-5)
-    even: Any = replace(Training(), class_weights="balanced")
+    even: Any = replace(TrainingSettings(), class_weights="balanced")
     found = _measures.cross_entropy_of(even, labels, 3)(inputs)
     assert isinstance(found, dict)
     weights = np.array([4 / (2 * 3), 4 / 2])[labels]
     np.testing.assert_allclose(found["task"], -weights * log_p[np.arange(4), labels], rtol=1e-5)
-    np.testing.assert_allclose(_measures.balanced(labels, 3), [2 / 3, 2, 0])
+    np.testing.assert_allclose(_measures.balanced_weights(labels, 3), [2 / 3, 2, 0])
 
 
 def test_an_average_of_the_weights_is_kept_beside_the_optimizer() -> None:
-    tx = _optimizers.averaged(optax.sgd(0.1), 0.3)
+    tx = _optimizers.keep_average(optax.sgd(0.1), 0.3)
     state = train.init_state(PARAMS, tx, key=jax.random.key(0))
     mean, params, opt_state = PARAMS, PARAMS, state.opt_state
     for n in range(3):
@@ -110,10 +110,10 @@ def test_an_average_of_the_weights_is_kept_beside_the_optimizer() -> None:
         params = optax.apply_updates(params, updates)
         d = min(0.3, (1 + n) / (10 + n))
         mean = jax.tree.map(lambda m, p, d=d: d * m + (1 - d) * p, mean, params)
-    found = _optimizers.used(state._replace(params=params, opt_state=opt_state))
+    found = _optimizers.with_averages(state._replace(params=params, opt_state=opt_state))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found.params, mean)
     plain = train.init_state(PARAMS, optax.sgd(0.1), key=jax.random.key(0))
-    assert _optimizers.used(plain) is plain
+    assert _optimizers.with_averages(plain) is plain
 
 
 def test_early_stopping_gives_back_the_best_epoch(

@@ -164,7 +164,7 @@ def test_any_classes_and_examples(found: list[str], inputs: list[float]) -> None
     labels = np.arange(8, dtype=np.int32) % 3
     for inputs_of in (x, x.reshape(8, 4)):
         test = Dataset("any", inputs_of, labels, 3, names=tuple(found))
-        sections = _evidence.sections(test, _evidence.Named(found[0], said), said[:, ::-1])
+        sections = _evidence.sections(test, _evidence.Predictions(found[0], said), said[:, ::-1])
         with bounded(4):
             harmless(report.page(found[1], sections))
 

@@ -69,7 +69,7 @@ def test_any_records(begun: Any, put: str, place: int, env: bytes) -> None:
     (folder / "env.json").write_text(json.dumps(about))
     resume(folder)
     with bounded():
-        _folders.how_it_was_run(folder)
+        _folders.run_record(folder)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "env.json", "made_from.json"])
@@ -88,7 +88,7 @@ def test_records_that_are_no_files(begun: Any, name: str, kind: str) -> None:
         path.symlink_to("/dev/zero")
     resume(folder)
     with bounded():
-        assert "ended" in _folders.how_it_was_run(folder), "results are written all the same"
+        assert "ended" in _folders.run_record(folder), "results are written all the same"
     if kind == "folder":
         path.rmdir()
     else:

@@ -186,7 +186,7 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
         told: list[str] = []
         where = tmp_path / folder
         own = dataclasses.replace(settings, resume=resume)
-        return training.distilled(
+        return training.distill_student(
             step, {"w": jnp.full(9, start)}, {"w": jnp.arange(9.0)}, lines, jax.random.key(0),
             lambda params: float(params["w"].sum()),
             training.Run(where, "run", "kind_0", own, told.append, lambda done, total: None),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from kdtl_jax import _text
 from kdtl_jax.cli import _parser
-from kdtl_jax.recipes.settings import UsageError, near
+from kdtl_jax.recipes.settings import UsageError, suggest
 from kdtl_jax.recipes.yaml_files import as_yaml
 
 
@@ -175,7 +175,7 @@ def find(argv: Sequence[str]) -> tuple[str, str, Any, list[str]] | None:
             listed = ", ".join(known)
             if not first:
                 raise UsageError(f"name a command: {listed}")
-            hint = near(first, known) or f"the commands are {listed}"
+            hint = suggest(first, known) or f"the commands are {listed}"
             raise UsageError(f"unknown command {first!r}; {hint}")
         command, rest = known[first], rest[1:]
         words = f"{words} {first}".strip()

@@ -16,7 +16,7 @@ import jsonargparse
 
 from kdtl_jax._text import quoted, shown
 from kdtl_jax.recipes import yaml_files
-from kdtl_jax.recipes.settings import INT32, UsageError, near, number
+from kdtl_jax.recipes.settings import INT32, UsageError, number, suggest
 
 LONGEST = 300  # characters of a message's line
 MOST_UNKNOWN = 8  # flags or keys named in one message
@@ -193,7 +193,7 @@ def _choice(known: Sequence[str], is_optional: bool, value: Any) -> str | None:
     asked = str(value).lower().replace("_", "-")
     if asked not in plain:
         said = f"expected one of {', '.join(known)}, got {quoted(str(value))}"
-        raise argparse.ArgumentTypeError("; ".join(filter(None, (said, near(asked, known)))))
+        raise argparse.ArgumentTypeError("; ".join(filter(None, (said, suggest(asked, known)))))
     return plain[asked]
 
 
@@ -286,8 +286,8 @@ def _alike(name: str, known: Iterable[str]) -> str:
     if dashed in DEVICES:
         return "JAX chooses the device: set JAX_PLATFORMS to cpu, cuda or tpu"
     if not name.startswith("--"):
-        return near(name, known)
-    return near(dashed, [flag.strip("-") for flag in known], "--")
+        return suggest(name, known)
+    return suggest(dashed, [flag.strip("-") for flag in known], "--")
 
 
 def _checked(

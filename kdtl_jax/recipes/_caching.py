@@ -65,10 +65,10 @@ def check(
         )
     try:
         if is_whole:
-            expected = _expected(pair, pair.given, required)
+            expected = _expected(pair, pair.teacher_variables, required)
             teacher_cache.open_cache(folder, expect=expected, contents=False)
-        elif pair.given is not None:  # the teacher will complete it here
-            fingerprint = _expected(pair, pair.given, available)._replace(
+        elif pair.teacher_variables is not None:  # the teacher will complete it here
+            fingerprint = _expected(pair, pair.teacher_variables, available)._replace(
                 dtype="float32", preprocessing=_preprocessing(precision)
             )
             teacher_cache.begun(folder, expect=fingerprint)

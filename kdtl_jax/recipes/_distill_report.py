@@ -15,12 +15,12 @@ from kdtl_jax.run import report
 STUDENTS = "distillation"  # their family in the table
 
 
-def described(
+def method_settings(
     settings: Any,  # `distill.Settings`
     entry: Entry | None,
     method: Method,
     trained: Trained,
-    kept: Student | None,
+    student: Student | None,
 ) -> dict[str, Any]:
     """A method's settings in the table; `entry` is None for the student alone."""
     weights = {
@@ -30,26 +30,26 @@ def described(
     return {
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
-        **_filled_in(entry, settings),
+        **_optimizer_settings(entry, settings),
         "weights": weights,
-        **({} if trained.kept is None else {"epoch_kept": trained.kept}),
+        **({} if trained.kept_epoch is None else {"epoch_kept": trained.kept_epoch}),
         "ran": "seed by seed" if trained.in_turn else "all seeds at once",
         **({} if entry is None else {"paper": entry.paper}),
-        **_students.described(kept),
+        **_students.file_fields(student),
         **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
     }
 
 
-def _filled_in(entry: Entry | None, settings: Any) -> dict[str, Any]:
-    """Optimizer, rate and temperature of a method, with defaults filled in, for its settings."""
+def _optimizer_settings(entry: Entry | None, settings: Any) -> dict[str, Any]:
+    """A method's optimizer, learning rate and temperature, with defaults filled in."""
     rate = _optimizers.peak_rate(settings)
-    found = {"optimizer": settings.optimizer, "learning_rate": rate}
+    filled = {"optimizer": settings.optimizer, "learning_rate": rate}
     if settings.weight_decay:
-        found["weight_decay"] = settings.weight_decay
+        filled["weight_decay"] = settings.weight_decay
     if entry is not None and methods.takes_temperature(entry):
-        own = inspect.signature(entry.build).parameters["temperature"].default
-        found["temperature"] = settings.temperature or own
-    return found
+        default = inspect.signature(entry.build).parameters["temperature"].default
+        filled["temperature"] = settings.temperature or default
+    return filled
 
 
 def results(
@@ -57,39 +57,41 @@ def results(
     pair: _pair.Pair,
     rows: Sequence[report.Row],
     learning: Mapping[str, Any],
-    named: Mapping[str, _evidence.Named],  # by method, including the teacher
+    predictions: Mapping[str, _evidence.Predictions],  # by method, including the teacher
     notes: Sequence[str],
 ) -> report.Results:
-    """The report: which student to use, and what it gets wrong."""
+    """The report: the recommended student, and its errors."""
     few, splits = settings.per_class, pair.splits
-    seen = f"{few} per class, drawn anew for every seed"
+    examples = f"{few} per class, drawn anew for every seed"
     sizes = {name: len(part.labels) for name, part in splits._asdict().items()}
     data = {
         "name": splits.train.name,
         "classes": splits.train.classes,
         **sizes,
-        "student_examples": seen if few else "all",
+        "student_examples": examples if few else "all",
         "recommended": _students.recommended(rows),
     }
-    of_few = f"sees all training examples, students ({settings.student}) {seen}"
-    of_all = f"and the students ({settings.student}) see all training examples"
-    about_data = (
+    few_text = f"sees all training examples, students ({settings.student}) {examples}"
+    all_text = f"and the students ({settings.student}) see all training examples"
+    data_note = (
         f"Data: {data['name']}, {sizes['train']} training, {sizes['validation']} validation and "
         f"{sizes['test']} test examples. The teacher ({pair.teacher_text}) "
-        f"{of_few if few else of_all}. A seed has the same initial weights and batches "
+        f"{few_text if few else all_text}. A seed has the same initial weights and batches "
         "under every method. Nothing was chosen on the test split."
     )
     advice = _students.note(rows, BASELINE)
-    best, evidence = _students.first(rows), []
+    best, evidence = _students.best_row(rows), []
     if best is not None and pair.measure.kind == "classes":
-        evidence = _evidence.sections(splits.test, named[best.method], named[TEACHER].classes)
+        evidence = _evidence.sections(
+            splits.test, predictions[best.method], predictions[TEACHER].classes
+        )
     return report.Results(
         "kdtl distill: one teacher, students by several methods",
         data,
         report.compared(rows, {STUDENTS: BASELINE}),
         learning,
         {},
-        [about_data, *notes, *([] if advice is None else [advice])],
+        [data_note, *notes, *([] if advice is None else [advice])],
         sections=evidence,
         score=pair.measure.score_name,
     )

@@ -1,4 +1,4 @@
-"""Run folders: made, locked, resumed, and their record of how the run was made."""
+"""Run folders: creating, locking and resuming them, and the record of the run."""
 
 import contextlib
 import datetime
@@ -14,11 +14,11 @@ from kdtl_jax.recipes import _stored_results, _students, yaml_files
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import checkpoint, processes, record, report
 
-# What a run writes before its work: all that remains if it fails before training anything.
+# Written before the work begins: all that remains of a run that fails before training.
 SETTINGS = {"config.yaml", "env.json", record.FILE}
 # Settings that may differ between a run and its continuation.
-FREE = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
-# Other files that a run replaces, and its folders, which have their own marks.
+FREE_SETTINGS = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
+# Files that a run replaces; its folders have their own marks.
 WRITTEN = {"metrics.jsonl", "results.json", "report.html", "sweep.csv", "bench.json"} | SETTINGS
 
 
@@ -38,19 +38,19 @@ def run_folder(
     saves: Sequence[str] = (),
     models: Sequence[str] = (),
 ) -> Iterator[Folder]:
-    """The run folder, locked, with `config.yaml` and `env.json` in it.
+    """Opens the run folder, locked, with `config.yaml` and `env.json` in it.
 
-    A new folder, or one that holds only the settings of a run that failed early. With
-    `settings.force`, an earlier run's folder, recognized by its record; only what a run writes is
-    removed. With `resume`, the folder of a run with the same settings and content.
+    The folder is new, or holds only the settings of a run that failed early. With
+    `settings.force`, it may be an earlier run's, recognized by its record; only files that a run
+    writes are removed. With `resume`, it is the folder of a run with the same settings and inputs.
 
     Args:
       settings: of the recipe, with `out` and `force`.
       command: its name, for `config.yaml`.
       files: the data and the weights to read, by role.
-      saves: the checkpoint folders to write, as paths within the run folder; what is in their way
-        is refused now, not after training.
-      models: the model folders to write within the run folder; likewise.
+      saves: the checkpoint folders to write, as paths within the run folder, checked for foreign
+        files now rather than after training.
+      models: the model folders to write within the run folder, checked likewise.
 
     Raises:
       ValueError: if the folder is not empty, is a file, or belongs to a run on other content; or if
@@ -63,44 +63,44 @@ def run_folder(
     with contextlib.ExitStack() as stack:
 
         def check() -> bool:
-            taken_up, is_ours = _is_taken_up(settings), record.is_kept(folder)
+            is_resumed, is_ours = _resumes(settings), record.is_kept(folder)
             for name in saves:
                 checkpoint.check_removable(folder / name)
             for name in models:
-                _check_model(folder / name, is_ours=is_ours or taken_up)
+                _check_model(folder / name, is_ours=is_ours or is_resumed)
             _files.check_free(folder / _students.FOLDER, _students.FOLDER)
-            if folder.is_dir() and not is_ours and not taken_up:
-                there = list(folder.iterdir())
+            if folder.is_dir() and not is_ours and not is_resumed:
+                entries = list(folder.iterdir())
                 _files.refuse(
-                    folder, [x for x in there if x.name in WRITTEN or x.suffix == ".safetensors"]
+                    folder, [x for x in entries if x.name in WRITTEN or x.suffix == ".safetensors"]
                 )
             for name in WRITTEN:
                 if folder.is_dir():
                     _files.check_place(folder / name)  # a pipe there would lose the results
-            return taken_up
+            return is_resumed
 
         def begin() -> str:
             stack.enter_context(_locks.checked_lock(folder, check))
-            taken_up = _is_taken_up(settings)
+            is_resumed = _resumes(settings)
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
                 if unfinished.is_file():
                     unfinished.unlink()
-            made = record.made_from(files or {})
-            if taken_up:
+            contents = record.made_from(files or {})
+            if is_resumed:
                 run = _check_same(folder, config, command)
-                for notice in record.compare(folder, made):
+                for notice in record.compare(folder, contents):
                     print(f"note: {notice}", file=sys.stderr)
                 return run
             (folder / "metrics.jsonl").unlink(missing_ok=True)
             _files.remove(folder / _students.FOLDER, _students.FOLDER)
-            if kept := checkpoint.remove(folder / "checkpoints"):
-                left = ", ".join(map(_text.shown, kept))
-                print(f"note: not ours, and left alone in {folder}/checkpoints: {left}")
-            record.keep(folder, made)
+            if foreign := checkpoint.remove(folder / "checkpoints"):
+                names = ", ".join(map(_text.shown, foreign))
+                print(f"note: not ours, and left alone in {folder}/checkpoints: {names}")
+            record.keep(folder, contents)
             run = secrets.token_hex(8)
-            begun = {"run": run, "command": _command(command), "begun": _now()}
-            _files.write_json(folder / "env.json", {**report.environment(), **begun})
-            # Last, because this file makes the run resumable, which needs the other two.
+            start = {"run": run, "command": _command_line(command), "begun": _now()}
+            _files.write_json(folder / "env.json", {**report.environment(), **start})
+            # Written last: this file makes the run resumable, which needs the other two.
             _files.write_atomic(folder / "config.yaml", config.encode(errors="replace"))
             return run
 
@@ -108,9 +108,9 @@ def run_folder(
 
 
 def check_out(settings: Any, command: str) -> None:
-    """Refuses, before anything is read, what `run_folder` would refuse from the settings alone.
+    """Raises, before anything is read, the errors of `run_folder` that need only the settings.
 
-    Settings that are None may depend on the data; `run_folder` compares those.
+    Settings that are None may depend on the data; `run_folder` compares them.
 
     Raises:
       ValueError: if the folder is not empty, or is a file.
@@ -118,16 +118,16 @@ def check_out(settings: Any, command: str) -> None:
     """
 
     def check() -> None:
-        if _is_taken_up(settings):
-            open_ = [name for name, value in vars(settings).items() if value is None]
+        if _resumes(settings):
+            unset = [name for name, value in vars(settings).items() if value is None]
             config = yaml_files.as_yaml(settings, command, force=False, resume=False)
-            _check_same(Path(settings.out), config, command, but=open_)
+            _check_same(Path(settings.out), config, command, ignore=unset)
 
     processes.decide(check)
 
 
-def _is_taken_up(settings: Any) -> bool:
-    """Whether the settings resume the run in their folder; if not, the folder must be free."""
+def _resumes(settings: Any) -> bool:
+    """Whether the settings resume a run; if not, raises ValueError unless the folder is free."""
     folder, resume = Path(settings.out), getattr(settings, "resume", False)
     if resume and settings.force:
         raise UsageError("--resume continues a run and --force overwrites it: give one of them.")
@@ -159,56 +159,58 @@ def _is_taken_up(settings: Any) -> bool:
 
 
 def _check_model(folder: Path, *, is_ours: bool) -> None:
-    """Refuses a model's folder that is a link or has files that no run wrote."""
+    """Raises ValueError if a model's folder is a link or has files that no run wrote."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{folder} is a link or a file. Remove it, or choose another --out.")
     if folder.is_dir() and not is_ours:
         _files.refuse(folder, folder.iterdir())
 
 
-def _check_same(folder: Path, config: str, command: str, but: Sequence[str] = ()) -> str:
-    """The identity of the run to resume, after comparing most of its settings."""
+def _check_same(folder: Path, config: str, command: str, ignore: Sequence[str] = ()) -> str:
+    """Compares the settings with those of the run to resume; returns its identity."""
     file = folder / "config.yaml"
     try:
-        known = yaml_files.read(file)
+        stored = yaml_files.read(file)
         run = _files.read_json(folder / "env.json")["run"]
         if not isinstance(run, str):
             raise ValueError("its run has no name")
     except (OSError, ValueError, KeyError) as error:
-        said = _text.shown(str(error), 200)
-        raise ValueError(f"{file} or env.json beside it cannot be read ({said}).") from None
-    now = yaml_files.parse(config.encode(errors="replace"))
-    other = [
-        f"{_text.shown(name)} ({_text.shown(known.get(name))}, now {_text.shown(now.get(name))})"
-        for name in [*now, *(name for name in known if name not in now)]
-        if name not in {*FREE, *but} and known.get(name) != now.get(name)
+        message = _text.shown(str(error), 200)
+        raise ValueError(f"{file} or env.json beside it cannot be read ({message}).") from None
+    current = yaml_files.parse(config.encode(errors="replace"))
+    names = [*current, *(name for name in stored if name not in current)]
+    pairs = {name: (stored.get(name), current.get(name)) for name in names}
+    differences = [
+        f"{_text.shown(name)} ({_text.shown(old)}, now {_text.shown(new)})"
+        for name, (old, new) in pairs.items()
+        if name not in {*FREE_SETTINGS, *ignore} and old != new
     ]
-    if other:
-        more = f" and {len(other) - 8} more" if len(other) > 8 else ""
+    if differences:
+        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
         raise UsageError(
-            f"--resume: {folder} was run with other settings: {', '.join(other[:8])}{more}. "
+            f"--resume: {folder} was run with other settings: {', '.join(differences[:8])}{more}. "
             f"Resume with: kdtl {command} --config {file} --resume --out {folder}"
         )
     return run
 
 
-def how_it_was_run(folder: Path) -> dict[str, Any]:
-    """The command line, when it began and ended, and every setting.
+def run_record(folder: Path) -> dict[str, Any]:
+    """The command line, the start and end times, and every setting.
 
-    Damaged records do not cost a run its results.
+    If the records are damaged, prints a note instead of failing, so the results are still written.
     """
     try:
-        begun = _files.read_json(folder / "env.json")
+        start = _files.read_json(folder / "env.json")
         settings = yaml_files.read(folder / "config.yaml")
     except (OSError, ValueError) as error:
         print(f"note: how it was run is left out ({_text.shown(str(error), 200)})", file=sys.stderr)
-        begun, settings = {}, {}
-    known = {name: begun[name] for name in ("command", "begun") if name in begun}
-    return {**known, "ended": _now(), **{k: v for k, v in settings.items() if k != "command"}}
+        start, settings = {}, {}
+    fields = {name: start[name] for name in ("command", "begun") if name in start}
+    return {**fields, "ended": _now(), **{k: v for k, v in settings.items() if k != "command"}}
 
 
-def _command(name: str) -> str:
-    """The command line as typed, or only the command if Python called it."""
+def _command_line(name: str) -> str:
+    """The command line as typed, or the name of the command if called from Python."""
     is_ours = Path(sys.argv[0]).name in ("kdtl", "__main__.py")
     return shlex.join(["kdtl", *sys.argv[1:]]) if is_ours else f"kdtl {name}, called from Python"
 

@@ -130,7 +130,7 @@ def model_of(settings: Any) -> Model:
         functions = (loaded.predict, loaded.outputs)
         predict, outputs = (_imports.run_in_folder(text, use) for use in functions)
         loaded = loaded._replace(predict=predict, outputs=outputs)
-    _models.tell_changed(text, loaded.metadata)
+    _models.note_changed(text, loaded.metadata)
     return loaded
 
 

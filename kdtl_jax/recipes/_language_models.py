@@ -1,4 +1,4 @@
-"""The models of `kdtl language`: folders, some of a model's layers, or a shape to initialize."""
+"""The models of `kdtl language`: loaded from folders, cut from a teacher, or initialized."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ SHAPE = ("layers", "width", "heads", "key_heads", "hidden")
 
 
 class Student(NamedTuple):
-    """What is trained, and how it becomes a decoder's parameters."""
+    """A student: what is trained, and how that becomes the decoder's parameters."""
 
     decoder: Decoder
     start: Params
@@ -32,19 +32,19 @@ class Student(NamedTuple):
     trainable: Any
 
 
-def shaped(value: Any) -> dict[str, int] | None:
+def parse_shape(value: Any) -> dict[str, int] | None:
     """`layers=4,width=128,heads=4`, or a mapping; key_heads and hidden have defaults."""
     if value is None:
         return None
-    found = {name: str(size) for name, size in pairs(value, "=").items()}
-    if not set(found) <= set(SHAPE) or not {"layers", "width", "heads"} <= set(found):
+    texts = {name: str(size) for name, size in pairs(value, "=").items()}
+    if not set(texts) <= set(SHAPE) or not {"layers", "width", "heads"} <= set(texts):
         raise ValueError(
             f"expected {','.join(f'{n}=N' for n in SHAPE)} (the last two if you like), "
             f"got {value!r}"
         )
-    if not all(size.isdecimal() and 0 < int(size) < 10**7 for size in found.values()):
+    if not all(size.isdecimal() and 0 < int(size) < 10**7 for size in texts.values()):
         raise ValueError(f"expected whole numbers above 0, got {value!r}")
-    sizes = {name: int(size) for name, size in found.items()}
+    sizes = {name: int(size) for name, size in texts.items()}
     if sizes["width"] % (2 * sizes["heads"]):
         raise ValueError(f"the width must be an even multiple of the heads, got {value!r}")
     if sizes["heads"] % sizes.get("key_heads", 1):
@@ -52,10 +52,10 @@ def shaped(value: Any) -> dict[str, int] | None:
     return sizes
 
 
-def anew(
+def initialize(
     shape: Mapping[str, int], vocabulary: int, eos: int | None, key: Array
 ) -> PretrainedDecoder:
-    """A Llama of a shape, tied, with random weights."""
+    """A Llama of the given shape with random weights and tied embeddings."""
     width = shape["width"]
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -78,7 +78,7 @@ def anew(
 
 
 def load(folder: str) -> PretrainedDecoder:
-    """A folder's decoder, with its weights in float32.
+    """Loads a folder's decoder, with its weights in float32.
 
     Raises:
       OSError, ValueError: as `interop.decoders.load`.
@@ -89,12 +89,12 @@ def load(folder: str) -> PretrainedDecoder:
 
 
 def is_gguf(path: str) -> bool:
-    """Whether it is a file of llama.cpp."""
+    """Whether the path is a GGUF file, as written by llama.cpp."""
     return path.endswith(".gguf") and Path(path).is_file()
 
 
-def as_folder(path: str | None, folder: Path) -> str | None:
-    """A model's folder: the path itself, or a GGUF file converted into the given folder.
+def to_folder(path: str | None, folder: Path) -> str | None:
+    """A model's folder: the path itself, or the given folder with a GGUF file converted into it.
 
     Raises:
       OSError, ImportError, ValueError: as `interop.gguf.write_folder`.
@@ -105,67 +105,69 @@ def as_folder(path: str | None, folder: Path) -> str | None:
     return str(folder)
 
 
-def pruned(
+def prune(
     teacher: PretrainedDecoder,
     shape: Mapping[str, int],
     say: _progress.Say,
     text: np.ndarray | None = None,
 ) -> PretrainedDecoder:
-    """The teacher pruned to a shape: evenly spaced layers, and what matters most in them.
+    """Prunes the teacher to a shape: evenly spaced layers, and the most important units in them.
 
-    Importance is measured on a text `[B, L]`; without one, by the weights. Without `hidden`, the
-    teacher's ratio to the width is kept.
+    Importance is measured on a text `[B, L]`, or on the weights if there is none. Without `hidden`,
+    the teacher's ratio of hidden units to width is kept.
     """
     config = teacher.model.config
     if not 0 < shape["layers"] <= config.layers:
         raise UsageError(f"--shape layers={shape['layers']}: the teacher has {config.layers}.")
-    chosen = transforms.uniform_indices(config.layers, shape["layers"])
+    layers = transforms.uniform_indices(config.layers, shape["layers"])
     hidden = shape.get("hidden", max(1, round(config.hidden * shape["width"] / config.width)))
     try:
-        narrow, kept = pruning.narrow(
-            decoders.student(teacher, layers=[int(i) for i in chosen]), width=shape["width"],
+        model, report = pruning.narrow(
+            decoders.student(teacher, layers=[int(i) for i in layers]), width=shape["width"],
             heads=shape["heads"], key_heads=shape.get("key_heads"), hidden=hidden,
             tokens=None if text is None else jnp.asarray(text),
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"--shape with --pruned: {error}") from None
-    say(f"pruned to layers {', '.join(map(str, chosen))}; {kept} of the importance")
-    return narrow
+    say(f"pruned to layers {', '.join(map(str, layers))}; {report} of the importance")
+    return model
 
 
-def fits(config: models.DecoderConfig, tokens: int, length: int, who: str) -> None:
-    """Raises UsageError unless a decoder has a row for every token and a place for every column."""
+def check_fits(config: models.DecoderConfig, tokens: int, length: int, role: str) -> None:
+    """Raises UsageError if a decoder has too few token embeddings or learned positions."""
     if tokens > config.vocabulary:
         raise UsageError(
-            f"{who} has {config.vocabulary} rows of tokens, its tokenizer {tokens} tokens. Resize "
+            f"{role} has {config.vocabulary} rows of tokens, its tokenizer {tokens} tokens. Resize "
             "the table, or give the tokenizer that belongs to it."
         )
     if 0 < config.learned_positions < length:
         raise UsageError(
-            f"--length {length}: {who} has learned {config.learned_positions} positions."
+            f"--length {length}: {role} has learned {config.learned_positions} positions."
         )
 
 
-def known_positions(config: Mapping[str, Any]) -> float:
-    """The text length the model was made for; infinite if its config.json does not say.
+def trained_length(config: Mapping[str, Any]) -> float:
+    """The text length that the model was trained for; infinite if its config.json does not say.
 
     Rotary positions continue beyond it, to angles that were never trained.
     """
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
+    rope_type = scaling.get("rope_type", scaling.get("type"))
     # Other kinds record the length that they stretch to.
-    factor = scaling.get("factor") if kind in ("linear", "dynamic", "yarn") else None
+    factor = scaling.get("factor") if rope_type in ("linear", "dynamic", "yarn") else None
     return (factor or 1) * (config.get("max_position_embeddings") or math.inf)
 
 
-def write_folder(folder: Path, params: Params, of: PretrainedDecoder, source: str | None) -> None:
-    """A Hugging Face folder: weights, config, tokenizer."""
-    decoders.save(folder, params, of.rules, config=of.config, tokenizer=source)
+def write_folder(
+    folder: Path, params: Params, model: PretrainedDecoder, source: str | None
+) -> None:
+    """Writes a Hugging Face folder: weights, config, tokenizer."""
+    decoders.save(folder, params, model.rules, config=model.config, tokenizer=source)
     if source is None:
         language.write_byte_tokenizer(folder)
 
 
-def student(
+def make_student(
     source: PretrainedDecoder,
     *,
     dtype: Any,
@@ -173,21 +175,21 @@ def student(
     quantize: Callable[[Params], Params] | None,
     key: Array,
 ) -> Student:
-    """What is trained of a decoder: all of it, or a LoRA beside it; quantized as it computes."""
+    """The trainable student of a decoder: all weights or a LoRA, fake-quantized if requested."""
     decoder = models.decoder(source.model.config, dtype=dtype)
     if lora is None:
         return Student(decoder, source.params, quantize or language.as_they_are, r".*")
     adapter = transforms.lora(rank=lora, alpha=2.0 * lora)
     start = adapter.init(key, source.params, where=KERNELS)
 
-    def merged(params: Any) -> Params:
-        whole = adapter.apply(*params)
-        return whole if quantize is None else quantize(whole)
+    def weights(params: Any) -> Params:
+        params_ = adapter.apply(*params)
+        return params_ if quantize is None else quantize(params_)
 
-    return Student(decoder, start, merged, r"adapter/.*")
+    return Student(decoder, start, weights, r"adapter/.*")
 
 
-def rounding(bits: int, group: int = 32) -> Callable[[Params], Params]:
-    """Kernels of the layers as integers of some bits with a scale per group of inputs, and back."""
+def int_rounding(bits: int, group: int = 32) -> Callable[[Params], Params]:
+    """Fake quantization of the layers' kernels: `bits` per weight, a scale per group of inputs."""
     quantizer = partial(transforms.int_by_group, bits=bits, group=group)
     return partial(transforms.fake_quantize, quantizer=quantizer, where=KERNELS)

@@ -11,7 +11,7 @@ from kdtl_jax.run.report import plots
 
 
 class Row(NamedTuple):
-    """A model: its measures on held-out text, its size, its speed, how it was trained."""
+    """A model's scores on held-out text, size, speed and training."""
 
     name: str
     title: str
@@ -43,16 +43,16 @@ NOTE = (
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text."""
-    m = row.measures
+    """The cells of a row under `HEADER`."""
+    measures = row.measures
     return (
         row.title,
-        f"{m['bits_per_byte']:.4f}",
-        f"{m['forward_kl']:.4f}",
-        f"{m['reverse_kl']:.4f}",
-        f"{100 * m['agreement']:.1f}",
-        f"{100 * m['overlap']:.1f}",
-        f"{m['entropy']:.3f}",
+        f"{measures['bits_per_byte']:.4f}",
+        f"{measures['forward_kl']:.4f}",
+        f"{measures['reverse_kl']:.4f}",
+        f"{100 * measures['agreement']:.1f}",
+        f"{100 * measures['overlap']:.1f}",
+        f"{measures['entropy']:.3f}",
         f"{row.parameters:,}",
         f"{row.bytes / 1e6:.1f}",
         f"{row.tokens_per_second:,.0f}",
@@ -90,9 +90,9 @@ def write(
         if curve
     ]
     if lines:
-        shown = "top-1 agreement with the teacher, %"
-        chart = plots.lines(lines, x_axis="step", y_axis=shown)
-        sections.append(report.Section("During training", [f"On held-out text: {shown}."], [chart]))
+        axis = "top-1 agreement with the teacher, %"
+        chart = plots.lines(lines, x_axis="step", y_axis=axis)
+        sections.append(report.Section("During training", [f"On held-out text: {axis}."], [chart]))
     if samples:
         sections.append(
             report.Section("Side by side", ["Each continues the same held-out prompt."])
@@ -100,13 +100,13 @@ def write(
     for i, sample in enumerate(samples, 1):
         entries = [("prompt", sample.prompt), *sample.continuations.items()]
         sections.append(report.Section(f"Prompt {i}", (), [report.Definitions(entries)], level=3))
-    described = [
+    settings = [
         (row.title, "; ".join(f"{k}: {v}" for k, v in row.trained.items()))
         for row in rows
         if row.trained
     ]
-    sections.append(report.Section("Settings", (), [report.Definitions(described)]))
-    sections += report.run_sections(_folders.how_it_was_run(folder))
+    sections.append(report.Section("Settings", (), [report.Definitions(settings)]))
+    sections += report.run_sections(_folders.run_record(folder))
     html = report.page(title, sections, notes=list(notes))
     _files.write_atomic(folder / "report.html", html.encode(errors="replace"))
     print(_tables.aligned([HEADER, *map(cells, rows)]))

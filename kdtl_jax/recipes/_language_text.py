@@ -1,12 +1,12 @@
 """The text of `kdtl language` as rows of tokens.
 
-Texts (`--data text.txt`, or lines of `{"text": ...}`) are cut into rows one after another;
-documents in one row are segments of their own. A prompt with its completion, or a conversation, is
-a row of its own: its prompt is padded on the left to the prompt's columns, and its last answer is
-learned up to the end token. Before the prompt, a self-taught teacher reads the record's
-`"privileged"` text, or else its answer; for texts, what precedes the prompt.
+Texts (`--data text.txt`, or lines of `{"text": ...}`) are concatenated and cut into rows; each
+document in a row is a segment. A prompt with its completion, or a conversation, gets its own row:
+the prompt is padded on the left to the prompt's columns, and the last answer is learned up to the
+end token. Before the prompt, a self-taught teacher reads the record's `"privileged"` text, or else
+its answer; for texts, what precedes the prompt.
 
-Text larger than memory is written as rows to the run folder and memory-mapped.
+Large text is written as rows to the run folder and memory-mapped.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import processes
 
 EMBEDDED = "shakespeare.txt"
-# Bytes of text whose rows stay in memory: a byte may be a token, which takes 9 bytes.
+# Bytes of text whose rows stay in memory; a byte may be a token, which takes 9 bytes.
 IN_MEMORY = 64 * 2**20
 
 
@@ -34,20 +34,20 @@ class Rows(NamedTuple):
 
 
 class Text(NamedTuple):
-    """The training rows, the held-out rows, and the bytes of the latter's learned text.
+    """The training rows, the held-out rows, and the bytes of the learned held-out text.
 
-    `told` says what a self-taught teacher reads before the prompt.
+    `teacher_context` describes what a self-taught teacher reads before the prompt.
     """
 
     name: str
     train: Rows
     held_out: Rows
     held_out_bytes: int
-    told: str
+    teacher_context: str
 
 
 class Shape(NamedTuple):
-    """Columns of a row, columns of its prompt, and the share of the text that is held out."""
+    """Columns of a row, columns of its prompt, and the held-out share of the text."""
 
     length: int
     prompt: int
@@ -56,10 +56,10 @@ class Shape(NamedTuple):
 
 def paths(value: Any) -> tuple[str, ...]:
     """One path, or a list of them."""
-    found = (value,) if isinstance(value, str) else tuple(value or ())
-    if not all(isinstance(path, str) and path for path in found):
+    values = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(path, str) and path for path in values):
         raise ValueError(f"expected paths of files or folders, got {value!r}")
-    return found
+    return values
 
 
 def read(
@@ -67,9 +67,9 @@ def read(
     tokenizer: language.Tokenizer,
     shape: Shape,
     folder: Path,
-    made_from: str = "",
+    identity: str = "",
 ) -> Text:
-    """The rows of files and folders; without a path, of the text in the package.
+    """Reads the rows of files and folders; without a path, of the built-in text.
 
     The last part of every file is held out.
 
@@ -77,8 +77,8 @@ def read(
       paths: what `language.text_files` reads.
       tokenizer: the teacher's.
       shape: of the rows.
-      folder: where rows that do not fit into memory are kept.
-      made_from: names this text; rows in the folder that were made from another are replaced.
+      folder: where rows of large text are stored.
+      identity: of this text; rows of another text in the folder are replaced.
 
     Raises:
       OSError: if a file cannot be read.
@@ -87,34 +87,34 @@ def read(
     if not paths:
         embedded = resources.files("kdtl_jax.datasets").joinpath(EMBEDDED)
         with resources.as_file(embedded) as file:
-            return read([str(file)], tokenizer, shape, folder, made_from)
+            return read([str(file)], tokenizer, shape, folder, identity)
     name = ", ".join(Path(path).name for path in paths)
     is_large = sum(file.stat().st_size for file in language.text_files(paths)) > IN_MEMORY
-    at = 1 - shape.held_out
+    boundary = 1 - shape.held_out
     first = next(language.records(paths), None)
     parts = []
-    for part, between in (("train", (0.0, at)), ("held_out", (at, 1.0))):
-        rows = _rows(language.records(paths, between), first, tokenizer, shape)
+    for part, share in (("train", (0.0, boundary)), ("held_out", (boundary, 1.0))):
+        rows = _rows(language.records(paths, share), first, tokenizer, shape)
         row = next(rows, None)
         if row is None:
-            words = "to learn from" if part == "train" else "held out"
+            purpose = "to learn from" if part == "train" else "held out"
             raise UsageError(
-                f"--data {name}: too little text: no row of --length {shape.length} tokens {words}."
-                " Give more text, shorter rows or another --held-out."
+                f"--data {name}: too little text: no row of --length {shape.length} tokens "
+                f"{purpose}. Give more text, shorter rows or another --held-out."
             )
         parts.append(
-            _kept(itertools.chain([row], rows), folder / part if is_large else None, made_from)
+            _store_rows(itertools.chain([row], rows), folder / part if is_large else None, identity)
         )
     held_out = parts[1].inputs
-    told = "each record's 'privileged' text, or its answer if there is none"
+    teacher_context = "each record's 'privileged' text, or its answer if there is none"
     if first is not None and "privileged" not in first.value:
         is_text = "text" in first.value
-        told = "what precedes it in its text" if is_text else "its answer"
-    return Text(name, parts[0], parts[1], learned_bytes(held_out, tokenizer), told)
+        teacher_context = "what precedes it in its text" if is_text else "its answer"
+    return Text(name, parts[0], parts[1], learned_bytes(held_out, tokenizer), teacher_context)
 
 
 def pieces(rows: Rows, count: int = 64) -> np.ndarray:
-    """The text of the first rows without its padding, at most `count` pieces: `[B, L]`."""
+    """The text of the first `count` rows without padding, as rows `[B, L]`."""
     tokens, segments = (rows.inputs[name][:count] for name in ("tokens", "segments"))
     text = tokens[segments > 0]
     length = min(tokens.shape[1], len(text))
@@ -122,14 +122,14 @@ def pieces(rows: Rows, count: int = 64) -> np.ndarray:
 
 
 def learned_bytes(inputs: dict[str, Any], tokenizer: language.Tokenizer) -> int:
-    """Bytes of the text that the rows' learned tokens stand for."""
+    """Bytes of the text of the rows' learned tokens."""
     size = 0
     for start in range(0, len(inputs["tokens"]), 1024):
-        some = {n: inputs[n][start : start + 1024] for n in ("tokens", "segments", "learned")}
-        _, where = (np.asarray(x) for x in language.next_tokens(some))
-        for row, counts in zip(some["tokens"], where, strict=True):
-            said = tokenizer.decode(row[1:][counts[:-1]].tolist())
-            size += len(said.encode(errors="replace"))
+        chunk = {n: inputs[n][start : start + 1024] for n in ("tokens", "segments", "learned")}
+        _, learned = (np.asarray(x) for x in language.next_tokens(chunk))
+        for row, counts in zip(chunk["tokens"], learned, strict=True):
+            text = tokenizer.decode(row[1:][counts[:-1]].tolist())
+            size += len(text.encode(errors="replace"))
     return size
 
 
@@ -139,10 +139,10 @@ def _rows(
     tokenizer: language.Tokenizer,
     shape: Shape,
 ) -> Iterator[language.Row]:
-    """The rows of records, all of which must have the form of the first."""
+    """The rows of records, which must all have the form of the first."""
     is_text = first is not None and "text" in first.value
 
-    def of_one_form() -> Iterator[language.Record]:
+    def checked() -> Iterator[language.Record]:
         for record in records:
             if first is not None and ("text" in record.value) != is_text:
                 raise ValueError(
@@ -151,26 +151,26 @@ def _rows(
                 )
             yield record
 
-    found = language.documents(of_one_form(), tokenizer)
+    documents = language.documents(checked(), tokenizer)
     if is_text:
-        return language.concatenated(found, shape.length, prompt=shape.prompt)
-    return language.after_prompts(found, shape.length, shape.prompt)
+        return language.concatenated(documents, shape.length, prompt=shape.prompt)
+    return language.after_prompts(documents, shape.length, shape.prompt)
 
 
-def _kept(rows: Iterator[language.Row], folder: Path | None, made_from: str) -> Rows:
-    """Rows in memory, or in a folder."""
+def _store_rows(rows: Iterator[language.Row], folder: Path | None, identity: str) -> Rows:
+    """Collects rows in memory, or in a folder."""
     cut = 0
 
-    def counted() -> Iterator[language.Row]:
+    def count_cut() -> Iterator[language.Row]:
         nonlocal cut
         for row in rows:
             cut += row.is_cut
             yield row
 
     if folder is None:
-        inputs = language.batch(counted())
+        inputs = language.batch(count_cut())
     else:
-        made = {"text": made_from}
-        processes.decide(lambda: language.write_rows(folder, counted(), made_from=made))
+        source = {"text": identity}
+        processes.decide(lambda: language.write_rows(folder, count_cut(), made_from=source))
         inputs = language.open_rows(folder)
     return Rows(inputs, cut)

@@ -1,6 +1,6 @@
-"""One model's training in `kdtl language`: logged, measured along the way, saved, resumed.
+"""Training of one model in `kdtl language`, with logging, evaluation, saving and resuming.
 
-Its teacher runs at every step, or its distributions on the rows are read from a cache.
+The teacher runs at every step, or its distributions on the rows are read from a cache.
 """
 
 import time
@@ -31,7 +31,7 @@ FORMS = "dense, top_k=N or draws=N"
 
 
 class Run(NamedTuple):
-    """What the trainings of a run share."""
+    """The settings shared by all training loops of a run."""
 
     folder: Path
     identity: str
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     checks: int
     say: _progress.Say
     lines: _logs.Lines  # of the metrics file so far
-    moved: _progress.Moved = lambda done, total: None
+    advance: _progress.Advance = lambda done, total: None
 
 
 class Trained(NamedTuple):
@@ -57,7 +57,7 @@ Measure = Callable[[Params], Mapping[str, float]]
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
-    """On the mesh if there is one, else unchanged."""
+    """Places a tree on the mesh, if there is one."""
     return tree if mesh is None else sharding.place(tree, mesh, tensor=models.TENSOR_AXES)
 
 
@@ -71,7 +71,7 @@ def cache_form(value: Any) -> str:
     return str(value)
 
 
-def written_cache(
+def write_cache(
     folder: str,
     teacher: PretrainedDecoder,
     tokenizer: language.Tokenizer,
@@ -82,33 +82,33 @@ def written_cache(
     seed: int,
     say: _progress.Say,
 ) -> teacher_cache.Cache:
-    """The cache in a folder, completed if necessary.
+    """Opens the cache in a folder, after completing it if necessary.
 
     Raises:
-      ValueError: if it was made from other weights, text or tokenizer, or in another form, naming
-        which; or if the teacher's outputs are NaN.
+      ValueError: if its weights, text, tokenizer or form differ, naming which; or if the teacher's
+        outputs are NaN.
     """
     name, _, size = form.partition("=")
-    stored: dict[str, int] = {name: int(size)} if size else {}
+    cut: dict[str, int] = {name: int(size)} if size else {}
     outputs = language.stored_outputs(
         teacher.model,
-        **stored,
-        key=jax.random.key(seed) if "draws" in stored else None,
+        **cut,
+        key=jax.random.key(seed) if "draws" in cut else None,
         vocabulary=tokenizer.size,
     )
     inputs = {n: rows.inputs[n] for n in ("tokens", "segments", "learned")}
-    if "draws" in stored:
+    if "draws" in cut:
         inputs["row"] = np.arange(len(inputs["tokens"]), dtype=np.int32)
     names = teacher.config.get("architectures") or ["decoder"]
     about = {"stored": form, "tokenizer": tokenizer.fingerprint[:12]}
-    made: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": f"{names[0]} {_files.digest(_files.as_json(teacher.config))[:12]}",
-        "preprocessing": about | ({"seed": seed} if "draws" in stored else {}),
-        "taps": language.stored_names(**stored),
+        "preprocessing": about | ({"seed": seed} if "draws" in cut else {}),
+        "taps": language.stored_names(**cut),
         "dtype": "float32",
     }
-    expect = teacher_cache.fingerprint(teacher.params, {"inputs": inputs}, **made)
-    seldom = _progress.seldom(say, 5.0)
+    expect = teacher_cache.fingerprint(teacher.params, {"inputs": inputs}, **options)
+    throttled = _progress.throttle(say, 5.0)
     teacher_cache.write(
         folder,
         outputs,
@@ -116,8 +116,8 @@ def written_cache(
         {"inputs": inputs},
         batch_size=batch_size,
         weights=expect.teacher,
-        progress=lambda done, total: seldom(f"cache: {done:,} of {total:,} rows", done == total),
-        **made,
+        progress=lambda done, total: throttled(f"cache: {done:,} of {total:,} rows", done == total),
+        **options,
     )
     return teacher_cache.open_cache(folder, expect=expect, contents=False)
 
@@ -125,7 +125,7 @@ def written_cache(
 def batches(
     rows: Rows, batch_size: int, key: Array, cache: teacher_cache.Cache | None = None
 ) -> data.Source:
-    """The rows, with their cached teacher, in an order that is a function of key and step."""
+    """Batches of the rows and their cached teacher; the order depends only on key and step."""
     arrays = {"inputs": rows.inputs}
 
     def read(epoch: int, chosen: np.ndarray) -> Batch:
@@ -135,7 +135,7 @@ def batches(
     return data.stream(read, len(rows.inputs["tokens"]), batch_size, key=key)
 
 
-def trained(
+def train_model(
     name: str,
     learner: language.Learner,
     state: TrainState,
@@ -153,13 +153,13 @@ def trained(
 
     Args:
       name: of the method, in the metrics file and under `checkpoints/`.
-      learner: the step and what initializes it.
+      learner: the step and its initialization.
       state: from `train.init_state`.
       rows: the training rows.
       teacher_params: passed to the step.
-      steps: how many.
-      measure: metrics of the parameters, along the way and at the end.
-      run: what the trainings share.
+      steps: number of steps.
+      measure: metrics of the parameters, during training and at the end.
+      run: shared settings.
       order: key of the rows' order.
       cache: the teacher's outputs on the rows, if the step reads them.
       on_nonfinite: as `loop.run`; the state before such an update is saved and returned.
@@ -168,31 +168,33 @@ def trained(
       SystemExit: after a signal, with everything saved.
       FloatingPointError: by default, if the loss is no longer finite.
     """
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     state, step = learner.begin(state), learner.step
-    put: Callable[[Any], Any] = jax.device_put
+    place_batch: Callable[[Any], Any] = jax.device_put
     if run.mesh is not None:
         state = place(state, run.mesh)
         step = sharding.keep_placement(step, state)
-        put = partial(sharding.place_batch, mesh=run.mesh)
-    saves = _saves.taken_up(run.folder, run.identity, name, state, resume=run.resume, begun=begun)
-    said = clock(run.batch_size * rows.inputs["tokens"].shape[1], steps)
+        place_batch = partial(sharding.place_batch, mesh=run.mesh)
+    saves = _saves.restore(
+        run.folder, run.identity, name, state, resume=run.resume, start_time=start_time
+    )
+    rate_text = make_timer(run.batch_size * rows.inputs["tokens"].shape[1], steps)
 
     def log(line: dict[str, Any]) -> None:
         write(line)
         if "loss" in line:
             run.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
-                    f"{said(line['step'])}")  # fmt: skip
+                    f"{rate_text(line['step'])}")  # fmt: skip
         else:
-            found = {k.removeprefix("eval/"): v for k, v in line.items() if k != "step"}
-            run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+            scores = {k.removeprefix("eval/"): v for k, v in line.items() if k != "step"}
+            run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
-    def stays(line: dict[str, Any]) -> bool:
+    def keep_line(line: dict[str, Any]) -> bool:
         return line["step"] <= saves.step
 
     with (
-        _saves.opened(saves, checkpoint.newest(1)) as save,
-        _logs.of_method(run.folder, run.lines, name, stays) as write,
+        _saves.open_saves(saves, checkpoint.newest(1)) as save,
+        _logs.method_log(run.folder, run.lines, name, keep_line) as write,
     ):
         result = loop.run(
             step,
@@ -208,47 +210,47 @@ def trained(
             save_every=run.save_every,
             meta=saves.meta,
             on_nonfinite=on_nonfinite,
-            place=put,
-            reached=lambda step: run.moved(step, steps),
+            place=place_batch,
+            reached=lambda step: run.advance(step, steps),
         )
-    spent = _saves.seconds(saves)
+    seconds = _saves.seconds(saves)
     params, curve = result.state.params, result.evaluations
-    if not curve or curve[-1]["step"] != result.step:  # it ended early
-        curve = [*curve, as_line(result.step, measure(params))]
-    return Trained(params, curve, spent)
+    if not curve or curve[-1]["step"] != result.step:  # training ended early
+        curve = [*curve, curve_line(result.step, measure(params))]
+    return Trained(params, curve, seconds)
 
 
-def as_line(step: int, found: Mapping[str, float]) -> dict[str, float]:
+def curve_line(step: int, scores: Mapping[str, float]) -> dict[str, float]:
     """A measurement as a line of the curve."""
-    return {"step": step} | {f"eval/{name}": value for name, value in found.items()}
+    return {"step": step} | {f"eval/{name}": value for name, value in scores.items()}
 
 
-def clock(tokens: int, steps: int) -> Callable[[int], str]:
-    """`said(step)`: tokens per second since the first line of the log, and the time left.
+def make_timer(tokens: int, steps: int) -> Callable[[int], str]:
+    """`rate_text(step)`: tokens per second since the first line of the log, and the time left.
 
-    The time before the first line includes compilation. Lines arrive late, each by the same number
-    of steps, so two adjacent ones alone say little.
+    The time before the first line includes compilation. Lines arrive late, by a constant number of
+    steps, so the rate is measured from the first line rather than between adjacent lines.
 
     Args:
-      tokens: of a step.
-      steps: how many there are.
+      tokens: per step.
+      steps: number of steps.
     """
     first: tuple[int, float] | None = None
 
-    def said(step: int) -> str:
+    def rate_text(step: int) -> str:
         nonlocal first
         now = time.perf_counter()
         if first is None:
             first = step, now
             return ""
         rate = (step - first[0]) / max(now - first[1], 1e-9)
-        left = _progress.in_words((steps - step) / max(rate, 1e-9))
-        return f", {rate * tokens:,.0f} tokens/s, {left} left"
+        remaining = _progress.format_duration((steps - step) / max(rate, 1e-9))
+        return f", {rate * tokens:,.0f} tokens/s, {remaining} left"
 
-    return said
+    return rate_text
 
 
-def measuring(
+def make_measure(
     student: ModelFn,
     weights: Callable[[Params], Params],
     teacher: ModelFn,
@@ -260,14 +262,14 @@ def measuring(
     vocabulary: int,
     mesh: Mesh | None,
 ) -> Callable[..., dict[str, float]]:
-    """`measure(params, told=teacher_params)`: fidelity to the teacher and bits per byte."""
+    """`measure(params, reference=teacher_params)`: fidelity to the teacher and bits per byte."""
 
     def measures(inputs: Inputs) -> dict[str, Any]:
         targets, where = language.counted(inputs)
-        found = language.fidelity(
+        fidelity = language.fidelity(
             inputs.student, inputs.batch["teacher"], targets, where, vocabulary=vocabulary
         )
-        return found._asdict()
+        return fidelity._asdict()
 
     def apply(params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False):
         return student(weights(params), model_state, inputs)
@@ -275,17 +277,17 @@ def measuring(
     evaluate = train.make_eval_step(apply, measures)
 
     @jax.jit
-    def one(params: Params, teacher_params: Params, batch: Batch) -> Metrics:
-        told, _ = teacher(teacher_params, None, batch["inputs"])
-        return evaluate(Variables(params), {**batch, "teacher": told})
+    def evaluate_batch(params: Params, teacher_params: Params, batch: Batch) -> Metrics:
+        teacher_outputs, _ = teacher(teacher_params, None, batch["inputs"])
+        return evaluate(Variables(params), {**batch, "teacher": teacher_outputs})
 
     add = jax.jit(train.add_metrics)
 
-    def measure(params: Params, told: Params = teacher_params) -> dict[str, float]:
+    def measure(params: Params, reference: Params = teacher_params) -> dict[str, float]:
         total: Metrics | None = None
         for batch in _in_order(rows, batch_size, mesh):
-            found = one(params, told, batch)
-            total = found if total is None else add(total, found)
+            metrics = evaluate_batch(params, reference, batch)
+            total = metrics if total is None else add(total, metrics)
         assert total is not None
         means = {name: float(value) for name, value in train.values(total).items()}
         count = float(total["nats"].weight)
@@ -297,18 +299,18 @@ def measuring(
 
 
 def _in_order(rows: Rows, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]:
-    kept = {n: rows.inputs[n] for n in ("tokens", "segments", "learned")}
-    for batch in data.in_order({"inputs": kept}, batch_size):
+    inputs = {n: rows.inputs[n] for n in ("tokens", "segments", "learned")}
+    for batch in data.in_order({"inputs": inputs}, batch_size):
         yield jax.device_put(batch) if mesh is None else sharding.place_batch(batch, mesh)
 
 
 def prompts(rows: Rows, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the first rows' prompts, and which of them belong to the last text in it."""
+    """Tokens of the first rows' prompts, and which of them belong to the row's last text."""
     tokens, segments = (np.asarray(rows.inputs[n][:count, :length]) for n in ("tokens", "segments"))
     return tokens, np.asarray(language.last_text(jnp.asarray(segments)))
 
 
-def continuing(
+def make_sampler(
     decoder: Any,
     rows: Rows,
     count: int,
@@ -318,21 +320,21 @@ def continuing(
     key: Array,
     stop_tokens: tuple[int, ...],
 ) -> Callable[[Params], list[list[int]]]:
-    """`draw(params)`: continuations of the first held-out prompts, each by its own key."""
+    """`draw(params)`: continuations of the first held-out prompts, each with its own key."""
     tokens, mask = (jnp.asarray(x) for x in prompts(rows, count, prompt))
     keys = jax.random.split(key, len(tokens))
 
     @jax.jit
-    def samples(params: Params, keys: Array) -> language.Samples:
+    def sample_all(params: Params, keys: Array) -> language.Samples:
         return language.sample(
             decoder, params, tokens, keys=keys, length=length, prompt_mask=mask,
             temperature=TEMPERATURE, stop_tokens=stop_tokens,
         )  # fmt: skip
 
     def draw(params: Params) -> list[list[int]]:
-        found = samples(params, keys)
-        ids, real = np.asarray(found.tokens), np.asarray(found.mask)
-        return [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]
+        samples = sample_all(params, keys)
+        ids, real = np.asarray(samples.tokens), np.asarray(samples.mask)
+        return [row[is_real].tolist() for row, is_real in zip(ids, real, strict=True)]
 
     return draw
 

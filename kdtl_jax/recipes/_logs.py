@@ -1,7 +1,7 @@
-"""`metrics.jsonl` for other tools: a CSV table, and TensorBoard's event files by tensorboardX.
+"""Exporting `metrics.jsonl` to CSV and, with tensorboardX, to TensorBoard's event files.
 
-Both are rewritten from the run's own file at its end, so that a resumed run has every line once;
-TensorBoard shows a method as soon as it is finished. Values by seed are averaged.
+Both are rewritten from the run's file at its end, so a resumed run has every line once. TensorBoard
+shows a method as soon as it finishes. Values by seed are averaged.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ from kdtl_jax.run import checkpoint, loop
 KINDS = ("tensorboard", "csv")
 KEYS = ("method", "step")
 
-Lines = dict[str, list[dict[str, Any]]]  # of a metrics file, by method
+Lines = dict[str, list[dict[str, Any]]]  # lines of a metrics file, by method
 
 
 def kinds(value: Any) -> tuple[str, ...]:
     """`parse=` of a setting: some of `tensorboard,csv`; TensorBoard needs its extra."""
     if value in (None, "", [], ()):
         return ()
-    found = names(value)
-    unknown = [name for name in found if name not in KINDS]
+    chosen = names(value)
+    unknown = [name for name in chosen if name not in KINDS]
     if unknown:
         raise ValueError(f"{unknown[0]!r:.60} is not one of {', '.join(KINDS)}")
-    if "tensorboard" in found and importlib.util.find_spec("tensorboardX") is None:
+    if "tensorboard" in chosen and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError("tensorboard: pip install 'kdtl_jax[tensorboard]'")
-    return found
+    return chosen
 
 
 @dataclass(frozen=True)
-class Logged:
+class LogSettings:
     """A setting of commands that train."""
 
     log: tuple[str, ...] = setting(
@@ -56,7 +56,7 @@ def write(folder: Path, chosen: Sequence[str]) -> None:
     """Writes `metrics.csv` and `tensorboard/` of a run folder from its `metrics.jsonl`."""
     if not chosen:
         return
-    lines = [_averaged(line) for line in of_methods(folder)]
+    lines = [_averaged(line) for line in method_lines(folder)]
     if "csv" in chosen:
         columns = dict.fromkeys([*KEYS, *(name for line in lines for name in line)])
         text = io.StringIO()
@@ -68,27 +68,29 @@ def write(folder: Path, chosen: Sequence[str]) -> None:
         _write_events(folder / "tensorboard", lines)
 
 
-def show(folder: Path, own: Sequence[Mapping[str, Any]], chosen: Sequence[str]) -> None:
-    """A finished method's lines in `tensorboard/`: those that follow may take hours."""
+def write_method_events(
+    folder: Path, lines: Sequence[Mapping[str, Any]], chosen: Sequence[str]
+) -> None:
+    """Writes a finished method's lines to `tensorboard/`, since later methods may take hours."""
     if "tensorboard" in chosen:
-        _write_events(folder / "tensorboard", [_averaged(line) for line in own])
+        _write_events(folder / "tensorboard", [_averaged(line) for line in lines])
 
 
 def write_curves(
     folder: Path, learning: Mapping[str, Mapping[str, Sequence[float]]], chosen: Sequence[str]
 ) -> None:
-    """`metrics.jsonl` of methods that train in whole programs, their scores and losses by epoch.
+    """Adds the scores and losses by epoch of methods that train in one program, then calls `write`.
 
-    Lines of other methods stay. Then calls `write`.
+    Lines of other methods stay in `metrics.jsonl`.
     """
     file = folder / "metrics.jsonl"
-    known = loop.read_metrics(file) if file.exists() else []
-    lines = [line for line in known if line.get("method") not in learning]
+    existing = loop.read_metrics(file) if file.exists() else []
+    lines = [line for line in existing if line.get("method") not in learning]
     for method, curve in learning.items():
         for name, values in curve.items():
             if name == "epoch":
                 continue
-            is_loss = name == "loss"  # one per epoch; scores are for those in "epoch"
+            is_loss = name == "loss"  # one per epoch; scores are at the epochs in "epoch"
             epochs = range(1, len(values) + 1) if is_loss else curve["epoch"]
             key = name if is_loss else f"eval/{name}"
             lines += [
@@ -107,23 +109,23 @@ def _averaged(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value(x) if isinstance(x, list) else x for name, x in line.items()}
 
 
-def _write_events(home: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """One run per method, which TensorBoard shows side by side."""
+def _write_events(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one TensorBoard run per method, to show them side by side."""
     from tensorboardX import SummaryWriter  # an extra
 
     for method in dict.fromkeys(line["method"] for line in lines):
-        shutil.rmtree(home / method, ignore_errors=True)
-        own = [line for line in lines if line["method"] == method]
-        with SummaryWriter(str(home / method), write_to_disk=True) as writer:
-            for line in own:
-                known = {name: x for name, x in line.items() if name not in KEYS}
-                numbers = {name: x for name, x in known.items() if isinstance(x, (int, float))}
+        shutil.rmtree(folder / method, ignore_errors=True)
+        method_lines_ = [line for line in lines if line["method"] == method]
+        with SummaryWriter(str(folder / method), write_to_disk=True) as writer:
+            for line in method_lines_:
+                values = {name: x for name, x in line.items() if name not in KEYS}
+                numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
                 for name, value in numbers.items():
                     writer.add_scalar(name, value, int(line["step"]))
 
 
-def of_methods(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's file that have a method and a step; others are not for this."""
+def method_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's file that have a method and a step."""
     return [
         line
         for line in loop.read_metrics(folder / "metrics.jsonl")
@@ -131,12 +133,11 @@ def of_methods(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def begun(folder: Path) -> Lines:
-    """The lines that a run's file has already; `of_method` adds those of the methods that follow.
+def read_lines(folder: Path) -> Lines:
+    """Reads a run's file once for all methods; `method_log` adds the lines of later methods.
 
-    The file is read once here, not once per method. Lines that cannot be read are dropped from it;
-    if it is missing or holds none although a method has saved steps, a warning says that the
-    metrics are lost.
+    Removes unreadable lines from the file. Warns of lost metrics if the file is missing or has no
+    line although a method has saved steps.
     """
     file, lines = folder / "metrics.jsonl", Lines()
     if jax.process_index() != 0:  # one process writes it
@@ -147,7 +148,7 @@ def begun(folder: Path) -> Lines:
             pass
     elif not saved:  # nothing has been logged
         return lines
-    for line in of_methods(folder):
+    for line in method_lines(folder):
         lines.setdefault(line["method"], []).append(line)
     if saved and not lines and file.exists():
         warnings.warn(f"{file} holds no metrics: those of the saved steps are lost.", stacklevel=2)
@@ -155,30 +156,32 @@ def begun(folder: Path) -> Lines:
 
 
 @contextlib.contextmanager
-def of_method(
-    folder: Path, lines: Lines, name: str, stays: Callable[[dict[str, Any]], bool]
+def method_log(
+    folder: Path, lines: Lines, name: str, keep: Callable[[dict[str, Any]], bool]
 ) -> Iterator[loop.Log]:
-    """Opens a run's file for one method, without those of its lines that do not stay."""
-    own = lines.setdefault(name, [])
-    before, own[:] = len(own), [line for line in own if stays(line)]
+    """Opens a run's file for one method, after removing those of its lines not to `keep`."""
+    lines_ = lines.setdefault(name, [])
+    count, lines_[:] = len(lines_), [line for line in lines_ if keep(line)]
 
-    def kept(line: dict[str, Any]) -> bool:
-        return line.get("method") != name or stays(line)
+    def keep_line(line: dict[str, Any]) -> bool:
+        return line.get("method") != name or keep(line)
 
-    # The file is read again only where some of its lines do not stay.
-    asked = kept if len(own) < before else None
-    with loop.metrics_file(folder / "metrics.jsonl", resume_at=None, stays=asked) as log:
+    # The file is read again only if lines must be removed.
+    filter_lines = keep_line if len(lines_) < count else None
+    with loop.metrics_file(folder / "metrics.jsonl", resume_at=None, stays=filter_lines) as log:
 
         def write(line: dict[str, Any]) -> None:
-            whole = _files.as_json({"method": name, **line})
-            own.append(whole)
-            log(whole)
+            record = _files.as_json({"method": name, **line})
+            lines_.append(record)
+            log(record)
 
         yield write
 
 
-def curves(own: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """A method's mean loss over seeds and its learning rate, by epoch, from its lines."""
-    own = [_averaged(line) for line in own if "loss" in line]
-    found = {name: [float(x[name]) for x in own if name in x] for name in ("loss", "learning_rate")}
-    return {name: values for name, values in found.items() if len(values) == len(own)}
+    lines = [_averaged(line) for line in lines if "loss" in line]
+    values_by_name = {
+        name: [float(x[name]) for x in lines if name in x] for name in ("loss", "learning_rate")
+    }
+    return {name: values for name, values in values_by_name.items() if len(values) == len(lines)}

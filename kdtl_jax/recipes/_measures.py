@@ -1,4 +1,4 @@
-"""What is learned and how it is scored, by the kind of targets; larger scores are better.
+"""The task loss and the score for each kind of targets; larger scores are better.
 
 Classes: cross-entropy and accuracy. Several labels at once: sigmoid cross-entropy and the mean over
 labels of their average precision. Numbers: squared error of standardized targets and R².
@@ -23,39 +23,39 @@ from kdtl_jax.run import report, scores
 
 
 class Measure(NamedTuple):
-    """How one kind of targets is learned and scored."""
+    """The loss and the scores of one kind of targets."""
 
     kind: Kind
     score_name: report.Score
     task: TermsFn
     methods: tuple[str, ...]  # compared if the user names none
-    # From logits [..., K] to what is kept for every example, as part of a program.
+    # From logits [..., K] to answers [...] or [..., K], within a program.
     answers: Callable[[Array], Array]
     # (answers [..., N] or [..., N, K], targets) -> scores [...]; NaN if an answer is not finite.
     score: Callable[[Any, Any], np.ndarray]
     # 1 where two answers are the same decision, else 0, [..., N]; NaN where one is not finite.
-    alike: Callable[[Any, Any], np.ndarray] | None = None
+    agree: Callable[[Any, Any], np.ndarray] | None = None
     # `answers` and `score` of one student `[N, K]` within a program; the score is float32.
-    judged: Callable[[Array, Array], tuple[Array, Array]] = _training.judged
+    judge: Callable[[Array, Array], tuple[Array, Array]] = _training.judge_classes
     # Other scores, means over seeds.
-    more: Callable[[Any, Any], dict[str, float]] = lambda answers, targets: {}
+    extra_scores: Callable[[Any, Any], dict[str, float]] = lambda answers, targets: {}
 
 
-def of(form: Preprocessing) -> Measure:
-    """The measure for data read in this form."""
+def measure_of(form: Preprocessing) -> Measure:
+    """The measure for data with this preprocessing."""
     if form.kind == "labels":
         return _LABELS
     if form.kind == "numbers":
         scale = np.ones(1) if form.target_scaling is None else form.target_scaling.scale
-        return _NUMBERS._replace(more=lambda y, t: _more_of_numbers(y, t, scale))
+        return _NUMBERS._replace(extra_scores=lambda y, t: _extra_number_scores(y, t, scale))
     return CLASSES
 
 
-def of_data(form: Preprocessing, settings: Any, part: Dataset) -> Measure:
-    """`of`, with the loss that the settings request.
+def measure_of_data(form: Preprocessing, settings: Any, part: Dataset) -> Measure:
+    """`measure_of`, with the loss that the settings request.
 
     Args:
-      form: how the data are read.
+      form: the data's preprocessing.
       settings: `label_smoothing` and `class_weights`.
       part: the training examples.
 
@@ -63,7 +63,7 @@ def of_data(form: Preprocessing, settings: Any, part: Dataset) -> Measure:
       UsageError: if class settings are given for other targets.
     """
     check(settings, form.kind)
-    measure = of(form)
+    measure = measure_of(form)
     if form.kind != "classes":
         return measure
     return measure._replace(task=cross_entropy_of(settings, part.labels, part.classes))
@@ -75,7 +75,7 @@ def row(
     family: str,
     label: str,
     params: Params,
-    found: Any,
+    results: Any,
     seconds: float,
     settings: Mapping[str, Any],
     *,
@@ -88,92 +88,99 @@ def row(
       measure: of the targets.
       method: its key in results.json.
       family: group in the table.
-      label: the method in words.
+      label: the method's label in the report.
       params: of one student, to count.
-      found: with scores `test` and `validation` `[S]`, and answers `named` `[S, N, ...]`.
-      seconds: wall time of everything.
-      settings: fixed and chosen ones.
+      results: with scores `test` and `validation` `[S]`, and `answers` `[S, N, ...]`.
+      seconds: total wall time.
+      settings: fixed and chosen settings.
       targets: of the test examples.
       teacher: its answers, `[S or 1, N, ...]`, for the agreement.
     """
-    share, right, same = measure.score_name.is_share, None, None
+    share, is_correct, agrees = measure.score_name.is_share, None, None
     if measure.kind == "classes":  # the score is a mean over examples
-        right = np.asarray(found.named) == np.asarray(targets)
-    if teacher is not None and measure.alike is not None:
-        same = measure.alike(found.named, teacher)
-    others = {name: _choice.rounded(x) for name, x in measure.more(found.named, targets).items()}
+        is_correct = np.asarray(results.answers) == np.asarray(targets)
+    if teacher is not None and measure.agree is not None:
+        agrees = measure.agree(results.answers, teacher)
+    extra = {
+        name: _choice.rounded(x)
+        for name, x in measure.extra_scores(results.answers, targets).items()
+    }
     return report.Row(
         method,
         family,
         label,
         trees.count(params),
-        report.interval(found.test, right, is_share=share),
-        report.interval(found.validation, is_share=share),
+        report.interval(results.test, is_correct, is_share=share),
+        report.interval(results.validation, is_share=share),
         seconds,
-        {**settings, **others},
-        None if same is None else report.interval(same.mean(axis=1), same, is_share=True),
-        examples=right,
+        {**settings, **extra},
+        None if agrees is None else report.interval(agrees.mean(axis=1), agrees, is_share=True),
+        examples=is_correct,
         is_share=share,
     )
 
 
-def _judged(
+def _judge_by(
     score: Callable[[Array, Array], Array],
 ) -> Callable[[Array, Array], tuple[Array, Array]]:
-    def of_logits(logits: Array, targets: Array) -> tuple[Array, Array]:
-        found = score(logits, targets.astype(logits.dtype))
-        return logits, jnp.where(jnp.isfinite(logits).all() & jnp.isfinite(found), found, jnp.nan)
+    def judge(logits: Array, targets: Array) -> tuple[Array, Array]:
+        value = score(logits, targets.astype(logits.dtype))
+        return logits, jnp.where(jnp.isfinite(logits).all() & jnp.isfinite(value), value, jnp.nan)
 
-    return of_logits
+    return judge
 
 
 def _traced_precision(logits: Array, targets: Array) -> Array:
     """`_mean_average_precision`: for each positive, the precision among scores not below it."""
 
-    def of_label(y: Array, t: Array) -> Array:
+    def precision_of_label(y: Array, t: Array) -> Array:
         positive = t > 0
         lower = jnp.searchsorted(jnp.sort(y), y)
         missed = jnp.searchsorted(jnp.sort(jnp.where(positive, y, jnp.inf)), y)
         precision = (jnp.sum(positive) - missed) / (len(y) - lower)
         return jnp.sum(jnp.where(positive, precision, 0.0)) / jnp.sum(t)
 
-    return jnp.nanmean(jax.vmap(of_label, in_axes=1)(logits, targets))
+    return jnp.nanmean(jax.vmap(precision_of_label, in_axes=1)(logits, targets))
 
 
 def _traced_r_squared(numbers: Array, targets: Array) -> Array:
     residual = jnp.sum(jnp.square(numbers - targets), axis=0)
-    own = targets - jnp.mean(targets, axis=0, keepdims=True)
-    return jnp.mean(1 - residual / jnp.sum(jnp.square(own), axis=0))
+    deviations = targets - jnp.mean(targets, axis=0, keepdims=True)
+    return jnp.mean(1 - residual / jnp.sum(jnp.square(deviations), axis=0))
 
 
 def _by_seed(
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Callable[[Any, Any], np.ndarray]:
-    """A score of one seed's answers `[N, K]` as one of `[..., N, K]`."""
+    """Lifts a score of one seed's answers `[N, K]` to answers `[..., N, K]`."""
 
-    def of_all(answers: Any, targets: Any) -> np.ndarray:
+    def scores_by_seed(answers: Any, targets: Any) -> np.ndarray:
         answers, targets = np.asarray(answers), np.asarray(targets)
         flat = answers.reshape(-1, *answers.shape[-2:])
-        found = [score(y, targets) if y.size and np.isfinite(y).all() else np.nan for y in flat]
-        return np.array(found).reshape(answers.shape[:-2])
+        values = [score(y, targets) if y.size and np.isfinite(y).all() else np.nan for y in flat]
+        return np.array(values).reshape(answers.shape[:-2])
 
-    return of_all
+    return scores_by_seed
 
 
 def _mean_average_precision(answers: np.ndarray, targets: np.ndarray) -> float:
-    each = metrics.average_precision(answers, targets)
-    return float(each[~np.isnan(each)].mean()) if not np.isnan(each).all() else float("nan")
+    precision = metrics.average_precision(answers, targets)
+    return (
+        float(precision[~np.isnan(precision)].mean())
+        if not np.isnan(precision).all()
+        else float("nan")
+    )
 
 
 def _r_squared(answers: np.ndarray, targets: np.ndarray) -> float:
-    found = metrics.r_squared(answers, targets)
-    return found if np.isfinite(found) else float("nan")
+    value = metrics.r_squared(answers, targets)
+    return value if np.isfinite(value) else float("nan")
 
 
-def _same_class(named: Any, other: Any) -> np.ndarray:
-    named, other = np.asarray(named), np.asarray(other)
-    broken = (named == scores.WRONG) | (other == scores.WRONG)
-    return np.where(broken, np.nan, named == other)
+def _same_class(answers: Any, other: Any) -> np.ndarray:
+    answers, other = np.asarray(answers), np.asarray(other)
+    broken = (answers == scores.WRONG) | (other == scores.WRONG)
+    return np.where(broken, np.nan, answers == other)
 
 
 def _same_labels(answers: Any, other: Any) -> np.ndarray:
@@ -182,19 +189,22 @@ def _same_labels(answers: Any, other: Any) -> np.ndarray:
     return np.where(broken, np.nan, ((answers > 0) == (other > 0)).all(axis=-1))
 
 
-def _more_of_labels(answers: Any, targets: Any) -> dict[str, float]:
-    """A label is predicted if its logit is above 0; if one is not finite, the answer is unknown."""
+def _extra_label_scores(answers: Any, targets: Any) -> dict[str, float]:
+    """Macro F1 and subset accuracy; a label is predicted if its logit is above 0.
+
+    Both are NaN if any logit is not finite.
+    """
     answers, targets = np.asarray(answers), np.asarray(targets)
     if not np.isfinite(answers).all():
         return {"macro_f1": float("nan"), "subset_accuracy": float("nan")}
-    named = [y > 0 for y in answers]
+    predicted = [y > 0 for y in answers]
     return {
-        "macro_f1": float(np.mean([metrics.macro_f1(y, targets) for y in named])),
-        "subset_accuracy": float(np.mean([(y == targets).all(axis=1).mean() for y in named])),
+        "macro_f1": float(np.mean([metrics.macro_f1(y, targets) for y in predicted])),
+        "subset_accuracy": float(np.mean([(y == targets).all(axis=1).mean() for y in predicted])),
     }
 
 
-def _more_of_numbers(answers: Any, targets: Any, scale: np.ndarray) -> dict[str, float]:
+def _extra_number_scores(answers: Any, targets: Any, scale: np.ndarray) -> dict[str, float]:
     """The mean absolute error in the units of the data."""
     error = np.abs(np.asarray(answers, np.float64) - np.asarray(targets)) * scale
     return {"mean_absolute_error": float(error.mean())}
@@ -209,7 +219,7 @@ def cross_entropy(inputs: objective.Inputs) -> dict[str, Array]:
 
 
 def cross_entropy_of(settings: Any, labels: np.ndarray, classes: int) -> TermsFn:
-    """`inputs -> {"task": [B]}`, as the settings say.
+    """`inputs -> {"task": [B]}`, with the settings' smoothing and class weights.
 
     `--label-smoothing e` mixes the labels with the uniform distribution, `(1 - e) y + e / K`.
     `--class-weights balanced` weights an example of class k by `N / (K n_k)`, so that all classes
@@ -222,7 +232,7 @@ def cross_entropy_of(settings: Any, labels: np.ndarray, classes: int) -> TermsFn
       classes: K.
     """
     smoothing = settings.label_smoothing
-    weights = balanced(labels, classes) if settings.class_weights == "balanced" else None
+    weights = balanced_weights(labels, classes) if settings.class_weights == "balanced" else None
     if not smoothing and weights is None:
         return cross_entropy
 
@@ -244,7 +254,7 @@ def check(settings: Any, kind: str | None = None) -> None:
 
     Args:
       settings: `label_smoothing`, `class_weights` and `target`.
-      kind: of the targets; None means that of the settings, which may leave it to the data.
+      kind: of the targets; default: `settings.target`, which may be "auto".
     """
     kind = kind or settings.target
     if kind in ("labels", "numbers") and (
@@ -255,8 +265,8 @@ def check(settings: Any, kind: str | None = None) -> None:
         )
 
 
-def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
-    """`N / (K n_k)` by class, K counting the classes that occur; 0 for one that does not."""
+def balanced_weights(labels: np.ndarray, classes: int) -> np.ndarray:
+    """`N / (K n_k)` by class, with K the number of classes that occur; 0 for the others."""
     counts = np.bincount(labels, minlength=classes)
     return np.where(counts > 0, len(labels) / (np.sum(counts > 0) * np.maximum(counts, 1)), 0.0)
 
@@ -278,8 +288,8 @@ _LABELS = Measure(
     jnp.asarray,
     _by_seed(_mean_average_precision),
     _same_labels,
-    judged=_judged(_traced_precision),
-    more=_more_of_labels,
+    judge=_judge_by(_traced_precision),
+    extra_scores=_extra_label_scores,
 )
 _NUMBERS = Measure(
     "numbers",
@@ -288,6 +298,6 @@ _NUMBERS = Measure(
     ("logit_mse", "hint"),
     jnp.asarray,
     _by_seed(_r_squared),
-    judged=_judged(_traced_r_squared),
+    judge=_judge_by(_traced_r_squared),
 )
-EVERY = (CLASSES, _LABELS, _NUMBERS)
+ALL = (CLASSES, _LABELS, _NUMBERS)

@@ -22,7 +22,7 @@ from kdtl_jax.run import record
 
 
 def module(text: str, classes: int) -> nn.Module:
-    """The Flax module that a text names, with `classes` outputs.
+    """The Flax module named by a text, with `classes` outputs.
 
     Raises:
       UsageError: listing the forms, if the text has none of them or its numbers are invalid.
@@ -37,7 +37,7 @@ def module(text: str, classes: int) -> nn.Module:
 
 
 def text_of(value: Any) -> str | None:
-    """`parse=` of a model's setting: the text itself, after checking that it names a model."""
+    """`parse=` of a model's setting: the text, after checking that it names a model."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -54,30 +54,32 @@ def check(text: str | None) -> None:
         _imports.imported(text)
 
 
-def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Network:
-    """The network that a text names: in the library, a Hugging Face folder or a user's file.
+def make_network(text: str, classes: int, example: Any, *, dtype: Any = None) -> Network:
+    """The network named by a text: built in, from a Hugging Face folder, or from a user's file.
 
     Raises:
       ValueError: if it is not a model or does not take such inputs, naming a user's file.
     """
     if folder := model_files.hugging_face_of(text):
-        made = sources.pretrained(folder).module.clone(classes=classes)
-        return networks.network(made, example, dtype=dtype)
+        network = sources.pretrained(folder).module.clone(classes=classes)
+        return networks.network(network, example, dtype=dtype)
     if not model_files.is_own(text):
         return networks.network(module(text, classes), example, dtype=dtype)
-    found = _imports.imported(text)
+    module_ = _imports.imported(text)
     try:
         with _imports.importing(text):
-            made = own.network(found, classes=classes, example=example, dtype=dtype)
+            network = own.network(module_, classes=classes, example=example, dtype=dtype)
     except Exception as error:  # whatever the user's code raises
-        said = _imports.locate_error(text, error)
-        raise ValueError(f"{text}: {said}") from error
-    init, apply = (_imports.run_in_folder(text, function) for function in (made.init, made.apply))
-    return made._replace(init=init, apply=apply)
+        message = _imports.locate_error(text, error)
+        raise ValueError(f"{text}: {message}") from error
+    init, apply = (
+        _imports.run_in_folder(text, function) for function in (network.init, network.apply)
+    )
+    return network._replace(init=init, apply=apply)
 
 
-def same(text: str, other: str) -> bool:
-    """Whether two texts name one model; a user's file counts by its name, in any folder."""
+def is_same_model(text: str, other: str) -> bool:
+    """Whether two texts name the same model; users' files are compared without their folders."""
     if model_files.is_own(text) or model_files.is_own(other):
         return Path(text).name == Path(other).name
     return module(text, 2) == module(other, 2)
@@ -90,13 +92,13 @@ def files_of(text: str) -> list[Path]:
     return _imports.files_of(text) if model_files.is_own(text) else []
 
 
-def tell_changed(text: str, metadata: Mapping[str, str]) -> None:
+def note_changed(text: str, metadata: Mapping[str, str]) -> None:
     """Prints a note if the files behind a text have changed since the model was trained."""
-    was = metadata.get("source_sha256")
-    files = [] if was is None else files_of(text)
-    if not files or not all(file.is_file() for file in files):  # refused when it is opened
+    digest = metadata.get("source_sha256")
+    files = [] if digest is None else files_of(text)
+    if not files or not all(file.is_file() for file in files):  # an error when opened
         return
-    if record.made_from({"source": files}).files["source"] != was:
+    if record.made_from({"source": files}).files["source"] != digest:
         name = files[0] if model_files.hugging_face_of(text) else text
         print(f"note: {name} has changed since the model was trained", file=sys.stderr)
 
@@ -106,18 +108,18 @@ def identity(text: str) -> str:
     if folder := model_files.hugging_face_of(text):
         return f"{model_files.HUGGING_FACE}{_files.sha256(Path(folder) / 'config.json')}"
     if model_files.is_own(text):
-        made = record.made_from({"source": files_of(text)})
-        return f"{Path(text).name}, {made.files['source']}"
+        record_ = record.made_from({"source": files_of(text)})
+        return f"{Path(text).name}, {record_.files['source']}"
     return models.canonical_name(text)
 
 
-def opened(path: str | None, text: str | None, default: str) -> Source:
-    """A source with its model, on which the file and the user must agree.
+def open_source(path: str | None, text: str | None, default: str) -> Source:
+    """Opens a source with its model; raises if the file and the user disagree on the model.
 
     Args:
-      path: a model's file or folder, or None if there is none.
-      text: what the user says the model is, or None.
-      default: the text if neither says anything.
+      path: a model's file or folder, or None.
+      text: the model named by the user, or None.
+      default: the model if neither names one.
 
     Raises:
       UsageError: if the file holds a model other than the user's text.
@@ -125,32 +127,31 @@ def opened(path: str | None, text: str | None, default: str) -> Source:
     """
     check(text)
     source = Source(None, About()) if path is None else sources.opened(path)
-    said = source.about.model
-    if said is None:
+    recorded = source.about.model
+    if recorded is None:
         if path is not None and sources.is_orbax(path) and text is None:
             raise UsageError(
                 f"{path} is an Orbax folder, which does not say its model. Name it (--teacher, or "
                 "--model of kdtl transfer)."
             )
         return source._replace(about=source.about._replace(model=text or default))
-    if text is not None and model_files.hugging_face_of(said):
+    if text is not None and model_files.hugging_face_of(recorded):
         raise UsageError(f"{path} already says which model it is. Leave out {text}.")
-    if text is not None and not same(text, said):
-        raise UsageError(f"{path} holds the model {said}, not {text}.")
-    if text is None and model_files.is_own(said):
+    if text is not None and not is_same_model(text, recorded):
+        raise UsageError(f"{path} holds the model {recorded}, not {text}.")
+    if text is None and model_files.is_own(recorded):
         raise UsageError(
-            f"{path} belongs to {said}. Name that file where it is now: only what is named is "
+            f"{path} belongs to {recorded}. Name that file where it is now: only what is named is "
             "imported."
         )
-    tell_changed(text or said, source.metadata)
-    return source._replace(about=source.about._replace(model=text or said))
+    note_changed(text or recorded, source.metadata)
+    return source._replace(about=source.about._replace(model=text or recorded))
 
 
-def selected(teacher: Params, student: Params) -> Params:
-    """A student filled with evenly spaced units of its teacher, layer by layer.
+def select_units(teacher: Params, student: Params) -> Params:
+    """Fills a student with evenly spaced units of its teacher, layer by layer.
 
-    A unit is selected on both sides: the rows that a layer reads are those that the layer before
-    writes.
+    The selected inputs of a layer are the selected outputs of the layer before.
     """
     return transforms.transfer(
         teacher, student, on_mismatch=transforms.select_uniform, check_finite=False

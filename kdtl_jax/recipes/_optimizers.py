@@ -1,4 +1,4 @@
-"""How students are trained: the settings, optimizers by name, schedules, averages of weights."""
+"""Optimizers by name, learning-rate schedules, weight averages, and their settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from kdtl_jax._types import PyTree
 from kdtl_jax.recipes.settings import positive_rate, setting
 from kdtl_jax.train import TrainState
 
-# Learning rates if none is given.
+# Default learning rates.
 RATES = {
     "sgd": 0.05,
     "adam": 3e-3,
@@ -30,8 +30,8 @@ RATES = {
 
 
 @dataclass(frozen=True)
-class Optimizing:
-    """How weights are trained, apart from the batches and the learning rate."""
+class OptimizerSettings:
+    """The optimizer's settings, except batch size and learning rate."""
 
     optimizer: Literal[
         "sgd", "adam", "adamw", "nadamw", "lion", "lamb", "muon", "rmsprop", "adafactor"
@@ -60,8 +60,8 @@ class Optimizing:
 
 
 @dataclass(frozen=True)
-class Training(Optimizing):
-    """How a student is trained."""
+class TrainingSettings(OptimizerSettings):
+    """The optimizer's settings."""
 
     batch_size: int | None = setting(
         None, "examples per step; default: 64, or fewer if that would give fewer than 5 steps per "
@@ -74,8 +74,8 @@ class Training(Optimizing):
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Which weights a student keeps."""
+class SelectionSettings:
+    """Which weights of a student are kept."""
 
     ema: float | None = setting(
         None, "keep an average of the weights with this decay, as in 0.999, for validation, test "
@@ -90,11 +90,11 @@ class Kept:
 
 
 def optimizer(
-    settings: Optimizing,
+    settings: OptimizerSettings,
     rate: Any,
     weight_decay: Any,
     steps: int,
-    *then: optax.GradientTransformation,
+    *transforms: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the settings; rate and weight decay may be traced.
 
@@ -104,58 +104,60 @@ def optimizer(
       weight_decay: decoupled in adamw, nadamw, lion, lamb and muon; elsewhere added to the
         gradient.
       steps: in the whole run.
-      *then: transformations of the updates afterwards, before they enter an average.
+      *transforms: applied to the updates after the optimizer, before averaging.
     """
-    of_step = shape(settings.schedule, settings.warmup, steps)
+    relative = schedule_shape(settings.schedule, settings.warmup, steps)
 
     def schedule(count: Any) -> Any:
-        return rate * of_step(count)
+        return rate * relative(count)
 
-    made = _named(settings.optimizer, schedule, weight_decay)
+    tx = _base_optimizer(settings.optimizer, schedule, weight_decay)
     if settings.clip is not None:
-        made = optax.chain(optax.clip_by_global_norm(settings.clip), made)
-    if then:
-        made = optax.chain(made, *then)
+        tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx)
+    if transforms:
+        tx = optax.chain(tx, *transforms)
     decay = getattr(settings, "ema", None)
-    return optax.with_extra_args_support(made if decay is None else averaged(made, decay))
+    return optax.with_extra_args_support(tx if decay is None else keep_average(tx, decay))
 
 
-def to_try(settings: Optimizing) -> tuple[float, ...]:
-    """Learning rates to choose from by default: the usual one, a third of it and 10/3 of it."""
-    usual = RATES[settings.optimizer]
-    return tuple(round(usual * factor, 9) for factor in (1 / 3, 1, 10 / 3))
+def default_rates(settings: OptimizerSettings) -> tuple[float, ...]:
+    """The default learning rates to choose from: 1/3, 1 and 10/3 of the optimizer's default."""
+    default = RATES[settings.optimizer]
+    return tuple(round(default * factor, 9) for factor in (1 / 3, 1, 10 / 3))
 
 
-def peak_rate(settings: Training) -> float:
-    """The largest learning rate: the one given, or the usual one of the optimizer."""
+def peak_rate(settings: TrainingSettings) -> float:
+    """The peak learning rate: that of the settings, or the optimizer's default."""
     return settings.learning_rate or RATES[settings.optimizer]
 
 
-def rates(settings: Training, steps: int) -> Callable[[int], float]:
+def rate_by_step(settings: TrainingSettings, steps: int) -> Callable[[int], float]:
     """The learning rate by step, for the log."""
-    of_step = shape(settings.schedule, settings.warmup, steps)
-    largest = peak_rate(settings)
-    return lambda step: round(largest * float(jnp.asarray(of_step(step))), 12)
+    relative = schedule_shape(settings.schedule, settings.warmup, steps)
+    peak = peak_rate(settings)
+    return lambda step: round(peak * float(jnp.asarray(relative(step))), 12)
 
 
-def shape(name: str, warmup: float, steps: int) -> optax.Schedule:
-    """The learning rate relative to its peak, by step: linear warmup, then as named."""
+def schedule_shape(name: str, warmup: float, steps: int) -> optax.Schedule:
+    """The learning rate relative to its peak, by step: linear warmup, then the named decay."""
     steps = max(steps, 1)
-    rising = min(round(warmup * steps), steps - 1)
-    rest = steps - rising
-    falls = {
-        "cosine": optax.cosine_decay_schedule(1.0, rest),
-        "linear": optax.linear_schedule(1.0, 0.0, rest),
+    warmup_steps = min(round(warmup * steps), steps - 1)
+    decay_steps = steps - warmup_steps
+    decays = {
+        "cosine": optax.cosine_decay_schedule(1.0, decay_steps),
+        "linear": optax.linear_schedule(1.0, 0.0, decay_steps),
         "constant": optax.constant_schedule(1.0),
     }
-    if not rising:
-        return falls[name]
-    # The first step counts: 1 / rising, not 0.
-    rise = optax.linear_schedule(1 / rising, 1.0, max(rising - 1, 1))
-    return optax.join_schedules([rise, falls[name]], [rising])
+    if not warmup_steps:
+        return decays[name]
+    # The first step is taken at 1 / warmup_steps of the peak, not at 0.
+    warmup_ = optax.linear_schedule(1 / warmup_steps, 1.0, max(warmup_steps - 1, 1))
+    return optax.join_schedules([warmup_, decays[name]], [warmup_steps])
 
 
-def _named(name: str, schedule: optax.Schedule, weight_decay: Any) -> optax.GradientTransformation:
+def _base_optimizer(
+    name: str, schedule: optax.Schedule, weight_decay: Any
+) -> optax.GradientTransformation:
     if name == "adamw":
         return optax.adamw(schedule, weight_decay=weight_decay)
     if name == "nadamw":
@@ -166,26 +168,26 @@ def _named(name: str, schedule: optax.Schedule, weight_decay: Any) -> optax.Grad
         return optax.lamb(schedule, weight_decay=weight_decay)
     if name == "muon":
         return optax.contrib.muon(schedule, weight_decay=weight_decay)
-    inner = {
+    tx = {
         "adam": lambda: optax.adam(schedule),
         "sgd": lambda: optax.sgd(schedule, momentum=0.9, nesterov=True),
         "rmsprop": lambda: optax.rmsprop(schedule),
         "adafactor": lambda: optax.adafactor(schedule),
     }[name]()
     if isinstance(weight_decay, (int, float)) and not weight_decay:
-        return inner
-    return optax.chain(optax.add_decayed_weights(weight_decay), inner)
+        return tx
+    return optax.chain(optax.add_decayed_weights(weight_decay), tx)
 
 
 class Averaged(NamedTuple):
-    """An optimizer's state, and the average of the parameters."""
+    """An optimizer's state and the average of the parameters."""
 
     inner: PyTree
     mean: PyTree
     steps: Array
 
 
-def averaged(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+def keep_average(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
     """Keeps an exponential moving average of the parameters beside an optimizer.
 
     `mean <- d mean + (1 - d) params` after every step, `d = min(decay, (1 + n) / (10 + n))` at step
@@ -200,22 +202,24 @@ def averaged(inner: optax.GradientTransformation, decay: float) -> optax.Gradien
         updates, new = inner.update(updates, state.inner, params, **extra)
         n = state.steps.astype(jnp.float32)
         share = 1 - jnp.minimum(jnp.float32(decay), (1 + n) / (10 + n))
-        after = optax.apply_updates(params, updates)
-        mean = jax.tree.map(lambda m, p: m + share.astype(m.dtype) * (p - m), state.mean, after)
+        new_params = optax.apply_updates(params, updates)
+        mean = jax.tree.map(
+            lambda m, p: m + share.astype(m.dtype) * (p - m), state.mean, new_params
+        )
         return updates, Averaged(new, mean, state.steps + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def used(state: TrainState) -> TrainState:
-    """The state with the averaged parameters in place of the last ones, if an average is kept."""
-    held = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, Averaged))
-    means = [x.mean for x in held if isinstance(x, Averaged)]
+def with_averages(state: TrainState) -> TrainState:
+    """The state with averaged parameters in place of the last ones, if there is an average."""
+    states = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, Averaged))
+    means = [x.mean for x in states if isinstance(x, Averaged)]
     if not means:
         return state
     glue = jax.tree.leaves(state.connectors)
     params, connectors = (means[0]["params"], means[0]["connectors"]) if glue else (means[0], None)
     return state._replace(
-        params=trees.combine(params, state.params),  # what is not trained stays
+        params=trees.combine(params, state.params),  # frozen leaves have no average
         connectors=trees.combine(connectors, state.connectors) if glue else state.connectors,
     )

@@ -1,4 +1,4 @@
-"""A command at work, the programs it compiles, and what it writes and prints at the end."""
+"""A command's run: its folder and terminal, the programs it compiles, and its final output."""
 
 import contextlib
 import sys
@@ -13,41 +13,41 @@ from kdtl_jax import _files
 from kdtl_jax.recipes import _folders, _progress, _tables
 from kdtl_jax.run import record, report
 
-NAMED = 8  # programs listed by name; the others, mostly single operations, are summed up
+MOST_NAMES = 8  # programs listed by name; the rest, mostly single operations, are summed
 COMPILED = "/jax/core/compile/backend_compile_duration"
 HIT = "/jax/compilation_cache/cache_hits"
 
 
-class Running(NamedTuple):
-    """A command at work."""
+class OpenRun(NamedTuple):
+    """An open run of a command."""
 
     folder: Path
     run: str  # its identity
     say: _progress.Progress
-    programs: Callable[[], str]  # what has been compiled so far, in words
+    programs: Callable[[], str]  # a summary of the programs compiled so far
 
 
 @contextlib.contextmanager
-def running(
+def open_run(
     settings: Any,
     command: str,
     files: Mapping[str, record.Paths],
     *,
     saves: Sequence[str] = (),
     models: Sequence[str] = (),
-) -> Iterator[Running]:
-    """A run's folder and terminal; after a signal, prints how to resume the run."""
+) -> Iterator[OpenRun]:
+    """Opens a run's folder and terminal; after a signal, prints how to resume the run."""
     with (
-        _folders.run_folder(settings, command, files, saves=saves, models=models) as where,
-        counted_programs() as programs,
-        _hint_of_resuming(command, where.path),
-        _progress.shown() as say,
+        _folders.run_folder(settings, command, files, saves=saves, models=models) as run,
+        count_programs() as programs,
+        _hint_resume(command, run.path),
+        _progress.show_progress() as say,
     ):
-        yield Running(*where, say, programs)
+        yield OpenRun(*run, say, programs)
 
 
 @contextlib.contextmanager
-def _hint_of_resuming(command: str, folder: Path) -> Iterator[None]:
+def _hint_resume(command: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except SystemExit:
@@ -60,57 +60,57 @@ def _hint_of_resuming(command: str, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def counted_programs() -> Iterator[Callable[[], str]]:
-    """`said()`: how many programs were compiled or came from the cache, and which cost the most.
+def count_programs() -> Iterator[Callable[[], str]]:
+    """`summary()`: how many programs were compiled or cached, and which took the longest.
 
-    A program has the name of the jitted function. Its seconds are those of compiling it, or of
-    reading it from the cache.
+    A program has the name of the jitted function. Its seconds are the time to compile it, or to
+    read it from the cache.
     """
     cached = 0
-    found: dict[str, tuple[int, float]] = {}  # by name
+    programs: dict[str, tuple[int, float]] = {}  # by name
 
-    def hit(event: str, **_: Any) -> None:
+    def on_event(event: str, **_: Any) -> None:
         nonlocal cached
         cached += event == HIT
 
-    def compiled(event: str, duration_secs: float, **about: str | int) -> None:
+    def on_duration(event: str, duration_secs: float, **about: str | int) -> None:
         if event == COMPILED:
-            called = str(about.get("fun_name", ""))
-            name = called.removeprefix("jit(").removesuffix(")") or "unnamed"
-            count, before = found.get(name, (0, 0.0))
-            found[name] = count + 1, before + duration_secs
+            function = str(about.get("fun_name", ""))
+            name = function.removeprefix("jit(").removesuffix(")") or "unnamed"
+            count, seconds = programs.get(name, (0, 0.0))
+            programs[name] = count + 1, seconds + duration_secs
 
-    jax.monitoring.register_event_listener(hit)
-    jax.monitoring.register_event_duration_secs_listener(compiled)
+    jax.monitoring.register_event_listener(on_event)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
     try:
-        yield lambda: _said(found, cached)
+        yield lambda: _summary(programs, cached)
     finally:
-        jax.monitoring.unregister_event_listener(hit)
-        jax.monitoring.unregister_event_duration_listener(compiled)
+        jax.monitoring.unregister_event_listener(on_event)
+        jax.monitoring.unregister_event_duration_listener(on_duration)
 
 
-def _said(found: dict[str, tuple[int, float]], cached: int) -> str:
-    slowest = sorted(found.items(), key=lambda item: -item[1][1])
-    requests = sum(count for count, _ in found.values())
-    seconds = sum(spent for _, spent in found.values())
-    listed = [_counted(name, count, spent) for name, (count, spent) in slowest[:NAMED]]
-    if others := [known for _, known in slowest[NAMED:]]:
-        counts, spent = zip(*others, strict=True)
-        listed.append(_counted(f"{len(others)} other names", sum(counts), sum(spent)))
-    by_name = f": {', '.join(listed)}" if listed else ""
+def _summary(programs: dict[str, tuple[int, float]], cached: int) -> str:
+    slowest = sorted(programs.items(), key=lambda item: -item[1][1])
+    requests = sum(count for count, _ in programs.values())
+    seconds = sum(spent for _, spent in programs.values())
+    parts = [_format_program(name, count, spent) for name, (count, spent) in slowest[:MOST_NAMES]]
+    if remaining := [totals for _, totals in slowest[MOST_NAMES:]]:
+        counts, spent = zip(*remaining, strict=True)
+        parts.append(_format_program(f"{len(remaining)} other names", sum(counts), sum(spent)))
+    by_name = f": {', '.join(parts)}" if parts else ""
     return (
         f"Programs: {requests - cached} compiled, {cached} from the compilation cache, "
         f"{seconds:.1f} s in all{by_name}."
     )
 
 
-def _counted(name: str, count: int, seconds: float) -> str:
+def _format_program(name: str, count: int, seconds: float) -> str:
     return f"{name} {seconds:.1f} s" if count == 1 else f"{name} ({count}) {seconds:.1f} s"
 
 
 def finish(folder: Path, results: report.Results, table: str | None = None) -> None:
     """Writes `results.json` and `report.html`, and prints the table."""
-    results = results._replace(run=_folders.how_it_was_run(folder))
+    results = results._replace(run=_folders.run_record(folder))
     _files.write_json(folder / "results.json", report.to_json(results))
     _files.write_atomic(folder / "report.html", report.html_page(results).encode(errors="replace"))
     if table is None:
@@ -121,7 +121,7 @@ def finish(folder: Path, results: report.Results, table: str | None = None) -> N
 
 
 def print_table(results: report.Results) -> None:
-    """The table of methods, by family."""
+    """Prints the table of methods, by family."""
     score = results.score
     header = (
         "method",
@@ -132,7 +132,7 @@ def print_table(results: report.Results) -> None:
     )
     for family in dict.fromkeys(row.family for row in results.rows):
         rows = [row for row in results.rows if row.family == family]
-        compared = [
+        verdicts = [
             "–"
             if row.versus is None
             else f"{score.number(row.versus.difference.mean, sign=True)}, {row.versus.verdict}"
@@ -146,15 +146,15 @@ def print_table(results: report.Results) -> None:
                 f"{x.parameters:,}",
                 f"{x.seconds:.1f}",
             )
-            for x, versus in zip(rows, compared, strict=True)
+            for x, versus in zip(rows, verdicts, strict=True)
         ]
         lines = [
             f"{family:12s} {row.method:26s} test {test:>18s} {score.unit:1s}  {versus:32s} "
             f"{count:>9} parameters {seconds:>6} s"
             for row, (_, test, versus, count, seconds) in zip(rows, cells, strict=True)
         ]
-        better = [i for i, x in enumerate(rows) if x.versus and x.versus.verdict == "better"]
-        _tables.show(header, cells, lines, title=family.capitalize(), bold=better)
+        bold = [i for i, x in enumerate(rows) if x.versus and x.versus.verdict == "better"]
+        _tables.show(header, cells, lines, title=family.capitalize(), bold=bold)
     console = Console(highlight=False, markup=False)
     for note in results.notes:
         console.print(f"note: {note}", style="dim" if console.is_terminal else None, soft_wrap=True)

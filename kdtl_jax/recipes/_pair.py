@@ -1,4 +1,4 @@
-"""A teacher and a student on one data set: what `kdtl distill` and `kdtl sweep` begin with."""
+"""A teacher and a student on one data set, as `kdtl distill` and `kdtl sweep` use them."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -58,7 +58,7 @@ class Models:
 
 
 class Pair(NamedTuple):
-    """Data, and the two networks that learn from it."""
+    """Data and the two networks to train on it."""
 
     splits: Splits  # scaled as the teacher's file says, or by the training part
     about: About  # metadata for the files of this pair's models, without the model
@@ -66,24 +66,24 @@ class Pair(NamedTuple):
     teacher_text: str
     teacher: Network
     student: Network
-    given: Variables | None  # the teacher's, from its file
-    files: dict[str, record.Paths]  # those that were read: {"data": ..., "teacher_weights": ...}
+    teacher_variables: Variables | None  # the teacher's, from its file
+    files: dict[str, record.Paths]  # input files: {"data": ..., "teacher_weights": ...}
     example: jax.Array  # inputs [1, ...]
-    measure: Measure = _measures.CLASSES  # what is learned, and how it is scored
+    measure: Measure = _measures.CLASSES  # the task loss and scores
 
 
-def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes",)) -> Pair:
+def read_pair(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes",)) -> Pair:
     """Reads the data and the teacher's file, and makes both networks.
 
     Args:
-      settings: `data` and its neighbors, `teacher`, `teacher_weights`, `student`.
-      dtype: in which both networks compute.
-      kinds: of targets that the caller supports.
+      settings: `types.Data` and `Models`.
+      dtype: compute dtype of both networks.
+      kinds: kinds of targets that the caller supports.
 
     Raises:
       ValueError: if the file has another model, other classes or inputs, or non-finite values.
     """
-    source = _models.opened(settings.teacher_weights, settings.teacher, DEFAULT_TEACHER)
+    source = _models.open_source(settings.teacher_weights, settings.teacher, DEFAULT_TEACHER)
     _models.check(settings.student)
     splits, form = _data.read_data(settings, source, kinds=kinds)
     _data.check_parts(splits)
@@ -91,28 +91,37 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     index = np.arange(len(part.labels), dtype=np.int32)
     arrays = {"inputs": part.inputs, "labels": part.labels, "index": index}
     example = jnp.asarray(part.inputs[:1])
-    named = {"teacher": str(source.about.model), "student": settings.student}
-    large, small = (
-        _models.described(text, part.classes, example, dtype=dtype) for text in named.values()
+    texts = {"teacher": str(source.about.model), "student": settings.student}
+    teacher, student = (
+        _models.make_network(text, part.classes, example, dtype=dtype) for text in texts.values()
     )
-    given = None
-    read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
-    files: dict[str, record.Paths] = {"data": read_now}
+    teacher_variables = None
+    data_files = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
+    files: dict[str, record.Paths] = {"data": data_files}
     if source.path is not None:
-        given = sources.variables(source, networks.abstract(large, example))
+        teacher_variables = sources.variables(source, networks.abstract(teacher, example))
         files["teacher_weights"] = source.path
-    files |= {role: made for role, text in named.items() if (made := _models.files_of(text))}
+    files |= {role: files_ for role, text in texts.items() if (files_ := _models.files_of(text))}
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
-    measure = _measures.of_data(form, settings, part)
-    if given is None:
-        _user_code.try_model("--teacher", named["teacher"], large, measure.task, arrays)
-    _user_code.try_model("--student", named["student"], small, measure.task, arrays)
+    measure = _measures.measure_of_data(form, settings, part)
+    if teacher_variables is None:
+        _user_code.try_model("--teacher", texts["teacher"], teacher, measure.task, arrays)
+    _user_code.try_model("--student", texts["student"], student, measure.task, arrays)
     for flag, text, net in zip(
-        ("--teacher", "--student"), named.values(), (large, small), strict=True
+        ("--teacher", "--student"), texts.values(), (teacher, student), strict=True
     ):
         _user_code.check_logits(flag, text, net, part)
     return Pair(
-        splits, about, arrays, named["teacher"], large, small, given, files, example, measure
+        splits,
+        about,
+        arrays,
+        texts["teacher"],
+        teacher,
+        student,
+        teacher_variables,
+        files,
+        example,
+        measure,
     )
 
 
@@ -124,14 +133,14 @@ def setup(
     batch_size: int,
     layers: Sequence[tuple[str, str]] = (),
 ) -> Setup:
-    """The pair as methods see it; without `frozen`, the teacher is blank, for early checks."""
-    empty = blank(pair.teacher, pair.example)
+    """The setup of the pair's methods; without `frozen`, with a blank teacher for early checks."""
+    blank_ = blank(pair.teacher, pair.example)
     inputs = pair.arrays["inputs"]
     return methods.setup(
         pair.student.apply,
         pair.teacher.apply,
         student_variables=networks.abstract(pair.student, pair.example),
-        teacher_variables=empty if frozen is None else frozen,
+        teacher_variables=blank_ if frozen is None else frozen,
         inputs=jax.ShapeDtypeStruct((batch_size, *inputs.shape[1:]), inputs.dtype),
         examples=len(inputs),
         steps=steps,
@@ -154,17 +163,17 @@ def entries() -> dict[str, Entry]:
     return {entry.name: entry for entry in methods.table()}
 
 
-def check_own(
+def trace_user_methods(
     built: Mapping[str, Method], pair: Pair, settings: Any, batch_size: int, tx: Any, view: Any
 ) -> None:
-    """Tries the user's losses and methods on shapes.
+    """Traces user-defined losses and methods on shapes.
 
     Raises:
       ValueError: with the line at fault.
     """
     arrays = _user_code.shapes(pair.arrays, batch_size)
     teacher = networks.abstract(pair.teacher, pair.example)
-    for name, said in _user_code.sources_by_name(settings).items():
+    for name, source in _user_code.sources_by_name(settings).items():
         if name in built:
             learner = student(
                 pair.student,
@@ -175,33 +184,33 @@ def check_own(
                 microbatches=settings.microbatches,
                 view=view,
             )
-            _user_code.try_method(said, learner, arrays, teacher)
+            _user_code.try_method(source, learner, arrays, teacher)
 
 
-def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[Entry]:
-    """The methods to compare: those requested, or else the defaults for the targets."""
+def select_methods(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[Entry]:
+    """The methods to compare: those requested, or the defaults for the targets."""
     default = next(f.default for f in dataclasses.fields(settings) if f.name == "methods")
     if measure.kind == "classes" or settings.methods != default:
         return list(entries)
     published = {entry.name: entry for entry in methods.table()}
-    own = [entry for entry in entries if entry.name not in published]
-    return [*(published[name] for name in measure.methods), *own]
+    user_methods = [entry for entry in entries if entry.name not in published]
+    return [*(published[name] for name in measure.methods), *user_methods]
 
 
 def check_any(
-    built: Mapping[str, Method], why_not: Sequence[str], setup: Setup, kind: Kind
+    built: Mapping[str, Method], reasons: Sequence[str], setup: Setup, kind: Kind
 ) -> None:
     """Raises UsageError if none of the methods applies."""
-    if len(built) > 1 or not why_not:
+    if len(built) > 1 or not reasons:
         return
     if kind != "classes":
         table = (entry for entry in methods.table() if entry.needs == "logits")
         fitting = [entry.name for entry in table if entry.applies(setup) is None]
         raise UsageError(
-            f"the targets are {kind}: {why_not[0]} Methods for them are {', '.join(fitting)}, and "
+            f"the targets are {kind}: {reasons[0]} Methods for them are {', '.join(fitting)}, and "
             "those that match features, such as hint, rkd and sp."
         )
-    raise UsageError(f"no method is left. {' '.join(why_not)}")
+    raise UsageError(f"no method is left. {' '.join(reasons)}")
 
 
 def check_augmentation(chosen: Sequence[str], pair: Pair) -> None:
@@ -229,24 +238,24 @@ def student(
     net: Network,
     method: Method,
     tx: optax.GradientTransformation,
-    begin: Callable[[Array, Any], Variables],
+    init: Callable[[Array, Any], Variables],
     *,
     teacher: ModelFn | None = None,
     microbatches: int = 1,
     view: Callable[..., Any] | None = None,
     per_epoch: int = 1,
 ) -> Experiment:
-    """`net` trained by a method; `shared` is what a live teacher or `begin` reads.
+    """`net` trained by a method; a live teacher, or `init`, reads `shared`.
 
     Args:
-      net: the network that is trained.
+      net: the network to train.
       method: its terms.
       tx: the optimizer.
-      begin: `begin(key, shared) -> variables`, its initialization.
-      teacher: a live one; None if its outputs are in the batches or there is none.
+      init: `init(key, shared) -> variables`.
+      teacher: a live teacher; None if its outputs are in the batches or there is none.
       microbatches: parts of a batch.
       view: augmentation, from `_training.views`.
-      per_epoch: steps, for `view`.
+      per_epoch: steps per epoch, for `view`.
     """
     step = train.make_step(
         net.apply, method.terms, method.weights, tx, teacher=teacher, microbatches=microbatches
@@ -254,13 +263,13 @@ def student(
 
     def start(point: Point, shared: Any) -> train.TrainState:
         keys = _training.keys(point["seed"])
-        first = begin(keys.model, shared)
+        variables = init(keys.model, shared)
         return train.init_state(
-            first.params,
+            variables.params,
             tx,
             key=keys.steps,
             connectors=method.connectors(keys.connectors),
-            model_state=first.model_state,
+            model_state=variables.model_state,
             memory=method.memory(keys.memory),
         )
 
@@ -278,19 +287,19 @@ def student(
     return Experiment(start, one_step, logits)
 
 
-def taught(
+def train_teacher(
     pair: Pair, run: _seeds.Run, task: Method, tx: optax.GradientTransformation, epochs: int
 ) -> tuple[Variables, _seeds.Trained]:
-    """The teacher's variables, given or trained here on the task only, and its scores."""
+    """The teacher's variables and results; trains it on the task unless it was loaded."""
     points = _training.points(1)
-    if pair.given is None:
+    if pair.teacher_variables is None:
         learner = student(
             pair.teacher, task, tx, lambda key, _: pair.teacher.init(key, pair.example)
         )
         trained = _seeds.train_seeds(TEACHER, learner, points, None, run, epochs)
     else:
-        learner = student(pair.teacher, task, tx, lambda key, given: given)
-        trained = _seeds.train_seeds(TEACHER, learner, points, pair.given, run, 0)
+        learner = student(pair.teacher, task, tx, lambda key, variables: variables)
+        trained = _seeds.train_seeds(TEACHER, learner, points, pair.teacher_variables, run, 0)
     state = trained.state
     return Variables(*_training.pick((state.params, state.model_state), 0)), trained
 
@@ -308,32 +317,34 @@ def write(
     Args:
       folder: of the run.
       pair: the models.
-      settings: as for `read`, with `types.Data`.
+      settings: as for `read_pair`, with `types.Data`.
       frozen: the teacher.
       students: one per method.
       setup: with the teacher's head, for methods that predict through connectors.
     """
-    large, small = (pair.about._replace(model=m) for m in (pair.teacher_text, settings.student))
-    made_of = _students.made_of(folder, settings, "teacher")
-    model_files.save(folder / "teacher.safetensors", frozen, large, made_of)
-    made_of = _students.made_of(folder, settings, "student")
-    _students.write(folder, students, small, setup=setup, more=made_of)
+    about_teacher, about_student = (
+        pair.about._replace(model=m) for m in (pair.teacher_text, settings.student)
+    )
+    metadata = _students.provenance(folder, settings, "teacher")
+    model_files.save(folder / "teacher.safetensors", frozen, about_teacher, metadata)
+    metadata = _students.provenance(folder, settings, "student")
+    _students.write(folder, students, about_student, setup=setup, more=metadata)
 
 
 def build_all(
     entries: Sequence[Entry], setup: Setup, settings: Any
 ) -> tuple[dict[str, Method], list[str]]:
-    """The baseline and the methods that apply, with the user's weights; notes on the others."""
+    """The baseline and the methods that apply, with the user's weights, and notes on the others."""
     built, notes = {BASELINE: methods.alone(setup)}, []
     for entry in entries:
-        if (why := entry.applies(setup)) is None:
+        if (reason := entry.applies(setup)) is None:
             built[entry.name] = build(entry, setup, settings.temperature)
         else:
-            notes.append(f"{entry.name} does not apply: {why}.")
+            notes.append(f"{entry.name} does not apply: {reason}.")
     check_weights(settings.loss_weights, {name: method.weights for name, method in built.items()})
     for key, weight in settings.loss_weights.items():
-        asked, dot, term = key.rpartition(".")
-        for name in [asked] if dot else [name for name in built if name != BASELINE]:
+        method_name, dot, term = key.rpartition(".")
+        for name in [method_name] if dot else [name for name in built if name != BASELINE]:
             method = built[name]
             # method.term wins over term
             if term in method.weights and (dot or f"{name}.{term}" not in settings.loss_weights):
@@ -341,18 +352,20 @@ def build_all(
     return built, notes
 
 
-def check_weights(asked: Mapping[str, float], terms: Mapping[str, Collection[str]]) -> None:
+def check_weights(weights: Mapping[str, float], terms: Mapping[str, Collection[str]]) -> None:
     """Raises UsageError if a key of `--loss-weights` is not a term of a method.
 
     Args:
-      asked: weights by `term` or `method.term`.
+      weights: by `term` or `method.term`.
       terms: by method.
     """
-    for key in asked:
+    for key in weights:
         name, dot, term = key.rpartition(".")
-        having = [name] if dot else [method for method in terms if method != BASELINE]
-        if not any(term in terms.get(name, ()) for name in having):
-            listed = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in terms.items())
+        candidates = [name] if dot else [method for method in terms if method != BASELINE]
+        if not any(term in terms.get(name, ()) for name in candidates):
+            listed = "; ".join(
+                f"{name}: {', '.join(sorted(method_terms))}" for name, method_terms in terms.items()
+            )
             raise UsageError(
                 f"--loss-weights: {key!r} is not a term here. The terms are {listed}. Write "
                 "term=weight, or method.term=weight for one method."

@@ -1,7 +1,7 @@
 """The progress of a command: lines, and on a terminal a bar with the time left.
 
-Lines go to standard error and stay. The bar is redrawn below them by a rich thread and disappears
-when the work is done; if standard error is not a terminal, there is no bar. Standard output is for
+Lines go to standard error and stay. A rich thread redraws the bar below them; it disappears when
+the work is done, and there is none if standard error is not a terminal. Standard output is for
 results.
 """
 
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
-from rich.progress import Progress as Drawn
+from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 Say = Callable[[str], None]
-Moved = Callable[[int, int], None]  # (done, total)
-REDRAWN = 0.25  # seconds
+Advance = Callable[[int, int], None]  # (done, total)
+REDRAW_SECONDS = 0.25  # seconds
 
 
 class Progress(NamedTuple):
@@ -34,12 +34,12 @@ class Progress(NamedTuple):
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[Progress]:
-    """`say` of a command; `say.bar(text, done, total)` costs nothing between two drawings."""
+def show_progress() -> Iterator[Progress]:
+    """The `Progress` of a command; its `bar` costs nothing between two redraws."""
     console, start = _Terminal(stderr=True, highlight=False), time.perf_counter()
-    # With FORCE_COLOR, rich mistakes a file for a terminal, and a bar would fill it.
+    # With FORCE_COLOR, rich takes a file for a terminal, and a bar would fill it.
     draws = console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty()
-    drawn: Drawn | None = None
+    progress_bar: RichProgress | None = None
     last = 0.0
 
     def line(text: str) -> None:
@@ -50,28 +50,28 @@ def shown() -> Iterator[Progress]:
             print(f"{seconds:5.1f} s  {text}", file=sys.stderr, flush=True)
 
     def bar(text: str, done: float | None, total: float) -> None:
-        nonlocal drawn, last
+        nonlocal progress_bar, last
         now = time.perf_counter()
-        if not draws or (done is not None and now - last < REDRAWN and done < total):
+        if not draws or (done is not None and now - last < REDRAW_SECONDS and done < total):
             return
         last = now
-        if drawn is None:
-            drawn = _drawn(console)
-            drawn.add_task(text, total=total, first=None, last=None)
-            drawn.start()
-        [task] = drawn.tasks
-        told: dict[str, Any] = {}
+        if progress_bar is None:
+            progress_bar = _make_bar(console)
+            progress_bar.add_task(text, total=total, first=None, last=None)
+            progress_bar.start()
+        [task] = progress_bar.tasks
+        fields: dict[str, Any] = {}
         if done is not None and done != task.completed:
-            told["last"] = now, done
+            fields["last"] = now, done
         if done is not None and task.fields["first"] is None:
-            told = {"first": (now, done), "last": (now, done)}
-        drawn.update(task.id, description=text, completed=done, total=total, **told)
+            fields = {"first": (now, done), "last": (now, done)}
+        progress_bar.update(task.id, description=text, completed=done, total=total, **fields)
 
     def hide() -> None:
-        nonlocal drawn
-        if drawn is not None:
-            drawn.stop()
-            drawn = None
+        nonlocal progress_bar
+        if progress_bar is not None:
+            progress_bar.stop()
+            progress_bar = None
 
     try:
         yield Progress(line, bar, hide)
@@ -79,85 +79,88 @@ def shown() -> Iterator[Progress]:
         hide()
 
 
-def seldom(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
-    """Prints at most one line per `seconds`, and every line marked as the last."""
-    said = time.perf_counter()
+def throttle(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
+    """`say` limited to one line per `seconds`; a line marked as the last is always printed."""
+    last_time = time.perf_counter()
 
-    def maybe(text: str, last: bool) -> None:
-        nonlocal said
+    def say_throttled(text: str, last: bool) -> None:
+        nonlocal last_time
         now = time.perf_counter()
-        if last or now - said >= seconds:
-            said = now
+        if last or now - last_time >= seconds:
+            last_time = now
             say(text)
 
-    return maybe
+    return say_throttled
 
 
-def part(say: Progress, text: str, number: int, parts: int) -> Moved:
-    """`moved(done, total)` within part `number` (from 0) of equal `parts`, which starts now."""
+def track_part(say: Progress, text: str, number: int, parts: int) -> Advance:
+    """Starts part `number` (from 0) of equal `parts`; returns `advance(done, total)` within it."""
     say.bar(text, None, parts)
     return lambda done, total: say.bar(text, number + done / max(total, 1), parts)
 
 
-def by_part(say: Progress, parts: int) -> Say:
-    """`say` that advances the bar by one of `parts`: each line announces the next part."""
-    begun = 0
+def announce_parts(say: Progress, parts: int) -> Say:
+    """A `say` whose lines each announce the next of `parts` and advance the bar by one."""
+    count = 0
 
-    def begins(text: str) -> None:
-        nonlocal begun
+    def announce(text: str) -> None:
+        nonlocal count
         say.line(text)
-        say.bar(text, min(begun, parts), parts)
-        begun += 1
+        say.bar(text, min(count, parts), parts)
+        count += 1
 
-    return begins
+    return announce
 
 
 def time_left(
     first: tuple[float, float] | None, last: tuple[float, float] | None, now: float, total: float
 ) -> float | None:
-    """Seconds until `total`, at the mean rate between two `(time, done)`; None if that is unknown.
+    """Seconds until `total` at the mean rate between two points `(time, done)`; None if unknown.
 
-    The time before the first includes compilation; that after the last is not yet reported.
+    The time before the first point includes compilation; progress after the last is not yet known.
     """
     if first is None or last is None:
         return None
-    made, spent = last[1] - first[1], last[0] - first[0]
-    if made <= 0 or spent <= 0:
+    progress, elapsed = last[1] - first[1], last[0] - first[0]
+    if progress <= 0 or elapsed <= 0:
         return None
-    return max(0.0, (total - last[1]) * spent / made - (now - last[0]))
+    return max(0.0, (total - last[1]) * elapsed / progress - (now - last[0]))
 
 
-def in_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`4 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"
 
 
-class _Left(ProgressColumn):
+class _TimeColumn(ProgressColumn):
     """The time since the start and the time left."""
 
     def render(self, task: Task) -> Text:
         now = time.perf_counter()
-        left = time_left(task.fields["first"], task.fields["last"], now, task.total or 0.0)
-        spent = in_words(task.elapsed or 0.0)
-        return Text(spent if left is None else f"{spent}, about {in_words(left)} left", "dim")
+        remaining = time_left(task.fields["first"], task.fields["last"], now, task.total or 0.0)
+        elapsed = format_duration(task.elapsed or 0.0)
+        return Text(
+            elapsed if remaining is None else f"{elapsed}, about {format_duration(remaining)} left",
+            "dim",
+        )
 
 
 class _Terminal(Console):
-    """A console that keeps its cursor, which a killed process could not restore."""
+    """A console that never hides the cursor, since a killed process could not restore it."""
 
     def show_cursor(self, show: bool = True) -> bool:
         return False
 
 
-def _drawn(console: Console) -> Drawn:
+def _make_bar(console: Console) -> RichProgress:
     percent = TextColumn("{task.percentage:.0f}%")
-    return Drawn(
-        TextColumn("{task.description}", markup=False), BarColumn(), percent, _Left(),
+    return RichProgress(
+        TextColumn("{task.description}", markup=False), BarColumn(), percent, _TimeColumn(),
         console=console, transient=True, refresh_per_second=4,
         redirect_stdout=sys.stdout.isatty(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The saves of one method's training, read when the run resumes, with the time spent."""
+"""Checkpoints of one method's training, which also record the time spent."""
 
 import contextlib
 import time
@@ -11,49 +11,51 @@ from kdtl_jax.train import TrainState
 
 
 class Saves(NamedTuple):
-    """Where a method's saves are, and what its training starts from."""
+    """Where a method's checkpoints are, and the state to start from."""
 
-    home: Path
-    owner: dict[str, str]  # what the saves belong to
-    state: TrainState  # of the newest save, or the one given
-    step: int  # of that save, or 0
+    folder: Path
+    owner: dict[str, str]  # the run and the method
+    state: TrainState  # of the newest checkpoint, or the initial one
+    step: int  # of that checkpoint, or 0
     meta: dict[str, Any]
-    before: float  # seconds that earlier parts of the training took
-    begun: float  # when this one began, by `time.perf_counter`
+    earlier_seconds: float  # seconds of training before the resume
+    start_time: float  # by `time.perf_counter`
 
 
-def taken_up(
-    folder: Path, run: str, name: str, state: TrainState, *, resume: bool, begun: float
+def restore(
+    folder: Path, run: str, name: str, state: TrainState, *, resume: bool, start_time: float
 ) -> Saves:
-    """The newest complete save of a method; `state` if there is none or the run does not resume.
+    """Reads a method's newest complete checkpoint; starts from `state` if there is none.
 
     Args:
       folder: of the run.
       run: its identity.
       name: of the method, under `checkpoints/`.
       state: to start from; also the template for reading.
-      resume: whether to use saves.
-      begun: when the training began, by `time.perf_counter`.
+      resume: whether to read checkpoints.
+      start_time: of the training, by `time.perf_counter`.
     """
-    home, owner = folder / "checkpoints" / name, {"run": run, "method": name}
+    saves_folder, owner = folder / "checkpoints" / name, {"run": run, "method": name}
     step, meta = 0, {}
     if resume:
-        # There may be no save yet, or only an unfinished one.
+        # There may be no checkpoint yet, or only an incomplete one.
         with contextlib.suppress(FileNotFoundError):
-            found = checkpoint.restore(home, state, owner=owner)
-            state, step, meta = found.state, found.step, found.meta
-    return Saves(home, owner, state, step, meta, float(meta.get("seconds", 0.0)), begun)
+            checkpoint_ = checkpoint.restore(saves_folder, state, owner=owner)
+            state, step, meta = checkpoint_.state, checkpoint_.step, checkpoint_.meta
+    return Saves(
+        saves_folder, owner, state, step, meta, float(meta.get("seconds", 0.0)), start_time
+    )
 
 
 def seconds(saves: Saves) -> float:
-    """The seconds of training so far, including earlier parts of the run."""
-    return saves.before + time.perf_counter() - saves.begun
+    """The seconds of training so far, including those before the resume."""
+    return saves.earlier_seconds + time.perf_counter() - saves.start_time
 
 
 @contextlib.contextmanager
-def opened(saves: Saves, keep: checkpoint.Keep) -> Iterator[loop.Save]:
+def open_saves(saves: Saves, keep: checkpoint.Keep) -> Iterator[loop.Save]:
     """`save(step, state, meta)` for `loop.run`, which also records the time spent."""
-    with checkpoint.open_folder(saves.home, keep=keep, owner=saves.owner) as checkpoints:
+    with checkpoint.open_folder(saves.folder, keep=keep, owner=saves.owner) as checkpoints:
         yield lambda step, state, meta: checkpoint.save(
             checkpoints, step, state, {**meta, "seconds": seconds(saves)}
         )

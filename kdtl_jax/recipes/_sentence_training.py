@@ -1,4 +1,4 @@
-"""One student's training in `kdtl sentences`: terms, measurements, saves and resuming."""
+"""Training of one student in `kdtl sentences`, with evaluation, saving and resuming."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,14 @@ from kdtl_jax._types import Params, Variables
 from kdtl_jax.models import sentence_embedding
 from kdtl_jax.objective import Inputs, Masked
 from kdtl_jax.recipes import _progress, _saves
-from kdtl_jax.recipes._training import warmed_up
+from kdtl_jax.recipes._training import warmup_adamw
 from kdtl_jax.run import checkpoint, data, loop
 
 WEIGHTS = {"hidden": 1.0, "embedding": 1.0, "relation": 1.0}
 
 
 def terms_of(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
-    """The terms of a student whose layer j learns from the teacher's layer `layers[j]`.
+    """The terms that match the student's layer j to the teacher's layer `layers[j]`.
 
     `hidden`, `[B, L]`, masked: the mean over layers of `mean (h_S - h_T)^2`. `embedding`, `[B]`:
     `1 - cos` of the sentences' embeddings. `relation`, `[B]`: RKD's distances between them.
@@ -30,23 +30,25 @@ def terms_of(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
 
     def terms(x: Inputs) -> dict[str, Any]:
         mask = x.batch["inputs"]["mask"]
-        each = [
+        hidden_losses = [
             losses.last_axis_mse(x.student[f"layers_{j}"], x.teacher[f"layers_{i}"])
             for j, i in enumerate(layers)
         ]
-        ours, theirs = (sentence_embedding(o["last_hidden"], mask) for o in (x.student, x.teacher))
+        student, teacher = (
+            sentence_embedding(o["last_hidden"], mask) for o in (x.student, x.teacher)
+        )
         return {
-            "hidden": Masked(jnp.mean(jnp.stack(each), axis=0), mask),
-            "embedding": losses.cosine_distance(ours, theirs),
-            "relation": losses.rkd_distance(ours, theirs, where=x.real),
+            "hidden": Masked(jnp.mean(jnp.stack(hidden_losses), axis=0), mask),
+            "embedding": losses.cosine_distance(student, teacher),
+            "relation": losses.rkd_distance(student, teacher, where=x.real),
         }
 
     return terms
 
 
 def optimizer(settings: Any) -> optax.GradientTransformation:
-    """AdamW on clipped gradients, its rate warmed up over a tenth of the steps."""
-    return warmed_up(settings.learning_rate, settings.steps, max(1, settings.steps // 10))
+    """AdamW on clipped gradients; the learning rate warms up over a tenth of the steps."""
+    return warmup_adamw(settings.learning_rate, settings.steps, max(1, settings.steps // 10))
 
 
 class Run(NamedTuple):
@@ -57,11 +59,14 @@ class Run(NamedTuple):
     name: str  # of the student, under `checkpoints/`
     settings: Any  # `sentences.Settings`
     say: _progress.Say
-    moved: _progress.Moved
+    advance: _progress.Advance
 
 
 class Distilled(NamedTuple):
-    """A student and its learning curve; if it diverged, how, with the state before that."""
+    """A student and its learning curve.
+
+    If training diverged, `diverged` says how, and `params` are those before.
+    """
 
     params: Params
     curve: dict[str, list[float]]
@@ -69,7 +74,7 @@ class Distilled(NamedTuple):
     diverged: str
 
 
-def distilled(
+def distill_student(
     step: train.Step,
     start: Params,
     teacher: Params,
@@ -79,20 +84,20 @@ def distilled(
     run: Run,
 ) -> Distilled:
     """Trains one student, from its newest save if resumed."""
-    met: list[loop.Nonfinite] = []
-    begun, settings = time.perf_counter(), run.settings
+    nonfinite: list[loop.Nonfinite] = []
+    start_time, settings = time.perf_counter(), run.settings
     key_order, key_steps = jax.random.split(key)
     batches = data.resident({"inputs": lines}, settings.batch_size, key=key_order)
     state = train.init_state(start, optimizer(settings), key=key_steps)
-    saves = _saves.taken_up(
-        run.folder, run.identity, run.name, state, resume=settings.resume, begun=begun
+    saves = _saves.restore(
+        run.folder, run.identity, run.name, state, resume=settings.resume, start_time=start_time
     )
 
     def log(line: Mapping[str, Any]) -> None:
         if "loss" in line:
             run.say(f"  step {line['step']} of {settings.steps}, loss {line['loss']:.4f}")
 
-    with _saves.opened(saves, checkpoint.newest(1)) as save:
+    with _saves.open_saves(saves, checkpoint.newest(1)) as save:
         result = loop.run(
             step,
             saves.state,
@@ -106,11 +111,13 @@ def distilled(
             save=save,
             save_every=settings.save_every,
             meta=saves.meta,
-            on_nonfinite=met.append,
-            reached=lambda step: run.moved(step, settings.steps),
+            on_nonfinite=nonfinite.append,
+            reached=lambda step: run.advance(step, settings.steps),
         )
     curve = {
         "epoch": [float(line["step"]) for line in result.evaluations],
         "validation_accuracy": [line["eval/agreement"] for line in result.evaluations],
     }
-    return Distilled(result.state.params, curve, _saves.seconds(saves), str(met[0]) if met else "")
+    return Distilled(
+        result.state.params, curve, _saves.seconds(saves), str(nonfinite[0]) if nonfinite else ""
+    )

@@ -24,7 +24,7 @@ def check_layers(settings: Any) -> None:
         if text is None or model_files.is_own(text) or not settings.layers:
             continue
         try:
-            shapes = networks.output_shapes(_models.described(text, 2, example), example)
+            shapes = networks.output_shapes(_models.make_network(text, 2, example), example)
         except ValueError:
             continue
         unknown = [pair[i] for pair in settings.layers if pair[i] not in shapes]
@@ -40,9 +40,9 @@ def terms(entries: Sequence[Entry], settings: Any) -> dict[str, Collection[str]]
     """
     terms_by_method: dict[str, Collection[str]] = {}
     target = "classes" if settings.data == "digits" else settings.target
-    measures = [measure for measure in _measures.EVERY if target in ("auto", measure.kind)]
+    measures = [measure for measure in _measures.ALL if target in ("auto", measure.kind)]
     for entry in (
-        entry for measure in measures for entry in _pair.suited(entries, settings, measure)
+        entry for measure in measures for entry in _pair.select_methods(entries, settings, measure)
     ):
         if entry not in methods.table():
             return None
@@ -57,8 +57,8 @@ def _example_setups() -> tuple[Setup, ...]:
     example, setups = np.zeros((2, 8, 8, 3), np.float32), []
     vit = "vit:patch=4,width=8,layers=2,heads=2"
     pairs = [("cnn:4,4", _measures.CLASSES), (vit, _measures.CLASSES)]
-    for text, measure in [*pairs, *(("mlp:4", measure) for measure in _measures.EVERY)]:
-        net = _models.described(text, 3, example)
+    for text, measure in [*pairs, *(("mlp:4", measure) for measure in _measures.ALL)]:
+        net = _models.make_network(text, 3, example)
         variables = _pair.blank(net, example)
         setups.append(
             methods.setup(

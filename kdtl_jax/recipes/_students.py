@@ -1,7 +1,7 @@
-"""The students of a run: one file per method, and which one to use.
+"""The students of a run: one file per method, and the recommended one.
 
-A file holds the student of the seed with the best validation accuracy; the recommendation is the
-method with the best mean validation accuracy. The test split is not used for either.
+A file holds the seed with the best validation accuracy; the recommended method has the best mean
+validation accuracy. Neither uses the test split.
 """
 
 import json
@@ -22,7 +22,7 @@ FOLDER = "students"
 
 
 class Student(NamedTuple):
-    """One method's student, of one seed."""
+    """A method's student of one seed."""
 
     method: str
     seed: int
@@ -32,7 +32,7 @@ class Student(NamedTuple):
 
 
 class Line(Protocol):
-    """A method's line of a table; its settings name the file, if it has one."""
+    """A method's line of a table; its settings name the student's file, if there is one."""
 
     @property
     def method(self) -> str: ...
@@ -48,9 +48,7 @@ L = TypeVar("L", bound=Line)
 def best(
     method: str, state: Any, validation: Any, *, through_connectors: bool = False
 ) -> Student | None:
-    """The student of the seed that is best on validation.
-
-    None if the logits of all seeds are not finite.
+    """The student of the seed with the best validation score; None if no seed has a finite score.
 
     Args:
       method: its name.
@@ -67,38 +65,39 @@ def best(
     return Student(method, seed, variables, *_training.pick((state.connectors, state.memory), seed))
 
 
-def chosen(
+def select_best(
     rows: Sequence[report.Row], models: Mapping[str, Any]
 ) -> tuple[list[Student], list[report.Row]]:
-    """The best student of every method that has one, and the rows, which name their files.
+    """The best student of every method that has one, and the rows with the files' names.
 
     Args:
       rows: of the table.
       models: `Variables` stacked over seeds, by method.
     """
-    found = {
+    students = {
         row.method: best(row.method, models[row.method], row.validation.values)
         for row in rows
         if row.method in models
     }
-    named = [
-        row._replace(settings={**row.settings, **described(found.get(row.method))}) for row in rows
+    rows_with_files = [
+        row._replace(settings={**row.settings, **file_fields(students.get(row.method))})
+        for row in rows
     ]
-    return [student for student in found.values() if student is not None], named
+    return [student for student in students.values() if student is not None], rows_with_files
 
 
-def described(student: Student | None) -> dict[str, Any]:
-    """Its line in the table's settings."""
+def file_fields(student: Student | None) -> dict[str, Any]:
+    """A student's entries in the table's settings."""
     return {} if student is None else {"file": file_of(student.method), "file_seed": student.seed}
 
 
 def file_of(method: str) -> str:
-    """A method's file, within the run folder."""
+    """A method's file, relative to the run folder."""
     return f"{FOLDER}/{method}.safetensors"
 
 
-def made_of(folder: Path, settings: Any, role: str) -> dict[str, str]:
-    """What a file records about its run: the data, their split and the precision.
+def provenance(folder: Path, settings: Any, role: str) -> dict[str, str]:
+    """The metadata that a file records about its run: data, split and precision.
 
     Args:
       folder: of the run.
@@ -107,10 +106,10 @@ def made_of(folder: Path, settings: Any, role: str) -> dict[str, str]:
     """
     files = _files.read_sealed(folder / record.FILE)["files"]
     split = {"validation": settings.validation, "test": settings.test, "seed": settings.split_seed}
-    known = {"data": files["data"], "split": json.dumps({**split, "label": settings.label})}
-    known |= {"source_sha256": files[role]} if role in files else {}
+    metadata = {"data": files["data"], "split": json.dumps({**split, "label": settings.label})}
+    metadata |= {"source_sha256": files[role]} if role in files else {}
     precision = getattr(settings, "precision", "float32")
-    return known if precision == "float32" else {**known, "precision": precision}
+    return metadata if precision == "float32" else {**metadata, "precision": precision}
 
 
 def write(
@@ -121,24 +120,24 @@ def write(
     setup: methods.Setup | None = None,
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the files.
+    """Writes the students' files.
 
     Args:
       folder: of the run.
       students: one per method.
-      about: the model, classes and scaling that they share.
+      about: the model, classes and scaling, shared by all students.
       setup: with the teacher's head, for methods that predict through connectors.
-      more: metadata besides the method and the seed.
+      more: additional metadata.
     """
     _files.claim(folder / FOLDER, FOLDER)
     for student in students:
-        known = {"method": student.method, "seed": str(student.seed), **(more or {})}
-        connected = None
+        metadata = {"method": student.method, "seed": str(student.seed), **(more or {})}
+        connected_ = None
         if student.connectors is not None:
             assert setup is not None
-            connected = Connected(student.method, setup, student.connectors, student.memory)
+            connected_ = Connected(student.method, setup, student.connectors, student.memory)
         model_files.save(
-            folder / file_of(student.method), student.variables, about, known, connected
+            folder / file_of(student.method), student.variables, about, metadata, connected_
         )
 
 
@@ -152,29 +151,31 @@ def diverged(rows: Sequence[report.Row]) -> list[str]:
 
 
 def note(rows: Sequence[Line], baseline: str | None) -> str | None:
-    """Which file is which, and which one to use, by validation."""
-    if (best := first(rows)) is None:
+    """A note on the students' files and the recommended one."""
+    if (best := best_row(rows)) is None:
         return None
     with_file = [row for row in rows if "file" in row.settings]
     files = ", ".join(f"{row.settings['file']} (seed {row.settings['file_seed']})"
                       for row in with_file)  # fmt: skip
-    said = f"Recommended by validation: {best.settings['file']}"
+    recommendation = f"Recommended by validation: {best.settings['file']}"
     if best.method == baseline and len(with_file) > 1:
-        said += ", the student trained alone: no method does better on the validation split"
+        recommendation += (
+            ", the student trained alone: no method does better on the validation split"
+        )
     return (
-        f"{said}. Each method's file holds its best seed by validation: {files}. Pass one, below "
-        "the run's folder, to kdtl predict, evaluate or export."
+        f"{recommendation}. Each method's file holds its best seed by validation: {files}. Pass "
+        "one, below the run's folder, to kdtl predict, evaluate or export."
     )
 
 
 def recommended(rows: Sequence[Line]) -> str | None:
     """The file of the method with the best mean validation accuracy."""
-    best = first(rows)
+    best = best_row(rows)
     return None if best is None else str(best.settings["file"])
 
 
-def first(rows: Sequence[L]) -> L | None:
-    """The row of that file; None if no method has one."""
+def best_row(rows: Sequence[L]) -> L | None:
+    """The row of the recommended file; None if no method has a file."""
     with_file = [row for row in rows if "file" in row.settings]
-    at = scores.best([row.validation.mean for row in with_file])
-    return None if at is None else with_file[at]
+    index = scores.best([row.validation.mean for row in with_file])
+    return None if index is None else with_file[index]

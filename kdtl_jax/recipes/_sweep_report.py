@@ -1,4 +1,4 @@
-"""What `kdtl sweep` writes and prints: results.json, sweep.csv, report.html, the table."""
+"""The outputs of `kdtl sweep`: results.json, sweep.csv, report.html, and the printed table."""
 
 import csv
 import io
@@ -33,7 +33,7 @@ class Sweep(NamedTuple):
     notes: list[str]
     teacher_validation: float
     teacher_test: float
-    teacher_named: np.ndarray  # [1, N], classes of the test examples
+    teacher_answers: np.ndarray  # [1, N], classes of the test examples
     run: Mapping[str, Any]  # the command, its time and all settings
 
 
@@ -50,20 +50,20 @@ class Line(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its file."""
-        return _students.described(self.student)
+        """The entries that name the student's file."""
+        return _students.file_fields(self.student)
 
 
 def lines(outcome: Sweep) -> list[Line]:
-    """All settings by mean validation score, with those stopped early after the others.
+    """All settings by mean validation score; those stopped early follow the others.
 
     Settings without a finite score come last.
     """
-    found, share = [], _score(outcome).is_share
+    ranked, share = [], _score(outcome).is_share
     for swept in outcome.swept:
         for k in range(len(swept.epochs)):
             setting = {name: rounded(column[k]) for name, column in swept.columns.items()}
-            found.append(
+            ranked.append(
                 Line(
                     swept.method,
                     setting,
@@ -73,14 +73,18 @@ def lines(outcome: Sweep) -> list[Line]:
                     bool(swept.complete[k]),
                 )
             )
-    order = scores.ranked([line.validation.mean for line in found])
-    last = [not math.isfinite(line.validation.mean) for line in found]
-    found = [found[i] for i in sorted(order, key=lambda i: (last[i], not found[i].complete))]
+    order = scores.ranked([line.validation.mean for line in ranked])
+    is_nonfinite = [not math.isfinite(line.validation.mean) for line in ranked]
+    ranked = [
+        ranked[i] for i in sorted(order, key=lambda i: (is_nonfinite[i], not ranked[i].complete))
+    ]
     for swept in outcome.swept:
-        at = next(i for i, x in enumerate(found) if x.complete and x.method == swept.method)
-        student = _students.best(swept.method, swept.best.kept, found[at].validation.values)
-        found[at] = found[at]._replace(student=student)
-    return found
+        first = next(i for i, x in enumerate(ranked) if x.complete and x.method == swept.method)
+        student = _students.best(
+            swept.method, swept.best.variables, ranked[first].validation.values
+        )
+        ranked[first] = ranked[first]._replace(student=student)
+    return ranked
 
 
 def learning(outcome: Sweep) -> dict[str, dict[str, list[float]]]:
@@ -91,7 +95,7 @@ def learning(outcome: Sweep) -> dict[str, dict[str, list[float]]]:
 
 def to_json(outcome: Sweep) -> dict[str, Any]:
     """The content of results.json."""
-    found, settings, splits = lines(outcome), outcome.settings, outcome.pair.splits
+    ranked, settings, splits = lines(outcome), outcome.settings, outcome.pair.splits
     score = _score(outcome).key
     return {
         "schema_version": SCHEMA_VERSION,
@@ -99,7 +103,7 @@ def to_json(outcome: Sweep) -> dict[str, Any]:
         "data": {
             "name": splits.train.name,
             **{name: len(part.labels) for name, part in splits._asdict().items()},
-            "recommended": _students.recommended(found),
+            "recommended": _students.recommended(ranked),
         },
         "seeds": settings.seeds,
         "epochs": settings.epochs,
@@ -118,8 +122,8 @@ def to_json(outcome: Sweep) -> dict[str, Any]:
             }
             for swept in outcome.swept
         ],
-        "rows": [_row(line, score) for line in found],
-        "best": _row(found[0], score) if math.isfinite(found[0].validation.mean) else None,
+        "rows": [_row(line, score) for line in ranked],
+        "best": _row(ranked[0], score) if math.isfinite(ranked[0].validation.mean) else None,
         "run": dict(outcome.run),
         "curves": {"learning": learning(outcome)},
         "notes": outcome.notes,
@@ -145,26 +149,26 @@ def to_csv(outcome: Sweep) -> str:
 
 def html_page(outcome: Sweep) -> str:
     """The report: best settings, parallel coordinates, heat map, and how it ran."""
-    found, axes, score = lines(outcome), _axes(outcome), _score(outcome)
-    seeds = len(found[0].validation.values)
-    many = f"{len(found)} settings, {seeds} seeds each"
-    stopped = sum(not line.complete for line in found)
-    early = f" {stopped} settings were stopped early." if stopped else ""
-    setting = (
-        f"{outcome.pair.splits.train.name}: {many}. Teacher {outcome.pair.teacher_text}, "
+    ranked, axes, score = lines(outcome), _axes(outcome), _score(outcome)
+    seeds = len(ranked[0].validation.values)
+    size = f"{len(ranked)} settings, {seeds} seeds each"
+    stopped_count = sum(not line.complete for line in ranked)
+    stopped_note = f" {stopped_count} settings were stopped early." if stopped_count else ""
+    summary = (
+        f"{outcome.pair.splits.train.name}: {size}. Teacher {outcome.pair.teacher_text}, "
         f"{score.shown(outcome.teacher_test)} on the test split; student "
         f"{outcome.settings.student}. Settings are ordered by mean validation score; the test "
-        f"split is not used to choose.{early}"
+        f"split is not used to choose.{stopped_note}"
     )
-    best = report.table(
+    best_table = report.table(
         ("method", *axes, *_headings(score)),
-        [_cells(line, axes, score) for line in found[:SHOWN]],
+        [_cells(line, axes, score) for line in ranked[:SHOWN]],
     )
     lines_note = (
         "One line per setting, ending at the mean validation score it reached; stronger lines "
         "reached more, and the best one is orange."
     )
-    ran = report.table(
+    runtime_table = report.table(
         ("method", "path", "students per call", "seconds"),
         [[s.method, PATHS[s.path], str(s.per_call), f"{s.seconds:.1f}"] for s in outcome.swept],
     )
@@ -173,80 +177,80 @@ def html_page(outcome: Sweep) -> str:
             "Best settings",
             [
                 "The mean over seeds with its 95% interval, which covers the variation over seeds.",
-                *([] if (advice := _students.note(found, None)) is None else [advice]),
+                *([] if (advice := _students.note(ranked, None)) is None else [advice]),
             ],
-            [best],
+            [best_table],
         ),
-        report.Section("All settings", [lines_note], [parallel(found, axes, score)]),
+        report.Section("All settings", [lines_note], [parallel(ranked, axes, score)]),
         *_heat_maps(outcome),
         *_curves(outcome),
-        *_best_student(outcome, found[0]),
-        report.Section("How it ran", outcome.notes, [ran]),
+        *_best_student(outcome, ranked[0]),
+        report.Section("How it ran", outcome.notes, [runtime_table]),
         *report.run_sections(outcome.run),
     ]
-    return report.page("kdtl sweep", sections, notes=[setting])
+    return report.page("kdtl sweep", sections, notes=[summary])
 
 
 def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
-    """What the overall best setting confuses, and where it differs from the teacher."""
+    """The confusion of the best setting, and where it differs from the teacher."""
     if outcome.pair.measure.kind != "classes" or not math.isfinite(best.test.mean):
         return []
-    named = next(swept.best.named for swept in outcome.swept if swept.method == best.method)
-    student = _evidence.Named(f"the best setting of {best.method}", np.asarray(named))
-    return _evidence.sections(outcome.pair.splits.test, student, outcome.teacher_named)
+    answers = next(swept.best.answers for swept in outcome.swept if swept.method == best.method)
+    student = _evidence.Predictions(f"the best setting of {best.method}", np.asarray(answers))
+    return _evidence.sections(outcome.pair.splits.test, student, outcome.teacher_answers)
 
 
 def _curves(outcome: Sweep) -> list[report.Section]:
-    """Validation and loss of the best settings."""
-    score, found = _score(outcome), learning(outcome)
+    """Validation scores and losses of the best settings."""
+    score, curves = _score(outcome), learning(outcome)
     validation = [
         plots.Line(method, curve["epoch"], curve[f"validation_{score.key}"])
-        for method, curve in found.items()
+        for method, curve in curves.items()
     ]
     losses = [
         plots.Line(method, range(1, len(curve["loss"]) + 1), curve["loss"])
-        for method, curve in found.items()
+        for method, curve in curves.items()
     ]
-    reached = plots.lines(
+    validation_chart = plots.lines(
         validation, x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share
     )
-    lost = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)
-    own = "Each method's own training objective; not comparable across methods."
+    loss_chart = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)
+    loss_note = "Each method's own training objective; not comparable across methods."
     return [
         report.Section("Learning curves", ["Each method's best setting, mean over seeds."]),
-        report.Section(f"Validation {score.axis}", (), [reached], level=3),
-        report.Section("Training loss", [own], [lost], level=3),
+        report.Section(f"Validation {score.axis}", (), [validation_chart], level=3),
+        report.Section("Training loss", [loss_note], [loss_chart], level=3),
     ]
 
 
 def parallel(
-    found: Sequence[Line], axes: Sequence[str], score: report.Score = report.ACCURACY
+    lines: Sequence[Line], axes: Sequence[str], score: report.Score = report.ACCURACY
 ) -> plots.Chart:
     """Parallel coordinates of all settings; the method is an axis if there is more than one."""
-    names = list(dict.fromkeys(line.method for line in found))
-    drawn = [plots.Axis("method", [names.index(x.method) for x in found], names)]
-    drawn = drawn if len(names) > 1 else []
+    names = list(dict.fromkeys(line.method for line in lines))
+    plot_axes = [plots.Axis("method", [names.index(x.method) for x in lines], names)]
+    plot_axes = plot_axes if len(names) > 1 else []
     for axis in axes:
-        values = [line.setting.get(axis, math.nan) for line in found]
+        values = [line.setting.get(axis, math.nan) for line in lines]
         if len(set(values)) > 1:
-            drawn.append(plots.Axis(axis, values))
-    if not drawn:
-        drawn = [plots.Axis("method", [0.0] * len(found), names)]
-    reached = [score.factor * line.validation.mean for line in found]
-    return plots.parallel([*drawn, plots.Axis(_headings(score)[0], reached)], best=0)
+            plot_axes.append(plots.Axis(axis, values))
+    if not plot_axes:
+        plot_axes = [plots.Axis("method", [0.0] * len(lines), names)]
+    final = [score.factor * line.validation.mean for line in lines]
+    return plots.parallel([*plot_axes, plots.Axis(_headings(score)[0], final)], best=0)
 
 
 def _heat_maps(outcome: Sweep) -> list[report.Section]:
-    """One map per method with two axes or more: its two axes with the most values."""
-    parts = []
+    """One map per method with at least two axes, over the two axes with the most values."""
+    maps = []
     for swept in outcome.swept:
-        varied = {n: c for n, c in swept.columns.items() if len(set(c.tolist())) > 1}
-        chosen = sorted(varied, key=lambda n: -len(set(varied[n].tolist())))[:2]
-        if len(chosen) < 2:
+        varying = {n: c for n, c in swept.columns.items() if len(set(c.tolist())) > 1}
+        axes = sorted(varying, key=lambda n: -len(set(varying[n].tolist())))[:2]
+        if len(axes) < 2:
             continue
-        across, down = chosen
+        across, down = axes
         scores = np.where(swept.complete, swept.validation.mean(axis=1), np.nan)
-        columns, rows = _binned(varied[across]), _binned(varied[down])
+        columns, rows = _binned(varying[across]), _binned(varying[down])
         cells = [
             [
                 _largest(scores[(columns.place == j) & (rows.place == i)])
@@ -261,11 +265,11 @@ def _heat_maps(outcome: Sweep) -> list[report.Section]:
             row_axis=down,
             column_axis=across,
         )
-        parts.append(report.Section(swept.method, (), [chart], level=3))
-    if not parts:
+        maps.append(report.Section(swept.method, (), [chart], level=3))
+    if not maps:
         return []
     note = f"Mean validation {_score(outcome).axis}: the best over all other settings."
-    return [report.Section("Two axes at a time", [note]), *parts]
+    return [report.Section("Two axes at a time", [note]), *maps]
 
 
 class _Bins(NamedTuple):
@@ -274,7 +278,7 @@ class _Bins(NamedTuple):
 
 
 def _binned(column: np.ndarray) -> _Bins:
-    """Its values, or equally full ranges of them if there are many."""
+    """Bins of a column: its values, or ranges with equally many if there are many values."""
     values = np.unique(column)
     if len(values) <= BINS + 2:
         return _Bins([f"{rounded(v):g}" for v in values], np.searchsorted(values, column))
@@ -285,21 +289,23 @@ def _binned(column: np.ndarray) -> _Bins:
 
 
 def _largest(scores: np.ndarray) -> float:
-    known = scores[np.isfinite(scores)]
-    return float(known.max()) if known.size else math.nan
+    finite = scores[np.isfinite(scores)]
+    return float(finite.max()) if finite.size else math.nan
 
 
 def print_table(outcome: Sweep) -> None:
-    """The best settings, and which path was taken."""
-    found, axes, score = lines(outcome), _axes(outcome), _score(outcome)
+    """Prints the best settings, and the path of each method."""
+    ranked, axes, score = lines(outcome), _axes(outcome), _score(outcome)
     header = ("method", *axes, *_headings(score))
-    shown = [_cells(line, axes, score) for line in found[:SHOWN]]
-    title = f"Best of {len(found)} settings, by validation"
-    _tables.show(header, shown, title=title, bold=[0])
+    cells = [_cells(line, axes, score) for line in ranked[:SHOWN]]
+    title = f"Best of {len(ranked)} settings, by validation"
+    _tables.show(header, cells, title=title, bold=[0])
     for swept in outcome.swept:
-        per = f", {swept.per_call} per call" if swept.path == "together" else ""
-        print(f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per}, {swept.seconds:.1f} s")
-    for note in (*outcome.notes, _students.note(found, None)):
+        per_call = f", {swept.per_call} per call" if swept.path == "together" else ""
+        print(
+            f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per_call}, {swept.seconds:.1f} s"
+        )
+    for note in (*outcome.notes, _students.note(ranked, None)):
         print(note or "no student was saved: none has a finite score")
 
 
@@ -313,14 +319,14 @@ def _cells(line: Line, axes: Sequence[str], score: report.Score) -> list[str]:
 
 
 def _row(line: Line, score: str) -> dict[str, Any]:
-    several = len(set(line.epochs)) > 1
+    varies = len(set(line.epochs)) > 1
     return {
         "method": line.method,
         "setting": line.setting,
         f"validation_{score}": line.validation._asdict(),
         f"test_{score}": line.test._asdict(),
         "epochs": max(line.epochs),
-        **({"epochs_kept": list(line.epochs)} if several else {}),
+        **({"epochs_kept": list(line.epochs)} if varies else {}),
         "stopped_early": not line.complete,
         **line.settings,
     }
@@ -331,9 +337,9 @@ def _score(outcome: Sweep) -> report.Score:
 
 
 def _headings(score: report.Score) -> list[str]:
-    """Accuracy needs no name; other scores do."""
-    named = "" if score == report.ACCURACY else f" {score.name}"
-    return [f"{part}{named} {score.unit}".rstrip() for part in ("validation", "test")]
+    """Headings of the two scores; accuracy is not named."""
+    name = "" if score == report.ACCURACY else f" {score.name}"
+    return [f"{part}{name} {score.unit}".rstrip() for part in ("validation", "test")]
 
 
 def _axes(outcome: Sweep) -> list[str]:

@@ -1,8 +1,8 @@
-"""Targets of a transfer: the source's weights copied into them, trained by every method.
+"""Targets of a transfer: copying the source's weights, and training by every method.
 
 Every method starts from the same copies, sees the same few examples per seed, and chooses its
-learning rate (and the strength of its own term, where it has one) by mean validation accuracy over
-seeds. All seeds and settings of a method run as one compiled program.
+learning rate (and the strength of its own term, if it has one) by mean validation accuracy over
+seeds. All seeds and settings of a method run in one compiled program.
 """
 
 import functools
@@ -21,44 +21,44 @@ from kdtl_jax.interop import model_files, networks
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.recipes import _choice, _evidence, _optimizers, _training
 from kdtl_jax.recipes import _measures as measures
-from kdtl_jax.recipes import _transfer_methods as ways
+from kdtl_jax.recipes import _transfer_methods as transfer_methods
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._stored_results import NOWHERE, Finished, begun, once
+from kdtl_jax.recipes._stored_results import NO_STORE, Store, load_or_run, start_or_load
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes._transfer_methods import Case, Method
 from kdtl_jax.run import report
 from kdtl_jax.train import sweep
 
 FAMILY, BASELINE = "transfer", "scratch"
-HEADS = rf"(params/)?{ways.HEAD}"
+HEADS = rf"(params/)?{transfer_methods.HEAD}"
 SOURCE_RATE, SOURCE_BATCH = 3e-3, 64
 
 
 class Source(NamedTuple):
     """Weights to start from: `tree` with or without a leading axis of seeds."""
 
-    tree: Any  # as `model_files.tree` lays variables out; extra leaves are asked about
+    tree: Any  # in the layout of `model_files.tree`; surgery decides on extra leaves
     is_per_seed: bool
-    is_classifier: bool = True  # its head can be read as probabilities of classes
+    is_classifier: bool = True  # whether its head predicts classes
 
 
 class Surgery(NamedTuple):
-    """How a source's leaves map to a target: arguments of `transforms.transfer`."""
+    """How a source's leaves map to a target: the arguments of `transforms.transfer`."""
 
     where: trees.Selector = trees.none_of(HEADS)
     rename: Sequence[tuple[str, str | None]] = ()
     on_mismatch: transforms.Policy = transforms.raise_on_mismatch
 
 
-class Compared(NamedTuple):
-    """What `compare` finds."""
+class Comparison(NamedTuple):
+    """The results of `compare`."""
 
     rows: list[report.Row]
     learning: dict[str, dict[str, list[float]]]
     surgery: transforms.Report
     scores: dict[str, report.Interval]  # of the source for the target, before any training
     models: dict[str, Variables]  # plain, by method, stacked over seeds
-    named: dict[str, _evidence.Named]  # by method
+    predictions: dict[str, _evidence.Predictions]  # by method
 
 
 def compare(
@@ -69,46 +69,51 @@ def compare(
     settings: Any,  # `transfer.Settings`
     surgery: Surgery,
     say: Callable[[str], None],
-    finished: Finished = NOWHERE,
+    store: Store = NO_STORE,
     measure: Measure = measures.CLASSES,
-) -> Compared:
-    """Copies the source into targets of network `net`, and trains them by every method.
+) -> Comparison:
+    """Copies the source into targets of network `net` and trains them by every method.
 
     Raises:
-      ValueError: if the source does not fit (every leaf is named), a method needs the source's head
+      ValueError: if the source does not fit (listing the leaves), a method needs the source's head
         and there is none, or a class has too few examples.
     """
-    seeds, few, part = settings.seeds, settings.labels_per_class, target.train
-    parts = [per_class(part, few, seed=s) if few else part for s in range(seeds)]
+    seeds, labels_per_class, part = settings.seeds, settings.labels_per_class, target.train
+    parts = [
+        per_class(part, labels_per_class, seed=s) if labels_per_class else part
+        for s in range(seeds)
+    ]
     data = _choice.stacked(parts)
-    fresh, copied, heads, done = starts(net, source, surgery, data["inputs"][0, :1], seeds)
+    new_variables, copied, heads, report_ = make_starts(
+        net, source, surgery, data["inputs"][0, :1], seeds
+    )
     check_head(heads, chosen)
     shared = {"data": data, "copied": copied, "heads": heads}
     classes = part.classes
     kind = measure.kind
 
-    def scored(*one: Any) -> dict[str, Any]:
-        return transfer_scores(net, classes, kind, *one)
+    def score_seed(*args: Any) -> dict[str, Any]:
+        return transfer_scores(net, classes, kind, *args)
 
-    scores = jax.jit(jax.vmap(scored))(copied, heads, data["inputs"], data["labels"])
-    measured = {name: report.interval(np.asarray(values)) for name, values in scores.items()}
-    held = [_choice.on_device(part) for part in (target.validation, target.test)]
+    scores = jax.jit(jax.vmap(score_seed))(copied, heads, data["inputs"], data["labels"])
+    intervals = {name: report.interval(np.asarray(values)) for name, values in scores.items()}
+    splits = [_choice.on_device(part) for part in (target.validation, target.test)]
     size = data["labels"].shape[1]
     batch_size = min(settings.batch_size, size)
     steps = settings.epochs * (size // batch_size)
     patience = settings.early_stopping
     checks = settings.epochs if patience else _training.even_checks(settings.epochs)
-    found = Compared([], {}, done, measured, {}, {})
+    comparison = Comparison([], {}, report_, intervals, {}, {})
     for method in chosen:
         say(method.name)
-        learner = experiment(method, net, classes, steps, settings, measure)
-        # From scratch and copied are one program: the start is an argument.
-        read = {**shared, "begin": copied if method.is_copied else fresh}
+        learner = make_experiment(method, net, classes, steps, settings, measure)
+        # Training from scratch and from copies share a program: the start is an argument.
+        shared_arrays = {**shared, "begin": copied if method.is_copied else new_variables}
         axes = {"learning_rate": settings.learning_rates}
         if method.term:
             axes[method.term] = settings.strengths or method.strengths
         points = _choice.columns(seeds, **axes)
-        how = _training.Fitting(
+        options = _training.FitOptions(
             settings.epochs,
             batch_size,
             checks,
@@ -117,15 +122,15 @@ def compare(
             ),
             patience=patience,
         )
-        # Equally many settings per call, whatever the method's axes, so fewer programs compile.
+        # The same number of settings per call for every method, so fewer programs compile.
         chunk = seeds * len(settings.learning_rates)
-        program = sweep.vmap(_training.fit(learner, how), chunk=chunk)
-        fitted, seconds = once(
-            finished, method.name, functools.partial(program, points, read, *held)
+        program = sweep.vmap(_training.fit(learner, options), chunk=chunk)
+        fitted, seconds = load_or_run(
+            store, method.name, functools.partial(program, points, shared_arrays, *splits)
         )
         choice = _choice.best(fitted, points)
-        state = jax.eval_shape(learner.start, _training.pick(points, 0), read)
-        described = {
+        state = jax.eval_shape(learner.start, _training.pick(points, 0), shared_arrays)
+        fields = {
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
             "optimizer": settings.optimizer,
@@ -135,53 +140,53 @@ def compare(
             **choice.setting,
         }
         if choice.fitted.epoch is not None:
-            described["epochs_kept"] = np.asarray(choice.fitted.epoch).tolist()  # by seed
-        params = _training.pick(choice.fitted.kept.params, 0)
+            fields["epochs_kept"] = np.asarray(choice.fitted.epoch).tolist()  # by seed
+        params = _training.pick(choice.fitted.variables.params, 0)
         row = measures.row(
-            measure, method.name, FAMILY, method.label, params, choice.fitted, seconds, described,
+            measure, method.name, FAMILY, method.label, params, choice.fitted, seconds, fields,
             targets=target.test.labels,
         )  # fmt: skip
-        found.rows.append(row)
-        found.learning[method.name] = _choice.learning_curve(
+        comparison.rows.append(row)
+        comparison.learning[method.name] = _choice.learning_curve(
             choice.fitted, settings.epochs, measure.score_name
         )
-        found.models[method.name] = choice.fitted.kept
-        named = np.asarray(choice.fitted.named)
-        found.named[method.name] = _evidence.Named(method.label, named)
-    return found
+        comparison.models[method.name] = choice.fitted.variables
+        answers = np.asarray(choice.fitted.answers)
+        comparison.predictions[method.name] = _evidence.Predictions(method.label, answers)
+    return comparison
 
 
-def starts(
+def make_starts(
     net: Network, source: Source, surgery: Surgery, example: Any, seeds: int
 ) -> tuple[Variables, Variables, Any, transforms.Report]:
-    """What targets start from, stacked over seeds: fresh, copied, and the source's heads.
+    """Initial targets, stacked over seeds: new, copied, and the source's heads.
 
     The heads are None if the source has none, or none for classes. The report is of one copy.
     """
-    # Separate from the sources' seeds, so that no target starts as its source started.
-    fresh = _choice.per_seed(
+    # Other seeds than the sources', so that no target starts as its source started.
+    new_variables = _choice.per_seed(
         lambda seed: net.init(_training.keys(seed).model, example), seeds, offset=1000
     )
-    first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
-    _, done = copy(first, _training.pick(fresh, 0), surgery)
+    first_source = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
+    _, report = copy_source(first_source, _training.pick(new_variables, 0), surgery)
 
-    def copied_of(tree: Any, target: Variables) -> Variables:
-        return copy(tree, target, surgery, check_finite=False)[0]
+    def copy_one(tree: Any, target: Variables) -> Variables:
+        return copy_source(tree, target, surgery, check_finite=False)[0]
 
-    over = 0 if source.is_per_seed else None
-    copied = jax.jit(jax.vmap(copied_of, in_axes=(over, 0)))(
-        jax.tree.map(jnp.asarray, source.tree), fresh
+    source_axis = 0 if source.is_per_seed else None
+    copied = jax.jit(jax.vmap(copy_one, in_axes=(source_axis, 0)))(
+        jax.tree.map(jnp.asarray, source.tree), new_variables
     )
     heads = source_head(source.tree) if source.is_classifier else None
     if heads is not None and not source.is_per_seed:
         heads = jax.tree.map(lambda x: jnp.stack([x] * seeds), heads)
-    return fresh, copied, heads, done
+    return new_variables, copied, heads, report
 
 
 def check(
     net: Network, example: Any, source: Any, chosen: Sequence[Method], surgery: Surgery
 ) -> None:
-    """Raises ValueError if `compare` cannot copy a plain source, or its shapes, into `net`."""
+    """Raises ValueError if `compare` cannot copy a source (arrays or shapes) into `net`."""
     target = model_files.tree(networks.abstract(net, example))
     transforms.plan_transfer(source, target, **surgery._asdict())
     check_head(jax.eval_shape(source_head, source), chosen)
@@ -189,15 +194,17 @@ def check(
 
 def check_head(head: Any, chosen: Sequence[Method]) -> None:
     """Raises ValueError if a method needs the source's head and there is none."""
-    lacking = [method.name for method in chosen if method.needs_source_head and head is None]
-    if lacking:
+    methods_without_head = [
+        method.name for method in chosen if method.needs_source_head and head is None
+    ]
+    if methods_without_head:
         raise ValueError(
-            f"{', '.join(lacking)} train the source's head too, but the source has no "
+            f"{', '.join(methods_without_head)} train the source's head too, but the source has no "
             "head/kernel and head/bias. Leave these methods out (--methods)."
         )
 
 
-def experiment(
+def make_experiment(
     method: Method,
     net: Network,
     classes: int,
@@ -205,41 +212,59 @@ def experiment(
     settings: Any,  # `_optimizers.Optimizing`, with `llrd`
     measure: Measure = measures.CLASSES,
 ) -> Experiment:
-    """A target trained by one method; the data of its seed are in `shared`."""
+    """A target trained by one method; `shared` holds the data of every seed."""
 
-    def case_of(point: Point, shared: Any) -> Case:
-        own = _training.pick(shared, point["seed"])
-        return Case(net, own["begin"], own["copied"], own["heads"], own["data"], classes, steps)
+    def make_case(point: Point, shared: Any) -> Case:
+        seed_arrays = _training.pick(shared, point["seed"])
+        return Case(
+            net,
+            seed_arrays["begin"],
+            seed_arrays["copied"],
+            seed_arrays["heads"],
+            seed_arrays["data"],
+            classes,
+            steps,
+        )
 
-    def parts(point: Point, shared: Any) -> tuple[Case, Variables, Params, Any, Any]:
-        case = case_of(point, shared)
-        begin = case.begin
-        params = method.start(begin.params, _training.keys(point["seed"]).connectors)
-        glue = {"source_head": dict(case.source_head or {})} if method.needs_source_head else {}
-        optimized = {"params": params, "connectors": glue} if glue else params
-        then: list[optax.GradientTransformation] = []
+    def build(point: Point, shared: Any) -> tuple[Case, Variables, Params, Any, Any]:
+        case = make_case(point, shared)
+        start_variables = case.begin
+        params = method.start(start_variables.params, _training.keys(point["seed"]).connectors)
+        connectors = (
+            {"source_head": dict(case.source_head or {})} if method.needs_source_head else {}
+        )
+        optimized = {"params": params, "connectors": connectors} if connectors else params
+        transforms_: list[optax.GradientTransformation] = []
         if settings.llrd < 1:
-            then.append(ways.by_depth(begin.params, optimized, settings.llrd))
+            transforms_.append(
+                transfer_methods.by_depth(start_variables.params, optimized, settings.llrd)
+            )
         if method.gate is not None:
-            then.append(method.gate(case, params))
+            transforms_.append(method.gate(case, params))
         rate, decay = point["learning_rate"], settings.weight_decay
-        return case, begin, params, glue, _optimizers.optimizer(settings, rate, decay, steps, *then)
+        return (
+            case,
+            start_variables,
+            params,
+            connectors,
+            _optimizers.optimizer(settings, rate, decay, steps, *transforms_),
+        )
 
     def start(point: Point, shared: Any) -> train.TrainState:
-        _, begin, params, glue, tx = parts(point, shared)
+        _, begin, params, glue, tx = build(point, shared)
         return train.init_state(
             params, tx, key=_training.keys(point["seed"]).steps, connectors=glue,
             model_state=begin.model_state, trainable=method.trainable,
         )  # fmt: skip
 
     def step(state: Any, batch: Any, point: Point, shared: Any) -> Any:
-        case, *_, tx = parts(point, shared)
+        case, *_, tx = build(point, shared)
         penalty = None if method.penalty is None else method.penalty(case)
 
         def terms(inputs: objective.Inputs) -> dict[str, Any]:
-            own = {} if penalty is None else {method.term: penalty(inputs)}
-            learned: Any = measure.task(inputs)
-            return {**learned, **own}
+            seed_arrays = {} if penalty is None else {method.term: penalty(inputs)}
+            task_terms: Any = measure.task(inputs)
+            return {**task_terms, **seed_arrays}
 
         weights = {"task": 1.0} | ({method.term: point[method.term]} if method.term else {})
         model = method.apply(case)
@@ -249,59 +274,61 @@ def experiment(
         return net.apply(method.finish(state.params), state.model_state, inputs)[0]["logits"]
 
     def data(point: Point, shared: Any) -> Any:
-        """A seed's examples, with what the method records of the source's outputs on them."""
-        case = case_of(point, shared)
+        """A seed's examples, with the source's outputs that the method records."""
+        case = make_case(point, shared)
         return {**case.data, **method.record(case)}
 
-    return Experiment(start, step, logits, data, measure.judged)
+    return Experiment(start, step, logits, data, measure.judge)
 
 
 def train_sources(
-    net: Network, data: Any, held: Sequence[Any], *, seeds: int, epochs: int
+    net: Network, data: Any, splits: Sequence[Any], *, seeds: int, epochs: int
 ) -> Fitted:
-    """One model per seed, trained on all of a task; keeps their `Variables`."""
+    """Trains one model per seed on all of a task; keeps their `Variables`."""
     tx = optax.adam(SOURCE_RATE)
     step = train.make_step(net.apply, objective.classification, {"task": 1.0}, tx)
 
     def start(point: Point, shared: Any) -> train.TrainState:
         keys = _training.keys(point["seed"])
-        fresh = net.init(keys.model, shared["inputs"][:1])
-        return train.init_state(fresh.params, tx, key=keys.steps, model_state=fresh.model_state)
+        variables = net.init(keys.model, shared["inputs"][:1])
+        return train.init_state(
+            variables.params, tx, key=keys.steps, model_state=variables.model_state
+        )
 
     learner = Experiment(
         start,
         lambda state, batch, point, shared: step(state, batch),
         lambda state, x, shared: net.apply(state.params, state.model_state, x)[0]["logits"],
     )
-    how = _training.Fitting(epochs, SOURCE_BATCH, keep=_training.variables)
-    return sweep.vmap(_training.fit(learner, how))(_training.points(seeds), data, *held)
+    options = _training.FitOptions(epochs, SOURCE_BATCH, keep=_training.variables)
+    return sweep.vmap(_training.fit(learner, options))(_training.points(seeds), data, *splits)
 
 
-def sources_of(
-    net: Network, part: Dataset, *, seeds: int, epochs: int, finished: Finished = NOWHERE
+def start_sources(
+    net: Network, part: Dataset, *, seeds: int, epochs: int, store: Store = NO_STORE
 ) -> Callable[[], Source]:
-    """Starts training sources, whose own scores are not reported; the call waits for them."""
+    """Starts training sources, whose scores are not reported; calling the result waits for them."""
     data = _choice.on_device(part)
-    few = {name: x[:1] for name, x in data.items()}
-    ended = begun(
-        finished,
+    placeholder = {name: x[:1] for name, x in data.items()}
+    wait = start_or_load(
+        store,
         "source",
-        lambda: train_sources(net, data, [few, few], seeds=seeds, epochs=epochs),
+        lambda: train_sources(net, data, [placeholder, placeholder], seeds=seeds, epochs=epochs),
     )
-    return lambda: Source(model_files.tree(ended()[0].kept), True)
+    return lambda: Source(model_files.tree(wait()[0].variables), True)
 
 
-def copy(
+def copy_source(
     source: Any, target: Variables, surgery: Surgery, *, check_finite: bool = True
 ) -> tuple[Variables, transforms.Report]:
-    """The target's variables, filled from the source."""
-    filled, done = transforms.transfer(
+    """Fills the target's variables from the source."""
+    params, report = transforms.transfer(
         source, model_files.tree(target), **surgery._asdict(), check_finite=check_finite
     )
     if target.model_state is None:
-        return Variables(filled), done
-    state = {name: filled[name] for name in target.model_state}
-    return Variables(filled["params"], state), done
+        return Variables(params), report
+    state = {name: params[name] for name in target.model_state}
+    return Variables(params["params"], state), report
 
 
 def source_head(tree: Any) -> dict[str, Any] | None:
@@ -323,16 +350,16 @@ def transfer_scores(
     features = net.apply(*copied, inputs)[0][net.layout.last]
     if kind != "classes":
         return {"logme": transferability.logme(features, labels)}
-    found = {
+    scores_ = {
         "logme": transferability.logme(features, jax.nn.one_hot(labels, classes)),
         "h_score": transferability.regularized_h_score(features, labels, num_classes=classes),
     }
     if head is None:
-        return found
-    named = jax.nn.softmax(ways.on_head(features, head))
-    found["leep"] = transferability.leep(named, labels, num_classes=classes)
-    hard = jnp.argmax(named, axis=-1).astype(jnp.int32)
-    found["nce"] = transferability.nce(
-        hard, labels, num_source_classes=named.shape[-1], num_classes=classes
+        return scores_
+    probabilities = jax.nn.softmax(transfer_methods.head_logits(features, head))
+    scores_["leep"] = transferability.leep(probabilities, labels, num_classes=classes)
+    predicted = jnp.argmax(probabilities, axis=-1).astype(jnp.int32)
+    scores_["nce"] = transferability.nce(
+        predicted, labels, num_source_classes=probabilities.shape[-1], num_classes=classes
     )
-    return found
+    return scores_

@@ -1,8 +1,8 @@
-"""Ways to use a source model's weights on a target task, as data.
+"""Methods to transfer a source model's weights to a target task, as data.
 
-A method defines what is trained (the model's parameters, or `{"base", "adapter"}` for LoRA), which
-part of it may change, what else is trained (the source's head), what is minimized in addition to
-the task, and how a plain model is obtained at the end.
+A method defines the parameters (the model's, or `{"base", "adapter"}` for LoRA), which of them are
+trainable, whether the source's head is trained too, the penalty added to the task, and how to
+obtain a plain model at the end.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,10 +24,10 @@ HEAD, BODY = "(distillation_)?head/.*", "(?!(distillation_)?head/).*"
 
 
 class Case(NamedTuple):
-    """What a method is built from: one seed's models and training set."""
+    """The inputs of a method: one seed's models and training set."""
 
     net: Network
-    begin: Variables  # where it starts: new, or `copied`
+    begin: Variables  # initial variables: new, or `copied`
     copied: Variables  # the source's body under a new head
     source_head: Mapping[str, Array] | None  # kernel [width, source classes], bias
     data: Mapping[str, Array]  # inputs and labels of the target's training set
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 class Method(NamedTuple):
-    """One way to transfer; the defaults are those of plain fine-tuning."""
+    """A transfer method; the defaults are those of plain fine-tuning."""
 
     name: str
     label: str
@@ -45,7 +45,7 @@ class Method(NamedTuple):
     needs_source_head: bool = False  # trained along with the model
     needs_classes: bool = False  # of the target
     trainable: trees.Selector = trees.everything
-    strengths: tuple[float, ...] = ()  # of the extra term `term`, to choose from
+    strengths: tuple[float, ...] = ()  # weights of the extra term `term` to choose from
     term: str = ""
     start: Callable[[Params, Array], Params] = lambda params, key: params
     apply: Callable[[Case], ModelFn] = lambda case: case.net.apply
@@ -69,30 +69,30 @@ def modules_by_depth(params: Params) -> list[str]:
 
 
 def by_depth(params: Params, optimized: Params, decay: float) -> optax.GradientTransformation:
-    """Layer-wise learning-rate decay over the modules of the model; anything else keeps 1.
+    """Layer-wise learning-rate decay over the modules of the model; other leaves keep factor 1.
 
     Args:
       params: of the plain model.
-      optimized: what the optimizer sees, which may hold more.
+      optimized: the optimizer's tree, which may have more leaves.
       decay: per module.
     """
     names = modules_by_depth(params)
 
     def depth(path: str, leaf: Any) -> int:
         parts = [part for part in path.split("/") if part not in ("params", "base", "adapter")]
-        beside = path.startswith("connectors/") or parts[0] not in names
-        return len(names) - 1 if beside else names.index(parts[0])
+        is_outside = path.startswith("connectors/") or parts[0] not in names
+        return len(names) - 1 if is_outside else names.index(parts[0])
 
-    ids = trees.map_with_path(depth, optimized)
-    return finetune.scale_by_multipliers(finetune.layer_decay(ids, decay=decay))
+    depths = trees.map_with_path(depth, optimized)
+    return finetune.scale_by_multipliers(finetune.layer_decay(depths, decay=decay))
 
 
-def _probe_first(case: Case, params: Params) -> optax.GradientTransformation:
+def _linear_probe_first(case: Case, params: Params) -> optax.GradientTransformation:
     return finetune.lp_ft(params, head=HEAD, probe_steps=case.steps // 2)
 
 
-def _from_the_top(case: Case, params: Params) -> optax.GradientTransformation:
-    """Unfreezes one more module at equal intervals; after half of the steps, all are trained."""
+def _unfreeze_gradually(case: Case, params: Params) -> optax.GradientTransformation:
+    """Unfreezes modules from the top at equal intervals, until all are trained after half."""
     names = modules_by_depth(params)
     pause = max(1, case.steps // 2 // max(1, len(names) - 1))
     rules = [(f"{name}(/.*)?", pause * i) for i, name in enumerate(reversed(names))]
@@ -103,10 +103,10 @@ def _source_logits(case: Case) -> Array:
     """The source model's outputs on the target's training set."""
     outputs, _ = case.net.apply(*case.copied, case.data["inputs"])
     assert case.source_head is not None  # methods that need one are refused without it
-    return on_head(outputs[case.net.layout.last], case.source_head)
+    return head_logits(outputs[case.net.layout.last], case.source_head)
 
 
-def on_head(features: Array, head: Mapping[str, Array]) -> Array:
+def head_logits(features: Array, head: Mapping[str, Array]) -> Array:
     """Logits of a linear head."""
     return features @ head["kernel"] + head["bias"][None]
 
@@ -115,20 +115,20 @@ def _l2_sp(case: Case) -> Callable[[Inputs], Array]:
     return lambda x: penalties.l2_sp(x.params, case.copied.params, where=BODY)
 
 
-def _over_features(
+def _feature_penalty(
     loss: Callable[[Array, Array], Array],
 ) -> Callable[[Case], Callable[[Inputs], Array]]:
     """`sum over taps of loss(features, the source's features)`."""
 
-    def of_case(case: Case) -> Callable[[Inputs], Array]:
+    def make_penalty(case: Case) -> Callable[[Inputs], Array]:
         def penalty(x: Inputs) -> Array:
             taps = case.net.layout.features
-            each = [loss(x.student[tap], x.batch["source"][tap]) for tap in taps]
-            return jnp.sum(jnp.stack(each), axis=0)
+            values = [loss(x.student[tap], x.batch["source"][tap]) for tap in taps]
+            return jnp.sum(jnp.stack(values), axis=0)
 
         return penalty
 
-    return of_case
+    return make_penalty
 
 
 def _record_features(case: Case) -> Mapping[str, Any]:
@@ -154,7 +154,7 @@ def _relation(case: Case) -> Mapping[str, Any]:
 
 def _co_tuning(case: Case) -> Callable[[Inputs], Array]:
     def penalty(x: Inputs) -> Array:
-        logits = on_head(x.student[case.net.layout.last], x.connectors["source_head"])
+        logits = head_logits(x.student[case.net.layout.last], x.connectors["source_head"])
         return losses.co_tuning(logits, x.batch["related"])
 
     return penalty
@@ -164,7 +164,7 @@ def _lwf(case: Case) -> Callable[[Inputs], Array]:
     """T = 2, as in Li and Hoiem."""
 
     def penalty(x: Inputs) -> Array:
-        logits = on_head(x.student[case.net.layout.last], x.connectors["source_head"])
+        logits = head_logits(x.student[case.net.layout.last], x.connectors["source_head"])
         return losses.forward_kl(logits, x.batch["recorded"], temperature=2.0)
 
     return penalty
@@ -199,12 +199,15 @@ def _merged(params: Params) -> Params:
     return _lora.merge(params["base"], params["adapter"])
 
 
-def _on(
+def _on_changed_params(
     change: Callable[[Case, Params, Array | None], tuple[Params, Array | None]],
 ) -> Callable[[Case], ModelFn]:
-    """The network on changed parameters; the change has a key only in training, and returns it."""
+    """The network with `change` applied to its parameters.
 
-    def of_case(case: Case) -> ModelFn:
+    The change receives a key only in training, and returns the key that remains.
+    """
+
+    def make_model(case: Case) -> ModelFn:
         def run(
             params: Params,
             model_state: PyTree,
@@ -213,13 +216,13 @@ def _on(
             key: Array | None = None,
             train: bool = False,
         ) -> tuple[Outputs, PyTree]:
-            changed, rest = change(case, params, key if train else None)
-            rest = rest if train else key
-            return case.net.apply(changed, model_state, inputs, key=rest, train=train)
+            new_params, next_key = change(case, params, key if train else None)
+            next_key = next_key if train else key
+            return case.net.apply(new_params, model_state, inputs, key=next_key, train=train)
 
         return run
 
-    return of_case
+    return make_model
 
 
 def _mixout(case: Case, params: Params, key: Array | None) -> tuple[Params, Array | None]:
@@ -239,10 +242,13 @@ METHODS: tuple[Method, ...] = (
         "copied_l2_sp", "Copied, fine-tuned with L2-SP", "Li et al., 1802.01483",
         strengths=(1e-3, 1e-2, 1e-1), term="l2_sp", penalty=_l2_sp,
     ),
-    Method("lp_ft", "Head first, then all (LP-FT)", "Kumar et al., 2202.10054", gate=_probe_first),
+    Method(
+        "lp_ft", "Head first, then all (LP-FT)", "Kumar et al., 2202.10054",
+        gate=_linear_probe_first,
+    ),
     Method(
         "gradual_unfreezing", "Unfrozen from the top", "Howard and Ruder, 1801.06146",
-        gate=_from_the_top,
+        gate=_unfreeze_gradually,
     ),
     Method(
         "bitfit", "Biases and head alone (BitFit)", "Ben Zaken et al., 2106.10199",
@@ -252,17 +258,17 @@ METHODS: tuple[Method, ...] = (
         "lora", "LoRA of rank 8, and the head", "Hu et al., 2106.09685",
         trainable=f"adapter/.*|base/{HEAD}",
         start=_lora_start, finish=_merged,
-        apply=_on(lambda case, params, key: (_merged(params), key)),
+        apply=_on_changed_params(lambda case, params, key: (_merged(params), key)),
     ),
     Method(
         "behavioral", "Features kept near the source's", "Li et al., 1901.09229",
         strengths=(1e-3, 1e-2, 1e-1), term="behavioral", record=_record_features,
-        penalty=_over_features(_behavioral),
+        penalty=_feature_penalty(_behavioral),
     ),
     Method(
         "delta", "DELTA, channels weighted equally", "Li et al., 1901.09229",
         strengths=(1e-3, 1e-2, 1e-1), term="delta", record=_record_features,
-        penalty=_over_features(losses.delta),
+        penalty=_feature_penalty(losses.delta),
     ),
     Method(
         "bss", "Batch spectral shrinkage", "Chen et al., NeurIPS 2019",
@@ -285,7 +291,10 @@ METHODS: tuple[Method, ...] = (
         needs_classes=True,
         strengths=(0.1, 1.0), term="bi_tuning", penalty=_bi_tuning,
     ),
-    Method("mixout", "Mixout, half of the weights", "Lee et al., 1909.11299", apply=_on(_mixout)),
+    Method(
+        "mixout", "Mixout, half of the weights", "Lee et al., 1909.11299",
+        apply=_on_changed_params(_mixout),
+    ),
 )  # fmt: skip
 BY_NAME = {method.name: method for method in METHODS}
 DEFAULT = (

@@ -1,4 +1,4 @@
-"""The report of `kdtl transfer`, and where its targets come from."""
+"""The report of `kdtl transfer`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from kdtl_jax import transforms
 from kdtl_jax.datasets import Dataset, Splits
 from kdtl_jax.recipes import _evidence, _students, _targets, _training
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._targets import BASELINE, FAMILY, Compared, Source
+from kdtl_jax.recipes._targets import BASELINE, FAMILY, Comparison, Source
 from kdtl_jax.run import report
 
 
@@ -17,52 +17,58 @@ def results(
     target: Splits,
     source: Source,
     source_part: Dataset,
-    found: Compared,
+    comparison: Comparison,
     programs: str,
 ) -> report.Results:
-    """The report: which target to use, and what its methods were given.
+    """The report: the recommended target, and the data and weights of all methods.
 
     Args:
       settings: completed with defaults.
       measure: of the targets.
       target: the task.
-      source: what was copied.
+      source: the weights that were copied.
       source_part: the training set of a source trained here.
-      found: the results, whose rows name the files.
-      programs: what was compiled, in words.
+      comparison: the results; their rows name the files.
+      programs: a summary of the compiled programs.
     """
-    part, few = target.train, settings.labels_per_class or 0
-    everything = f"with all {len(part.labels)} training examples"
-    drawn = f"with {few} labels each, drawn anew for every seed" if few else everything
-    outputs = f"{part.classes} {measure.kind if part.classes > 1 else 'number'} {drawn}"
+    part, labels_per_class = target.train, settings.labels_per_class or 0
+    all_text = f"with all {len(part.labels)} training examples"
+    examples_text = (
+        f"with {labels_per_class} labels each, drawn anew for every seed"
+        if labels_per_class
+        else all_text
+    )
+    outputs = f"{part.classes} {measure.kind if part.classes > 1 else 'number'} {examples_text}"
     trained_on = f"{len(source_part.labels)} examples of {source_part.classes} classes"
     where = settings.source_weights or f"one source model per seed, trained on {trained_on}"
-    scores = ", ".join(f"{name} {score.mean:.2f}" for name, score in found.scores.items())
-    advice, sections = _students.note(found.rows, BASELINE), []
+    scores = ", ".join(f"{name} {score.mean:.2f}" for name, score in comparison.scores.items())
+    advice, sections = _students.note(comparison.rows, BASELINE), []
     if measure.kind == "classes":
-        sections = evidence(target.test, found.named, found.rows)
+        sections = evidence(target.test, comparison.predictions, comparison.rows)
     return report.Results(
         "kdtl transfer: a trained model's weights on a new task",
         {
             "name": part.name,
-            "target_train": few * part.classes or len(part.labels),
+            "target_train": labels_per_class * part.classes or len(part.labels),
             "validation": len(target.validation.labels),
             "test": len(target.test.labels),
             "source": settings.source_weights or f"{len(source_part.labels)} source examples",
-            "transferability": {name: score.mean for name, score in found.scores.items()},
-            "recommended": _students.recommended(found.rows),
+            "transferability": {name: score.mean for name, score in comparison.scores.items()},
+            "recommended": _students.recommended(comparison.rows),
         },
-        report.compared(found.rows, {FAMILY: BASELINE} if BASELINE in found.models else {}),
-        found.learning,
+        report.compared(
+            comparison.rows, {FAMILY: BASELINE} if BASELINE in comparison.models else {}
+        ),
+        comparison.learning,
         {},
         [
-            f"Source: {where}; {copied(found.surgery, source, part.classes)}",
+            f"Source: {where}; {copied_share(comparison.surgery, source, part.classes)}",
             f"Target: {outputs}; {len(target.validation.labels)} validation and "
             f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
             "on the validation split, never on the test split.",
             f"Transferability before any training: {scores or 'no features to score'}. Higher "
             "is better when comparing sources for this target.",
-            *_students.diverged(found.rows),
+            *_students.diverged(comparison.rows),
             programs,
             *([] if advice is None else [advice]),
         ],
@@ -71,24 +77,26 @@ def results(
     )
 
 
-def copied(surgery: transforms.Report, source: Source, outputs: int) -> str:
+def copied_share(surgery: transforms.Report, source: Source, outputs: int) -> str:
     """The share of a target copied from its source, and which modules are new."""
     paths = [path.removeprefix("params/") for path in surgery.sizes.keys() - surgery.transferred]
     new = ", ".join(sorted({path.split("/")[0] for path in paths}))
-    first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
-    head = _targets.source_head(first)
-    had = "" if head is None else f" ({head['kernel'].shape[-1]} outputs there, {outputs} here)"
+    first_source = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
+    head = _targets.source_head(first_source)
+    head_note = (
+        "" if head is None else f" ({head['kernel'].shape[-1]} outputs there, {outputs} here)"
+    )
     share = f"{100 * surgery.fraction:.1f}% of the target's parameters are copied from it"
-    return f"{share}; new in the target: {new}{had}." if new else f"{share}."
+    return f"{share}; new in the target: {new}{head_note}." if new else f"{share}."
 
 
 def evidence(
-    test: Dataset, named: Mapping[str, _evidence.Named], rows: Sequence[report.Row]
+    test: Dataset, predictions: Mapping[str, _evidence.Predictions], rows: Sequence[report.Row]
 ) -> list[report.Section]:
-    """What the recommended method confuses, and where it and the baseline differ."""
-    first = _students.first(rows)
-    if first is None:
+    """The confusion of the recommended method, and where it differs from the baseline."""
+    best_row = _students.best_row(rows)
+    if best_row is None:
         return []
-    best = named[first.method]
-    other = named.get(BASELINE, best).classes
-    return _evidence.sections(test, best, other, called="baseline")
+    best = predictions[best_row.method]
+    other_classes = predictions.get(BASELINE, best).classes
+    return _evidence.sections(test, best, other_classes, teacher_name="baseline")

@@ -285,7 +285,7 @@ def try_method(source: str, learner: Experiment, batch: Mapping[str, Any], froze
     """Traces a student's step and prediction with a user's loss or method.
 
     Args:
-      said: `--loss FILE.py:NAME` or `--method FILE.py:NAME`.
+      source: `--loss FILE.py:NAME` or `--method FILE.py:NAME`.
       learner: the student.
       batch: shapes of a batch; `"teacher"` has the teacher's outputs, unless it is live.
       frozen: shapes of the variables of a live teacher.

@@ -1,7 +1,7 @@
-"""Distillation pairs whose train step is measured: an MLP, CIFAR ResNets, ViTs, decoders.
+"""Benchmarks the train step of distillation pairs: MLPs, CIFAR ResNets, ViTs, decoders.
 
-What is measured is this library's own `jit_step` and `jit_epoch` on random data that stays on the
-device. Random weights and inputs cost the same as trained ones.
+It measures this library's `jit_step` and `jit_epoch` on random data that stays on the device.
+Random weights and inputs cost the same as trained ones.
 
 Measured with `kdtl bench --steps 8` on two shared cores of an AMD EPYC (float32; ceilings 104
 GFLOP/s, 51.5 GB/s; jax 0.10.2), per step: mlp 25 ms, 54% of the roofline; resnet 978 ms, 47%; vit
@@ -64,7 +64,7 @@ class Settings(types.Output):
 
 
 class Preset(NamedTuple):
-    """A pair of models and what they read."""
+    """A pair of models and their inputs."""
 
     name: str
     teacher: Linen  # (init, apply)
@@ -77,7 +77,7 @@ class Preset(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """Weak scaling: the same examples per device on more devices."""
+    """Weak scaling: the same number of examples per device on more devices."""
 
     devices: int
     seconds: float  # per step
@@ -112,7 +112,7 @@ class Workload(NamedTuple):
     step: train.Step
     state: Callable[[], train.TrainState]  # a fresh one: steps donate theirs
     teacher: Variables
-    batch: Callable[[int], dict[str, Array]]  # a number of random examples
+    batch: Callable[[int], dict[str, Array]]  # `batch(n)`: n random examples
     parameters: tuple[int, int]  # teacher's, student's
 
 
@@ -153,39 +153,41 @@ def workload(preset: Preset, dtype: Any) -> Workload:
     terms = _terms(1.0 if preset.name == "decoder" else TEMPERATURE)  # text: 1, as is usual
     example = _random(preset, 1)["inputs"]
     keys = jax.random.split(jax.random.key(0))
-    of_teacher, of_student = (
+    teacher_variables, student_variables = (
         jax.jit(model.init)(key, example)
         for model, key in zip((teacher, student), keys, strict=True)
     )
     cast = jnp.dtype(dtype) != jnp.float32
-    of, by = (precision.compute_in(m.apply, dtype) if cast else m.apply for m in (student, teacher))
+    student_fn, teacher_fn = (
+        precision.compute_in(m.apply, dtype) if cast else m.apply for m in (student, teacher)
+    )
     tx = preset.tx if jnp.dtype(dtype) != jnp.float16 else precision.loss_scaling(preset.tx)
-    step = train.make_step(of, terms, WEIGHTS, tx, teacher=by)
+    step = train.make_step(student_fn, terms, WEIGHTS, tx, teacher=teacher_fn)
 
     def state() -> train.TrainState:
         return train.init_state(
-            of_student.params,
+            student_variables.params,
             tx,
             key=jax.random.key(1),
-            model_state=of_student.model_state,
+            model_state=student_variables.model_state,
         )
 
-    counts = trees.count(of_teacher.params), trees.count(of_student.params)
-    return Workload(step, state, of_teacher, lambda n: _random(preset, n), counts)
+    parameters = trees.count(teacher_variables.params), trees.count(student_variables.params)
+    return Workload(step, state, teacher_variables, lambda n: _random(preset, n), parameters)
 
 
 def run(settings: Settings) -> None:
-    """Measures, prints the table, writes bench.json and report.html."""
+    """Measures the presets, prints the table, and writes bench.json and report.html."""
     devices = len(_devices.first_devices(settings.devices))
-    with _folders.run_folder(settings, "bench") as where, _progress.shown() as say:
+    with _folders.run_folder(settings, "bench") as run_folder_, _progress.show_progress() as say:
         say("ceilings")
         dtype = jnp.dtype(settings.dtype)
         limits = measure.ceilings(dtype, quick=settings.quick)
-        chosen, found = presets(quick=settings.quick), []
+        chosen, results = presets(quick=settings.quick), []
         for name in NAMES if settings.preset == "all" else (settings.preset,):
             say(name)
             trace = None if settings.trace is None else str(Path(settings.trace) / name)
-            found.append(
+            results.append(
                 measure_preset(
                     chosen[name],
                     limits,
@@ -196,11 +198,11 @@ def run(settings: Settings) -> None:
                     trace=trace,
                 )  # fmt: skip
             )
-        folder = where.path
-        _files.write_json(folder / "bench.json", _bench_report.to_json(limits, found))
-        page = _bench_report.html_page(limits, found)
+        folder = run_folder_.path
+        _files.write_json(folder / "bench.json", _bench_report.to_json(limits, results))
+        page = _bench_report.html_page(limits, results)
         _files.write_atomic(folder / "report.html", page.encode())
-    _bench_report.show(limits, found)
+    _bench_report.show(limits, results)
     print(f"report: {folder / 'report.html'}")
 
 
@@ -216,33 +218,33 @@ def measure_preset(
 ) -> Measured:
     """Measures one preset: `steps` steps after warm-up, and scaling on 1, 2, 4 … `devices`."""
     size = preset.batch_size if batch_size is None else batch_size
-    work = workload(preset, dtype)
-    batch, state = work.batch(size), work.state()
+    workload_ = workload(preset, dtype)
+    batch, state = workload_.batch(size), workload_.state()
     program, compile_seconds = measure.compiled(
-        train.jit_step(work.step), state, batch, work.teacher
+        train.jit_step(workload_.step), state, batch, workload_.teacher
     )
 
     def once() -> Any:
         nonlocal state
-        state, metrics = program(state, batch, work.teacher)
+        state, metrics = program(state, batch, workload_.teacher)
         return state, metrics
 
-    found = measure.step_times(once, steps)
+    distribution = measure.step_times(once, steps)
     seconds = measure.throughput(once, steps)
     if trace is not None:
         with jax.profiler.trace(trace):
             measure.step_times(once, min(steps, 5), warmup=0)
-    path, epoch_seconds = _epoch(work, size, steps)
+    path, epoch_seconds = _epoch(workload_, size, steps)
     cost = measure.cost(program)
     return Measured(
         preset=preset.name,
         about=preset.about,
         dtype=jnp.dtype(dtype).name,
         batch_size=size,
-        teacher_parameters=work.parameters[0],
-        student_parameters=work.parameters[1],
+        teacher_parameters=workload_.parameters[0],
+        student_parameters=workload_.parameters[1],
         compile_seconds=compile_seconds,
-        steps=found,
+        steps=distribution,
         seconds=seconds,
         examples_per_second=size / seconds,
         epoch_path=path,
@@ -250,11 +252,11 @@ def measure_preset(
         cost=cost,
         memory=measure.memory(program),
         roofline=measure.roofline(cost, seconds, limits),
-        scaling=_scaling(work, size, steps, devices),
+        scaling=_scaling(workload_, size, steps, devices),
     )
 
 
-def counts(devices: int) -> list[int]:
+def device_counts(devices: int) -> list[int]:
     """1, 2, 4 … and `devices` itself."""
     powers = [2**k for k in range(devices.bit_length()) if 2**k < devices]
     return [*powers, devices]
@@ -281,8 +283,8 @@ def _scaling(work: Workload, size: int, steps: int, devices: int) -> tuple[Scale
     """The step on growing meshes, with `size` examples per device."""
     if devices == 1:
         return ()
-    found: list[Scaled] = []
-    for n in counts(devices):
+    results: list[Scaled] = []
+    for n in device_counts(devices):
         mesh = sharding.make_mesh(data=n, devices=jax.devices()[:n])
         state, teacher = sharding.place(work.state(), mesh), sharding.place(work.teacher, mesh)
         batch = sharding.place_batch(work.batch(n * size), mesh)
@@ -295,9 +297,9 @@ def _scaling(work: Workload, size: int, steps: int, devices: int) -> tuple[Scale
 
         seconds = measure.throughput(once, steps)
         rate = n * size / seconds
-        share = rate / n / (found[0].examples_per_second if found else rate)
-        found.append(Scaled(n, seconds, rate, share))
-    return tuple(found)
+        efficiency = rate / n / (results[0].examples_per_second if results else rate)
+        results.append(Scaled(n, seconds, rate, efficiency))
+    return tuple(results)
 
 
 def _random(preset: Preset, n: int) -> dict[str, Array]:

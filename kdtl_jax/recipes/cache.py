@@ -1,7 +1,7 @@
-"""Computes a teacher's outputs for a training set once and keeps them on disk.
+"""Computes a teacher's outputs for a training set once and stores them on disk.
 
-The cache records what it was made from (weights, model, data, classes) and refuses to be read for
-anything else. An interrupted cache is completed; a damaged one is repaired.
+The cache records its weights, model, data and classes, and can be read only for these. An
+interrupted cache is completed; a damaged one is repaired.
 
     kdtl cache --teacher-weights runs/distill/teacher.safetensors --taps all
 """
@@ -26,7 +26,7 @@ from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import scores, teacher_cache
 from kdtl_jax.train import precision
 
-COMPARED = 1024  # examples behind the fidelity of a lower precision
+FIDELITY_EXAMPLES = 1024  # examples in the fidelity of a lower precision
 LINE_SECONDS = 5.0  # between lines of progress
 EXAMPLES = """
   kdtl cache --teacher-weights runs/distill/teacher.safetensors
@@ -80,16 +80,16 @@ def run(settings: Settings) -> int:
     folder = Path(settings.out)
     if settings.verify:
         return verify(folder, settings)
-    train, net, variables, made_of = teacher(settings)
-    inputs, lower = train.inputs, settings.precision
+    train, net, variables, identity = load_teacher(settings)
+    inputs, precision_name = train.inputs, settings.precision
     taps = settings.taps
     if taps == ("all",):
         taps = tuple(sorted(networks.output_shapes(net, jnp.asarray(inputs[:1]))))
-    apply, lowered = in_precision(net.apply, variables, lower)
-    if lower != "float32":
-        print_fidelity(net.apply, variables, apply, lowered, inputs, lower)
-    with _progress.shown() as say:
-        seldom = _progress.seldom(say, LINE_SECONDS)
+    apply, lowered = in_precision(net.apply, variables, precision_name)
+    if precision_name != "float32":
+        print_fidelity(net.apply, variables, apply, lowered, inputs, precision_name)
+    with _progress.show_progress() as say:
+        seldom = _progress.throttle(say, LINE_SECONDS)
 
         def report(done: int, total: int) -> None:
             seldom(f"{done:,} of {total:,} examples", done == total)
@@ -101,61 +101,61 @@ def run(settings: Settings) -> int:
             lowered,
             {"inputs": inputs},
             batch_size=settings.batch_size,
-            # How inputs are scaled is in the data's digest.
-            preprocessing={} if lower == "float32" else {"precision": lower},
+            # The data's digest covers the scaling of inputs.
+            preprocessing={} if precision_name == "float32" else {"precision": precision_name},
             taps=taps,
             top_k=settings.top_k,
             temperature=settings.temperature,
             dtype=settings.dtype,
             weights=teacher_cache.digest(variables),
             progress=report,
-            **made_of,
+            **identity,
         )
     cache = teacher_cache.open_cache(folder, expect=None, contents=False)
     print_plan(folder, plan)
     if "logits" in taps and train.kind == "classes":
-        right = scores.accuracy(most_likely(cache), train.labels)
-        print(f"teacher: {100 * right:.1f}% of these examples right")
+        accuracy = scores.accuracy(cached_classes(cache), train.labels)
+        print(f"teacher: {100 * accuracy:.1f}% of these examples right")
     return 0
 
 
 def verify(folder: Path, settings: Settings) -> int:
-    """Compares the cache's bytes and, if weights are given, what it was made from."""
+    """Verifies the cache's bytes and, if weights are given, the record of its inputs."""
     problems = teacher_cache.verify(folder)
     for problem in problems:
         print(f"damaged: {problem}", file=sys.stderr)
     if problems:
         print(f"kdtl cache: write {folder} again to compute what is damaged.", file=sys.stderr)
         return 1
-    made_from = ""
+    provenance = ""
     if settings.teacher_weights is not None:
-        train, _, variables, made_of = teacher(settings)
+        train, _, variables, made_of = load_teacher(settings)
         expect = teacher_cache.fingerprint(variables, {"inputs": train.inputs}, **made_of)
         # The form may be any; network, weights and data must match.
-        form = dict.fromkeys(("taps", "logits", "dtype", "preprocessing", "views"))
-        teacher_cache.open_cache(folder, expect=expect._replace(**form), contents=False)
-        made_from = ", made by these weights from these data"
+        any_form = dict.fromkeys(("taps", "logits", "dtype", "preprocessing", "views"))
+        teacher_cache.open_cache(folder, expect=expect._replace(**any_form), contents=False)
+        provenance = ", made by these weights from these data"
     cache = teacher_cache.open_cache(folder, expect=None, contents=False)
     print_plan(folder, cache.plan)
-    print(f"whole: every byte is as it was written{made_from}")
+    print(f"whole: every byte is as it was written{provenance}")
     return 0
 
 
-def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, Any]]:
-    """The training part, the network, its variables, and the cache's name for the network."""
+def load_teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, Any]]:
+    """The training part, the network, its variables, and the identity that the cache records."""
     path = settings.teacher_weights
     if path is None:
         raise UsageError(
             "--teacher-weights: name the teacher's safetensors file, for example "
             "runs/distill/teacher.safetensors."
         )
-    source = _models.opened(path, settings.teacher, "mlp:128,64")
+    source = _models.open_source(path, settings.teacher, "mlp:128,64")
     train, text = _data.read_data(settings, source, kinds=KINDS)[0].train, str(source.about.model)
     example = jnp.asarray(train.inputs[:1])
-    net = _models.described(text, train.classes, example)
+    net = _models.make_network(text, train.classes, example)
     _user_code.check_logits("--teacher", text, net, train)
-    made_of = {"model": _models.identity(text), "classes": train.class_names()}
-    return train, net, sources.variables(source, networks.abstract(net, example)), made_of
+    identity = {"model": _models.identity(text), "classes": train.class_names()}
+    return train, net, sources.variables(source, networks.abstract(net, example)), identity
 
 
 def in_precision(model: ModelFn, variables: Variables, name: str) -> tuple[ModelFn, Variables]:
@@ -177,34 +177,36 @@ def print_fidelity(
     name: str,
 ) -> None:
     """Prints how well the teacher in a lower precision reproduces its float32 logits."""
-    few = inputs[:COMPARED]
-    reference, found = (
-        jax.jit(fn)(v.params, v.model_state, few)[0].get("logits")
+    examples = inputs[:FIDELITY_EXAMPLES]
+    reference, logits = (
+        jax.jit(fn)(v.params, v.model_state, examples)[0].get("logits")
         for fn, v in ((model, variables), (lower_model, lowered))
     )
-    if reference is None or found is None:
+    if reference is None or logits is None:
         return
-    measured = precision.fidelity(found, reference)
+    fidelity = precision.fidelity(logits, reference)
     print(
-        f"{name} against float32 on {len(few):,} examples: same class in "
-        f"{100 * float(measured.agreement):.2f}%, KL {float(measured.kl):.2g} nats, largest logit "
-        f"error {float(measured.largest_error):.2g}"
+        f"{name} against float32 on {len(examples):,} examples: same class in "
+        f"{100 * float(fidelity.agreement):.2f}%, KL {float(fidelity.kl):.2g} nats, largest logit "
+        f"error {float(fidelity.largest_error):.2g}"
     )
 
 
-def most_likely(cache: teacher_cache.Cache) -> np.ndarray:
+def cached_classes(cache: teacher_cache.Cache) -> np.ndarray:
     """The class that the cached teacher predicts for every example."""
-    found = []
+    classes = []
     for start in range(0, cache.plan.size, 4096):
         rows = np.arange(start, min(start + 4096, cache.plan.size))
         logits = teacher_cache.rows(cache, rows)["logits"]
-        cut = isinstance(logits, TopK)
-        found.append(logits.indices[..., 0] if cut else scores.predicted(jnp.asarray(logits)))
-    return np.concatenate([np.asarray(part) for part in found])
+        is_top_k = isinstance(logits, TopK)
+        classes.append(
+            logits.indices[..., 0] if is_top_k else scores.predicted(jnp.asarray(logits))
+        )
+    return np.concatenate([np.asarray(part) for part in classes])
 
 
 def print_plan(folder: Path, plan: teacher_cache.Plan) -> None:
-    """What the folder holds."""
+    """Prints what the folder holds."""
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     form = "" if plan.top_k is None else f", logits as {plan.fingerprint.logits}"
     print(

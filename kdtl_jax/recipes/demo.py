@@ -34,11 +34,11 @@ from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _choice, _models, _output, _students, _targets, _training, transfer
 from kdtl_jax.recipes import _measures as measures
-from kdtl_jax.recipes import _transfer_methods as ways
+from kdtl_jax.recipes import _transfer_methods as transfer_methods
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._logs import Logged, write_curves
-from kdtl_jax.recipes._progress import by_part
-from kdtl_jax.recipes._stored_results import NOWHERE, Finished, once, opened
+from kdtl_jax.recipes._logs import LogSettings, write_curves
+from kdtl_jax.recipes._progress import announce_parts
+from kdtl_jax.recipes._stored_results import NO_STORE, Store, load_or_run, open_store
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import checkpoint, report, scores
@@ -65,7 +65,7 @@ EXAMPLES = "  kdtl demo --out runs/demo"
 
 
 @dataclass(frozen=True)
-class Settings(Logged, types.Resumable):
+class Settings(LogSettings, types.Resumable):
     """Settings of `kdtl demo`."""
 
     out: str = setting("runs/demo", "the run folder", metavar="FOLDER")
@@ -97,16 +97,16 @@ def run(settings: Settings) -> None:
     raw = stratified(digits(), validation=data.validation, test=data.test)
     scaling = standardizer(raw.train)
     splits = Splits(*(scaling.apply(part) for part in raw))
-    with _output.running(settings, "demo", {"data": data.data}, saves=["checkpoints"]) as running:
+    with _output.open_run(settings, "demo", {"data": data.data}, saves=["checkpoints"]) as running:
         folder, run, bar, programs = running
-        say = by_part(bar, len(ORDER) + 1 + len(TARGETS))
-        finished = opened(folder, run, resume=settings.resume, kinds=(Fitted, Variables))
-        targets = transfer_digits(splits, settings, say, finished)
-        rows, learning, alpha, models = distill(splits, settings, say, finished)
-        own = {name: Variables(x) for name, x in models.items() if name != "teacher"}
-        students, rows = _students.chosen(rows, own)
+        say = announce_parts(bar, len(ORDER) + 1 + len(TARGETS))
+        store = open_store(folder, run, resume=settings.resume, kinds=(Fitted, Variables))
+        targets = transfer_digits(splits, settings, say, store)
+        rows, learning, alpha, models = distill(splits, settings, say, store)
+        student_models = {name: Variables(x) for name, x in models.items() if name != "teacher"}
+        students, rows = _students.select_best(rows, student_models)
         advice = _students.note(rows, "student_alone")
-        found = targets()
+        comparison = targets()
         bar.hide()
         order = sorted(rows, key=lambda row: ORDER.index(row.method))
         baselines = {FAMILY: "student_alone", _targets.FAMILY: _targets.BASELINE}
@@ -119,8 +119,8 @@ def run(settings: Settings) -> None:
                 "student_images": CLASSES * IMAGES_PER_CLASS,
                 "target_images": 50,
             },
-            report.compared([*order, *found.rows], baselines),
-            learning | found.learning,
+            report.compared([*order, *comparison.rows], baselines),
+            learning | comparison.learning,
             alpha,
             [
                 f"Data: {raw.train.name}, {len(raw.train.labels)} training, "
@@ -140,8 +140,9 @@ def run(settings: Settings) -> None:
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, settings.epochs, models, {"method": "all"})
         text, shape = f"mlp:{','.join(map(str, STUDENT))}", splits.train.inputs.shape[1:]
-        about = model_files.About(text, CLASSES, scaling, (), shape)
-        _students.write(folder, students, about, more=_students.made_of(folder, data, "student"))
+        metadata = model_files.About(text, CLASSES, scaling, (), shape)
+        provenance = _students.provenance(folder, data, "student")
+        _students.write(folder, students, metadata, more=provenance)
         write_curves(folder, results.learning, settings.log)
         _output.finish(folder, results)
 
@@ -153,24 +154,24 @@ def distill(
     splits: Splits,
     settings: Settings,
     say: Callable[[str], None],
-    finished: Finished = NOWHERE,
+    store: Store = NO_STORE,
 ) -> tuple[list[report.Row], dict[str, Any], dict[str, Any], dict[str, Params]]:
     """Rows, learning curves, alpha's curves, and models by method, stacked over seeds."""
-    held = [_choice.on_device(part) for part in (splits.validation, splits.test)]
+    held_out = [_choice.on_device(part) for part in (splits.validation, splits.test)]
     everything, seeds = _choice.on_device(splits.train), settings.seeds
     example = everything["inputs"][:1]
     teacher, student = (
         networks.network(mlp(widths, CLASSES), example) for widths in (TEACHER, STUDENT)
     )
     say("teacher")
-    teachers, seconds = once(
-        finished,
+    teachers, seconds = load_or_run(
+        store,
         "teacher",
         lambda: _targets.train_sources(
-            teacher, everything, held, seeds=seeds, epochs=settings.teacher_epochs
+            teacher, everything, held_out, seeds=seeds, epochs=settings.teacher_epochs
         ),
     )
-    described = {
+    fields = {
         "widths": list(TEACHER),
         "images": len(splits.train.labels),
         "epochs": settings.teacher_epochs,
@@ -178,26 +179,29 @@ def distill(
         "optimizer": "adam",
         "learning_rate": _targets.SOURCE_RATE,
     }
-    frozen = teachers.kept.params
-    one = _training.pick(frozen, 0)
+    frozen = teachers.variables.params
+    seed_params = _training.pick(frozen, 0)
     rows = [
         measures.row(
-            measures.CLASSES, "teacher", FAMILY, "Teacher", one, teachers, seconds, described,
+            measures.CLASSES, "teacher", FAMILY, "Teacher", seed_params, teachers, seconds, fields,
             targets=splits.test.labels,
         )
     ]  # fmt: skip
 
-    # What students read: ten images per class, and the teacher's outputs on them.
-    few = [per_class(splits.train, IMAGES_PER_CLASS, seed=seed) for seed in range(seeds)]
-    data = _choice.stacked(few)
+    # The students' data: ten images per class, and the teacher's outputs on them.
+    parts = [per_class(splits.train, IMAGES_PER_CLASS, seed=seed) for seed in range(seeds)]
+    data = _choice.stacked(parts)
 
     def teacher_outputs(params: Any, inputs: Any) -> dict[str, Any]:
         return {"logits": teacher.apply(params, None, inputs)[0]["logits"]}
 
     data["teacher"] = jax.jit(jax.vmap(teacher_outputs))(frozen, data["inputs"])
-    # Where they start: anew, or as evenly spaced units of their teacher, layer by layer.
-    fresh = _choice.per_seed(lambda s: student.init(_training.keys(s).model, example).params, seeds)
-    selected = jax.jit(jax.vmap(_models.selected))(frozen, fresh)
+
+    # Their initial weights: new, or evenly spaced units of their teacher, layer by layer.
+    initial = _choice.per_seed(
+        lambda seed: student.init(_training.keys(seed).model, example).params, seeds
+    )
+    selected = jax.jit(jax.vmap(_models.select_units))(frozen, initial)
 
     learning: dict[str, Any] = {}
     alpha_curves: dict[str, Any] = {}
@@ -205,13 +209,13 @@ def distill(
     fixed = {"epochs": settings.epochs, "batch_size": BATCH, "optimizer": "adam"}
 
     def program(terms: Any, trainable: trees.Selector) -> Any:
-        how = _training.Fitting(
+        options = _training.FitOptions(
             settings.epochs,
             BATCH,
             checks=_training.even_checks(settings.epochs),
             keep=lambda state: Variables(state.params),
         )
-        fit = _training.fit(learner(student.apply, terms, trainable), how)
+        fit = _training.fit(make_learner(student.apply, terms, trainable), options)
         return sweep.vmap(fit, chunk=seeds * len(settings.learning_rates))
 
     def train_students(
@@ -220,10 +224,10 @@ def distill(
         program: Any,
         start: Callable[[float], Params],
         weights: Mapping[str, float],
-        described: Mapping[str, Any],
+        fields: Mapping[str, Any],
         alphas: Sequence[float] = (1.0,),
     ) -> None:
-        """One method at every setting; what was chosen joins the results."""
+        """Trains one method at every setting and adds the best setting to the results."""
         say(method)
         fixed_axes = {term: (weight,) for term, weight in weights.items()}
         points = _choice.columns(
@@ -231,56 +235,58 @@ def distill(
         )
         stacks = [start(float(a)) for a in points["alpha"][::seeds]]  # one per setting
         start_column = jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
-        each = {**points, "start": start_column}
-        fitted, seconds = once(finished, method, lambda: program(each, {"data": data}, *held))
+        sweep_points = {**points, "start": start_column}
+        fitted, seconds = load_or_run(
+            store, method, lambda: program(sweep_points, {"data": data}, *held_out)
+        )
         choice = _choice.best(fitted, points)
         axes = ("learning_rate", "alpha") if len(alphas) > 1 else ("learning_rate",)
         chosen = {axis: choice.setting[axis] for axis in axes}
-        one = _training.pick(choice.fitted.kept.params, 0)
+        seed_params = _training.pick(choice.fitted.variables.params, 0)
         rows.append(
             measures.row(
-                measures.CLASSES, method, FAMILY, label, one, choice.fitted, seconds,
-                {**fixed, **described, **chosen},
-                targets=splits.test.labels, teacher=teachers.named,
+                measures.CLASSES, method, FAMILY, label, seed_params, choice.fitted, seconds,
+                {**fixed, **fields, **chosen},
+                targets=splits.test.labels, teacher=teachers.answers,
             )
         )  # fmt: skip
         learning[method] = _choice.learning_curve(choice.fitted, settings.epochs)
-        models[method] = choice.fitted.kept.params
+        models[method] = choice.fitted.variables.params
         if len(alphas) > 1:
             alpha_curves[method] = _choice.setting_curve(fitted, points, "alpha")
 
-    # One program serves every student but one: they differ only in starts and weights.
-    full, alone, both = program(terms_of_both, trees.everything), (1.0, 0.0), (TASK, KD)
+    # All students but one share a program: they differ only in initial weights and term weights.
+    full, alone, both = program(kd_terms, trees.everything), (1.0, 0.0), (TASK, KD)
     distilled = {"temperature": TEMPERATURE, "weight_task": TASK, "weight_kd": KD}
     scaled = jax.jit(partial(transforms.scale, selected))
     homogeneous = jax.jit(partial(transforms.scale_homogeneous, selected, layers=LAYERS))
-    for method, label, start, (task, kd), described, alphas in (
-        ("student_alone", "Student alone", lambda a: fresh, alone, {}, (1.0,)),
+    for method, label, start, (task, kd), fields, alphas in (
+        ("student_alone", "Student alone", lambda a: initial, alone, {}, (1.0,)),
         ("scaled_parameters", "α × teacher's weights, fine-tuned", scaled, alone, {}, None),
         ("scaled_homogeneous", "… biases scaled by α^layer", homogeneous, alone, {}, None),
-        ("kd", "Distillation (KD)", lambda a: fresh, both, distilled, (1.0,)),
+        ("kd", "Distillation (KD)", lambda a: initial, both, distilled, (1.0,)),
         ("kd_scaled", "KD from α × teacher's weights", scaled, both, distilled, None),
     ):
         weights = {"task": task, "kd": kd}
-        train_students(method, label, full, start, weights, described, alphas or settings.alphas)
+        train_students(method, label, full, start, weights, fields, alphas or settings.alphas)
     say("projected_outputs")
     rows.append(
-        project(student.apply, selected, data, held, teachers.named, settings.ridges, finished)
+        project(student.apply, selected, data, held_out, teachers.answers, settings.ridges, store)
     )
     # The same projection learned by gradient on the same target; the hidden layers stay frozen.
-    start = {**selected, "head": fresh["head"]}
+    start = {**selected, "head": initial["head"]}
     train_students(
         "projected_outputs_learned", "Projected outputs, learned",
-        program(terms_of_regression, "head/.*"), lambda a: start, {"mse": 1.0},
+        program(regression_terms, "head/.*"), lambda a: start, {"mse": 1.0},
         {"trainable": "head"},
     )  # fmt: skip
     return rows, learning, alpha_curves, models
 
 
-def learner(
+def make_learner(
     apply: ModelFn, terms: objective.TermsFn, trainable: trees.Selector = trees.everything
 ) -> Experiment:
-    """A student with its point's start, learning rate and term weights."""
+    """A student; start, learning rate and term weights are the point's."""
 
     def start(point: Point, shared: Any) -> train.TrainState:
         tx = optax.adam(point["learning_rate"])
@@ -295,13 +301,13 @@ def learner(
     def logits(state: Any, inputs: Any, shared: Any) -> Any:
         return apply(state.params, None, inputs)[0]["logits"]
 
-    def own_data(point: Point, shared: Any) -> Any:
+    def seed_data(point: Point, shared: Any) -> Any:
         return _training.pick(shared["data"], point["seed"])
 
-    return Experiment(start, step, logits, own_data)
+    return Experiment(start, step, logits, seed_data)
 
 
-def terms_of_both(inputs: Inputs) -> dict[str, Any]:
+def kd_terms(inputs: Inputs) -> dict[str, Any]:
     """Cross-entropy with the labels, and the exact KL to the teacher's outputs."""
     logits, target = inputs.student["logits"], inputs.teacher["logits"]
     return {
@@ -310,7 +316,7 @@ def terms_of_both(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def terms_of_regression(inputs: Inputs) -> dict[str, Any]:
+def regression_terms(inputs: Inputs) -> dict[str, Any]:
     """The squared distance from the teacher's logits."""
     return {"mse": losses.mse(inputs.student["logits"], inputs.teacher["logits"])}
 
@@ -319,10 +325,10 @@ def project(
     apply: ModelFn,
     selected: Params,
     data: Any,
-    held: Sequence[Any],
-    named_by_teacher: Any,
+    held_out: Sequence[Any],
+    teacher_answers: Any,
     ridges: Sequence[float],
-    finished: Finished,
+    store: Store,
 ) -> report.Row:
     """`y_small = f(x) w`: f, the teacher's selected hidden layers; w, a ridge fit of its logits."""
 
@@ -330,27 +336,28 @@ def project(
         features = apply(params, None, data["inputs"])[0][FEATURES]
         w = projection.fit(features, data["teacher"]["logits"], ridge=ridge)
         params = {**params, "head": {"kernel": w.kernel, "bias": w.bias}}
-        (_, on_validation), (named, on_test) = (
-            _training.judged(apply(params, None, part["inputs"])[0]["logits"], part["labels"])
-            for part in held
+        logits = [apply(params, None, part["inputs"])[0]["logits"] for part in held_out]
+        (_, validation_score), (answers, test_score) = (
+            _training.judge_classes(x, part["labels"])
+            for x, part in zip(logits, held_out, strict=True)
         )
-        curve, losses = on_validation[None], jnp.zeros(1)
-        return Fitted(Variables(params), curve, on_validation, on_test, named, losses)
+        curve, losses = validation_score[None], jnp.zeros(1)
+        return Fitted(Variables(params), curve, validation_score, test_score, answers, losses)
 
     over_seeds = jax.vmap(measure, in_axes=(0, 0, None))
     program = jax.jit(jax.vmap(over_seeds, in_axes=(None, None, 0)))
     strengths = np.asarray(ridges, np.float32)
-    fitted, seconds = once(
-        finished, "projected_outputs", lambda: program(selected, data, strengths)
+    fitted, seconds = load_or_run(
+        store, "projected_outputs", lambda: program(selected, data, strengths)
     )
     best = int(scores.ranked(np.asarray(fitted.validation).mean(axis=1))[0])
-    described = {"gradient_steps": 0, "ridge": ridges[best]}
+    fields = {"gradient_steps": 0, "ridge": ridges[best]}
     label = "Projected outputs, ridge (no gradient step)"
     chosen = _training.pick(fitted, best)
-    one = _training.pick(chosen.kept.params, 0)
+    first_params = _training.pick(chosen.variables.params, 0)
     return measures.row(
-        measures.CLASSES, "projected_outputs", FAMILY, label, one, chosen, seconds, described,
-        targets=held[1]["labels"], teacher=named_by_teacher,
+        measures.CLASSES, "projected_outputs", FAMILY, label, first_params, chosen, seconds, fields,
+        targets=held_out[1]["labels"], teacher=teacher_answers,
     )  # fmt: skip
 
 
@@ -361,33 +368,33 @@ def transfer_digits(
     splits: Splits,
     settings: Settings,
     say: Callable[[str], None],
-    finished: Finished = NOWHERE,
-) -> Callable[[], _targets.Compared]:
-    """Begins to train sources of 0-4; the function it returns trains the targets of 5-9."""
-    first, second = (
+    store: Store = NO_STORE,
+) -> Callable[[], _targets.Comparison]:
+    """Starts training sources on 0-4; calling the result trains the targets on 5-9."""
+    source_digits, target_digits = (
         Splits(*(only_classes(part, range(start, start + 5)) for part in splits))
         for start in (0, 5)
     )
     copies = 1 if settings.quick else 8
-    source_part = transfer.on_canvas(first.train, transfer.CANVAS, seed=0, copies=copies)
+    source_part = transfer.on_canvas(source_digits.train, transfer.CANVAS, seed=0, copies=copies)
     target = Splits(
-        *(transfer.on_canvas(part, transfer.CANVAS, seed=1 + i) for i, part in enumerate(second))
+        *(transfer.on_canvas(x, transfer.CANVAS, seed=1 + i) for i, x in enumerate(target_digits))
     )
     net = networks.network(mlp(TEACHER, 5), jnp.asarray(target.train.inputs[:1]))
-    sources = _targets.sources_of(
+    sources = _targets.start_sources(
         net, source_part, seeds=settings.target_seeds, epochs=settings.teacher_epochs,
-        finished=finished,
+        store=store,
     )  # fmt: skip
-    own = transfer.Settings(
+    options = transfer.Settings(
         seeds=settings.target_seeds, epochs=settings.target_epochs, labels_per_class=10,
         learning_rates=(3e-3,) if settings.quick else (1e-3, 3e-3, 1e-2),
         strengths=(1e-2,) if settings.quick else None,
     )  # fmt: skip
-    chosen = [ways.BY_NAME[name] for name in TARGETS]
+    chosen = [transfer_methods.BY_NAME[name] for name in TARGETS]
 
-    def targets() -> _targets.Compared:
+    def targets() -> _targets.Comparison:
         say("source")
         surgery = _targets.Surgery()
-        return _targets.compare(net, target, sources(), chosen, own, surgery, say, finished)
+        return _targets.compare(net, target, sources(), chosen, options, surgery, say, store)
 
     return targets

@@ -50,8 +50,8 @@ from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.train import precision
 
 EPOCHS, STEPS = 60, 1000  # minimum per student
-FEW_NOTES = 3  # on methods that do not apply, said in full before the training
-CACHE_BYTES = 512 * 2**20  # teacher outputs up to this size are computed once and held
+FEW_NOTES = 3  # notes on methods that do not apply, printed in full before training
+CACHE_BYTES = 512 * 2**20  # teacher outputs up to this size are computed once
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 EXAMPLES = """
   kdtl distill --methods kd,dkd,hint --seeds 5
@@ -63,8 +63,8 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(
-    _pair.Models, _user_code.Terms, _optimizers.Training, _optimizers.Kept, _devices.Meshed,
-    _logs.Logged, types.Data, types.Resumable,
+    _pair.Models, _user_code.Terms, _optimizers.TrainingSettings, _optimizers.SelectionSettings,
+    _devices.Meshed, _logs.LogSettings, types.Data, types.Resumable,
 ):  # fmt: skip
     """Settings of `kdtl distill`."""
 
@@ -130,8 +130,8 @@ def run(settings: Settings) -> int:
 
     Raises:
       SystemExit: after a signal, with everything saved.
-      ValueError: if data, models, weights, layers and settings are incompatible, if possible
-        before anything is trained.
+      ValueError: if data, models, weights, layers and settings are incompatible; before any
+        training if possible.
     """
     if settings.list:
         rows = [
@@ -139,98 +139,103 @@ def run(settings: Settings) -> int:
             for e in methods.table()
         ]
         return _tables.list_methods(("method", "title", "paper", "needs", "connector"), rows)
-    own = _user_code.entries(settings)
-    entries = types.chosen(settings.methods, {**_pair.entries(), **own}, "kdtl distill")
-    entries += [entry for entry in own.values() if entry not in entries]
+    user_entries = _user_code.entries(settings)
+    entries = types.select(settings.methods, {**_pair.entries(), **user_entries}, "kdtl distill")
+    entries += [entry for entry in user_entries.values() if entry not in entries]
     mesh = _devices.make_mesh(settings)  # before anything touches a device
     devices = 1 if mesh is None else mesh.size
     _folders.check_out(settings, "distill")
     check(settings, entries, devices)
-    pair = _pair.read(settings, dtype=DTYPES[settings.precision], kinds=KINDS)
-    entries = _pair.suited(entries, settings, pair.measure)
+    pair = _pair.read_pair(settings, dtype=DTYPES[settings.precision], kinds=KINDS)
+    entries = _pair.select_methods(entries, settings, pair.measure)
     inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
     _pair.check_augmentation(settings.augment, pair)
     if settings.teacher_cache is not None:
         cache = Path(settings.teacher_cache)
         _caching.check(cache, pair, entries, precision=settings.precision)
     rows, size = None, len(inputs)
-    fixed = resolved(settings, size, classes, settings.microbatches * devices)
-    if few := fixed.per_class:
-        numbered = pair.splits.train._replace(inputs=pair.arrays["index"])
-        parts = [per_class(numbered, few, seed=seed) for seed in range(settings.seeds)]
-        rows = np.stack([part.inputs for part in parts])  # [S, n], the examples that a seed sees
+    resolved_settings = resolved(settings, size, classes, settings.microbatches * devices)
+    if per_class_ := resolved_settings.per_class:
+        indexed = pair.splits.train._replace(inputs=pair.arrays["index"])
+        subsets = [per_class(indexed, per_class_, seed=seed) for seed in range(settings.seeds)]
+        rows = np.stack([part.inputs for part in subsets])  # [S, n], the examples that a seed sees
         size = rows.shape[-1]
-    batch_size = fixed.batch_size
+    batch_size = resolved_settings.batch_size
     _training.check_batch(batch_size, size, settings.microbatches, devices)
     per_epoch = size // batch_size
-    steps = fixed.epochs * per_epoch
+    steps = resolved_settings.epochs * per_epoch
     teacher_steps = settings.teacher_epochs * (len(inputs) // batch_size)
-    of_setup = {
+    setup_args = {
         "steps": steps,
         "batch_size": batch_size // settings.microbatches,
         "layers": settings.layers,
     }
-    # Once with a blank teacher, to report what cannot work before one is trained.
-    blank = _pair.setup(pair, None, **of_setup)
-    built, why_not = _pair.build_all(entries, blank, settings)
-    _pair.check_any(built, why_not, blank, pair.measure.kind)
+    # First with a blank teacher, to report errors before one is trained.
+    blank = _pair.setup(pair, None, **setup_args)
+    built, reasons = _pair.build_all(entries, blank, settings)
+    _pair.check_any(built, reasons, blank, pair.measure.kind)
     view = None
     if settings.augment:
         view = _training.views(settings.augment, classes, inputs.shape[1])
     tx = optimizer(settings, steps)
-    _pair.check_own(built, pair, settings, batch_size, tx, view)
-    tell_beforehand(why_not)
+    _pair.trace_user_methods(built, pair, settings, batch_size, tx, view)
+    print_notes(reasons)
 
-    learners = [*([TEACHER] if pair.given is None else []), *built]
+    learners = [*([TEACHER] if pair.teacher_variables is None else []), *built]
     files = {**pair.files, **_user_code.files(settings)}
     saves = [f"checkpoints/{x}" for x in learners]
-    with _output.running(fixed, "distill", files, saves=saves) as running:
+    with _output.open_run(resolved_settings, "distill", files, saves=saves) as running:
         folder, identity, say, programs = running
-        common = _seeds.Run(
+        shared_run = _seeds.Run(
             folder=folder, identity=identity, resume=settings.resume, batch_size=batch_size,
-            arrays=pair.arrays, splits=pair.splits, lines=_logs.begun(folder),
+            arrays=pair.arrays, splits=pair.splits, lines=_logs.read_lines(folder),
             measure=pair.measure, mesh=mesh,
             one_by_one=settings.one_by_one, patience=settings.early_stopping,
-            save_every=settings.save_every, say=_progress.seldom(say),
+            save_every=settings.save_every, say=_progress.throttle(say),
         )  # fmt: skip
 
         # The teacher.
-        of_teacher = common._replace(
-            moved=_progress.part(say, TEACHER, 0, len(learners)),
-            rate=_optimizers.rates(settings, teacher_steps),
+        teacher_run = shared_run._replace(
+            advance=_progress.track_part(say, TEACHER, 0, len(learners)),
+            rate=_optimizers.rate_by_step(settings, teacher_steps),
         )
-        say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
-        frozen, teacher = _pair.taught(
-            pair, of_teacher, built[BASELINE], optimizer(settings, teacher_steps),
+        trains_teacher = pair.teacher_variables is None
+        say(f"teacher{'' if trains_teacher else f', from {settings.teacher_weights}'}")
+        frozen, teacher = _pair.train_teacher(
+            pair, teacher_run, built[BASELINE], optimizer(settings, teacher_steps),
             settings.teacher_epochs,
         )  # fmt: skip
-        made: dict[str, Any] = {"epochs": settings.teacher_epochs, "batch_size": batch_size}
-        if pair.given is not None:
-            made = {"weights": settings.teacher_weights}
-        truth = pair.splits.test.labels
+        fields: dict[str, Any] = {"epochs": settings.teacher_epochs, "batch_size": batch_size}
+        if pair.teacher_variables is not None:
+            fields = {"weights": settings.teacher_weights}
+        test_labels = pair.splits.test.labels
         table = [
             _measures.row(
                 pair.measure, TEACHER, TEACHER, "Teacher", frozen.params, teacher,
-                teacher.seconds, made, targets=truth,
+                teacher.seconds, fields, targets=test_labels,
             )
         ]  # fmt: skip
-        named = {TEACHER: _evidence.Named("Teacher", teacher.named)}
+        predictions = {TEACHER: _evidence.Predictions("Teacher", teacher.answers)}
 
         # The students.
         outputs = teacher_outputs(settings, pair, frozen, entries)
         arrays = pair.arrays if outputs is None else {**pair.arrays, "teacher": outputs}
-        common = common._replace(arrays=arrays, rows=rows, rate=_optimizers.rates(settings, steps))
-        setup = _pair.setup(pair, frozen, **of_setup)
+        shared_run = shared_run._replace(
+            arrays=arrays, rows=rows, rate=_optimizers.rate_by_step(settings, steps)
+        )
+        setup = _pair.setup(pair, frozen, **setup_args)
         built, notes = _pair.build_all(entries, setup, settings)
-        known = {entry.name: entry for entry in entries}
+        entry_by_name = {entry.name: entry for entry in entries}
         points, learning, failed = _training.points(settings.seeds), {}, []
         students: list[_students.Student] = []
         for i, (name, method) in enumerate(built.items()):
-            said = f"{name} ({i + 1} of {len(built)})"
-            say(said)
-            at = len(learners) - len(built) + i
-            common = common._replace(moved=_progress.part(say, said, at, len(learners)))
-            entry = known.get(name)
+            title = f"{name} ({i + 1} of {len(built)})"
+            say(title)
+            number = len(learners) - len(built) + i
+            shared_run = shared_run._replace(
+                advance=_progress.track_part(say, title, number, len(learners))
+            )
+            entry = entry_by_name.get(name)
             is_live = outputs is None and name != BASELINE  # the teacher runs at every step
             learner = _pair.student(
                 pair.student, method, tx, lambda key, _: pair.student.init(key, pair.example),
@@ -239,7 +244,12 @@ def run(settings: Settings) -> int:
             )  # fmt: skip
             try:
                 trained = _seeds.train_seeds(
-                    name, learner, points, frozen if is_live else None, common, fixed.epochs
+                    name,
+                    learner,
+                    points,
+                    frozen if is_live else None,
+                    shared_run,
+                    resolved_settings.epochs,
                 )
             except (ValueError, TypeError) as error:
                 if entry is None:
@@ -248,28 +258,32 @@ def run(settings: Settings) -> int:
                 failed.append(name)
                 continue
             state, label = trained.state, "Student alone" if entry is None else entry.title
-            connected, kept = method.predict is not None, None
-            if connected and name in own:
+            uses_connectors, best_student = method.predict is not None, None
+            if uses_connectors and name in user_entries:
                 notes.append(f"{name} has no file, because it predicts through its own connectors.")
             else:
-                kept = _students.best(name, state, trained.validation, through_connectors=connected)
-            students += [] if kept is None else [kept]
-            at_inference = (state.params, state.connectors) if connected else state.params
+                best_student = _students.best(
+                    name, state, trained.validation, through_connectors=uses_connectors
+                )
+            students += [] if best_student is None else [best_student]
+            inference_params = (state.params, state.connectors) if uses_connectors else state.params
             row = _measures.row(
-                pair.measure, name, STUDENTS, label, _training.pick(at_inference, 0), trained,
-                trained.seconds, _distill_report.described(fixed, entry, method, trained, kept),
-                targets=truth, teacher=teacher.named,
+                pair.measure, name, STUDENTS, label, _training.pick(inference_params, 0), trained,
+                trained.seconds, _distill_report.method_settings(
+                    resolved_settings, entry, method, trained, best_student
+                ),
+                targets=test_labels, teacher=teacher.answers,
             )  # fmt: skip
             table.append(row)
-            named[name] = _evidence.Named(label, trained.named)
+            predictions[name] = _evidence.Predictions(label, trained.answers)
             learning[name] = {
                 "epoch": [float(epoch) for epoch in trained.epochs],
                 f"validation_{pair.measure.score_name.key}": trained.curve.mean(axis=1).tolist(),
             }
             if jax.process_index() == 0:
-                lines = common.lines.pop(name, [])
+                lines = shared_run.lines.pop(name, [])
                 learning[name] |= _logs.curves(lines)
-                _logs.show(folder, lines, settings.log)
+                _logs.write_method_events(folder, lines, settings.log)
             if any(trained.skipped):
                 notes.append(
                     f"{name}: updates that were not finite were left out, per seed "
@@ -282,27 +296,29 @@ def run(settings: Settings) -> int:
         _pair.write(folder, pair, settings, frozen, students, setup)
         _logs.write(folder, settings.log)
         notes = [*notes, programs()]
-        found = _distill_report.results(fixed, pair, table, learning, named, notes)
-        _output.finish(folder, found)
+        results = _distill_report.results(
+            resolved_settings, pair, table, learning, predictions, notes
+        )
+        _output.finish(folder, results)
     if failed:
         print(f"kdtl distill: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    """The optimizer of the settings, with loss scaling if half precision needs it."""
+    """The optimizer of the settings, with loss scaling for float16."""
     rate = _optimizers.peak_rate(settings)
-    made = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
-    return precision.loss_scaling(made) if settings.precision == "float16" else made
+    tx = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
+    return precision.loss_scaling(tx) if settings.precision == "float16" else tx
 
 
-def tell_beforehand(why_not: Sequence[str]) -> None:
-    """Prints which methods do not apply, while the run can still be stopped."""
-    if len(why_not) > FEW_NOTES:
-        names = ", ".join(why.partition(" ")[0] for why in why_not)
-        why_not = [f"these methods do not apply (the report says why): {names}"]
-    for why in why_not:
-        print(f"note: {why}", file=sys.stderr)
+def print_notes(reasons: Sequence[str]) -> None:
+    """Prints which methods do not apply, before training begins."""
+    if len(reasons) > FEW_NOTES:
+        names = ", ".join(reason.partition(" ")[0] for reason in reasons)
+        reasons = [f"these methods do not apply (the report says why): {names}"]
+    for reason in reasons:
+        print(f"note: {reason}", file=sys.stderr)
 
 
 def teacher_outputs(
@@ -310,11 +326,11 @@ def teacher_outputs(
 ) -> Any:
     """The teacher's outputs, computed once; None if the teacher runs at every step.
 
-    It does if its outputs change with the views or take too much memory.
+    It must if its outputs depend on augmentation or take too much memory.
     """
     if settings.teacher_cache is not None:
-        cache, needed = Path(settings.teacher_cache), _caching.taps(entries, pair)
-        return _caching.outputs(cache, pair, frozen, settings.precision, needed)
+        cache, taps = Path(settings.teacher_cache), _caching.taps(entries, pair)
+        return _caching.outputs(cache, pair, frozen, settings.precision, taps)
     inputs, shapes = pair.arrays["inputs"], networks.output_shapes(pair.teacher, pair.example)
     size = len(inputs) * sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
     if settings.augment or size > CACHE_BYTES:
@@ -342,11 +358,11 @@ def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) ->
 
 
 def resolved(settings: Settings, examples: int, classes: int, divisor: int = 1) -> Any:
-    """The settings, with numbers for what depends on the data."""
-    few = settings.per_class
-    if few is None:
-        few = types.FEW_DIGITS if settings.data == "digits" else 0
-    size = few * classes or examples
-    batch = settings.batch_size or _training.usual_batch(size, divisor)
-    epochs = settings.epochs or max(EPOCHS, math.ceil(STEPS / max(1, size // batch)))
-    return dataclasses.replace(settings, per_class=few, batch_size=batch, epochs=epochs)
+    """The settings, with defaults that depend on the data filled in."""
+    per_class = settings.per_class
+    if per_class is None:
+        per_class = types.FEW_DIGITS if settings.data == "digits" else 0
+    size = per_class * classes or examples
+    batch_size = settings.batch_size or _training.default_batch(size, divisor)
+    epochs = settings.epochs or max(EPOCHS, math.ceil(STEPS / max(1, size // batch_size)))
+    return dataclasses.replace(settings, per_class=per_class, batch_size=batch_size, epochs=epochs)

@@ -9,10 +9,10 @@ EXAMPLES = "  kdtl env"
 
 @dataclass(frozen=True)
 class Settings:
-    """`kdtl env` has none."""
+    """Settings of `kdtl env`: none."""
 
 
 def run(settings: Settings) -> None:
-    """Prints them."""
+    """Prints the environment."""
     for name, value in report.environment().items():
         print(f"{name}: {value}")

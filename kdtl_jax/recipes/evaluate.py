@@ -19,7 +19,7 @@ from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import scores
 
 BINS = 15  # of the calibration
-MOST = 20  # classes whose confusion is printed
+LARGEST_CONFUSION = 20  # classes whose confusion is printed
 EXAMPLES = """
   kdtl evaluate runs/distill/students/kd.safetensors digits
   kdtl evaluate runs/distill/students/kd.safetensors test.npz --out scores.json
@@ -30,7 +30,7 @@ If DATA is what the student was trained on, only the held-out test examples are 
 
 @dataclass(frozen=True)
 class Settings(_inputs.Used, _inputs.Written):
-    """What `kdtl evaluate` reads and writes."""
+    """Settings of `kdtl evaluate`."""
 
     data: str | None = setting(
         None, "labeled examples, as for kdtl distill", positional=True
@@ -39,66 +39,66 @@ class Settings(_inputs.Used, _inputs.Written):
 
 
 def run(settings: Settings) -> int:
-    """Prints the scores, and writes them."""
+    """Prints and writes the scores."""
     example = EXAMPLES.strip().splitlines()[0]
     _inputs.check_out(settings)
-    model, found = _inputs.load(settings, example, with_labels=True)
-    assert found.labels is not None
+    model, examples = _inputs.load(settings, example, with_labels=True)
+    assert examples.labels is not None
     names = _inputs.class_names(model)
-    logits, kind = model.predict(found.inputs), _inputs.target_kind(model)
+    logits, kind = model.predict(examples.inputs), _inputs.target_kind(model)
     if kind == "numbers":
-        result = of_numbers(logits.astype(np.float64), found.labels)
+        result = score_numbers(logits.astype(np.float64), examples.labels)
     elif kind == "labels":
-        result = of_labels(logits, found.labels, names)
+        result = score_labels(logits, examples.labels, names)
     else:
-        result = of_classes(logits, found.labels, names)
-    print(f"{settings.student}: {found.description}", file=sys.stderr)
+        result = score_classes(logits, examples.labels, names)
+    print(f"{settings.student}: {examples.description}", file=sys.stderr)
     print("\n".join(lines(result)))
     show(result, names)
     if settings.out is not None:
-        known = {"student": settings.student, "data": settings.data, "classes": list(names)}
+        fields = {"student": settings.student, "data": settings.data, "classes": list(names)}
         _inputs.check_out(settings)  # another command may have written there in the meantime
-        _files.write_json(Path(settings.out), {**known, **result})
+        _files.write_json(Path(settings.out), {**fields, **result})
     return 0
 
 
 def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
-    """The tables of classes."""
+    """Prints the scores per class and, for few classes, the confusion matrix."""
     rows = result.get("per_class")
     if not rows:
         return
     header = list(rows[0])
     _tables.show(header, [[_cell(value) for value in row.values()] for row in rows])
-    if "confusion" in result and len(names) <= MOST:
+    if "confusion" in result and len(names) <= LARGEST_CONFUSION:
         counts = [
             [name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)
         ]
-        said = [
+        lines_ = [
             f"of class {name}: " + ", ".join(f"{n} named {other}" for n, other in zip(
                 row, names, strict=True) if n)
             for name, row in zip(names, result["confusion"], strict=True)
         ]  # fmt: skip
-        _tables.show(["is \\ named", *names], counts, said)
+        _tables.show(["is \\ named", *names], counts, lines_)
 
 
 def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def of_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def score_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Scores of mutually exclusive classes: logits `[N, K]`, labels `[N]`."""
-    named, count = np.asarray(scores.predicted(jnp.asarray(logits))), len(names)
+    predicted, count = np.asarray(scores.predicted(jnp.asarray(logits))), len(names)
     with np.errstate(invalid="ignore", over="ignore"):
         p = softmax(logits.astype(np.float64), axis=-1)
-    each = metrics.per_class(named, labels, count)
-    has_answers = not (named == scores.WRONG).any()  # else no score over all examples is known
+    scores_per_class = metrics.per_class(predicted, labels, count)
+    is_finite = not (predicted == scores.WRONG).any()  # else scores over all examples are NaN
     calibration = metrics.calibration(p, labels, bins=BINS)
     return {
         "examples": len(labels),
-        "not_finite": int(np.sum(named == scores.WRONG)),
-        "accuracy": metrics.accuracy(named, labels),
-        "balanced_accuracy": metrics.balanced_accuracy(named, labels, count),
-        "macro_f1": float(np.nanmean(each.f1)) if has_answers else float("nan"),
+        "not_finite": int(np.sum(predicted == scores.WRONG)),
+        "accuracy": metrics.accuracy(predicted, labels),
+        "balanced_accuracy": metrics.balanced_accuracy(predicted, labels, count),
+        "macro_f1": float(np.nanmean(scores_per_class.f1)) if is_finite else float("nan"),
         "negative_log_likelihood": metrics.negative_log_likelihood(p, labels),
         "brier": metrics.brier(p, labels),
         "calibration_error": calibration.error,
@@ -108,41 +108,41 @@ def of_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> 
             "accuracy": calibration.accuracy.tolist(),
             "counts": calibration.counts.tolist(),
         },
-        "per_class": per_class(each, names),
-        "confusion": metrics.confusion(named, labels, count).tolist(),
+        "per_class": class_rows(scores_per_class, names),
+        "confusion": metrics.confusion(predicted, labels, count).tolist(),
     }
 
 
-def of_labels(logits: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def score_labels(logits: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Scores of labels that may occur together: logits `[N, K]`, targets `[N, K]` of 0 and 1.
 
-    A label is predicted if its logit is above 0. If any logits are not finite, no score over all
-    examples is known.
+    A label is predicted if its logit is above 0. If any logit is not finite, scores over all
+    examples are NaN.
     """
-    named, broken = (logits > 0).astype(np.int64), ~np.isfinite(logits).all(axis=1)
-    each = metrics.per_label(named, targets)
+    predicted, is_nonfinite = (logits > 0).astype(np.int64), ~np.isfinite(logits).all(axis=1)
+    scores_per_label = metrics.per_label(predicted, targets)
     precision = metrics.average_precision(logits, targets)
-    known = precision[~np.isnan(precision)]
-    rows = per_class(each, names)
+    finite = precision[~np.isnan(precision)]
+    rows = class_rows(scores_per_label, names)
     for row, value in zip(rows, precision.tolist(), strict=True):
         row["average_precision"] = value
-    whole = {
-        "exact": float(np.mean((named == targets).all(axis=1))),
-        "mean_average_precision": float(known.mean()) if known.size else float("nan"),
-        "micro_f1": metrics.micro_f1(named, targets),
-        "macro_f1": metrics.macro_f1(named, targets),
+    totals = {
+        "exact": float(np.mean((predicted == targets).all(axis=1))),
+        "mean_average_precision": float(finite.mean()) if finite.size else float("nan"),
+        "micro_f1": metrics.micro_f1(predicted, targets),
+        "macro_f1": metrics.macro_f1(predicted, targets),
     }
-    if broken.any():
-        whole = dict.fromkeys(whole, float("nan"))
+    if is_nonfinite.any():
+        totals = dict.fromkeys(totals, float("nan"))
     return {
         "examples": len(targets),
-        "not_finite": int(broken.sum()),
-        **whole,
+        "not_finite": int(is_nonfinite.sum()),
+        **totals,
         "per_class": rows,
     }
 
 
-def of_numbers(predicted: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+def score_numbers(predicted: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     """Scores of numbers, `[N]` or `[N, K]`."""
     return {
         "examples": len(targets),
@@ -153,20 +153,20 @@ def of_numbers(predicted: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     }
 
 
-def per_class(each: metrics.PerClass, names: Sequence[str]) -> list[dict[str, Any]]:
+def class_rows(scores_: metrics.PerClass, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row per class."""
-    columns = {field: np.asarray(x).tolist() for field, x in each._asdict().items()}
+    columns = {field: np.asarray(x).tolist() for field, x in scores_._asdict().items()}
     return [
         {"class": name, **{field: column[i] for field, column in columns.items()}}
         for i, name in enumerate(names)
     ]
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(result: dict[str, Any]) -> list[str]:
     """The scalar scores, one per line."""
     shares = ("accuracy", "balanced_accuracy", "exact")
     out = []
-    for name, value in found.items():
+    for name, value in result.items():
         if isinstance(value, (int, float)):
             text = f"{100 * value:.2f}%" if name in shares else f"{value:,.4g}"
             out.append(f"{name.replace('_', ' '):26s} {text}")

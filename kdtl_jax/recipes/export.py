@@ -38,7 +38,7 @@ StableHLO needs pip install 'kdtl_jax[export]', ONNX pip install 'kdtl_jax[onnx]
 
 @dataclass(frozen=True)
 class Settings(_inputs.Trained, _inputs.Written):
-    """What `kdtl export` reads and writes."""
+    """Settings of `kdtl export`."""
 
     out: str | None = setting(None, "the file to write", metavar="FILE")
     format: Literal["stablehlo", "onnx"] = setting("stablehlo", "format of the file")
@@ -55,12 +55,12 @@ class Settings(_inputs.Trained, _inputs.Written):
 
 
 def run(settings: Settings) -> int:
-    """Writes the file."""
+    """Exports the model to a file."""
     if settings.student is None or settings.out is None:
         raise UsageError(f"name STUDENT and --out, for example: {EXAMPLES.strip().splitlines()[0]}")
     if unknown := set(settings.platforms) - {*PLATFORMS, "rocm"}:
-        known = ", ".join((*PLATFORMS, "rocm"))
-        raise UsageError(f"--platforms: {min(unknown)!r} is not one of {known}")
+        names = ", ".join((*PLATFORMS, "rocm"))
+        raise UsageError(f"--platforms: {min(unknown)!r} is not one of {names}")
     _inputs.check_out(settings)
     model = _inputs.model_of(settings)
     shape = model.about.shape or settings.shape
@@ -76,16 +76,16 @@ def run(settings: Settings) -> int:
     check_precision(settings.student, model)
     out = Path(settings.out)
     if settings.format == "onnx":
-        made = onnx(model.outputs, shape, settings.batch)
+        content = onnx(model.outputs, shape, settings.batch)
     else:
-        made = stablehlo(model, shape, settings.batch, settings.platforms)
+        content = stablehlo(model, shape, settings.batch, settings.platforms)
     _inputs.check_out(settings)  # another command may have written there in the meantime
-    _files.write_atomic(out, made)
-    first = "N" if settings.batch is None else settings.batch
-    inputs = ", ".join(map(str, (first, *shape)))
-    what = "numbers" if _inputs.target_kind(model) == "numbers" else "logits"
+    _files.write_atomic(out, content)
+    batch = "N" if settings.batch is None else settings.batch
+    inputs = ", ".join(map(str, (batch, *shape)))
+    outputs = "numbers" if _inputs.target_kind(model) == "numbers" else "logits"
     print(
-        f"{out}: float32 [{inputs}] -> {what} [{first}, {model.about.classes}], "
+        f"{out}: float32 [{inputs}] -> {outputs} [{batch}, {model.about.classes}], "
         f"{out.stat().st_size:,} bytes",
         file=sys.stderr,
     )
@@ -93,20 +93,22 @@ def run(settings: Settings) -> int:
 
 
 def check_precision(path: str, model: Model) -> None:
-    """Raises ValueError if float32, which an exported model takes, rounds its inputs away."""
+    """Raises ValueError if the float32 inputs of an exported model would lose their variation."""
     scaling, form = model.about.scaling, model.about.preprocessing
     if scaling is None:
         return
     mean, scale = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in scaling))
     rounding = np.finfo(np.float32).eps * np.abs(mean)
-    lost = np.flatnonzero((rounding > COARSEST * scale).ravel())
-    if lost.size:
-        at = int(lost[0])
+    indices = np.flatnonzero((rounding > COARSEST * scale).ravel())
+    if indices.size:
+        index = int(indices[0])
         columns = () if form is None else form.columns
-        which = f"the column {columns[at].name!r:.80}" if len(columns) == mean.size else "an input"
+        subject = (
+            f"the column {columns[index].name!r:.80}" if len(columns) == mean.size else "an input"
+        )
         raise ValueError(
-            f"{path}: {which} lies at {mean.ravel()[at]:.6g} with a deviation of "
-            f"{scale.ravel()[at]:.3g}, which float32 rounds away, and an exported model takes "
+            f"{path}: {subject} lies at {mean.ravel()[index]:.6g} with a deviation of "
+            f"{scale.ravel()[index]:.3g}, which float32 rounds away, and an exported model takes "
             "float32. Use kdtl predict, or train on differences from a number nearby."
         )
 
@@ -114,27 +116,27 @@ def check_precision(path: str, model: Model) -> None:
 def stablehlo(
     model: Model, shape: tuple[int, ...], batch: int | None, platforms: tuple[str, ...] = PLATFORMS
 ) -> bytes:
-    """The model as `jax.export` serializes it.
+    """The model, serialized by `jax.export`.
 
     Raises:
       ImportError: if flatbuffers, which jax.export needs, is not installed.
-      ValueError: if the model cannot run on batches of any size, or a platform is not known.
+      ValueError: if the model cannot run on batches of any size, or a platform is unknown.
     """
     if importlib.util.find_spec("flatbuffers") is None:
         raise ImportError("StableHLO needs flatbuffers: pip install 'kdtl_jax[export]'.")
     rows = jax.export.symbolic_shape("n")[0] if batch is None else batch
     inputs = jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
     try:
-        found = jax.export.export(jax.jit(model.outputs), platforms=platforms)(inputs)
-        return bytes(found.serialize())
+        exported = jax.export.export(jax.jit(model.outputs), platforms=platforms)(inputs)
+        return bytes(exported.serialize())
     # NotImplementedError: from JAX, for primitives that it cannot serialize.
     except (ValueError, TypeError, NotImplementedError, jax.errors.JAXTypeError) as error:
-        said = " ".join(str(error).split())[:300].rstrip(".")
+        message = " ".join(str(error).split())[:300].rstrip(".")
         hint = "" if batch else (
             " A model that needs to know its batch is exported with --batch; len(x) does, "
             "x.shape[0] does not."
         )  # fmt: skip
-        raise ValueError(f"it cannot be exported: {said}.{hint}") from error
+        raise ValueError(f"it cannot be exported: {message}.{hint}") from error
 
 
 def onnx(outputs: Callable[[Any], Any], shape: tuple[int, ...], batch: int | None) -> bytes:
@@ -151,8 +153,10 @@ def onnx(outputs: Callable[[Any], Any], shape: tuple[int, ...], batch: int | Non
             "ONNX needs jax2onnx: pip install 'kdtl_jax[onnx]'. The default is StableHLO."
         ) from None
     try:
-        made = jax2onnx.to_onnx(outputs, [(batch or "B", *shape)])
-    except Exception as error:  # whatever a converter raises
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"jax2onnx cannot convert it: {type(error).__name__}: {said}") from error
-    return made.SerializeToString()
+        model = jax2onnx.to_onnx(outputs, [(batch or "B", *shape)])
+    except Exception as error:  # a converter may raise anything
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"jax2onnx cannot convert it: {type(error).__name__}: {message}"
+        ) from error
+    return model.SerializeToString()

@@ -27,8 +27,8 @@ from typing import Literal
 import jax
 
 from kdtl_jax import language
-from kdtl_jax.recipes import _language_models as of_models
-from kdtl_jax.recipes import _language_report as of_report
+from kdtl_jax.recipes import _language_models as language_models
+from kdtl_jax.recipes import _language_report as language_report
 from kdtl_jax.recipes import _language_steps as steps
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
@@ -49,7 +49,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_logs.Logged, types.Resumable):
+class Settings(_logs.LogSettings, types.Resumable):
     """Settings of `kdtl language`."""
 
     out: str = setting("runs/language", "the run folder", metavar="FOLDER")
@@ -77,7 +77,7 @@ class Settings(_logs.Logged, types.Resumable):
     )  # fmt: skip
     teacher_shape: Mapping[str, int] | None = setting(
         None, "shape of the teacher trained here; default: layers=4,width=128,heads=4",
-        metavar="NAME=N,...", parse=of_models.shaped, group="models",
+        metavar="NAME=N,...", parse=language_models.parse_shape, group="models",
     )  # fmt: skip
     student: str | None = setting(
         None, "a folder or file with the teacher's tokenizer", metavar="PATH", group="models"
@@ -88,7 +88,7 @@ class Settings(_logs.Logged, types.Resumable):
     )  # fmt: skip
     shape: Mapping[str, int] | None = setting(
         None, "a student with random weights: layers=2,width=64,heads=4[,key_heads=N][,hidden=N]",
-        metavar="NAME=N,...", parse=of_models.shaped, group="models",
+        metavar="NAME=N,...", parse=language_models.parse_shape, group="models",
     )  # fmt: skip
     pruned: bool = setting(
         False, "start --shape as the teacher pruned to it: some of its layers, and the channels, "
@@ -166,7 +166,7 @@ class Settings(_logs.Logged, types.Resumable):
 
 
 def run(settings: Settings) -> int:
-    """Trains the teacher, if none is given, and its students; measures, reports and writes them.
+    """Trains a teacher, unless one is given, and its students; evaluates and writes them.
 
     Raises:
       UsageError: if settings contradict each other, or tokenizers differ.
@@ -176,55 +176,57 @@ def run(settings: Settings) -> int:
     if settings.list:
         rows = [(m.name, m.title, m.paper, "yes" if m.samples else "no") for m in METHODS.values()]
         return _tables.list_methods(("method", "title", "paper", "samples"), rows)
-    chosen = types.chosen(settings.method, METHODS, "kdtl language")
+    chosen = types.select(settings.method, METHODS, "kdtl language")
     check(settings, [method.name for method in chosen])
     mesh = sharding.make_mesh(**settings.mesh) if settings.mesh else None
     files = {n: v for n in ("teacher", "student") if (v := getattr(settings, n))}
-    warms_up = settings.start_steps and any(method.samples for method in chosen)
-    converted = [name for name, path in files.items() if of_models.is_gguf(path)]
-    learners = [*([] if files else ["teacher"]), *(["warm"] if warms_up else []),
+    needs_warm_start = settings.start_steps and any(method.samples for method in chosen)
+    converted = [name for name, path in files.items() if language_models.is_gguf(path)]
+    learners = [*([] if files else ["teacher"]), *(["warm"] if needs_warm_start else []),
                *(method.name for method in chosen)]  # fmt: skip
     files |= {f"data {path}": path for path in settings.data}
     saves, folders = [f"checkpoints/{name}" for name in learners], [*learners, *converted]
-    with _output.running(settings, "language", files, saves=saves, models=folders) as running:
-        folder, who, say, programs = running
+    with _output.open_run(settings, "language", files, saves=saves, models=folders) as running:
+        folder, identity, say, programs = running
         say("reading")
-        given = {
-            name: of_models.as_folder(path, folder / name)
+        model_folders = {
+            name: language_models.to_folder(path, folder / name)
             for name, path in (("teacher", settings.teacher), ("student", settings.student))
         }
-        tokenizer = tokenizer_of(given["teacher"], given["student"])
+        tokenizer = tokenizer_of(model_folders["teacher"], model_folders["student"])
         shape = text_rows.Shape(settings.length, settings.prompt, settings.held_out)
-        text = text_rows.read(settings.data, tokenizer, shape, folder / "text", who)
-        learned = len(text.train.inputs["tokens"])
-        if settings.batch_size > learned:
+        text = text_rows.read(settings.data, tokenizer, shape, folder / "text", identity)
+        row_count = len(text.train.inputs["tokens"])
+        if settings.batch_size > row_count:
             raise UsageError(
-                f"--batch-size {settings.batch_size}: there are {learned} rows to learn from."
+                f"--batch-size {settings.batch_size}: there are {row_count} rows to learn from."
             )
-        common = training.Run(
-            folder, who, settings.resume, mesh, settings.batch_size, settings.save_every,
-            settings.checks, say, _logs.begun(folder),
+        shared_run = training.Run(
+            folder, identity, settings.resume, mesh, settings.batch_size, settings.save_every,
+            settings.checks, say, _logs.read_lines(folder),
         )  # fmt: skip
         keys = steps.Keys(*jax.random.split(jax.random.key(settings.seed), 4))
         work = steps.Work(
-            settings, folder, given["teacher"], given["student"], tokenizer, text, common,
-            learners, say, keys, {}, [],
+            settings, folder, model_folders["teacher"], model_folders["student"], tokenizer, text,
+            shared_run, learners, say, keys, {}, [],
         )  # fmt: skip
-        if own := [method.name for method in chosen if method.teaches_itself]:
-            steps.note(work, f"{', '.join(own)}: before a prompt the teacher reads {text.told}.")
-        fresh = steps.fresh(work)
-        taught = steps.teacher(work)
-        start = steps.start(work, taught, fresh)
-        cache = steps.cache(work, taught)
-        taught = taught._replace(given=taught.placed)  # the other copy is no longer needed
-        built = steps.students(work, chosen, taught, start, cache)
+        if self_taught := [method.name for method in chosen if method.teaches_itself]:
+            names, context = ", ".join(self_taught), text.teacher_context
+            steps.add_note(work, f"{names}: before a prompt the teacher reads {context}.")
+        new_student = steps.new_student(work)
+        teacher = steps.make_teacher(work)
+        start = steps.make_start(work, teacher, new_student)
+        cache = steps.open_cache(work, teacher)
+        teacher = teacher._replace(host=teacher.placed)  # the other copy is no longer needed
+        trained_students = steps.train_students(work, chosen, teacher, start, cache)
         say.hide()
         say("measuring")
-        rows, samples = steps.compared(work, taught, start, built)
+        rows, samples = steps.compare(work, teacher, start, trained_students)
         work.notes.append(programs())
         write(work, rows, samples)
-        print(f"students: {', '.join(str(folder / each.method.name) for each in built)}")
-    return 1 if all(each.diverged for each in built) else 0
+        student_folders = [str(folder / student.method.name) for student in trained_students]
+        print(f"students: {', '.join(student_folders)}")
+    return 1 if all(student.diverged for student in trained_students) else 0
 
 
 def check(settings: Settings, methods: Sequence[str]) -> None:
@@ -242,30 +244,30 @@ def check(settings: Settings, methods: Sequence[str]) -> None:
 
 
 def tokenizer_of(teacher: str | None, student: str | None) -> language.Tokenizer:
-    """The tokenizer that the given models share; bytes if no model is given.
+    """The tokenizer shared by the given models; a byte tokenizer if no model is given.
 
     Raises:
-      UsageError: if the two models have different ones.
+      UsageError: if the two models have different tokenizers.
     """
     source = teacher or student
     if source is None:
         return language.byte_tokenizer()
-    found = language.tokenizer(source)
+    tokenizer = language.tokenizer(source)
     if teacher and student:
-        own = language.tokenizer(student).vocabulary
+        student_vocabulary = language.tokenizer(student).vocabulary
         try:
-            language.require_same_ids(own, found.vocabulary)
+            language.require_same_ids(student_vocabulary, tokenizer.vocabulary)
         except ValueError as error:
             raise UsageError(
                 f"--student has a different tokenizer from --teacher: {error}"
             ) from None
-    return found
+    return tokenizer
 
 
 def write(
-    work: steps.Work, rows: Sequence[of_report.Row], samples: Sequence[of_report.Sample]
+    work: steps.Work, rows: Sequence[language_report.Row], samples: Sequence[language_report.Sample]
 ) -> None:
-    """The report and its files."""
+    """Writes the report and its files."""
     _logs.write(work.folder, work.settings.log)
     text = work.text
     cut, notes = text.train.cut + text.held_out.cut, [*work.notes]
@@ -283,4 +285,4 @@ def write(
         "held_out_bytes": text.held_out_bytes,
     }
     title = "kdtl language: a language model and its students"
-    of_report.write(work.folder, title, about, rows, work.curves, samples, notes)
+    language_report.write(work.folder, title, about, rows, work.curves, samples, notes)

@@ -57,7 +57,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_logs.Logged, types.Resumable):
+class Settings(_logs.LogSettings, types.Resumable):
     """Settings of `kdtl sentences`."""
 
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
@@ -100,7 +100,7 @@ class Lines(NamedTuple):
 
 
 class Fidelity(NamedTuple):
-    """How closely an encoder resembles its teacher, by line."""
+    """How closely an encoder matches its teacher, by line."""
 
     cosine: np.ndarray  # [N]
     agreement: np.ndarray  # [N], of the ten nearest lines
@@ -118,12 +118,12 @@ def run(settings: Settings) -> int:
     files = {"encoder": str(encoder), "text": str(text)}
     learners = [(name, seed) for name in (DISTILLED, BASELINE) for seed in range(settings.seeds)]
     saves = [f"checkpoints/{name}_{seed}" for name, seed in learners]
-    with _output.running(settings, "sentences", files, saves=saves, models=["student"]) as running:
+    with _output.open_run(settings, "sentences", files, saves=saves, models=["student"]) as running:
         folder, identity, say, programs = running
         say("reading")
         lines = read(settings, encoder, text)
 
-        # The teacher, and a student that takes some of its layers.
+        # The teacher, and a student made of some of its layers.
         teacher = huggingface.load(encoder, taps=[f"layers_{i}" for i in settings.layers])
         copied = huggingface.student(teacher, layers=settings.layers)
         taps = [f"layers_{i}" for i in range(len(settings.layers))]
@@ -153,45 +153,45 @@ def run(settings: Settings) -> int:
             teacher=teacher.model,
         )
         learning: dict[str, dict[str, list[float]]] = {}
-        ends: dict[str, list[Params]] = {}  # None: it diverged
+        params_by_name: dict[str, list[Params]] = {}  # None if it diverged
         notes = _notes(settings)
         seconds = {"teacher": 0.0, "copied_untrained": 0.0, DISTILLED: 0.0, BASELINE: 0.0}
         for i, (name, seed) in enumerate(learners):
-            said = f"{name}, seed {seed}"
-            say(said)
+            title = f"{name}, seed {seed}"
+            say(title)
             key_start, key = jax.random.split(jax.random.key(seed))
-            moved = _progress.part(say, said, i, len(learners))
-            place = training.Run(folder, identity, f"{name}_{seed}", settings, say, moved)
-            found = training.distilled(
-                step, starts[name](key_start), teacher.params, lines.train, key, agreement, place
+            advance = _progress.track_part(say, title, i, len(learners))
+            job = training.Run(folder, identity, f"{name}_{seed}", settings, say, advance)
+            result = training.distill_student(
+                step, starts[name](key_start), teacher.params, lines.train, key, agreement, job
             )
-            if found.diverged:
-                notes.append(f"{said} diverged and is ranked last: {found.diverged}.")
-            ends.setdefault(name, []).append(None if found.diverged else found.params)
-            learning.setdefault(name, found.curve)
-            seconds[name] += found.seconds
+            if result.diverged:
+                notes.append(f"{title} diverged and is ranked last: {result.diverged}.")
+            params_by_name.setdefault(name, []).append(None if result.diverged else result.params)
+            learning.setdefault(name, result.curve)
+            seconds[name] += result.seconds
         say.hide()
 
         say("measuring")
-        first = next((params for params in ends[DISTILLED] if params is not None), None)
+        trained = next((p for p in params_by_name[DISTILLED] if p is not None), None)
         encoders = {"teacher": (embed_teacher, teacher.params), "student": (embed, copied.params)}
         speeds = speed(encoders, lines.test, settings.rounds)
         exact = Fidelity(np.ones(settings.held_out), np.ones(settings.held_out))
         scores: dict[str, dict[str, list[Fidelity]]] = {"teacher": {n: [exact] for n in parts}}
-        lost = {n: Fidelity(*(np.full(len(y), np.nan),) * 2) for n, y in target.items()}
-        for name, params in {"copied_untrained": [copied.params], **ends}.items():
+        failed = {n: Fidelity(*(np.full(len(y), np.nan),) * 2) for n, y in target.items()}
+        for name, params in {"copied_untrained": [copied.params], **params_by_name}.items():
             scores[name] = {
-                n: [lost[n] if p is None else measure(p, n) for p in params] for n in parts
+                n: [failed[n] if p is None else measure(p, n) for p in params] for n in parts
             }
         rows = []
-        for name, found_of in scores.items():
+        for name, fidelities in scores.items():
             role = "teacher" if name == "teacher" else "student"
             count = trees.count(encoders[role][1])
-            rows.append(_row(name, settings, speeds[role], count, found_of, seconds[name]))
-        home = folder / "student"
-        if first is not None:
-            huggingface.save(home, first, copied.rules, config=copied.config)
-            _files.write_atomic(home / "tokenizer.json", (encoder / "tokenizer.json").read_bytes())
+            rows.append(_row(name, settings, speeds[role], count, fidelities, seconds[name]))
+        out = folder / "student"
+        if trained is not None:
+            huggingface.save(out, trained, copied.rules, config=copied.config)
+            _files.write_atomic(out / "tokenizer.json", (encoder / "tokenizer.json").read_bytes())
         print(copied.report)
         results = report.Results(
             "kdtl sentences: a sentence encoder's layers, distilled into a shallow student",
@@ -208,12 +208,12 @@ def run(settings: Settings) -> int:
         )
         _logs.write_curves(folder, learning, settings.log)
         _output.finish(folder, results, table(rows))
-        print(f"student: {home}" if first is not None else "student: none, every seed diverged")
-    return 1 if first is None else 0
+        print(f"student: {out}" if trained is not None else "student: none, every seed diverged")
+    return 1 if trained is None else 0
 
 
 def read(settings: Settings, encoder: Path, text: Path) -> Lines:
-    """The lines of the text as the encoder's token ids, in three parts."""
+    """Reads the lines of the text as the encoder's token ids, in three parts."""
     lines = read_lines(text)
     try:
         words = language.tokenizer(encoder)
@@ -229,37 +229,37 @@ def read(settings: Settings, encoder: Path, text: Path) -> Lines:
 
 
 def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
-    """The distinct lines of a text of at least `at_least` characters, in order.
+    """The distinct lines of a text with at least `at_least` characters, in order.
 
     Raises:
       OSError: if the file cannot be read.
-      ValueError: if it is not UTF-8 text, or a line is longer than any sentence.
+      ValueError: if it is not UTF-8 text, or a line is too long.
     """
-    found: dict[str, None] = {}
+    distinct: dict[str, None] = {}
     try:
         with _files.regular(Path(path)).open(encoding="utf-8") as file:
             while text := file.readline(LONGEST + 1):
                 if len(text) > LONGEST:
                     raise ValueError(f"{path}: a line has more than {LONGEST:,} characters.")
                 lines = map(str.strip, text.splitlines())
-                found |= dict.fromkeys(line for line in lines if len(line) >= at_least)
+                distinct |= dict.fromkeys(line for line in lines if len(line) >= at_least)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}).") from None
-    return list(found)
+    return list(distinct)
 
 
 def split(
     ids: Sequence[Sequence[int]], *, validation: int, test: int, batch_size: int, padding: int
 ) -> Lines:
-    """Padded token ids in three parts, drawn with a fixed seed.
+    """Pads token ids and splits them in three parts, shuffled with a fixed seed.
 
     Raises:
       ValueError: if there are too few lines.
     """
-    held = validation + test
-    if len(ids) < held + batch_size:
+    held_out = validation + test
+    if len(ids) < held_out + batch_size:
         raise ValueError(
-            f"{len(ids)} distinct lines, but {held} are held out and a batch needs "
+            f"{len(ids)} distinct lines, but {held_out} are held out and a batch needs "
             f"{batch_size}. Give more text, or hold out less."
         )
     width = max(map(len, ids))
@@ -269,9 +269,9 @@ def split(
         tokens[i, : len(row)] = row
         mask[i, : len(row)] = True
     order = np.random.default_rng(0).permutation(len(ids))
-    cuts = np.split(order, [test, held])
-    last, middle, first = ({"tokens": tokens[r], "mask": mask[r]} for r in cuts)
-    return Lines(first, middle, last)
+    cuts = np.split(order, [test, held_out])
+    test_part, validation_part, train_part = ({"tokens": tokens[r], "mask": mask[r]} for r in cuts)
+    return Lines(train_part, validation_part, test_part)
 
 
 def embeddings(
@@ -285,16 +285,16 @@ def embeddings(
 
 
 def fidelity(student: np.ndarray, teacher: np.ndarray) -> Fidelity:
-    """Cosines, and agreement of the nearest lines, of unit embeddings `[N, width]`.
+    """Cosines and agreement of the nearest lines, for unit embeddings `[N, width]`.
 
     The agreement is NaN if any embedding is not finite.
     """
     cosine = np.sum(student * teacher, axis=1)
-    ours, theirs = _nearest(student), _nearest(teacher)
-    shared = [len(set(a) & set(b)) for a, b in zip(ours, theirs, strict=True)]
-    # Next to an embedding that is not finite, "nearest" means nothing.
-    known = np.isfinite(student).all() and np.isfinite(teacher).all()
-    return Fidelity(cosine, np.where(known, np.asarray(shared) / ours.shape[1], np.nan))
+    nearest, expected = _nearest(student), _nearest(teacher)
+    overlap = [len(set(a) & set(b)) for a, b in zip(nearest, expected, strict=True)]
+    # Neighbors are undefined if any embedding is not finite.
+    is_finite = np.isfinite(student).all() and np.isfinite(teacher).all()
+    return Fidelity(cosine, np.where(is_finite, np.asarray(overlap) / nearest.shape[1], np.nan))
 
 
 def speed(
@@ -306,10 +306,10 @@ def speed(
     times: dict[str, list[float]] = {name: [] for name in encoders}
     for _ in range(rounds):
         for name, (embed, params) in encoders.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             embeddings(embed, params, part)
-            times[name].append(time.perf_counter() - began)
-    return {name: len(part["tokens"]) / float(np.median(spent)) for name, spent in times.items()}
+            times[name].append(time.perf_counter() - start)
+    return {name: len(part["tokens"]) / float(np.median(t)) for name, t in times.items()}
 
 
 def _nearest(x: np.ndarray) -> np.ndarray:
@@ -332,14 +332,14 @@ def _row(
     settings: Settings,
     lines_per_second: float,
     parameters: int,
-    found: Mapping[str, Sequence[Fidelity]],
+    fidelities: Mapping[str, Sequence[Fidelity]],
     seconds: float,
 ) -> report.Row:
-    test = found["test"]
+    test = fidelities["test"]
     trained = seconds > 0
     repeated = 1 if trained else settings.seeds  # untrained: the same for every seed
     cosine = report.interval([float(f.cosine.mean()) for f in test] * repeated)
-    described: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "mean_cosine": cosine.mean,
         "mean_cosine_ci95": None if cosine.low is None else [cosine.low, cosine.high],
         "agreement_at_10": float(np.mean([f.agreement.mean() for f in test])),
@@ -347,21 +347,22 @@ def _row(
     }
     if trained:
         fixed = ("layers", "steps", "batch_size", "learning_rate", "max_length")
-        described |= {name: getattr(settings, name) for name in fixed}
-        described |= {f"weight_{term}": weight for term, weight in training.WEIGHTS.items()}
-    on_validation, on_test = (
-        np.stack([f.agreement for f in found[part]] * repeated) for part in ("validation", "test")
+        fields |= {name: getattr(settings, name) for name in fixed}
+        fields |= {f"weight_{term}": weight for term, weight in training.WEIGHTS.items()}
+    validation_agreement, test_agreement = (
+        np.stack([f.agreement for f in fidelities[part]] * repeated)
+        for part in ("validation", "test")
     )
     return report.Row(
         name,
         FAMILY,
         LABELS[name],
         parameters,
-        report.interval(on_test.mean(axis=1), on_test, is_share=True),
-        report.interval(on_validation.mean(axis=1), on_validation, is_share=True),
+        report.interval(test_agreement.mean(axis=1), test_agreement, is_share=True),
+        report.interval(validation_agreement.mean(axis=1), validation_agreement, is_share=True),
         seconds,
-        described,
-        examples=on_test,
+        fields,
+        examples=test_agreement,
     )
 
 

@@ -4,9 +4,9 @@
     class Settings(Data, Output):
         seeds: int = setting(5, "students per method", metavar="N", least=1, quick=2)
 
-Nothing else describes a command: names, types, defaults, limits and help are read off the class.
-`Data` and `Output` are fields that several recipes share. The functions at the end are
-the `parse=` of fields written as text: each takes the text or the value in a YAML file.
+The class is the only description of a command: its names, types, defaults, limits and help.
+`Data` and `Output` hold fields that several recipes share. The functions at the end are `parse=`
+of fields written as text: each takes the text, or the value in a YAML file.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ MODEL = f"one of: {'; '.join(NAMED_FORMS)}; or FILE.py:NAME, a model of your own
 AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 INT32 = 2**31 - 1
-# From all the built-in digits, a small student learns everything that their labels offer. From ten
-# per class it does not, so the teacher's contribution shows.
+# With all the built-in digits, labels alone suffice for a small student. With ten per class they do
+# not, so the teacher's contribution shows.
 FEW_DIGITS = 10
 POLICIES = {  # for leaves of another shape
     "error": transforms.raise_on_mismatch,
@@ -40,15 +40,15 @@ POLICIES = {  # for leaves of another shape
 
 
 class UsageError(ValueError):
-    """A setting cannot be understood, or contradicts another: exit code 2."""
+    """A setting is invalid or contradicts another: exit code 2."""
 
 
 def setting(default: Any, help: str, **options: Any) -> Any:
     """A field of a settings class.
 
     Args:
-      default: its value if none is given.
-      help: one line for `--help`; the default is added to it.
+      default: its default value.
+      help: one line for `--help`, to which the default is added.
       **options: `metavar`; `short`, another name of the flag; `group`, a heading of the help;
         `least`, `above`, `most`, `below`, limits of a number; `quick`, the default under `--quick`;
         `parse`, which turns text or YAML into the value; `positional`, True or "*"; `repeat`, for a
@@ -65,7 +65,7 @@ def positive_rate(default: float | None, help: str, **options: Any) -> Any:
     return setting(default, help, metavar="X", above=0, most=1e30, **options)
 
 
-def joined(value: Any) -> str:
+def comma_joined(value: Any) -> str:
     """`a,b`, or a list of such names, as text."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
@@ -97,7 +97,7 @@ class Data:
     data: str = setting("digits", FORMATS, metavar="DATA", group="data")
     label: str = setting(
         "label", "the label column of a table, or several as in a,b,c; or the array of labels",
-        metavar="NAME,...", parse=joined, group="data",
+        metavar="NAME,...", parse=comma_joined, group="data",
     )  # fmt: skip
     inputs: str | None = setting(
         None, "the array of inputs, or the column of images; default: the usual names",
@@ -146,20 +146,26 @@ class Output:
 
 @dataclass(frozen=True)
 class Resumable(Output):
-    """Where a run writes that can be resumed after an interruption."""
+    """Where a resumable run writes."""
 
     resume: bool = setting(False, "continue the run in --out after what it saved or finished")
 
 
-def near(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`did you mean a, b?` with up to three nearest names, or nothing if none is near.
+def suggest(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """`did you mean a, b?` with up to three of the nearest names, or "" if none is near.
 
-    `prefix` is written before each name and not compared.
+    `prefix` is written before each name but not compared.
     """
-    alike = {each: difflib.SequenceMatcher(None, name, each).ratio() for each in known}
-    least = max(0.6, max(alike.values(), default=0.0) - 0.1)
-    found = sorted((each for each in alike if alike[each] >= least), key=lambda x: -alike[x])
-    return f"did you mean {', '.join(prefix + name for name in found[:3])}?" if found else ""
+    similarity = {
+        candidate: difflib.SequenceMatcher(None, name, candidate).ratio()
+        for candidate in candidates
+    }
+    threshold = max(0.6, max(similarity.values(), default=0.0) - 0.1)
+    matches = sorted(
+        (candidate for candidate in similarity if similarity[candidate] >= threshold),
+        key=lambda x: -similarity[x],
+    )
+    return f"did you mean {', '.join(prefix + name for name in matches[:3])}?" if matches else ""
 
 
 def names(value: Any) -> tuple[str, ...]:
@@ -167,10 +173,10 @@ def names(value: Any) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
         raise ValueError(f"expected names as in a,b, got {value!r}")
-    found = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
-    if not found:
+    result = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    if not result:
         raise ValueError(f"expected at least one name, got {value!r}")
-    return found
+    return result
 
 
 def method_names(value: Any) -> tuple[str, ...]:
@@ -178,22 +184,22 @@ def method_names(value: Any) -> tuple[str, ...]:
     return names([name.lower().replace("-", "_") for name in names(value)])
 
 
-def chosen(asked: tuple[str, ...], known: Mapping[str, Any], command: str) -> list[Any]:
-    """The entries that `names` selects; `all` selects every one.
+def select(requested: tuple[str, ...], entries: Mapping[str, Any], command: str) -> list[Any]:
+    """The entries with the requested names; `all` selects every entry.
 
     Raises:
-      UsageError: if names are unknown; it lists them, each with the nearest names.
+      UsageError: listing unknown names, each with the nearest known names.
     """
-    if asked == ("all",):
-        return list(known.values())
+    if requested == ("all",):
+        return list(entries.values())
     unknown = []
-    for name in asked:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, list(known), n=4, cutoff=0.0)
+    for name in requested:
+        if name not in entries:
+            nearest = difflib.get_close_matches(name, list(entries), n=4, cutoff=0.0)
             unknown.append(f"{name!r} is not a method. Nearest: {', '.join(nearest)}.")
     if unknown:
         raise UsageError(f"--methods: {' '.join(unknown)} {command} --list shows all.")
-    return [known[name] for name in asked]
+    return [entries[name] for name in requested]
 
 
 def number(value: Any) -> float:
@@ -201,12 +207,12 @@ def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"expected a number, got {value!r}")
     try:
-        found = float(value)
+        result = float(value)
     except ValueError:
         raise ValueError(f"expected a number, got {value!r:.80}") from None
-    if not math.isfinite(found):
+    if not math.isfinite(result):
         raise ValueError(f"expected a finite number, got {value!r}")
-    return found
+    return result
 
 
 def numbers(value: Any) -> tuple[float, ...]:
@@ -219,10 +225,10 @@ def positive_numbers(value: Any) -> tuple[float, ...] | None:
     """`numbers`, all above 0."""
     if value is None:
         return None
-    found = numbers(value)
-    if not found or min(found) <= 0:
+    result = numbers(value)
+    if not result or min(result) <= 0:
         raise ValueError(f"expected numbers above 0 as in 1e-3,1e-2, got {value!r}")
-    return found
+    return result
 
 
 def pairs(value: Any, sign: str) -> dict[str, Any]:
@@ -236,10 +242,10 @@ def pairs(value: Any, sign: str) -> dict[str, Any]:
     for part in parts:
         if isinstance(part, str) and not part.strip():
             continue
-        name, _, rest = part.partition(sign) if isinstance(part, str) else (str(part), "", "")
+        name, _, text = part.partition(sign) if isinstance(part, str) else (str(part), "", "")
         if name.strip() in found:
             raise ValueError(f"{name.strip()!r} is given twice")
-        found[name.strip()] = rest.strip()
+        found[name.strip()] = text.strip()
     return found
 
 
@@ -276,28 +282,28 @@ def layer_pairs(value: Any) -> tuple[tuple[str, str], ...]:
         value = [":".join(pair) if isinstance(pair, (list, tuple)) else pair for pair in value]
     if isinstance(value, str):
         value = value.replace("=", ":")
-    found = tuple((str(a), str(b)) for a, b in pairs(value, ":").items())
-    for student, teacher in found:
+    result = tuple((str(a), str(b)) for a, b in pairs(value, ":").items())
+    for student, teacher in result:
         if not student or not teacher:
             raise ValueError(
                 f"'{student}:{teacher}' is not student_tap:teacher_tap, as in hidden_0:hidden_1"
             )
-    return found
+    return result
 
 
 def mesh_sizes(value: Any, axes: Sequence[str] = ("data", "fsdp")) -> dict[str, int]:
     """`data=4,fsdp=2`, or a mapping."""
-    found = pairs(value, "=")
-    for axis, size in found.items():
+    sizes = pairs(value, "=")
+    for axis, size in sizes.items():
         if axis not in axes or not str(size).isdecimal() or not 0 < int(size) < 10**6:
             raise ValueError(
                 f"'{axis}={size}' is not axis=size as in data=4,fsdp=2, with axes {', '.join(axes)}"
             )
-    return {axis: int(size) for axis, size in found.items()}
+    return {axis: int(size) for axis, size in sizes.items()}
 
 
 def augmentations(value: Any) -> tuple[str, ...]:
-    """`crop,flip,mixup=0.5`: in the order in which they are applied."""
+    """`crop,flip,mixup=0.5`, in order of application."""
     if value in ("", [], ()):
         return ()
     for part in names(value):
@@ -322,7 +328,7 @@ def selector(text: str) -> trees.Selector:
 
 
 def renames(texts: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Rules of `transforms.transfer` from `'REGEX=>NAME'`; a rule without a name drops its matches.
+    """Rules of `transforms.transfer` from `'REGEX=>NAME'`; without a name, matches are dropped.
 
     Raises:
       UsageError: if a rule has no `=>`, or its left side is not a regular expression.

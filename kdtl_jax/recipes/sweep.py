@@ -57,8 +57,9 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(
-    _pair.Models, _optimizers.Training, _optimizers.Kept, _logs.Logged, types.Data, types.Resumable
-):
+    _pair.Models, _optimizers.TrainingSettings, _optimizers.SelectionSettings, _logs.LogSettings,
+    types.Data, types.Resumable,
+):  # fmt: skip
     """Settings of `kdtl sweep`."""
 
     out: str = setting("runs/sweep", "the run folder", metavar="FOLDER")
@@ -107,28 +108,28 @@ class Settings(
 
 
 class Shared(NamedTuple):
-    """Arrays that every point reads."""
+    """Arrays read by every point."""
 
     arrays: dict[str, Any]  # [N, ...]: "inputs", "labels", "index", "teacher"
     teacher: Variables
 
 
 class Work(NamedTuple):
-    """What the methods of a sweep have in common."""
+    """The inputs shared by the methods of a sweep."""
 
     settings: Settings
     shared: Shared
-    held: Sequence[Any]  # the validation and the test split, on the device
+    held_out: Sequence[Any]  # the validation and the test split, on the device
     devices: Sequence[Any] | None
     say: Callable[[str], None]
-    finished: _stored_results.Finished
+    store: _stored_results.Store
 
 
 class Swept(NamedTuple):
     """One method's results: K settings, S seeds. NaN for settings that were stopped."""
 
     method: str
-    columns: dict[str, np.ndarray]  # [K] each, of the axes that the method has
+    columns: dict[str, np.ndarray]  # [K] each, of the method's axes
     validation: np.ndarray  # [K, S]
     test: np.ndarray  # [K, S]
     loss: np.ndarray  # [K, S], in the last epoch
@@ -142,9 +143,9 @@ class Swept(NamedTuple):
 
 
 def run(settings: Settings) -> None:
-    """Trains the teacher and every student; writes and prints the best ones."""
-    chosen = types.chosen(settings.methods, _pair.entries(), "kdtl distill")
-    devices = spread(settings)  # before anything touches a device
+    """Trains the teacher and every student; writes and prints the best students."""
+    chosen = types.select(settings.methods, _pair.entries(), "kdtl distill")
+    devices = spread_devices(settings)  # before anything touches a device
     columns = _axes.columns_of(settings)
     if settings.epochs % settings.halving:
         raise UsageError(
@@ -158,21 +159,22 @@ def run(settings: Settings) -> None:
     _measures.check(settings)
     if columns.keys() - {*_axes.AXES} and (terms := _static_checks.terms(chosen, settings)):
         _axes.check(columns, terms)
-    pair = _pair.read(settings, kinds=KINDS)
-    chosen = _pair.suited(chosen, settings, pair.measure)
+    pair = _pair.read_pair(settings, kinds=KINDS)
+    chosen = _pair.select_methods(chosen, settings, pair.measure)
     size = len(pair.arrays["labels"])
-    batch_size = settings.batch_size or _training.usual_batch(size)
+    batch_size = settings.batch_size or _training.default_batch(size)
     settings = dataclasses.replace(settings, batch_size=batch_size)
     _training.check_batch(batch_size, size)
     steps = settings.epochs * (size // batch_size)
-    of_setup: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
-    blank = _pair.setup(pair, None, **of_setup)
-    entries, notes = suitable(chosen, blank)
+    setup_args: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
+    blank = _pair.setup(pair, None, **setup_args)
+    entries, notes = select_suitable(chosen, blank)
     axes = {entry.name: _axes.axes_of_method(entry, blank, columns) for entry in entries}
     _axes.check(columns, axes)
     if "alpha" in columns:
-        large, small = (networks.abstract(n, pair.example) for n in (pair.teacher, pair.student))
-        jax.eval_shape(scaled_start, large.params, small.params, jnp.float32(1))
+        pair_nets = (pair.teacher, pair.student)
+        shapes = [networks.abstract(net, pair.example).params for net in pair_nets]
+        jax.eval_shape(scaled_start, *shapes, jnp.float32(1))
     rate = _optimizers.peak_rate(settings)
 
     def tx_of(point: Point, steps: int) -> Any:
@@ -180,40 +182,42 @@ def run(settings: Settings) -> None:
         rates = point.get("learning_rate", rate)
         return _optimizers.optimizer(settings, rates, decay, steps)
 
-    saves = [f"checkpoints/{_pair.TEACHER}"] if pair.given is None else []
-    with _output.running(settings, "sweep", pair.files, saves=saves) as running:
+    saves = [f"checkpoints/{_pair.TEACHER}"] if pair.teacher_variables is None else []
+    with _output.open_run(settings, "sweep", pair.files, saves=saves) as running:
         folder, run, bar, programs = running
-        say = _progress.by_part(bar, len(entries) + 1)
-        finished = _stored_results.opened(
+        say = _progress.announce_parts(bar, len(entries) + 1)
+        store = _stored_results.open_store(
             folder, run, resume=settings.resume, kinds=(Swept, Fitted, Variables)
         )
-        say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
-        common = _seeds.Run(
+        trains_teacher = pair.teacher_variables is None
+        say(f"teacher{'' if trains_teacher else f', from {settings.teacher_weights}'}")
+        shared_run = _seeds.Run(
             folder=folder, identity=run, resume=settings.resume,
             batch_size=batch_size, arrays=pair.arrays, splits=pair.splits,
-            lines=_logs.begun(folder),
+            lines=_logs.read_lines(folder),
             measure=pair.measure, patience=settings.early_stopping,
         )  # fmt: skip
         tx = tx_of({}, settings.teacher_epochs * (size // batch_size))
-        frozen, teacher = _pair.taught(
-            pair, common, methods.alone(blank), tx, settings.teacher_epochs
+        frozen, teacher = _pair.train_teacher(
+            pair, shared_run, methods.alone(blank), tx, settings.teacher_epochs
         )
-        setup = _pair.setup(pair, frozen, **of_setup)
+        setup = _pair.setup(pair, frozen, **setup_args)
         outputs = _training.outputs(pair.teacher, frozen, pair.arrays["inputs"])
         if all(entry.needs in ("labels", "logits") for entry in entries):
             outputs = {"logits": outputs["logits"]}
         on_device = jax.tree.map(jnp.asarray, {**pair.arrays, "teacher": outputs})
         shared = Shared(on_device, jax.tree.map(jnp.asarray, frozen))
-        held = [_choice.on_device(part) for part in pair.splits[1:]]
-        work = Work(settings, shared, held, devices, bar.line, finished)
+        held_out = [_choice.on_device(part) for part in pair.splits[1:]]
+        work = Work(settings, shared, held_out, devices, bar.line, store)
         swept: list[Swept] = []
         for i, entry in enumerate(entries):
             count = len(next(iter(axes[entry.name].values()), [0]))
             say(f"{entry.name} ({i + 1} of {len(entries)}): {count} settings")
             learner = student(pair, entry, setup, lambda point: tx_of(point, steps))
-            known = swept[-1] if swept else None  # the path depends only on the pair: measured once
-            make = functools.partial(sweep_one, entry.name, learner, axes[entry.name], work, known)
-            swept.append(_stored_results.once(finished, entry.name, make)[0])
+            earlier = swept[-1] if swept else None  # the fastest path is measured only once
+            args = entry.name, learner, axes[entry.name], work, earlier
+            make = functools.partial(sweep_one, *args)
+            swept.append(_stored_results.load_or_run(store, entry.name, make)[0])
         results = _sweep_report.Sweep(
             pair,
             settings,
@@ -221,11 +225,11 @@ def run(settings: Settings) -> None:
             [*notes, programs()],
             float(teacher.validation[0]),
             float(teacher.test[0]),
-            teacher.named,
-            _folders.how_it_was_run(folder),
+            teacher.answers,
+            _folders.run_record(folder),
         )
-        kept = [line.student for line in _sweep_report.lines(results) if line.student]
-        _pair.write(folder, pair, settings, frozen, kept, setup)
+        best_students = [line.student for line in _sweep_report.lines(results) if line.student]
+        _pair.write(folder, pair, settings, frozen, best_students, setup)
         _logs.write_curves(folder, _sweep_report.learning(results), settings.log)
         _files.write_json(folder / "results.json", _sweep_report.to_json(results))
         _files.write_atomic(folder / "sweep.csv", _sweep_report.to_csv(results).encode())
@@ -235,31 +239,32 @@ def run(settings: Settings) -> None:
 
 
 def student(pair: _pair.Pair, entry: Entry, setup: Setup, tx: Callable[[Point], Any]) -> Experiment:
-    """A method's student, with the point's temperature, weights, rates and start."""
+    """A method's student; temperature, weights, rates and start are the point's."""
     apply = pair.student.apply
 
     def start(point: Point, shared: Shared) -> train.TrainState:
         keys = _training.keys(point["seed"])
-        fresh = pair.student.init(keys.model, pair.example)
-        params = fresh.params
+        variables = pair.student.init(keys.model, pair.example)
+        params = variables.params
         if "alpha" in point:
             params = scaled_start(shared.teacher.params, params, point["alpha"])
-        return train.init_state(params, tx(point), key=keys.steps, model_state=fresh.model_state)
+        model_state = variables.model_state
+        return train.init_state(params, tx(point), key=keys.steps, model_state=model_state)
 
     def step(state: Any, batch: Any, point: Point, shared: Shared) -> Any:
-        plain = _pair.build(entry, setup, point.get("temperature"))
+        method = _pair.build(entry, setup, point.get("temperature"))
         factor = point.get("weight")
         weights = {
-            term: weight if factor is None or term == "task" else times(weight, factor)
-            for term, weight in plain.weights.items()
+            term: weight if factor is None or term == "task" else scale_weight(weight, factor)
+            for term, weight in method.weights.items()
         }
         weights |= {term: point[term] for term in weights if term in point}
-        return train.make_step(apply, plain.terms, weights, tx(point))(state, batch)
+        return train.make_step(apply, method.terms, weights, tx(point))(state, batch)
 
     def logits(state: Any, inputs: Any, shared: Shared) -> Any:
         return apply(state.params, state.model_state, inputs)[0]["logits"]
 
-    judged = pair.measure.judged
+    judged = pair.measure.judge
     return Experiment(start, step, logits, lambda point, shared: shared.arrays, judged)
 
 
@@ -268,20 +273,20 @@ def sweep_one(
     learner: Experiment,
     columns: dict[str, np.ndarray],
     work: Work,
-    known: Swept | None,
+    earlier: Swept | None,
 ) -> Swept:
-    """All settings and seeds of one method; `known` has the path of an earlier one."""
-    settings, shared, held = work.settings, work.shared, work.held
+    """Trains all settings and seeds of one method; reuses the path of an `earlier` one."""
+    settings, shared, held_out = work.settings, work.shared, work.held_out
     seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
     if count * seeds > _axes.MOST:
         raise UsageError(
             f"{count} settings of {seeds} seeds are more than {_axes.MOST:,} students."
         )
-    each = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
-    points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **each}
+    repeated = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
+    points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **repeated}
     patience = settings.early_stopping
     assert settings.batch_size is not None
-    how = _training.Fitting(
+    options = _training.FitOptions(
         settings.epochs,
         settings.batch_size,
         checks=settings.epochs if patience else _training.even_checks(settings.epochs),
@@ -290,65 +295,69 @@ def sweep_one(
     )
     chunk = None
     if settings.memory is not None:
-        whole = _training.fit(learner, how)
-        chunk = sweeps.chunk_for_memory(whole, points, shared, *held, bytes=settings.memory)
-    begun, path, probed = time.perf_counter(), settings.path, {}
-    if path == "fastest" and known is not None:
-        path, probed = known.path, known.probed
+        fit = _training.fit(learner, options)
+        chunk = sweeps.chunk_for_memory(fit, points, shared, *held_out, bytes=settings.memory)
+    start, path, probed = time.perf_counter(), settings.path, {}
+    if path == "fastest" and earlier is not None:
+        path, probed = earlier.path, earlier.probed
     elif path == "fastest":
-        few = _training.Fitting(1, settings.batch_size, steps=PROBE_STEPS)
-        probed = timed(programs(learner, few, chunk, work.devices), points, shared, held)
+        probe = _training.FitOptions(1, settings.batch_size, steps=PROBE_STEPS)
+        candidates = programs(learner, probe, chunk, work.devices)
+        probed = time_programs(candidates, points, shared, held_out)
         path = min(probed, key=lambda name: probed[name], default="together")
-        listed = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in probed.items())
-        said = f" (per student and {PROBE_STEPS} steps: {listed})" if probed else ""
-        work.say(f"path: {path}{said}")
+        times = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in probed.items())
+        timing = f" (per student and {PROBE_STEPS} steps: {times})" if probed else ""
+        work.say(f"path: {path}{timing}")
     if settings.halving > 1:
-        found = _halving.halved(name, learner, columns, work, chunk)
+        result = _halving.run_halving(name, learner, columns, work, chunk)
         path = "together"
     else:
-        fitted = programs(learner, how, chunk, work.devices)[path](points, shared, *held)
+        fitted = programs(learner, options, chunk, work.devices)[path](points, shared, *held_out)
         epochs = np.full(count * seeds, settings.epochs)
         if fitted.epoch is not None:
             epochs = np.asarray(fitted.epoch)
         loss = np.take_along_axis(np.asarray(fitted.losses), epochs[:, None] - 1, axis=1)
-        each = (fitted.validation, fitted.test, loss)
-        validation, test, loss = (np.asarray(x, np.float64).reshape(count, seeds) for x in each)
+        scores = (fitted.validation, fitted.test, loss)
+        validation, test, loss = (np.asarray(x, np.float64).reshape(count, seeds) for x in scores)
         epochs, best = epochs.reshape(count, seeds), _choice.best(fitted, points).fitted
-        found = validation, test, loss, epochs, np.ones(count, bool), best
+        result = validation, test, loss, epochs, np.ones(count, bool), best
     per_call = (chunk or count * seeds) if path == "together" else 1
-    spent = time.perf_counter() - begun
-    return Swept(name, columns, *found, path, per_call, spent, probed)
+    seconds = time.perf_counter() - start
+    return Swept(name, columns, *result, path, per_call, seconds, probed)
 
 
 def programs(
     learner: Experiment,
-    how: _training.Fitting,
+    options: _training.FitOptions,
     chunk: int | None,
     devices: Sequence[Any] | None,
 ) -> dict[str, Callable[..., Fitted]]:
-    """`program(points, shared, *held)` by path."""
-    fit = _training.fit(learner, how)
+    """Programs `(points, shared, *eval_splits) -> Fitted` by path."""
+    fit = _training.fit(learner, options)
     together = sweeps.vmap(fit, chunk=chunk, devices=devices)
     if devices is not None:  # only students that run together can be spread
         return {"together": together}
-    alone = _training.one_by_one(learner, how)
-    return {"together": together, "mapped": sweeps.map(fit), "one-by-one": alone}
+    one_by_one = _training.fit_one_by_one(learner, options)
+    return {"together": together, "mapped": sweeps.map(fit), "one-by-one": one_by_one}
 
 
-def timed(
-    candidates: Mapping[str, Callable[..., Any]], points: Point, shared: Any, held: Sequence[Any]
+def time_programs(
+    candidates: Mapping[str, Callable[..., Any]],
+    points: Point,
+    shared: Any,
+    held_out: Sequence[Any],
 ) -> dict[str, float]:
-    """Seconds per student of each program, on some points; none if there is no choice."""
+    """Seconds per student of each program, measured on a few points; empty for one program."""
     if len(candidates) == 1:
         return {}
-    some = {axis: column[:PROBE_POINTS] for axis, column in points.items()}
-    few = [jax.tree.map(lambda x: x[:1], part) for part in held]  # only the steps differ
-    seconds = sweeps.timings([*candidates.values()], some, shared, *few, repeats=2)
+    some_points = {axis: column[:PROBE_POINTS] for axis, column in points.items()}
+    small = [jax.tree.map(lambda x: x[:1], part) for part in held_out]  # only the steps differ
+    seconds = sweeps.timings([*candidates.values()], some_points, shared, *small, repeats=2)
     return dict(zip(candidates, seconds, strict=True))
 
 
-def suitable(chosen: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[str]]:
-    """Methods that train only the student, and notes on the others."""
+def select_suitable(chosen: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[str]]:
+    """Selects the methods that train only the student; returns notes on the others."""
     entries, notes = [], []
     for entry in chosen:
         reason = entry.applies(setup)
@@ -370,16 +379,16 @@ def suitable(chosen: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[s
 
 def scaled_start(teacher: Params, student: Params, alpha: Any) -> Params:
     """`alpha` times the teacher's evenly spaced units, in the student's shapes."""
-    return transforms.scale(_models.selected(teacher, student), alpha)
+    return transforms.scale(_models.select_units(teacher, student), alpha)
 
 
-def times(weight: Any, factor: Any) -> Any:
+def scale_weight(weight: Any, factor: Any) -> Any:
     """A weight or schedule, multiplied."""
     return (lambda step: weight(step) * factor) if callable(weight) else weight * factor
 
 
-def spread(settings: Settings) -> list[Any] | None:
-    """The devices of `--devices`; on a CPU, as many virtual ones as requested."""
+def spread_devices(settings: Settings) -> list[Any] | None:
+    """The devices of `--devices`, virtual ones on a CPU; None for a single device."""
     if settings.devices is None or settings.devices == 1:
         return None
     if settings.path in ("mapped", "one-by-one"):

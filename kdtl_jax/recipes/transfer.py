@@ -39,7 +39,7 @@ from kdtl_jax.recipes import (
     _transfer_report,
     _user_code,
 )
-from kdtl_jax.recipes import _transfer_methods as ways
+from kdtl_jax.recipes import _transfer_methods as transfer_methods
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._targets import Source, Surgery
@@ -61,7 +61,13 @@ A WHERE selects target leaves: a regular expression for the whole path, or glob:
 
 
 @dataclass(frozen=True)
-class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Data, types.Resumable):
+class Settings(
+    _optimizers.OptimizerSettings,
+    _optimizers.SelectionSettings,
+    _logs.LogSettings,
+    types.Data,
+    types.Resumable,
+):
     """Settings of `kdtl transfer`."""
 
     out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
@@ -105,8 +111,8 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Dat
         metavar="PIXELS", least=0, most=4096, group="source",
     )  # fmt: skip
     methods: tuple[str, ...] = setting(
-        ways.DEFAULT, f"any of {', '.join(ways.BY_NAME)}, or all", metavar="NAME,...",
-        parse=types.method_names, group="training",
+        transfer_methods.DEFAULT, f"any of {', '.join(transfer_methods.BY_NAME)}, or all",
+        metavar="NAME,...", parse=types.method_names, group="training",
     )  # fmt: skip
     labels_per_class: int | None = setting(
         None, "training examples per class, redrawn for every seed; 0: all; default: 10 of the "
@@ -139,92 +145,96 @@ def run(settings: Settings) -> int | None:
     """Copies a source into targets, trains them by every method, and writes the run folder."""
     if settings.list:
         header = ("method", "label", "paper")
-        return _tables.list_methods(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
-    chosen = types.chosen(settings.methods, ways.BY_NAME, "kdtl transfer")
+        return _tables.list_methods(
+            header, [(m.name, m.label, m.paper) for m in transfer_methods.METHODS]
+        )
+    chosen = types.select(settings.methods, transfer_methods.BY_NAME, "kdtl transfer")
     path, policy = settings.source_weights, types.POLICIES[settings.on_mismatch]
     surgery = Surgery(rename=types.renames(settings.rename), on_mismatch=policy)
     if settings.where is not None:
         surgery = surgery._replace(where=types.selector(settings.where))
     _folders.check_out(settings, "transfer")
     check(settings)
-    start = _models.opened(path, settings.model, "mlp:128,64")
-    given = None if path is None else start.tree(None)
-    form, source_part, target = read(settings, start)
-    measure = _measures.of_data(form, settings, target.train)
+    start = _models.open_source(path, settings.model, "mlp:128,64")
+    source_tree = None if path is None else start.tree(None)
+    form, source_part, target = read_data(settings, start)
+    measure = _measures.measure_of_data(form, settings, target.train)
     settings = resolved(settings, measure)
-    text, known = str(start.about.model), start.about.preprocessing
-    source_kind = "classes" if known is None else known.kind
-    chosen = suited(chosen, settings, measure, source_kind)
+    text, preprocessing = str(start.about.model), start.about.preprocessing
+    source_kind = "classes" if preprocessing is None else preprocessing.kind
+    chosen = select_methods(chosen, settings, measure, source_kind)
     example = jnp.asarray(target.train.inputs[:1])
-    net = _models.described(text, target.train.classes, example)
-    before = net if path else _models.described(text, source_part.classes, example)
-    copied_from = given
+    net = _models.make_network(text, target.train.classes, example)
+    source_net = net if path else _models.make_network(text, source_part.classes, example)
+    source_shapes = source_tree
     if path is None:
-        copied_from = model_files.tree(networks.abstract(before, example))
+        source_shapes = model_files.tree(networks.abstract(source_net, example))
     else:
-        record.check_finite(path, given)
-    has_head = jax.eval_shape(_targets.source_head, copied_from) is not None
-    if not has_head and settings.methods == ways.DEFAULT:
+        record.check_finite(path, source_tree)
+    has_head = jax.eval_shape(_targets.source_head, source_shapes) is not None
+    if not has_head and settings.methods == transfer_methods.DEFAULT:
         chosen = [method for method in chosen if not method.needs_source_head]
-    _targets.check(net, example, copied_from, chosen, surgery)
+    _targets.check(net, example, source_shapes, chosen, surgery)
     arrays = {"inputs": target.train.inputs, "labels": target.train.labels}
     _user_code.try_model("--model", text, net, measure.task, arrays)
     _user_code.check_logits("--model", text, net, target.train)
-    read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
-    files: dict[str, record.Paths] = {"data": read_now}
+    data_files = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
+    files: dict[str, record.Paths] = {"data": data_files}
     files |= {} if path is None else {"source_weights": path}
-    files |= {"student": made} if (made := _models.files_of(text)) else {}
-    with _output.running(settings, "transfer", files, saves=["checkpoints"]) as running:
+    files |= {"student": files_} if (files_ := _models.files_of(text)) else {}
+    with _output.open_run(settings, "transfer", files, saves=["checkpoints"]) as running:
         folder, run, bar, programs = running
-        say = _progress.by_part(bar, len(chosen) + (given is None))
-        finished = _stored_results.opened(
+        say = _progress.announce_parts(bar, len(chosen) + (source_tree is None))
+        store = _stored_results.open_store(
             folder, run, resume=settings.resume, kinds=(Fitted, Variables)
         )
-        if given is None:
+        if source_tree is None:
             say("source")
-            source = _targets.sources_of(
-                before, source_part, seeds=settings.seeds, epochs=settings.source_epochs,
-                finished=finished,
+            source = _targets.start_sources(
+                source_net, source_part, seeds=settings.seeds, epochs=settings.source_epochs,
+                store=store,
             )()  # fmt: skip
         else:
-            source = Source(given, False, source_kind == "classes")
-        found = _targets.compare(
-            net, target, source, chosen, settings, surgery, say, finished, measure
+            source = Source(source_tree, False, source_kind == "classes")
+        comparison = _targets.compare(
+            net, target, source, chosen, settings, surgery, say, store, measure
         )
         bar.hide()
-        print(found.surgery)
-        students, rows = _students.chosen(found.rows, found.models)
-        found = found._replace(rows=rows)
+        print(comparison.surgery)
+        students, rows = _students.select_best(comparison.rows, comparison.models)
+        comparison = comparison._replace(rows=rows)
         shape = target.train.inputs.shape[1:]
         classes, names = target.train.classes, target.train.names
         form = form._replace(names=names, outputs=classes, shape=shape)
-        known = About(text, classes, form.scaling, names, shape, form)
-        made_of = _students.made_of(folder, settings, "student")
-        _students.write(folder, students, known, more=made_of)
+        preprocessing = About(text, classes, form.scaling, names, shape, form)
+        provenance = _students.provenance(folder, settings, "student")
+        _students.write(folder, students, preprocessing, more=provenance)
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
-            models = {name: model._asdict() for name, model in found.models.items()}
+            models = {name: model._asdict() for name, model in comparison.models.items()}
             checkpoint.save(checkpoints, settings.epochs, models, {"methods": list(models)})
         results = _transfer_report.results(
-            settings, measure, target, source, source_part, found, programs()
+            settings, measure, target, source, source_part, comparison, programs()
         )
-        _logs.write_curves(folder, found.learning, settings.log)
+        _logs.write_curves(folder, comparison.learning, settings.log)
         _output.finish(folder, results)
     return 0
 
 
 def resolved(settings: Settings, measure: Measure) -> Settings:
-    """The settings with numbers in place of what was not given.
+    """The settings, with defaults filled in.
 
     Raises:
-      UsageError: if a setting has no meaning for the targets.
+      UsageError: if a setting does not apply to the targets.
     """
-    few, is_classes = settings.labels_per_class, measure.kind == "classes"
-    if few is None:
-        few = types.FEW_DIGITS if settings.data == "digits" else 0
-    if few and not is_classes:
-        raise UsageError(f"--labels-per-class {few}: the targets are {measure.kind}, not classes.")
-    rates = settings.learning_rates or _optimizers.to_try(settings)
-    return dataclasses.replace(settings, labels_per_class=few, learning_rates=rates)
+    labels_per_class, is_classes = settings.labels_per_class, measure.kind == "classes"
+    if labels_per_class is None:
+        labels_per_class = types.FEW_DIGITS if settings.data == "digits" else 0
+    if labels_per_class and not is_classes:
+        raise UsageError(
+            f"--labels-per-class {labels_per_class}: the targets are {measure.kind}, not classes."
+        )
+    rates = settings.learning_rates or _optimizers.default_rates(settings)
+    return dataclasses.replace(settings, labels_per_class=labels_per_class, learning_rates=rates)
 
 
 def check(settings: Settings) -> None:
@@ -235,30 +245,34 @@ def check(settings: Settings) -> None:
             "--source-classes is for a source trained here, but --source-weights names one. "
             "Give one of them."
         )
-    few = settings.labels_per_class
-    if few is None and settings.data == "digits":
-        few = types.FEW_DIGITS
-    if settings.class_weights != "none" and few:
+    labels_per_class = settings.labels_per_class
+    if labels_per_class is None and settings.data == "digits":
+        labels_per_class = types.FEW_DIGITS
+    if settings.class_weights != "none" and labels_per_class:
         raise UsageError(
-            f"--class-weights: every class has {few} labels already. Give --labels-per-class 0."
+            f"--class-weights: every class has {labels_per_class} labels already. Give "
+            "--labels-per-class 0."
         )
 
 
-def suited(
-    chosen: Sequence[ways.Method], settings: Settings, measure: Measure, source_kind: Kind
-) -> list[ways.Method]:
-    """The methods that suit the targets and the source; every method requested must.
+def select_methods(
+    chosen: Sequence[transfer_methods.Method],
+    settings: Settings,
+    measure: Measure,
+    source_kind: Kind,
+) -> list[transfer_methods.Method]:
+    """The methods that suit the targets and the source.
 
     Raises:
-      UsageError: naming those that do not.
+      UsageError: naming methods that were requested but do not suit them.
     """
     no_classes = [m.name for m in chosen if m.needs_classes and measure.kind != "classes"]
     no_source = [m.name for m in chosen if m.needs_source_head and source_kind != "classes"]
-    if no_classes and settings.methods != ways.DEFAULT:
+    if no_classes and settings.methods != transfer_methods.DEFAULT:
         raise UsageError(
             f"{', '.join(no_classes)} need classes, but the targets are {measure.kind}."
         )
-    if no_source and settings.methods != ways.DEFAULT:
+    if no_source and settings.methods != transfer_methods.DEFAULT:
         raise UsageError(
             f"{', '.join(no_source)} need a source that is a classifier, but "
             f"{settings.source_weights} learned {source_kind}."
@@ -266,7 +280,7 @@ def suited(
     return [method for method in chosen if method.name not in (*no_classes, *no_source)]
 
 
-def read(settings: Settings, source: sources.Source) -> tuple[Preprocessing, Dataset, Splits]:
+def read_data(settings: Settings, source: sources.Source) -> tuple[Preprocessing, Dataset, Splits]:
     """How the data are read, the source's training set and the target's splits.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The source document's two worked examples, implemented as its text describes.
+"""The two worked examples of the tutorial, implemented as its text describes.
 
 (a) Parameter distillation: an MLP 10-20-1 teaches an MLP 10-10-1. The student's weights are
 `alpha = 0.1` times the weights of the teacher's first ten hidden units; then it is fine-tuned.
@@ -55,8 +55,8 @@ def parameter_distillation(*, alpha: float = ALPHA, epochs: int = EPOCHS) -> Exa
     fresh = student.init(key_student, data["inputs"]).params
     # crop keeps the first ten hidden units on both sides: kernel columns, biases, head rows.
     start, report = transforms.transfer(large, fresh, alpha=alpha, on_mismatch=transforms.crop)
-    tuned, found = fit(student, start, data, epochs)
-    return Example(large, start, tuned, report, found)
+    tuned, losses = fit(student, start, data, epochs)
+    return Example(large, start, tuned, report, losses)
 
 
 def parameter_transfer(*, epochs: int = EPOCHS) -> Example:
@@ -66,12 +66,12 @@ def parameter_transfer(*, epochs: int = EPOCHS) -> Example:
     target_data = regression(jax.random.key(0), shift=0.5)
     model = linen.model(mlp((LARGE,), 1))
     key_source, key_target = jax.random.split(jax.random.key(1))
-    first = model.init(key_source, source_data["inputs"]).params
-    source, _ = fit(model, first, source_data, epochs)
+    initial = model.init(key_source, source_data["inputs"]).params
+    source, _ = fit(model, initial, source_data, epochs)
     fresh = model.init(key_target, target_data["inputs"]).params
     start, report = transforms.transfer(source, fresh)
-    tuned, found = fit(model, start, target_data, epochs)
-    return Example(source, start, tuned, report, found)
+    tuned, losses = fit(model, start, target_data, epochs)
+    return Example(source, start, tuned, report, losses)
 
 
 def fit(
@@ -81,8 +81,8 @@ def fit(
     tx = optax.sgd(RATE)
     step = train.make_step(model.apply, squared_error, {"mse": 1.0}, tx)
     state = train.init_state(params, tx, key=jax.random.key(2))
-    rows = jnp.arange(len(data["labels"]), dtype=jnp.int32)
-    index = jnp.broadcast_to(rows[None], (epochs, len(rows)))
+    indices = jnp.arange(len(data["labels"]), dtype=jnp.int32)
+    index = jnp.broadcast_to(indices[None], (epochs, len(indices)))
     state, metrics = train.jit_epoch(step)(state, data, index)
     return state.params, train.values(metrics)["mse"]
 

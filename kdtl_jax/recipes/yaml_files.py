@@ -1,6 +1,6 @@
-"""Settings written as YAML; YAML read as plain data at a bounded cost.
+"""Writing settings as YAML, and reading YAML as plain data at a bounded cost.
 
-No aliases, tags, repeated keys or deep nesting are read.
+Aliases, tags, repeated keys and deep nesting are errors.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import yaml
 
 from kdtl_jax import _files, _text
 
-BYTES = 128 * 2**10  # the parser reads some 100 kB per second
-DEEPEST = 20  # levels of nested brackets and mappings
-LONGEST = 300  # characters of a message
-# What a YAML scalar may be other than text; dates are text.
+MAX_BYTES = 128 * 2**10  # the parser reads some 100 kB per second
+MAX_DEPTH = 20  # levels of nested brackets and mappings
+MAX_MESSAGE = 300  # characters of a message
+# Types of YAML scalars besides text; dates are text.
 SCALARS = ("bool", "int", "float", "null", "merge")
 
 
@@ -31,18 +31,18 @@ class _Loader(yaml.SafeLoader):
         if getattr(self.peek_event(), "tag", None) is not None:
             raise yaml.YAMLError("tags (!!name) are not read")
         self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
-        if len(found) != len(node.value):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
             counts = Counter(str(key.value) for key, _ in node.value)
             raise yaml.YAMLError(f"the key {counts.most_common(1)[0][0]!r} is given twice")
-        return found
+        return mapping
 
     def construct_yaml_int(self, node: Any) -> int:
         if len(node.value) > 40:
@@ -58,45 +58,45 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds.
+    """Reads the mapping in a YAML file.
 
     Raises:
       OSError: if the file does not exist or cannot be read.
       ValueError: with a one-line reason; the caller names the file.
     """
     with _files.regular(path).open("rb") as file:
-        content = file.read(BYTES + 1)
+        content = file.read(MAX_BYTES + 1)
     return parse(content)
 
 
 def parse(content: bytes) -> dict[Any, Any]:
     """The mapping in YAML text; errors are those of `read`."""
-    if len(content) > BYTES:
-        raise ValueError(f"larger than {BYTES:,} bytes")
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES:,} bytes")
     try:
         values = yaml.load(content.decode(), _Loader)  # a safe loader
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        said = _text.shown(" ".join(str(error).split()), LONGEST)
-        raise ValueError(f"not plain YAML data: {said}") from None
+        message = _text.shown(" ".join(str(error).split()), MAX_MESSAGE)
+        raise ValueError(f"not plain YAML data: {message}") from None
     if not isinstance(values, dict):
         raise ValueError(f"expected 'flag: value' lines, got {_text.quoted(values, 80)}")
     return values
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """All settings as data that YAML and JSON can hold."""
+    """All settings as plain data for YAML and JSON."""
     return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
 
 
-def as_yaml(settings: Any, command: str, **instead: Any) -> str:
-    """All settings as YAML that `--config` reads back; `instead` overrides some."""
-    known = plain(settings)
-    known |= {name: value for name, value in instead.items() if name in known}
-    named = {name.removesuffix("_"): value for name, value in known.items()}
-    return yaml.safe_dump({"command": command, **named}, sort_keys=False, allow_unicode=True)
+def as_yaml(settings: Any, command: str, **overrides: Any) -> str:
+    """All settings as YAML for `--config`; `overrides` replaces some."""
+    values = plain(settings)
+    values |= {name: value for name, value in overrides.items() if name in values}
+    fields = {name.removesuffix("_"): value for name, value in values.items()}
+    return yaml.safe_dump({"command": command, **fields}, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _plain(found) for name, found in value.items()}
-    return [_plain(found) for found in value] if isinstance(value, (list, tuple)) else value
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
