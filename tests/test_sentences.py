@@ -154,7 +154,7 @@ def test_a_run_from_a_folder_and_a_text(
         curve = {"epoch": [], "validation_accuracy": []}
         return training.Distilled(start, curve, 1.0, "step 3 gave values that are not finite")
 
-    monkeypatch.setattr(training, "distilled", diverged)
+    monkeypatch.setattr(training, "distill_student", diverged)
     assert cli.main([*command, "--out", str(out), *more, "--resume"]) == 1
     assert "every seed diverged" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
