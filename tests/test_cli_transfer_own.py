@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,7 +16,7 @@ from tiny import kdtl, results
 
 from kdtl_jax import datasets, models, train, trees
 from kdtl_jax.interop import model_files, networks, safetensors, sources
-from kdtl_jax.recipes import _measures, _training, transfer
+from kdtl_jax.recipes import _measures, _targets, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.train import sweep
 
@@ -212,6 +213,23 @@ def test_a_source_of_one_class_is_refused(tmp_path: Path, capsys: Captured) -> N
     data = image_folder(tmp_path / "images")
     assert kdtl("transfer", "--data", data, "--model", "mlp:6", "--out", tmp_path / "x") == 2
     assert "a source of one class learns nothing" in capsys.readouterr().err
+
+
+def test_a_head_of_another_name_is_told_before_the_training() -> None:
+    """What trains the head in a way of its own would train none, or stop at the end."""
+    example = jnp.zeros((1, 5))
+    named = networks.network(models.mlp((4,), 3), example)
+    other = networks.network(nn.Sequential([nn.Dense(4), nn.Dense(3)]), example)
+    apart = [method for method in ways.METHODS if method.needs_head]
+    assert {"copied_head_only", "lp_ft", "bitfit", "lora", "mixout"} == {m.name for m in apart}
+    for net in (named, other):
+        source, surgery = model_files.tree(networks.abstract(net, example)), _targets.Surgery()
+        _targets.check(net, example, source, [ways.BY_NAME["copied_finetuned"]], surgery)
+        if net is named:
+            _targets.check(net, example, source, apart, surgery)
+            continue
+        with pytest.raises(ValueError, match="copied_head_only, .*no parameters under head/"):
+            _targets.check(net, example, source, apart, surgery)
 
 
 def test_sources_from_orbax_folders(tmp_path: Path) -> None:

@@ -186,10 +186,27 @@ def make_starts(
 def check(
     net: Network, example: Any, source: Any, chosen: Sequence[Method], surgery: Surgery
 ) -> None:
-    """Raises ValueError if `compare` cannot copy a source (arrays or shapes) into `net`."""
+    """Raises ValueError before anything is trained.
+
+    That is, if `compare` cannot copy a plain source, or its shapes, into `net`, or a method needs a
+    head that is not there.
+    """
     target = model_files.tree(networks.abstract(net, example))
     transforms.plan_transfer(source, target, **surgery._asdict())
     check_head(jax.eval_shape(source_head, source), chosen)
+    lacking = [method.name for method in chosen if method.needs_head]
+    if lacking and not has_head(net, example):
+        raise ValueError(
+            f"{', '.join(lacking)} train the model's head in a way of its own, but the model has "
+            "no parameters under head/. Call its last layer 'head', or leave these methods out "
+            "(--methods)."
+        )
+
+
+def has_head(net: Network, example: Any) -> bool:
+    """Whether a top-level module of the model is a head by its name."""
+    paths = trees.flatten(networks.abstract(net, example).params)
+    return any(path.split("/")[0] in transfer_methods.HEADS for path in paths)
 
 
 def check_head(head: Any, chosen: Sequence[Method]) -> None:

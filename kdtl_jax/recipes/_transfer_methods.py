@@ -44,6 +44,7 @@ class Method(NamedTuple):
     is_copied: bool = True
     needs_source_head: bool = False  # trained along with the model
     needs_classes: bool = False  # of the target
+    needs_head: bool = False  # a top-level module of the model with a name in `HEADS`
     trainable: trees.Selector = trees.everything
     strengths: tuple[float, ...] = ()  # weights of the extra term `term` to choose from
     term: str = ""
@@ -236,14 +237,16 @@ def _mixout(case: Case, params: Params, key: Array | None) -> tuple[Params, Arra
 
 METHODS: tuple[Method, ...] = (
     Method("scratch", "From scratch", "", is_copied=False),
-    Method("copied_head_only", "Copied, head only", "linear probe", trainable=HEAD),
+    Method(
+        "copied_head_only", "Copied, head only", "linear probe", needs_head=True, trainable=HEAD
+    ),
     Method("copied_finetuned", "Copied, all fine-tuned", ""),
     Method(
         "copied_l2_sp", "Copied, fine-tuned with L2-SP", "Li et al., 1802.01483",
         strengths=(1e-3, 1e-2, 1e-1), term="l2_sp", penalty=_l2_sp,
     ),
     Method(
-        "lp_ft", "Head first, then all (LP-FT)", "Kumar et al., 2202.10054",
+        "lp_ft", "Head first, then all (LP-FT)", "Kumar et al., 2202.10054", needs_head=True,
         gate=_linear_probe_first,
     ),
     Method(
@@ -252,11 +255,11 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "bitfit", "Biases and head alone (BitFit)", "Ben Zaken et al., 2106.10199",
-        trainable=f"{HEAD}|.*bias",
+        needs_head=True, trainable=f"{HEAD}|.*bias",
     ),
     Method(
         "lora", "LoRA of rank 8, and the head", "Hu et al., 2106.09685",
-        trainable=f"adapter/.*|base/{HEAD}",
+        needs_head=True, trainable=f"adapter/.*|base/{HEAD}",
         start=_lora_start, finish=_merged,
         apply=_on_changed_params(lambda case, params, key: (_merged(params), key)),
     ),
@@ -292,7 +295,7 @@ METHODS: tuple[Method, ...] = (
         strengths=(0.1, 1.0), term="bi_tuning", penalty=_bi_tuning,
     ),
     Method(
-        "mixout", "Mixout, half of the weights", "Lee et al., 1909.11299",
+        "mixout", "Mixout, half of the weights", "Lee et al., 1909.11299", needs_head=True,
         apply=_on_changed_params(_mixout),
     ),
 )  # fmt: skip

@@ -174,6 +174,8 @@ def run(settings: Settings) -> int | None:
     has_head = jax.eval_shape(_targets.source_head, source_shapes) is not None
     if not has_head and settings.methods == transfer_methods.DEFAULT:
         chosen = [method for method in chosen if not method.needs_source_head]
+    if settings.methods == transfer_methods.DEFAULT and not _targets.has_head(net, example):
+        chosen = [method for method in chosen if not method.needs_head]
     _targets.check(net, example, source_shapes, chosen, surgery)
     arrays = {"inputs": target.train.inputs, "labels": target.train.labels}
     _user_code.try_model("--model", text, net, measure.task, arrays)
