@@ -39,16 +39,16 @@ def align_tokens(
         if np.any(np.diff(ends) < 0):
             raise ValueError(f"{name} must not decrease, got {ends}.")
     groups = [np.full(len(ends), -1, np.int32) for ends in sides.values()]
-    start, at, count = [0, 0], [0, 0], 0
+    start, positions, count = [0, 0], [0, 0], 0
     ends = list(sides.values())
-    while at[0] < len(ends[0]) and at[1] < len(ends[1]):
-        left, right = ends[0][at[0]], ends[1][at[1]]
-        at[0] += int(left <= right)
-        at[1] += int(right <= left)
+    while positions[0] < len(ends[0]) and positions[1] < len(ends[1]):
+        left, right = ends[0][positions[0]], ends[1][positions[1]]
+        positions[0] += int(left <= right)
+        positions[1] += int(right <= left)
         if left == right:
             for side in (0, 1):
-                groups[side][start[side] : at[side]] = count
-            start, count = list(at), count + 1
+                groups[side][start[side] : positions[side]] = count
+            start, count = list(positions), count + 1
     if start[0] < len(ends[0]) and start[1] < len(ends[1]):
         for side in (0, 1):
             groups[side][start[side] :] = count

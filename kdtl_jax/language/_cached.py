@@ -71,7 +71,7 @@ def stored_outputs(
     names = stored_names(top_k=top_k, draws=draws)
     if (draws is None) != (key is None):
         raise ValueError("draws and key belong together.")
-    draw_key, apply_hidden = key, _terms.model(_methods.known(teacher, vocabulary))
+    draw_key, apply_hidden = key, _terms.model(_methods.within_vocabulary(teacher, vocabulary))
 
     def of_logits(logits: Array, keys: Any) -> dict[str, Array]:
         small = _smallest(logits.shape[-1])
@@ -108,8 +108,8 @@ def stored_outputs(
         keys = None
         if draw_key is not None:
             rows = jax.vmap(jax.random.fold_in, (None, 0))(draw_key, inputs["row"])
-            own = jax.vmap(lambda key: jax.random.split(key, hidden.shape[1]))(rows)
-            keys = jax.random.key_data(own)
+            position_keys = jax.vmap(lambda key: jax.random.split(key, hidden.shape[1]))(rows)
+            keys = jax.random.key_data(position_keys)
         stored = losses.chunked_map(of_logits, hidden, head, keys, chunk_size=chunk_size)
         return stored, model_state
 

@@ -64,9 +64,12 @@ def chat(
     else:
         pieces = _by_prefixes(tokenizer, messages, variables, _plain(marked))
     ids = [tokenizer.encode(text) for text, _ in pieces]
-    learned = [np.full(len(own), said) for own, (_, said) in zip(ids, pieces, strict=True)]
+    learned = [
+        np.full(len(piece_ids), is_learned)
+        for piece_ids, (_, is_learned) in zip(ids, pieces, strict=True)
+    ]
     return Chat(
-        np.concatenate([np.asarray(own, np.int32) for own in ids], dtype=np.int32),
+        np.concatenate([np.asarray(piece_ids, np.int32) for piece_ids in ids], dtype=np.int32),
         np.concatenate(learned).astype(np.bool_),
     )
 
@@ -93,7 +96,7 @@ def chat_text(
 
 
 def _by_prefixes(
-    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any], whole: str
+    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any], text: str
 ) -> list[tuple[str, bool]]:
     """The pieces of the whole text, with each reply found by comparing two renderings."""
     pieces: list[tuple[str, bool]] = []
@@ -102,7 +105,7 @@ def _by_prefixes(
         if message.get("role") != "assistant":
             continue
         before = _plain(_rendered(tokenizer, messages[:i], variables, prompts=True))
-        after = whole
+        after = text
         if i + 1 < len(messages):
             after = _plain(_rendered(tokenizer, messages[: i + 1], variables, prompts=False))
         if not (before.startswith(written) and after.startswith(before)):
@@ -113,9 +116,9 @@ def _by_prefixes(
             )
         pieces += [(before[len(written) :], False), (after[len(before) :], True)]
         written = after
-    if not whole.startswith(written):
+    if not text.startswith(written):
         raise ValueError("chat_template: a later message changes the text of an earlier reply.")
-    return [*pieces, (whole[len(written) :], False)]
+    return [*pieces, (text[len(written) :], False)]
 
 
 def _plain(pieces: Sequence[tuple[str, bool]]) -> str:
@@ -145,15 +148,15 @@ def _rendered(
     mark = secrets.token_hex(8)  # no message can know it
     environment = _environment()
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now, _MARK: mark}
-    given = {**tokenizer.special, **variables}
-    given |= {"messages": messages, "add_generation_prompt": prompts}
+    context = {**tokenizer.special, **variables}
+    context |= {"messages": messages, "add_generation_prompt": prompts}
     try:
         code = _compiled(tokenizer.chat_template)
         template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
-        text = template.render(given)
+        text = template.render(context)
     except Exception as error:  # a template is a program, which may raise anything
-        said = shown(str(error), 200) or type(error).__name__
-        raise ValueError(f"chat_template: {said}") from None
+        message = shown(str(error), 200) or type(error).__name__
+        raise ValueError(f"chat_template: {message}") from None
     pieces = text.split(mark)
     return [(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
 

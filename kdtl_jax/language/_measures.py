@@ -49,20 +49,25 @@ def fidelity(
     heads: Any = student["head"], teacher["head"]
 
     def compared(logits: Array, rows: Any) -> Array:
-        told, target = rows
-        ours, theirs = (x[..., :vocabulary] for x in (logits, losses.head_logits(told, heads[1])))
-        alike = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
-        found = (  # in the order of Fidelity
-            -losses.token_log_probs(ours, target),
-            -losses.token_log_probs(theirs, target),
-            losses.forward_kl(ours, theirs),
-            losses.reverse_kl(ours, theirs),
-            _numerics.nan_of(alike.astype(ours.dtype), jnp.max(ours + theirs, axis=-1)),
-            losses.acceptance(ours, theirs),
-            losses.soft_cross_entropy(ours, ours),
-            losses.soft_cross_entropy(theirs, theirs),
+        teacher_hidden, target = rows
+        student_logits, teacher_logits = (
+            x[..., :vocabulary] for x in (logits, losses.head_logits(teacher_hidden, heads[1]))
         )
-        return jnp.stack(found, axis=-1)
+        alike = jnp.argmax(student_logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
+        measures = (  # in the order of Fidelity
+            -losses.token_log_probs(student_logits, target),
+            -losses.token_log_probs(teacher_logits, target),
+            losses.forward_kl(student_logits, teacher_logits),
+            losses.reverse_kl(student_logits, teacher_logits),
+            _numerics.nan_of(
+                alike.astype(student_logits.dtype),
+                jnp.max(student_logits + teacher_logits, axis=-1),
+            ),
+            losses.acceptance(student_logits, teacher_logits),
+            losses.soft_cross_entropy(student_logits, student_logits),
+            losses.soft_cross_entropy(teacher_logits, teacher_logits),
+        )
+        return jnp.stack(measures, axis=-1)
 
     values = losses.chunked_map(
         compared,

@@ -244,7 +244,7 @@ def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        told, width = inputs["privileged"], inputs["privileged"]["tokens"].shape[1]
+        longer, width = inputs["privileged"], inputs["privileged"]["tokens"].shape[1]
         if width < prompt:
             raise ValueError(
                 f"the privileged prompt must have at least the prompt's {prompt} columns, got "
@@ -252,17 +252,17 @@ def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
             )
 
         def joined(name: str) -> Array:
-            return jnp.concatenate([told[name], inputs[name][:, prompt:]], axis=1)
+            return jnp.concatenate([longer[name], inputs[name][:, prompt:]], axis=1)
 
         segments = joined("segments")
-        whole = {
+        teacher_inputs = {
             "tokens": joined("tokens"),
             "segments": segments,
             "positions": segment_positions(segments),
         }
-        outputs, model_state = teacher(params, model_state, whole)
-        own = {n: x if n == "head" else x[:, width - prompt :] for n, x in outputs.items()}
-        return own, model_state
+        outputs, model_state = teacher(params, model_state, teacher_inputs)
+        aligned = {n: x if n == "head" else x[:, width - prompt :] for n, x in outputs.items()}
+        return aligned, model_state
 
     return apply
 
@@ -287,8 +287,8 @@ def distilled(setup: Setup, terms: TermsFn, teacher: ModelFn | None) -> Step:
     return _step(setup, both, {"kd": 1.0, "task": setup.task}, teacher=teacher)
 
 
-def _divergence(setup: Setup, own: Divergence) -> TermsFn:
-    return _terms.divergence(setup.divergence or own, chunk_size=setup.chunk_size)
+def _divergence(setup: Setup, default: Divergence) -> TermsFn:
+    return _terms.divergence(setup.divergence or default, chunk_size=setup.chunk_size)
 
 
 def _cross_entropy(setup: Setup) -> TermsFn:
@@ -296,14 +296,14 @@ def _cross_entropy(setup: Setup) -> TermsFn:
 
 
 def _student_decoder(setup: Setup) -> Decoder:
-    return known(setup.student, setup.vocabulary)
+    return within_vocabulary(setup.student, setup.vocabulary)
 
 
 def _teacher_decoder(setup: Setup) -> Decoder:
-    return known(setup.teacher or setup.student, setup.vocabulary)
+    return within_vocabulary(setup.teacher or setup.student, setup.vocabulary)
 
 
-def known(decoder: Decoder, size: int | None) -> Decoder:
+def within_vocabulary(decoder: Decoder, size: int | None) -> Decoder:
     """The decoder without the padding of its table: its head has the first `size` tokens."""
     if size is None:
         return decoder
@@ -314,10 +314,10 @@ def known(decoder: Decoder, size: int | None) -> Decoder:
         )
 
     def head(params: Params) -> losses.Head:
-        whole = decoder.head(params)
-        bias = None if whole.bias is None else whole.bias[:size]
-        delta = whole.delta and (whole.delta[0], whole.delta[1][:, :size])
-        return whole._replace(kernel=whole.kernel[:, :size], bias=bias, delta=delta)
+        head = decoder.head(params)
+        bias = None if head.bias is None else head.bias[:size]
+        delta = head.delta and (head.delta[0], head.delta[1][:, :size])
+        return head._replace(kernel=head.kernel[:, :size], bias=bias, delta=delta)
 
     return decoder._replace(head=head)
 
@@ -335,10 +335,10 @@ def _on_own(setup: Setup, step: Step, *, share: float = 1.0) -> Learner:
     """Learning from the student's samples in `share` of the steps."""
     draw = _draw(setup, _student_decoder(setup))
 
-    def own(state: TrainState, teacher_params: Any) -> Params:
+    def own_params(state: TrainState, teacher_params: Any) -> Params:
         return setup.weights(state.params)
 
-    return Learner(_rollouts.on_samples(step, draw, own, share=share))
+    return Learner(_rollouts.on_samples(step, draw, own_params, share=share))
 
 
 def _draw(setup: Setup, decoder: Decoder) -> _rollouts.Rollout:

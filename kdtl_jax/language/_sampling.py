@@ -76,11 +76,11 @@ def sampling_log_probs(
       ValueError: if the temperature is below 0, `top_k` is below 1, or `top_p` or `min_p` is
         outside [0, 1].
     """
-    z = _filtered(logits, temperature, top_k, top_p, min_p)
+    z = _filter(logits, temperature, top_k, top_p, min_p)
     return jax.nn.log_softmax(z, axis=-1)
 
 
-def _filtered(
+def _filter(
     logits: Array,
     temperature: Scalar,
     top_k: int | Array | None,
@@ -91,21 +91,21 @@ def _filtered(
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
     _checks.non_negative(temperature=temperature)
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    scores = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
-    def rows(name: str, value: Any, dtype: Any = wide.dtype) -> Array:
-        return _numerics.per_example(value, jnp.zeros(wide.shape[:-1], dtype), name)[..., None]
+    def rows(name: str, value: Any, dtype: Any = scores.dtype) -> Array:
+        return _numerics.per_example(value, jnp.zeros(scores.shape[:-1], dtype), name)[..., None]
 
     t = rows("temperature", temperature)
 
     def greedy() -> Array:
-        first = jnp.argmax(wide, axis=-1, keepdims=True)
-        is_first = jax.lax.broadcasted_iota(first.dtype, wide.shape, wide.ndim - 1) == first
-        one = jnp.where(is_first, jnp.zeros((), wide.dtype), -jnp.inf)
-        return jnp.where(t > 0, wide / jnp.where(t > 0, t, 1), one)
+        best = jnp.argmax(scores, axis=-1, keepdims=True)
+        is_best = jax.lax.broadcasted_iota(best.dtype, scores.shape, scores.ndim - 1) == best
+        greedy_logits = jnp.where(is_best, jnp.zeros((), scores.dtype), -jnp.inf)
+        return jnp.where(t > 0, scores / jnp.where(t > 0, t, 1), greedy_logits)
 
     # The largest is computed only if needed, since it takes a third as long as the draw.
-    z = jax.lax.cond(jnp.all(t > 0), lambda: wide / t, greedy)
+    z = jax.lax.cond(jnp.all(t > 0), lambda: scores / t, greedy)
     if top_k is not None:
         _checks.within(1, float("inf"), top_k=top_k)
         _checks.integers(top_k=top_k)
@@ -128,7 +128,7 @@ def _filtered(
     return z
 
 
-def _drawn(keys: Array, z: Array) -> tuple[Array, Array]:
+def _draw(keys: Array, z: Array) -> tuple[Array, Array]:
     """One token from each row of logits `[B, V]`, and its log-probability: both `[B]`.
 
     Draws one of about `sqrt(V)` blocks of tokens, then a token of that block, each by a uniform
@@ -141,23 +141,25 @@ def _drawn(keys: Array, z: Array) -> tuple[Array, Array]:
     size = 2 ** round(math.log2(vocabulary) / 2)
     blocks = jnp.pad(mass, ((0, 0), (0, -vocabulary % size))).reshape(len(z), -1, size)
     of_blocks = jnp.sum(blocks, axis=-1)
-    at = jax.vmap(lambda key: jax.random.uniform(key, (2,), z.dtype))(keys)
-    block = _chosen(of_blocks, at[:, :1])
-    place = _chosen(jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0], at[:, 1:])
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), z.dtype))(keys)
+    block = _select_by_mass(of_blocks, uniforms[:, :1])
+    place = _select_by_mass(
+        jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0], uniforms[:, 1:]
+    )
     token = jnp.minimum(block[:, 0] * size + place[:, 0], vocabulary - 1)
     log_total = jnp.log(jnp.sum(of_blocks, axis=-1)) + top[:, 0]
     return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - log_total
 
 
-def _chosen(mass: Array, at: Array) -> Array:
+def _select_by_mass(mass: Array, share: Array) -> Array:
     """The index at which the share `at` `[B, 1]` of the mass `[B, n]` is reached; it has mass.
 
     Cumulative sums of neighbors may differ only by rounding, so the mass itself is checked.
     """
     cumulative = jnp.cumsum(mass, axis=-1)
-    passed = (mass > 0) & (cumulative > at * cumulative[:, -1:])
-    last = mass.shape[-1] - 1 - jnp.argmax(jnp.flip(mass > 0, axis=-1), axis=-1)
-    first = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
+    is_reached = (mass > 0) & (cumulative > share * cumulative[:, -1:])
+    last_with_mass = mass.shape[-1] - 1 - jnp.argmax(jnp.flip(mass > 0, axis=-1), axis=-1)
+    first = jnp.where(jnp.any(is_reached, axis=-1), jnp.argmax(is_reached, axis=-1), last_with_mass)
     return first[:, None].astype(jnp.int32)
 
 
@@ -212,8 +214,8 @@ def sample(
         )
     mask = jnp.ones((batch, width), jnp.bool_) if prompt_mask is None else prompt_mask
     _checks.mask(mask, (batch, width))
-    known = _checks.concrete(mask)
-    if width == 0 or (known is not None and not known.any(axis=1).all()):
+    concrete_mask = _checks.concrete(mask)
+    if width == 0 or (concrete_mask is not None and not concrete_mask.any(axis=1).all()):
         raise ValueError("every prompt needs at least one token; give empty ones a start token.")
     segments = mask.astype(jnp.int32)
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
@@ -225,10 +227,10 @@ def sample(
     head, stops = model.head(params), jnp.asarray(stop_tokens, jnp.int32)[None]
     ends = jnp.sum(segments, axis=1)  # the position of the first new token
 
-    def drawn(hidden: Array, at: Array) -> tuple[Array, Array]:
+    def draw_token(hidden: Array, at: Array) -> tuple[Array, Array]:
         logits = losses.head_logits(hidden, head)
-        own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, at)
-        token, log_prob = _drawn(own, _filtered(logits, temperature, top_k, top_p, min_p))
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, at)
+        token, log_prob = _draw(step_keys, _filter(logits, temperature, top_k, top_p, min_p))
         return token, log_prob.astype(jnp.float32)
 
     class Carry(NamedTuple):
@@ -240,7 +242,7 @@ def sample(
 
     def step(carry: Carry) -> Carry:
         at, going = carry.at, carry.going
-        token, log_prob = drawn(carry.hidden, at)
+        token, log_prob = draw_token(carry.hidden, at)
         token, log_prob = jnp.where(going, token, 0), jnp.where(going, log_prob, 0)
         samples = Samples(
             carry.samples.tokens.at[:, at].set(token),
@@ -264,8 +266,8 @@ def sample(
         jnp.zeros((batch, length), jnp.float32),
     )
     start = Carry(jnp.zeros((), jnp.int32), hidden, cache, jnp.ones(batch, jnp.bool_), empty)
-    done = jax.lax.while_loop(lambda c: (c.at < length) & jnp.any(c.going), step, start)
-    return done.samples
+    final = jax.lax.while_loop(lambda c: (c.at < length) & jnp.any(c.going), step, start)
+    return final.samples
 
 
 def joined(prompts: Array, samples: Samples, *, prompt_mask: Array | None = None) -> Sequences:

@@ -70,11 +70,15 @@ def model(
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        own = weights(params)
+        decoder_params = weights(params)
         hidden, tapped = decoder.tap(
-            chosen, own, inputs["tokens"], inputs.get("positions"), inputs.get("segments")
+            chosen,
+            decoder_params,
+            inputs["tokens"],
+            inputs.get("positions"),
+            inputs.get("segments"),
         )
-        outputs: dict[str, Any] = {"hidden": hidden, "head": decoder.head(own), **tapped}
+        outputs: dict[str, Any] = {"hidden": hidden, "head": decoder.head(decoder_params), **tapped}
         return outputs, model_state
 
     return apply
@@ -164,11 +168,11 @@ def together(*parts: TermsFn) -> TermsFn:
     """The terms of several functions, none of which has memory."""
 
     def terms(inputs: Inputs) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for part in parts:
             more: Any = part(inputs)
-            found |= more
-        return found
+            values |= more
+        return values
 
     return terms
 
