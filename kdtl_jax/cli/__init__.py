@@ -2,8 +2,8 @@
 
 Arguments become a recipe's `Settings`, the recipe runs, and its errors become one line. A command
 is a module with `Settings`, `EXAMPLES` and `run(settings)`, imported when it is called. Exit
-codes: 0 done, 1 failed (a message; `--debug` shows the traceback), 2 wrong usage, 130 interrupted,
-141 the output is no longer read, 143 terminated.
+codes: 0 success, 1 failure (a message; `--debug` shows the traceback), 2 wrong usage, 130
+interrupted, 141 nobody reads the output, 143 terminated.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from kdtl_jax.recipes.yaml_files import as_yaml
 
 
 class Command(NamedTuple):
-    """A line of `kdtl --help`, and the module behind it; its actions are a table in that module."""
+    """A line of `kdtl --help` and its module, which may have a table of actions of its own."""
 
     name: str
     summary: str
@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "kdtl"
     debug = "--debug" in argv
     try:
-        found = find(argv)
-        if found is None:
+        match = find(argv)
+        if match is None:
             return 0
-        words, summary, module, rest = found
+        words, summary, module, arguments = match
         name = f"kdtl {words}"
-        settings, own = _parser.parse(words, summary, module, rest)
-        if own.print_config:
+        settings, common = _parser.parse(words, summary, module, arguments)
+        if common.print_config:
             print(as_yaml(settings, words), end="")
             return 0
     except SystemExit as stop:  # --help is printed
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     try:
-        if not own.no_compilation_cache:
+        if not common.no_compilation_cache:
             keep_programs()
         from kdtl_jax.run import processes  # jax is needed from here on
 
@@ -93,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
-        said = {130: "interrupted", 143: "terminated"}.get(code)
-        if said:
-            print(f"{name}: {said}", file=sys.stderr)
+        outcome = {130: "interrupted", 143: "terminated"}.get(code)
+        if outcome:
+            print(f"{name}: {outcome}", file=sys.stderr)
         return code
     except FAILURES as error:
         if debug:
@@ -103,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {_plain(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except AssertionError as error:  # how JAX reports a known platform without a device
-        asked = os.environ.get("JAX_PLATFORMS", "cpu")
-        if debug or "cpu" in asked or str(error):
+        platforms = os.environ.get("JAX_PLATFORMS", "cpu")
+        if debug or "cpu" in platforms or str(error):
             raise
-        print(f"{name}: {_no_device(asked)}", file=sys.stderr)
+        print(f"{name}: {_no_device(platforms)}", file=sys.stderr)
         return 1
 
 
@@ -146,22 +146,22 @@ def _is_one_of_several() -> bool:
 
 
 def parse(argv: Sequence[str]) -> Any:
-    """The settings given by words on the command line.
+    """The settings of a command line.
 
     Raises:
       UsageError: in one line.
     """
-    found = find(argv)
-    if found is None:
+    match = find(argv)
+    if match is None:
         raise UsageError("no command")
-    return _parser.parse(*found)[0]
+    return _parser.parse(*match)[0]
 
 
 def find(argv: Sequence[str]) -> tuple[str, str, Any, list[str]] | None:
-    """A command's name, summary and module, and the words after it; None once help is printed."""
-    table, words, rest = COMMANDS, "", list(argv)
+    """A command's name, summary, module and arguments; None after printing help."""
+    table, words, arguments = COMMANDS, "", list(argv)
     while True:
-        first = rest[0] if rest else "--help" if words else ""
+        first = arguments[0] if arguments else "--help" if words else ""
         if first in ("-h", "--help"):
             print(_overview(table, words))
             return None
@@ -170,18 +170,18 @@ def find(argv: Sequence[str]) -> tuple[str, str, Any, list[str]] | None:
 
             print(f"kdtl_jax {__version__}")
             return None
-        known = {command.name: command for command in table}
-        if first not in known:
-            listed = ", ".join(known)
+        commands = {command.name: command for command in table}
+        if first not in commands:
+            names = ", ".join(commands)
             if not first:
-                raise UsageError(f"name a command: {listed}")
-            hint = suggest(first, known) or f"the commands are {listed}"
+                raise UsageError(f"name a command: {names}")
+            hint = suggest(first, commands) or f"the commands are {names}"
             raise UsageError(f"unknown command {first!r}; {hint}")
-        command, rest = known[first], rest[1:]
+        command, arguments = commands[first], arguments[1:]
         words = f"{words} {first}".strip()
         module = importlib.import_module(command.module)
         if not hasattr(module, "COMMANDS"):
-            return words, command.summary, module, rest
+            return words, command.summary, module, arguments
         table = module.COMMANDS
 
 
@@ -197,10 +197,12 @@ def keep_programs() -> None:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     features = next((line for line in lines if "flags" in line.lower()), platform.processor())
-    kind = hashlib.sha256(features.encode()).hexdigest()[:8]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    processor = hashlib.sha256(features.encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = (
-        home / "kdtl_jax" / f"programs-{metadata.version('jaxlib')}-{platform.machine()}-{kind}"
+        cache
+        / "kdtl_jax"
+        / f"programs-{metadata.version('jaxlib')}-{platform.machine()}-{processor}"
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,10 +223,10 @@ def _overview(table: Sequence[Command], words: str) -> str:
 
 
 def _discard_output() -> None:
-    """Discards what is still buffered; otherwise Python complains about it at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    """Discards buffered output, which Python would fail to write at exit."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
 
 
 def _no_device(platforms: str) -> str:
@@ -246,6 +248,6 @@ def _plain(error: BaseException) -> str:
         text = f"{_text.shown(error.filename, LONGEST)}: {error.strerror}"
     line = ""
     for part in text[: 2 * LONGEST].split("\n"):
-        between = "" if not line else " " if line[-1] in ".:;," else "; "
-        line += between + part.strip() if part.strip() else ""
+        separator = "" if not line else " " if line[-1] in ".:;," else "; "
+        line += separator + part.strip() if part.strip() else ""
     return _text.shown(line, LONGEST) or type(error).__name__

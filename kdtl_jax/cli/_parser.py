@@ -1,4 +1,4 @@
-"""From words on the command line, and a YAML file, to a recipe's `Settings`.
+"""Parses the command line and a YAML file into a recipe's `Settings`.
 
 A flag on the command line takes precedence over the file, and the file over the default; `--quick`
 has its own defaults. The file is plain data: no tags, aliases, repeated keys or unknown keys.
@@ -20,7 +20,7 @@ from kdtl_jax.recipes.settings import INT32, UsageError, number, suggest
 
 LONGEST = 300  # characters of a message's line
 MOST_UNKNOWN = 8  # flags or keys named in one message
-# What other programs call a setting.
+# Names that other programs use for a setting.
 OTHER_WORDS = {
     "model": ("student", "teacher", "encoder"),
     "net": ("student", "teacher", "model"),
@@ -38,7 +38,7 @@ DEVICES = ("device", "gpu", "cuda", "tpu", "cpu", "accelerator")
 def parse(
     words: str, summary: str, module: Any, argv: Sequence[str]
 ) -> tuple[Any, argparse.Namespace]:
-    """The settings of a command, and the flags common to all commands.
+    """The settings of a command, and the flags that all commands share.
 
     Args:
       words: its name, "distill" or "params scale".
@@ -51,32 +51,32 @@ def parse(
       SystemExit: with code 0 after `--help`.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    _add_own(early)
+    _add_common(early)
     early.add_argument("--quick", action="store_true")
     try:
-        own, rest = early.parse_known_args(argv)
+        common, arguments = early.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError(str(error).removeprefix("argument ")) from None
     fields = {field.name: field for field in dataclasses.fields(module.Settings)}
-    values = {} if own.config is None else load(Path(own.config), fields, words)
-    quick = "quick" in fields and (own.quick or values.get("quick") is True)
+    values = {} if common.config is None else load(Path(common.config), fields, words)
+    quick = "quick" in fields and (common.quick or values.get("quick") is True)
     parser = _parser(words, summary, module, fields, quick)
-    where = "" if own.config is None else f"--config {own.config}: "
-    known = _checked(parser, fields, values, where)
+    where = "" if common.config is None else f"--config {common.config}: "
+    defaults = _typed(parser, fields, values, where)
     repeated = {name for name, field in fields.items() if field.metadata.get("repeat")}
-    parser.set_defaults({name: value for name, value in known.items() if name not in repeated})
-    if own.quick and quick:
-        rest = [*rest, "--quick"]
-    _refuse_unknown(parser, rest)
+    parser.set_defaults({name: value for name, value in defaults.items() if name not in repeated})
+    if common.quick and quick:
+        arguments = [*arguments, "--quick"]
+    _refuse_unknown(parser, arguments)
     try:
-        found = vars(parser.parse_args(rest))
+        parsed = vars(parser.parse_args(arguments))
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise UsageError(_one_line(str(error))) from None
     for name in repeated:  # flags replace the file's values instead of adding to them
-        if found[name] is None:
-            found[name] = known.get(name, fields[name].metadata["default"])
-    made = {name: _value(field, found[name], "--") for name, field in fields.items()}
-    return module.Settings(**made), own
+        if parsed[name] is None:
+            parsed[name] = defaults.get(name, fields[name].metadata["default"])
+    settings = {name: _value(field, parsed[name], "--") for name, field in fields.items()}
+    return module.Settings(**settings), common
 
 
 def read_yaml(path: Path, flag: str) -> dict[Any, Any]:
@@ -109,12 +109,12 @@ def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
                 raise UsageError(f"--config {path}: written by kdtl {value}, not kdtl {words}")
             continue
         if name not in fields:
-            unknown.append((quoted(str(key)), _alike(name, fields)))
+            unknown.append((quoted(str(key)), _suggestion(name, fields)))
         if name in out:
             raise UsageError(f"--config {path}: the key {name!r} is given twice")
         out[name] = value
     if unknown:
-        raise UsageError(f"--config {path}: {_all('unknown key', unknown)}")
+        raise UsageError(f"--config {path}: {_unknown_message('unknown key', unknown)}")
     return out
 
 
@@ -136,47 +136,58 @@ def _parser(
         title = field.metadata.get("group")
         if title not in groups:
             groups[title] = parser.add_argument_group(title) if title else parser
-        about = field.metadata
-        default = about["quick"] if quick and "quick" in about else about["default"]
+        metadata = field.metadata
+        default = metadata["quick"] if quick and "quick" in metadata else metadata["default"]
         _add(groups[title], name, hints[name], field, default)
-    _add_own(parser)
+    _add_common(parser)
     return parser
 
 
 def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
-    about = field.metadata
-    said = about["help"]
-    written = _text(field.metadata["default"])
-    if written and "default:" not in said:
-        said = f"{said}; default: {written}"
-    options: dict[str, Any] = {"dest": name, "default": default, "help": said.replace("%", "%%")}
+    metadata = field.metadata
+    description = metadata["help"]
+    default_text = _default_text(field.metadata["default"])
+    if default_text and "default:" not in description:
+        description = f"{description}; default: {default_text}"
+    options: dict[str, Any] = {
+        "dest": name,
+        "default": default,
+        "help": description.replace("%", "%%"),
+    }
     if hint is bool:
         group.add_argument(_flag(name), action="store_true", **options)
         return
-    if "metavar" in about:
-        options["metavar"] = about["metavar"]
-    if "parse" not in about and not about.get("repeat") and about.get("positional") != "*":
+    if "metavar" in metadata:
+        options["metavar"] = metadata["metavar"]
+    if "parse" not in metadata and not metadata.get("repeat") and metadata.get("positional") != "*":
         options["type"] = _type(hint)
         if (chosen := _choices(hint)) and "metavar" not in options:
             options["metavar"] = f"{{{','.join(chosen)}}}"
-    if about.get("repeat"):
+    if metadata.get("repeat"):
         options |= {"action": "append", "default": None}
-    if about.get("many"):
+    if metadata.get("many"):
         options["nargs"] = "+"
-    if "positional" in about:
-        many = about["positional"] == "*"
+    if "positional" in metadata:
+        many = metadata["positional"] == "*"
         del options["dest"]
         group.add_argument(name, nargs="*" if many else "?", **options)
         return
-    group.add_argument(_flag(name), *([about["short"]] if "short" in about else []), **options)
+    group.add_argument(
+        _flag(name), *([metadata["short"]] if "short" in metadata else []), **options
+    )
 
 
 def _type(hint: Any) -> Any:
-    """The check of a value: jsonargparse does it for text, but rejects `nan` as a float."""
-    known = {float: _number, int: _whole, float | None: _number_or_none, int | None: _whole_or_none}
+    """The converter for a type hint; jsonargparse's own rejects `nan` as a float."""
+    converters = {
+        float: _number,
+        int: _integer,
+        float | None: _number_or_none,
+        int | None: _integer_or_none,
+    }
     if chosen := _choices(hint):
         return partial(_choice, chosen, type(None) in get_args(hint))
-    return known.get(hint, hint)
+    return converters.get(hint, hint)
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -185,29 +196,31 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return next((get_args(each) for each in hints if get_origin(each) is Literal), ())
 
 
-def _choice(known: Sequence[str], is_optional: bool, value: Any) -> str | None:
+def _choice(choices: Sequence[str], is_optional: bool, value: Any) -> str | None:
     """One of the known values, in any case and with `_` or `-`."""
     if is_optional and value in (None, "null"):
         return None
-    plain = {name.lower().replace("_", "-"): name for name in known}
-    asked = str(value).lower().replace("_", "-")
-    if asked not in plain:
-        said = f"expected one of {', '.join(known)}, got {quoted(str(value))}"
-        raise argparse.ArgumentTypeError("; ".join(filter(None, (said, suggest(asked, known)))))
-    return plain[asked]
+    plain = {name.lower().replace("_", "-"): name for name in choices}
+    choice = str(value).lower().replace("_", "-")
+    if choice not in plain:
+        message = f"expected one of {', '.join(choices)}, got {quoted(str(value))}"
+        raise argparse.ArgumentTypeError(
+            "; ".join(filter(None, (message, suggest(choice, choices))))
+        )
+    return plain[choice]
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     try:
         return value if is_whole else int(value if isinstance(value, str) else "")
     except ValueError:  # also for a text of thousands of digits
-        said = f"expected a whole number, got {quoted(value)}"
-        raise argparse.ArgumentTypeError(said) from None
+        message = f"expected a whole number, got {quoted(value)}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
-def _whole_or_none(value: Any) -> int | None:
-    return None if value in (None, "null") else _whole(value)
+def _integer_or_none(value: Any) -> int | None:
+    return None if value in (None, "null") else _integer(value)
 
 
 def _number(value: Any) -> float:
@@ -221,8 +234,8 @@ def _number_or_none(value: Any) -> float | None:
     return None if value in (None, "null") else _number(value)
 
 
-def _add_own(parser: Any) -> None:
-    """The flags that every command has, which are not settings of the recipe."""
+def _add_common(parser: Any) -> None:
+    """Adds the flags that all commands share, which are not settings of the recipe."""
     group = parser.add_argument_group("all commands")
     group.add_argument("--config", metavar="FILE", help="a YAML file with flags as keys")
     group.add_argument(
@@ -241,48 +254,48 @@ def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
     flags = [word.partition("=")[0] for word in words]
     places = [action.dest for action in parser._actions if not action.option_strings]
     unknown = [
-        (shown(word), _place(flag, places) or _alike(flag, known))
+        (shown(word), _positional_hint(flag, places) or _suggestion(flag, known))
         for word, flag in zip(words, flags, strict=True)
         if flag.startswith("--") and flag != "--" and flag not in known
     ]
     if unknown:
-        raise UsageError(_all("unknown argument", unknown))
+        raise UsageError(_unknown_message("unknown argument", unknown))
 
 
-def _all(kind: str, unknown: Sequence[tuple[str, str]]) -> str:
-    """What is unknown, with suggestions, the first few by name."""
+def _unknown_message(kind: str, unknown: Sequence[tuple[str, str]]) -> str:
+    """A message about unknown names, the first few of them with suggestions."""
     if len(unknown) == 1:
         return f"{kind} {'; '.join(filter(None, unknown[0]))}"
-    named = [f"{name} ({alike})" if alike else name for name, alike in unknown[:MOST_UNKNOWN]]
+    names = [f"{name} ({hint})" if hint else name for name, hint in unknown[:MOST_UNKNOWN]]
     more = f" and {len(unknown) - MOST_UNKNOWN} more" if len(unknown) > MOST_UNKNOWN else ""
-    return f"{kind}s {', '.join(named)}{more}"
+    return f"{kind}s {', '.join(names)}{more}"
 
 
-def _place(flag: str, places: Sequence[str]) -> str:
-    """What to say about a positional argument that is given as a flag."""
+def _positional_hint(flag: str, places: Sequence[str]) -> str:
+    """A hint for a positional argument that is given as a flag."""
     name = flag.removeprefix("--").replace("-", "_")
     name = "student" if name in ("weights", "checkpoint") else name
     return f"{name.upper()} is given without a flag" if name in places else ""
 
 
-def _alike(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     """`did you mean a, b?`: names that share a whole word with this one before others."""
     known = list(known)
     dashed = name.removeprefix("--").replace("_", "-")
     dashed = "learning-rate" if dashed in ("lr", "rate", "step-size") else dashed
     words = {word.rstrip("s") for word in dashed.split("-")}
-    found = [
+    matches = [
         other
         for other in known
         if words <= {word.rstrip("s") for word in re.split("[-_]", other.strip("-_"))}
     ]
-    if found:
+    if matches:
         # Whole words first: "weights" is nearer to "loss-weights" than to "weight-decay".
-        found.sort(key=lambda other: not set(dashed.split("-")) <= set(re.split("[-_]", other)))
-        return f"did you mean {', '.join(found[:3])}?"
-    meant = [x for x in known if x.strip("-").replace("_", "-") in OTHER_WORDS.get(dashed, ())]
-    if meant:
-        return f"did you mean {', '.join(meant)}?"
+        matches.sort(key=lambda other: not set(dashed.split("-")) <= set(re.split("[-_]", other)))
+        return f"did you mean {', '.join(matches[:3])}?"
+    synonyms = [x for x in known if x.strip("-").replace("_", "-") in OTHER_WORDS.get(dashed, ())]
+    if synonyms:
+        return f"did you mean {', '.join(synonyms)}?"
     if dashed in DEVICES:
         return "JAX chooses the device: set JAX_PLATFORMS to cpu, cuda or tpu"
     if not name.startswith("--"):
@@ -290,16 +303,16 @@ def _alike(name: str, known: Iterable[str]) -> str:
     return suggest(dashed, [flag.strip("-") for flag in known], "--")
 
 
-def _checked(
+def _typed(
     parser: Any, fields: Mapping[str, Any], values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """The values of a file, typed."""
-    plain = {k: v for k, v in values.items() if "parse" not in fields[k].metadata}
-    special = {k: v for k, v in values.items() if k not in plain}
-    for name, value in plain.items():
+    """The values of a file, converted to their types."""
+    unparsed = {k: v for k, v in values.items() if "parse" not in fields[k].metadata}
+    typed = {k: v for k, v in values.items() if k not in unparsed}
+    for name, value in unparsed.items():
         field = fields[name]
         if field.metadata.get("repeat") or field.metadata.get("positional") == "*":
-            special[name] = [value] if isinstance(value, str) else value
+            typed[name] = [value] if isinstance(value, str) else value
             continue
         if isinstance(field.metadata["default"], bool) and not isinstance(value, bool):
             raise UsageError(f"{where}{name}: expected true or false, got {value!r:.80}")
@@ -308,37 +321,37 @@ def _checked(
         if isinstance(field.metadata["default"], str) and isinstance(value, (int, float)):
             value = str(value) if not isinstance(value, bool) else value
         try:
-            special[name] = parser.parse_object({name: value})[name]
+            typed[name] = parser.parse_object({name: value})[name]
         except (argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
-            said = _one_line(str(error)).removeprefix(f"--{name.replace('_', '-')}: ")
-            raise UsageError(f"{where}{name}: {said}") from None
-    return {name: _value(fields[name], value, where) for name, value in special.items()}
+            message = _one_line(str(error)).removeprefix(f"--{name.replace('_', '-')}: ")
+            raise UsageError(f"{where}{name}: {message}") from None
+    return {name: _value(fields[name], value, where) for name, value in typed.items()}
 
 
 def _value(field: Any, value: Any, where: str) -> Any:
-    """A value, parsed by its own parser and within its limits."""
-    about, name = field.metadata, field.name
-    at = _flag(name) if where == "--" else f"{where}{name}"
-    if "parse" in about:
+    """A value, parsed by the setting's parser and checked against its limits."""
+    metadata, name = field.metadata, field.name
+    label = _flag(name) if where == "--" else f"{where}{name}"
+    if "parse" in metadata:
         try:
-            value = about["parse"](value)
+            value = metadata["parse"](value)
         except (ValueError, TypeError, OverflowError) as error:
-            raise UsageError(f"{at}: {shown(str(error), 1000)}") from None
+            raise UsageError(f"{label}: {shown(str(error), 1000)}") from None
         except OSError as error:  # a path that is too long
-            raise UsageError(f"{at}: {error.strerror}: {shown(value)}") from None
-    if about.get("repeat") or about.get("positional") == "*":
+            raise UsageError(f"{label}: {error.strerror}: {shown(value)}") from None
+    if metadata.get("repeat") or metadata.get("positional") == "*":
         value = () if value is None else value
         if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
-            raise UsageError(f"{at}: expected text, got {value!r:.80}")
+            raise UsageError(f"{label}: expected text, got {value!r:.80}")
         value = tuple(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        _within(at, value, about)
+        _check_bounds(label, value, metadata)
     return value
 
 
-def _within(at: str, value: float, about: Mapping[str, Any]) -> None:
-    least, above = about.get("least"), about.get("above")
-    most, below = about.get("most", INT32), about.get("below")
+def _check_bounds(label: str, value: float, metadata: Mapping[str, Any]) -> None:
+    least, above = metadata.get("least"), metadata.get("above")
+    most, below = metadata.get("most", INT32), metadata.get("below")
     low = (least is None or value >= least) and (above is None or value > above)
     high = value <= most and (below is None or value < below)
     if low and high:
@@ -347,14 +360,14 @@ def _within(at: str, value: float, about: Mapping[str, Any]) -> None:
     parts += [f"{least} or more"] if least is not None else []
     if below is not None or not high:
         parts.append(f"below {below}" if below is not None else f"at most {most}")
-    raise UsageError(f"{at}: expected {', '.join(parts) or 'a number'}, got {value}")
+    raise UsageError(f"{label}: expected {', '.join(parts) or 'a number'}, got {value}")
 
 
 def _flag(name: str) -> str:
     return f"--{name.removesuffix('_').replace('_', '-')}"
 
 
-def _text(default: Any) -> str:
+def _default_text(default: Any) -> str:
     """A default as written on the command line."""
     if default is None or default is False or default in ((), {}, ""):
         return ""
@@ -371,7 +384,7 @@ def _one_line(text: str) -> str:
     for prefix in ("argument ", "Parser key "):
         line = line.removeprefix(prefix)
     if line.startswith('"'):
-        name, _, rest = line[1:].partition('": ')
-        line = f"{_flag(name)}: {rest}"
+        name, _, message = line[1:].partition('": ')
+        line = f"{_flag(name)}: {message}"
     line = re.sub(r"Expected a <class 'str'>\. Got value: ", "expected text, got ", line)
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"

@@ -1,4 +1,4 @@
-"""What all actions share: checkpoints by canonical path, selectors, and writing a new one."""
+"""Shared by all actions: reading checkpoints by canonical path, selectors, and writing."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ A checkpoint is a .safetensors file, a *.index.json, or a folder with either.
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tensors an action applies to."""
+    """The settings that select tensors."""
 
     where: tuple[str, ...] = setting(
         (), "only these tensors; repeat for more (default: all)", metavar="SELECTOR", repeat=True
@@ -50,7 +50,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Writing:
-    """Where a result goes."""
+    """The settings of the output."""
 
     write: str | None = setting(
         None,
@@ -71,7 +71,7 @@ class Writing:
 
 
 class Opened(NamedTuple):
-    """A checkpoint whose headers were read: `tensors` and `specs` by canonical path."""
+    """The headers of a checkpoint: `tensors` and `specs` by canonical path."""
 
     name: str
     tensors: dict[str, safetensors.Tensor]
@@ -119,7 +119,7 @@ def opened(path: str | None, what: str, examples: str) -> Opened:
     return Opened(path, tensors, {p: abstract[n] for p, n in names.items()}, names, checkpoint)
 
 
-def spoken(message: str) -> str:
+def as_flags(message: str) -> str:
     """A library's message, with shell patterns written as on the command line."""
     return re.sub(r"Glob\((?:pattern=)?'([^']*)'\)", r"'glob:\1'", message)
 
@@ -130,15 +130,15 @@ def selected(settings: Selection, specs: Mapping[str, Any]) -> trees.Selector:
     Raises:
       ValueError: if a pattern matches nothing, listing the nearest paths; or if nothing is left.
     """
-    wanted = [selector(text) for text in settings.where] or [trees.everything]
-    unwanted = [selector(text) for text in settings.except_]
-    both = trees.all_of(trees.any_of(*wanted), trees.none_of(*unwanted))
+    included = [selector(text) for text in settings.where] or [trees.everything]
+    excluded = [selector(text) for text in settings.except_]
+    selection = trees.all_of(trees.any_of(*included), trees.none_of(*excluded))
     try:
-        for each in [*wanted, *unwanted, both]:
-            trees.mask(specs, each)
+        for pattern in [*included, *excluded, selection]:
+            trees.mask(specs, pattern)
     except ValueError as error:
-        raise ValueError(spoken(str(error))) from None
-    return both if len(wanted) > 1 or unwanted else wanted[0]
+        raise ValueError(as_flags(str(error))) from None
+    return selection if len(included) > 1 or excluded else included[0]
 
 
 def rules(flag: str, texts: Sequence[str], parse: Callable[[str], Any]) -> list[Any]:
@@ -147,16 +147,16 @@ def rules(flag: str, texts: Sequence[str], parse: Callable[[str], Any]) -> list[
     Raises:
       UsageError: if a text has no '=' or its value cannot be parsed.
     """
-    found = []
+    out = []
     for text in texts:
         pattern, separator, value = text.rpartition("=")
         if not separator or not pattern:
             raise UsageError(f"--{flag} {text!r}: expected SELECTOR=VALUE")
         try:
-            found.append((selector(pattern), parse(value)))
+            out.append((selector(pattern), parse(value)))
         except (ValueError, KeyError) as error:
             raise UsageError(f"--{flag} {text!r}: {value!r} is not a value ({error})") from None
-    return found
+    return out
 
 
 def integers(value: Any) -> tuple[int, ...]:
@@ -185,58 +185,60 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
     """
     print(rewrite.report)
     if command in ("average", "merge"):
-        _tell_others(rewrite.inputs)
-    specs = {path: _stored(spec, settings.dtype) for path, spec in rewrite.specs.items()}
-    total = sum(_bytes(spec) for spec in specs.values())
-    what = f"{len(specs)} tensors, {size(total)}"
+        _warn_of_metadata(rewrite.inputs)
+    specs = {path: _spec_written(spec, settings.dtype) for path, spec in rewrite.specs.items()}
+    total = sum(_nbytes(spec) for spec in specs.values())
+    contents = f"{len(specs)} tensors, {size(total)}"
     if settings.write is None:
-        print(f"dry run: nothing was written; --write OUT.safetensors would write {what}")
+        print(f"dry run: nothing was written; --write OUT.safetensors would write {contents}")
         return 0
     out = Path(settings.write)
-    _check_place(out, settings.force, total)
+    _check_output(out, settings.force, total)
     recipe = {RECIPE: _recipe(settings, command, rewrite.inputs)}
     metadata = rewrite.inputs[0].checkpoint.metadata | recipe
     nonfinite: list[str] = []
-    named = {rewrite.names.get(path, path): spec for path, spec in specs.items()}
+    specs_by_name = {rewrite.names.get(path, path): spec for path, spec in specs.items()}
     # Another command may write there in the meantime, so check after every piece.
-    look = functools.partial(_check_absent, out, settings.force)
-    produce = _watched(rewrite, specs, total, nonfinite, look)
+    check_absent = functools.partial(_check_absent, out, settings.force)
+    produce = _monitored(rewrite, specs, total, nonfinite, check_absent)
     # Double precision is kept; without x64, JAX would convert it to float32.
     with jax.enable_x64(True):
         if out.suffix == ".safetensors":
-            safetensors.stream(out, named, produce, metadata=metadata)
+            safetensors.stream(out, specs_by_name, produce, metadata=metadata)
         else:
-            beside = _folders.companions(rewrite.inputs[0].checkpoint, named, rewrite.layers)
+            companions = _folders.companions(
+                rewrite.inputs[0].checkpoint, specs_by_name, rewrite.layers
+            )
             safetensors.stream_sharded(
-                out, named, produce, max_bytes=settings.shard_bytes, metadata=metadata,
-                beside=beside,
+                out, specs_by_name, produce, max_bytes=settings.shard_bytes, metadata=metadata,
+                beside=companions,
             )  # fmt: skip
-    print(f"wrote {out}: {what}")
+    print(f"wrote {out}: {contents}")
     for path in sorted(nonfinite, key=trees.natural_key):
         print(f"warning: {path} holds NaN or infinity", file=sys.stderr)
     return 0
 
 
-def wide(array: np.ndarray) -> np.ndarray:
+def widened(array: np.ndarray) -> np.ndarray:
     """Half precision as float32, so that results are rounded only when written."""
     is_half = trees.is_inexact(array) and array.dtype.itemsize < 4
     return array.astype(np.float32) if is_half else array
 
 
-def _tell_others(inputs: Sequence[Opened]) -> None:
+def _warn_of_metadata(inputs: Sequence[Opened]) -> None:
     """Warns if models to be combined have different metadata.
 
     Equal names and shapes do not make two networks alike: heads or classes may be reordered.
     """
     first, *others = inputs
-    for one in others:
-        said, wanted = one.checkpoint.metadata, first.checkpoint.metadata
+    for model in others:
+        theirs, ours = model.checkpoint.metadata, first.checkpoint.metadata
         for key in MEANING:
-            if key in said and key in wanted and said[key] != wanted[key]:
-                says, other = (_text.shown(about[key], WIDEST) for about in (said, wanted))
+            if key in theirs and key in ours and theirs[key] != ours[key]:
+                values = [_text.shown(metadata[key], WIDEST) for metadata in (theirs, ours)]
                 print(
-                    f"warning: {one.name} says {key} {says}, {first.name} {other}: its entries may "
-                    "mean something else.",
+                    f"warning: {model.name} says {key} {values[0]}, {first.name} {values[1]}: its "
+                    "entries may mean something else.",
                     file=sys.stderr,
                 )
 
@@ -266,43 +268,43 @@ def progress(total: int, what: str = "") -> Callable[[int], None]:
     return add
 
 
-def _watched(
+def _monitored(
     rewrite: Rewrite,
     specs: Mapping[str, Any],
     total: int,
     nonfinite: list[str],
-    look: Callable[[], None],
+    check_absent: Callable[[], None],
 ) -> Callable[[str], Any]:
     paths = {rewrite.names.get(path, path): path for path in specs}
-    done = progress(total, "writing: ")
+    advance = progress(total, "writing: ")
 
-    def watch(path: str, array: Any) -> np.ndarray:
+    def monitor(path: str, array: Any) -> np.ndarray:
         array = np.asarray(array)
-        both = trees.is_inexact(array) and trees.is_inexact(specs[path])
-        if both and array.dtype != specs[path].dtype:
+        is_float = trees.is_inexact(array) and trees.is_inexact(specs[path])
+        if is_float and array.dtype != specs[path].dtype:
             with np.errstate(over="ignore"):  # infinity is reported by tensor
                 array = array.astype(specs[path].dtype)
-        done(array.nbytes)
+        advance(array.nbytes)
         if path not in nonfinite[-1:] and trees.is_inexact(array) and not np.isfinite(array).all():
             nonfinite.append(path)
-        look()
+        check_absent()
         return array
 
     def produce(name: str) -> Any:
-        made = rewrite.produce(paths[name])
-        if isinstance(made, Iterator):
-            return (watch(paths[name], piece) for piece in made)
-        return watch(paths[name], made)
+        result = rewrite.produce(paths[name])
+        if isinstance(result, Iterator):
+            return (monitor(paths[name], piece) for piece in result)
+        return monitor(paths[name], result)
 
     return produce
 
 
-def _stored(spec: Any, dtype: str | None) -> jax.ShapeDtypeStruct:
+def _spec_written(spec: Any, dtype: str | None) -> jax.ShapeDtypeStruct:
     is_float = jnp.issubdtype(spec.dtype, jnp.floating)
     return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype) if dtype and is_float else spec.dtype)
 
 
-def _check_place(out: Path, force: bool, total: int) -> None:
+def _check_output(out: Path, force: bool, total: int) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--write {out}: the folder {out.parent} does not exist.")
     if out.is_dir() and (out.suffix == ".safetensors" or any(out.iterdir())):
@@ -322,30 +324,32 @@ def _check_absent(out: Path, force: bool) -> None:
 
 def _recipe(settings: Writing, command: str, inputs: Sequence[Opened]) -> str:
     """The command, the options it was given, and its inputs, as JSON."""
-    place = {field.name for field in fields(Writing)} - {"dtype"}
+    output_fields = {field.name for field in fields(Writing)} - {"dtype"}
     defaults = {field.name: field.metadata["default"] for field in fields(settings)}
     options = {
         name: value
         for name, value in plain(settings).items()
-        if name not in place and getattr(settings, name) != defaults[name]
+        if name not in output_fields and getattr(settings, name) != defaults[name]
     }
     if not settings.skip_sha256:
-        whole = sum(file.stat().st_size for one in inputs for file in one.checkpoint.files)
-        if whole > 1e9:
-            print(f"sha256 of {size(whole)} of inputs …", file=sys.stderr, flush=True)
+        total = sum(file.stat().st_size for source in inputs for file in source.checkpoint.files)
+        if total > 1e9:
+            print(f"sha256 of {size(total)} of inputs …", file=sys.stderr, flush=True)
     files = [
         {"file": file.name, "bytes": file.stat().st_size}
         | ({} if settings.skip_sha256 else {"sha256": _files.sha256(file)})
-        for one in inputs
-        for file in one.checkpoint.files
+        for source in inputs
+        for file in source.checkpoint.files
     ]
-    before = inputs[0].checkpoint.metadata.get(RECIPE)
+    previous = inputs[0].checkpoint.metadata.get(RECIPE)
     recipe = {"command": f"kdtl params {command}", "options": options, "inputs": files}
-    recipe |= {"version": kdtl_jax.__version__} | ({"before": _data(before)} if before else {})
+    recipe |= {"version": kdtl_jax.__version__} | (
+        {"before": _parsed_json(previous)} if previous else {}
+    )
     return json.dumps(recipe)
 
 
-def _data(text: str) -> Any:
+def _parsed_json(text: str) -> Any:
     """JSON data; anything else, written by another program, stays text."""
     try:
         return json.loads(text)
@@ -353,5 +357,5 @@ def _data(text: str) -> Any:
         return text
 
 
-def _bytes(spec: Any) -> int:
+def _nbytes(spec: Any) -> int:
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize

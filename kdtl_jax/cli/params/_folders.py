@@ -39,8 +39,8 @@ def home(checkpoint: safetensors.Checkpoint) -> Path | None:
     folder = checkpoint.files[0].parent if checkpoint.files else None
     if folder is None or not (folder / CONFIG).is_file():
         return None
-    others = {file.name for file in folder.glob("*.safetensors")}
-    return folder if others <= {file.name for file in checkpoint.files} else None
+    names = {file.name for file in folder.glob("*.safetensors")}
+    return folder if names <= {file.name for file in checkpoint.files} else None
 
 
 def layer_pattern(names: Sequence[str], depth: int) -> re.Pattern[str] | None:
@@ -48,16 +48,16 @@ def layer_pattern(names: Sequence[str], depth: int) -> re.Pattern[str] | None:
 
     A depth of 0 means unknown: the longest such series of numbers is the layers.
     """
-    found: dict[str, set[int]] = {}
+    numbers: dict[str, set[int]] = {}
     for name in names:
         for match in re.finditer(r"(?<=[./_])\d+(?=[./])|^\d+(?=[./])", name):
-            found.setdefault(name[: match.start()], set()).add(int(match[0]))
-    rows = {prefix: len(n) for prefix, n in found.items() if n == set(range(len(n)))}
-    depth = depth or max(rows.values(), default=0)
-    wanted = [prefix for prefix, count in rows.items() if count == depth]
-    if not wanted:
+            numbers.setdefault(name[: match.start()], set()).add(int(match[0]))
+    counts = {prefix: len(n) for prefix, n in numbers.items() if n == set(range(len(n)))}
+    depth = depth or max(counts.values(), default=0)
+    prefixes = [prefix for prefix, count in counts.items() if count == depth]
+    if not prefixes:
         return None
-    return re.compile(f"{re.escape(min(wanted, key=len))}(\\d+)[./].*")
+    return re.compile(f"{re.escape(min(prefixes, key=len))}(\\d+)[./].*")
 
 
 def companions(
@@ -77,25 +77,25 @@ def companions(
         return lambda written: {}
     config = safetensors.json_file(folder / CONFIG)
 
-    def made(written: Path) -> Mapping[str, bytes]:
+    def files_of(written: Path) -> Mapping[str, bytes]:
         files = {
             str(path.relative_to(folder)): path.read_bytes()
-            for shape in COPIED
-            for path in sorted(folder.glob(shape))
+            for pattern in COPIED
+            for path in sorted(folder.glob(pattern))
             if path.is_file() and path.stat().st_size < LARGEST
         }
         try:
             with jax.enable_x64(False):  # builds models of the usual dtypes, for their shapes
-                changed = _described(config, checkpoint, specs, layers, written)
+                described = _written_config(config, checkpoint, specs, layers, written)
         except ValueError as error:
             print(f"warning: no {CONFIG} was written: {error}", file=sys.stderr)
             return files
-        return files | {CONFIG: json.dumps(changed, indent=2).encode()}
+        return files | {CONFIG: json.dumps(described, indent=2).encode()}
 
-    return made
+    return files_of
 
 
-def _described(
+def _written_config(
     config: dict[str, Any],
     checkpoint: safetensors.Checkpoint,
     specs: Mapping[str, Any],
@@ -107,23 +107,23 @@ def _described(
     Raises:
       ValueError: if none can be derived.
     """
-    before = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    pattern = layer_pattern(list(before), depth(config))
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    pattern = layer_pattern(list(shapes), depth(config))
     if (derive := _family(config, checkpoint)) is not None:
         changed = derive(config, specs, layers=layers, equal=_equal_in(safetensors.index(written)))
-        outside = {name for name in before if pattern is None or not pattern.fullmatch(name)}
-        if outside <= specs.keys() and "architectures" in config:
+        other_names = {name for name in shapes if pattern is None or not pattern.fullmatch(name)}
+        if other_names <= specs.keys() and "architectures" in config:
             # The class keeps its heads, which may be for an unsupported task.
             changed["architectures"] = config["architectures"]
         return changed
-    if reshaped := _reshaped(before, specs, pattern, layers):
+    if changed_names := _reshaped(shapes, specs, pattern, layers):
         raise ValueError(
-            f"{reshaped[0]!r} has another shape than in {checkpoint.files[0].parent}; write one "
-            "that says so."
+            f"{changed_names[0]!r} has another shape than in {checkpoint.files[0].parent}; write "
+            "one that says so."
         )
     changed = config | _layers(config, specs, pattern, layers)
     huggingface.set_dtype(changed, specs)
-    return changed | _ties(changed, written, specs)
+    return changed | _untied(changed, written, specs)
 
 
 def _family(
@@ -148,8 +148,8 @@ def _equal_in(checkpoint: safetensors.Checkpoint) -> Callable[[str, str], bool]:
 
 def depth(config: Mapping[str, Any]) -> int:
     """The number of layers a configuration names; 0 if it names none."""
-    found = [config[key] for key in DEPTHS if isinstance(config.get(key), int)]
-    return found[0] if found else 0
+    depths = [config[key] for key in DEPTHS if isinstance(config.get(key), int)]
+    return depths[0] if depths else 0
 
 
 def _reshaped(
@@ -203,22 +203,22 @@ def _layers(
     return lists | counts
 
 
-def _ties(config: Mapping[str, Any], written: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
+def _untied(config: Mapping[str, Any], written: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
     """A head stored beside the embedding it is tied to must be equal to it.
 
     Without the key, the family's default applies, which may be either.
     """
-    said = config.get("tie_word_embeddings", None)
+    is_tied = config.get("tie_word_embeddings", None)
     heads = [name for name in specs if OUTPUT.fullmatch(name)]
     tables = [name for name in specs if TABLE.fullmatch(name)]
-    if said is False or len(heads) != 1 or not tables:
+    if is_tied is False or len(heads) != 1 or not tables:
         return {}
     tensors = safetensors.index(written).tensors
-    apart = [name for name in tables if not equal(tensors[heads[0]], tensors[name])]
-    if not apart:
+    different = [name for name in tables if not equal(tensors[heads[0]], tensors[name])]
+    if not different:
         return {}
-    if said:
-        print(f"warning: {heads[0]} is no longer tied to {apart[0]}", file=sys.stderr)
+    if is_tied:
+        print(f"warning: {heads[0]} is no longer tied to {different[0]}", file=sys.stderr)
     return {"tie_word_embeddings": False}
 
 
@@ -230,7 +230,7 @@ def tied(tensors: Sequence[Mapping[str, safetensors.Tensor]]) -> dict[str, str]:
     groups: dict[Any, list[str]] = {}
     for path in sorted(tensors[0]):
         if all(path in each for each in tensors) and tensors[0][path].shape:
-            key = tuple(_start(each[path]) for each in tensors)
+            key = tuple(_beginning(each[path]) for each in tensors)
             groups.setdefault(key, []).append(path)
     first: dict[str, str] = {}
     for paths in groups.values():
@@ -245,7 +245,7 @@ def tied(tensors: Sequence[Mapping[str, safetensors.Tensor]]) -> dict[str, str]:
     return first
 
 
-def _start(tensor: safetensors.Tensor) -> tuple[str, tuple[int, ...], bytes]:
+def _beginning(tensor: safetensors.Tensor) -> tuple[str, tuple[int, ...], bytes]:
     head = next(safetensors.blocks(tensor, 256), np.zeros(0, np.uint8))
     return tensor.dtype, tensor.shape, head.tobytes()
 

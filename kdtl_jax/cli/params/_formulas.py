@@ -48,7 +48,7 @@ class Members(NamedTuple):
     models: list[Tree]
     statistics: list[Tree]
     block: int = 0  # its number
-    found: Any = None  # measurements of the whole tensor
+    measured: Any = None  # of the whole tensor
 
 
 class Read(Protocol):
@@ -69,8 +69,8 @@ class Merge(NamedTuple):
         def read(i: int | None = None) -> list[Members]:
             return [x if i is None else x._replace(models=x.models[i : i + 1])]
 
-        found = None if self.measure is None else self.measure(read, o)
-        return self.combine(x._replace(found=found), o)
+        measured = None if self.measure is None else self.measure(read, o)
+        return self.combine(x._replace(measured=measured), o)
 
 
 # --- task vectors --------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ class _Kept(NamedTuple):
 def _largest(read: Read, i: int, count: Callable[[int], int]) -> _Kept:
     """The largest `count(size)` entries of model `i`'s task vector."""
     sizes = [(tau.size, tau.real.dtype) for tau in _blocks(read, i)]
-    kept = count(sum(size for size, _ in sizes))
-    cut = transforms.magnitude_cut(lambda: _blocks(read, i), kept, sizes[0][1])
+    count_kept = count(sum(size for size, _ in sizes))
+    cut = transforms.magnitude_cut(lambda: _blocks(read, i), count_kept, sizes[0][1])
     before = [jnp.zeros((), cut.equal.dtype)]
     for tau in _blocks(read, i):
         before.append(transforms.trim_to_cut(tau, cut, before[-1])[1])
@@ -126,7 +126,7 @@ def _cut(tau: Tree, kept: _Kept, block: int) -> Tree:
 
 
 def _trimmed(x: Members, o: Options) -> list[Tree]:
-    return [_cut(tau, kept, x.block) for tau, kept in zip(taus(x), x.found, strict=True)]
+    return [_cut(tau, kept, x.block) for tau, kept in zip(taus(x), x.measured, strict=True)]
 
 
 def _trim_counts(least: int) -> Callable[[Read, Options], Any]:
@@ -160,7 +160,7 @@ def _crumbs(read: Read, o: Options) -> Any:
 
 def _crumbled(x: Members, o: Options) -> list[Tree]:
     out = []
-    for tau, (kept, dropped) in zip(taus(x), x.found, strict=True):
+    for tau, (kept, dropped) in zip(taus(x), x.measured, strict=True):
         large = _cut(tau, dropped, x.block)
         out.append({p: jnp.where(large[p] != 0, 0, y) for p, y in _cut(tau, kept, x.block).items()})
     return out
@@ -237,15 +237,17 @@ def sce(*, floor: float = 0.0) -> Merge:
         assert isinstance(top, (int, float))  # `merge` refuses more than one
         return transforms.sce_selection(lambda: map(_leaves, read()), top=top, floor=floor)
 
-    return Merge(_chosen(lambda x, o: transforms.sce_piece(_leaves(x), x.found, x.block)), measure)
+    return Merge(
+        _chosen(lambda x, o: transforms.sce_piece(_leaves(x), x.measured, x.block)), measure
+    )
 
 
 ARCEE_FUSION = Merge(
-    _chosen(lambda x, o: transforms.arcee_piece(_leaves(x), x.found)),
+    _chosen(lambda x, o: transforms.arcee_piece(_leaves(x), x.measured)),
     lambda read, o: transforms.arcee_threshold(lambda: map(_leaves, read())),
 )
 RAM = Merge(
-    _chosen(lambda x, o: transforms.ram_piece(_leaves(x), x.found)),
+    _chosen(lambda x, o: transforms.ram_piece(_leaves(x), x.measured)),
     lambda read, o: transforms.ram_boosts(lambda: map(_leaves, read()), gain=o.gain),
 )
 
@@ -280,20 +282,20 @@ def rescaled(sparsify: Sparsify, *, default: bool) -> Sparsify:
         ]
 
     def measure(read: Read, o: Options) -> Any:
-        found = None if sparsify.measure is None else sparsify.measure(read, o)
+        measured = None if sparsify.measure is None else sparsify.measure(read, o)
         count = len(next(iter(read())).models)
         if not (default if o.rescale is None else o.rescale):
-            return found, [1.0] * count
+            return measured, [1.0] * count
         norms: list[list[Any]] = [[] for _ in range(count)]
         for x in read():
-            x = x._replace(found=found)
-            for own, tau, left in zip(norms, taus(x), kept(x, o), strict=True):
-                own.append(transforms.l1_norms(*tau.values(), *left.values()))
-        return found, [transforms.l1_ratio(own, floor=1e-7) for own in norms]
+            x = x._replace(measured=measured)
+            for model_norms, tau, remaining in zip(norms, taus(x), kept(x, o), strict=True):
+                model_norms.append(transforms.l1_norms(*tau.values(), *remaining.values()))
+        return measured, [transforms.l1_ratio(model_norms, floor=1e-7) for model_norms in norms]
 
     def drop(x: Members, o: Options) -> list[Tree]:
-        found, ratios = x.found
-        vectors = kept(x._replace(found=found), o)
+        measured, ratios = x.measured
+        vectors = kept(x._replace(measured=measured), o)
         return [transforms.scale(tau, ratio) for tau, ratio in zip(vectors, ratios, strict=True)]
 
     return Sparsify(drop, measure)
@@ -316,8 +318,8 @@ def pieces(read: Read) -> Iterator[list[Array]]:
 def mixed(x: Members, o: Options) -> Tree:
     """The vectors' weighted sum, with measured weights."""
     if x.base:
-        return transforms.apply_task_vectors(x.base, taus(x), x.found)
-    return transforms.weighted_sum(x.models, x.found)
+        return transforms.apply_task_vectors(x.base, taus(x), x.measured)
+    return transforms.weighted_sum(x.models, x.measured)
 
 
 def spherical(shares: Callable[[transforms.Angles, Options], Any]) -> Merge:
@@ -329,7 +331,7 @@ def spherical(shares: Callable[[transforms.Angles, Options], Any]) -> Merge:
     return Merge(mixed, measure)
 
 
-def nuslerp(found: transforms.Angles, o: Options) -> Any:
+def nuslerp(angles: transforms.Angles, o: Options) -> Any:
     """The shares of SLERP at `t = w_2 / (w_1 + w_2)`, 1/2 if the weights cancel.
 
     mergekit's `nuslerp`: with a base, it rotates task vectors; only parallel ones mix linearly.
@@ -337,7 +339,7 @@ def nuslerp(found: transforms.Angles, o: Options) -> Any:
     first, second = (1.0, 1.0) if o.weights is None else o.weights
     total = first + second
     t = second / total if abs(total) > 1e-6 * (abs(first) + abs(second)) else 0.5
-    return transforms.slerp_shares(found, t, threshold=1.0)
+    return transforms.slerp_shares(angles, t, threshold=1.0)
 
 
 def linear(x: Members, o: Options) -> Tree:

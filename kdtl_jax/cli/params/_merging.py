@@ -32,7 +32,7 @@ class Part(NamedTuple):
     options: Options
     base: Tensor | None = None
     statistics: tuple[Tensor | None, ...] = ()
-    told: set[Tensor] | None = None  # the inputs reported to hold NaN or infinity
+    reported: set[Tensor] | None = None  # the inputs reported to hold NaN or infinity
 
 
 def by_tensor(
@@ -42,13 +42,13 @@ def by_tensor(
 
     `merge` is the method's or, if that differs, mergekit's.
     """
-    parts = _watched(parts)
+    parts = _reporting_once(parts)
     # Tied tensors share the draws of the first one's path, so they stay equal.
     first = _ties(parts) if "seed" in method.options else {}
 
     def produce(path: str) -> Any:
-        if (plain := _plain(parts, copies, path)) is not None:
-            return plain
+        if (unmerged := _unmerged(parts, copies, path)) is not None:
+            return unmerged
         part, name = parts[path], first.get(path, path)
         options = part.options._replace(axis=_row_axis(part))
         if method.is_elementwise:
@@ -61,46 +61,46 @@ def by_tensor(
         return (
             np.asarray(block[name]).ravel()
             for slab, axis in _slabs(part, options.axis)
-            for block in _measured(slab, name, merge, options._replace(axis=axis))
+            for block in _merged_blocks(slab, name, merge, options._replace(axis=axis))
         )
 
     return produce
 
 
-def _measured(part: Part, name: str, merge: Merge, options: Options) -> Iterator[Tree]:
+def _merged_blocks(part: Part, name: str, merge: Merge, options: Options) -> Iterator[Tree]:
     """The merged blocks, after measuring what they need from the whole tensor."""
 
     def read(i: int | None = None, /) -> Iterator[Members]:
-        return _rows(part if i is None else _of_model(part, i), name)
+        return _rows(part if i is None else _one_model(part, i), name)
 
-    found = None if merge.measure is None else merge.measure(read, options)
-    return (merge.combine(x._replace(found=found), options) for x in read())
+    measured = None if merge.measure is None else merge.measure(read, options)
+    return (merge.combine(x._replace(measured=measured), options) for x in read())
 
 
 def _least_squares(part: Part, name: str, merge: Merge) -> Iterator[np.ndarray]:
     """RegMean: a kernel with Gram matrices is solved for; any other tensor is averaged."""
     if None in part.statistics:
-        alone = part._replace(statistics=())
-        for x in _pieces(alone, name, _checkpoints.BLOCK):
+        without_grams = part._replace(statistics=())
+        for x in _pieces(without_grams, name, _checkpoints.BLOCK):
             members = x._replace(statistics=[{} for _ in x.models])
             yield np.asarray(merge.combine(members, part.options)[name])
         return
-    stored = [next(safetensors.blocks(tensor, 1)) for tensor in part.models]
-    wide = transforms.one_dtype(stored)[0].dtype
+    samples = [next(safetensors.blocks(tensor, 1)) for tensor in part.models]
+    dtype = transforms.one_dtype(samples)[0].dtype
 
     def rows(tensor: Tensor) -> Iterator[Array]:
         size = transforms.block_rows(tensor.shape) * tensor.shape[-1]
-        for x in _blocks(part, tensor, size):
-            yield jnp.asarray(x.reshape(-1, tensor.shape[-1]), wide)
+        for x in _entries(part, tensor, size):
+            yield jnp.asarray(x.reshape(-1, tensor.shape[-1]), dtype)
 
     for slab, _ in _slabs(part, -2):
         kernels, grams = (
             [functools.partial(rows, tensor) for tensor in tensors if tensor]
             for tensors in (slab.models, slab.statistics)
         )
-        found = transforms.regmean_kernel(kernels, grams)
-        flat = np.asarray(found).ravel()
-        del found
+        solution = transforms.regmean_kernel(kernels, grams)
+        flat = np.asarray(solution).ravel()
+        del solution
         for start in range(0, flat.size, _checkpoints.BLOCK):
             yield flat[start : start + _checkpoints.BLOCK]
 
@@ -113,7 +113,7 @@ def _slabs(part: Part, axis: int | None) -> Iterator[tuple[Part, int | None]]:
     count = math.prod(part.models[0].shape[:axis])
     for number in range(count):
 
-        def cut(tensor: Tensor | None, number: int = number) -> Tensor | None:
+        def slab_of(tensor: Tensor | None, number: int = number) -> Tensor | None:
             if tensor is None:
                 return None
             size = (tensor.stop - tensor.start) // count
@@ -121,11 +121,14 @@ def _slabs(part: Part, axis: int | None) -> Iterator[tuple[Part, int | None]]:
             start = tensor.start + number * size
             return tensor._replace(shape=shape, start=start, stop=start + size)
 
-        models = tuple(t for each in part.models if (t := cut(each)))
-        yield Part(models, part.options, cut(part.base), tuple(map(cut, part.statistics))), -2
+        models = tuple(t for each in part.models if (t := slab_of(each)))
+        yield (
+            Part(models, part.options, slab_of(part.base), tuple(map(slab_of, part.statistics))),
+            -2,
+        )
 
 
-def _of_model(part: Part, i: int) -> Part:
+def _one_model(part: Part, i: int) -> Part:
     """What is read for a single model."""
     return part._replace(models=part.models[i : i + 1])
 
@@ -144,66 +147,68 @@ def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> C
     Two passes find every model's threshold; a third counts signs and the entries equal to the
     threshold before each tensor. Writing is the fourth.
     """
-    parts = _watched(parts)
+    parts = _reporting_once(parts)
     first = _ties(parts)
     paths = sorted(path for path in parts if path not in first)
-    some = next(iter(parts.values()), Part((), Options()))
-    options, count = some.options, len(some.models)
+    example = next(iter(parts.values()), Part((), Options()))
+    options, count = example.options, len(example.models)
     total = sum(math.prod(parts[path].models[0].shape) for path in paths)
     doubles = [t for p in parts.values() for t in (p.base, *p.models) if t and t.dtype == "F64"]
     dtype = jnp.float64 if doubles else jnp.float32
-    given = options.density
-    densities = [given] * count if isinstance(given, (int, float)) else given
-    found: dict[str, Any] = {}
+    density = options.density
+    densities = [density] * count if isinstance(density, (int, float)) else density
+    measured: dict[str, Any] = {}
 
     def measure() -> None:
-        done = _checkpoints.progress(4 * total * (2 * count + 1), "ranking: ")
+        advance = _checkpoints.progress(4 * total * (2 * count + 1), "ranking: ")
 
         def read(i: int) -> Iterator[Any]:
             for path in paths:
-                for x in _pieces(_of_model(parts[path], i), path, _checkpoints.BLOCK):
+                for x in _pieces(_one_model(parts[path], i), path, _checkpoints.BLOCK):
                     (tau,) = _formulas.taus(x)
                     yield tau[path]
-                    done(4 * tau[path].size)
+                    advance(4 * tau[path].size)
 
-        kept = [math.floor(density * total) for density in densities]
-        found["cuts"] = [
-            transforms.magnitude_cut(lambda i=i: read(i), kept[i], dtype) for i in range(count)
+        counts = [math.floor(density * total) for density in densities]
+        measured["cuts"] = [
+            transforms.magnitude_cut(lambda i=i: read(i), counts[i], dtype) for i in range(count)
         ]
-        before, balance = [0] * count, 0
+        seen_before, balance = [0] * count, 0
         for path in paths:
-            found[f"before {path}"] = before
-            for _, trimmed, seen in trim(path, before):
-                balance, before = balance + int(transforms.sign_balance(trimmed)), seen
-                done(4 * trimmed[0][path].size)
-        found["majority"] = 1 if balance >= 0 else -1
+            measured[f"before {path}"] = seen_before
+            for _, trimmed, seen_after in trim(path, seen_before):
+                balance, seen_before = balance + int(transforms.sign_balance(trimmed)), seen_after
+                advance(4 * trimmed[0][path].size)
+        measured["majority"] = 1 if balance >= 0 else -1
 
-    def trim(path: str, before: list[Any]) -> Iterator[tuple[Members, list[Any], list[Any]]]:
+    def trim(path: str, seen_before: list[Any]) -> Iterator[tuple[Members, list[Any], list[Any]]]:
         for x in _pieces(parts[path], path, _checkpoints.BLOCK):
             pairs = [
-                transforms.trim_to_cut(tau[path], cut, seen)
-                for tau, cut, seen in zip(_formulas.taus(x), found["cuts"], before, strict=True)
+                transforms.trim_to_cut(tau[path], cut, seen_after)
+                for tau, cut, seen_after in zip(
+                    _formulas.taus(x), measured["cuts"], seen_before, strict=True
+                )
             ]
-            before = [seen for _, seen in pairs]
-            yield x, [{path: leaf} for leaf, _ in pairs], before
+            seen_before = [seen_after for _, seen_after in pairs]
+            yield x, [{path: leaf} for leaf, _ in pairs], seen_before
 
     def merged(path: str) -> Iterator[np.ndarray]:
-        if not found:
+        if not measured:
             measure()
-        for x, trimmed, _ in trim(path, found[f"before {path}"]):
-            signs = transforms.elect_sign_global(trimmed, majority=found["majority"])
+        for x, trimmed, _ in trim(path, measured[f"before {path}"]):
+            signs = transforms.elect_sign_global(trimmed, majority=measured["majority"])
             tau = transforms.disjoint_merge(trimmed, signs, options.weights)
             out = transforms.apply_task_vectors(x.base, [tau], scale=options.scale)
             yield np.asarray(out[path])
 
     def produce(path: str) -> Iterator[np.ndarray]:
-        plain = _plain(parts, copies, path)
-        return merged(first.get(path, path)) if plain is None else plain
+        unmerged = _unmerged(parts, copies, path)
+        return merged(first.get(path, path)) if unmerged is None else unmerged
 
     return produce
 
 
-def _plain(
+def _unmerged(
     parts: Mapping[str, Part], copies: Mapping[str, Tensor], path: str
 ) -> Iterator[np.ndarray] | None:
     """A copied or empty tensor, which has nothing to merge and no norm; None to merge it."""
@@ -217,25 +222,25 @@ def _pieces(part: Part, name: str, size: int, shape: tuple[int, ...] = (-1,)) ->
     """All tensors side by side, `size` entries at a time, under the path `name`."""
     models = [part.base, *part.models] if part.base else [*part.models]
     tensors = [t for t in (*models, *part.statistics) if t is not None]
-    read = (_blocks(part, tensor, size) for tensor in tensors)
-    for number, pieces in enumerate(zip(*read, strict=True)):
-        found = [{name: jnp.asarray(_checkpoints.wide(x)).reshape(shape)} for x in pieces]
-        base = found.pop(0) if part.base else {}
-        yield Members(base, found[: len(part.models)], found[len(part.models) :], number)
+    streams = (_entries(part, tensor, size) for tensor in tensors)
+    for number, pieces in enumerate(zip(*streams, strict=True)):
+        trees = [{name: jnp.asarray(_checkpoints.widened(x)).reshape(shape)} for x in pieces]
+        base = trees.pop(0) if part.base else {}
+        yield Members(base, trees[: len(part.models)], trees[len(part.models) :], number)
 
 
-def _watched(parts: Mapping[str, Part]) -> dict[str, Part]:
+def _reporting_once(parts: Mapping[str, Part]) -> dict[str, Part]:
     """The parts of one merge, which report an input once, however often it is read."""
-    told: set[Tensor] = set()
-    return {path: part._replace(told=told) for path, part in parts.items()}
+    reported: set[Tensor] = set()
+    return {path: part._replace(reported=reported) for path, part in parts.items()}
 
 
-def _blocks(part: Part, tensor: Tensor, size: int) -> Iterator[np.ndarray]:
+def _entries(part: Part, tensor: Tensor, size: int) -> Iterator[np.ndarray]:
     """The tensor's entries, `size` at a time."""
-    whole = tensor._replace(shape=(), start=0, stop=0)  # it may be a slab of it
+    key = tensor._replace(shape=(), start=0, stop=0)  # it may be a slab of it
     for x in safetensors.blocks(tensor, size):
-        if part.told is not None and whole not in part.told and not np.isfinite(x).all():
-            part.told.add(whole)
+        if part.reported is not None and key not in part.reported and not np.isfinite(x).all():
+            part.reported.add(key)
             print(f"warning: {tensor.name} of {tensor.file} holds NaN or infinity", file=sys.stderr)
         yield x
 
@@ -256,7 +261,7 @@ def _ties(parts: Mapping[str, Part]) -> dict[str, str]:
     return _folders.tied(columns) if columns else {}
 
 
-def one_of(path: str, tensors: Sequence[Tensor]) -> Tensor:
+def common_tensor(path: str, tensors: Sequence[Tensor]) -> Tensor:
     """The first of several models' tensors that are not numbers to combine.
 
     Counters differ between runs; a matrix of integers is a table of indices, equal everywhere, or

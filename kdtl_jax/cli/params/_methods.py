@@ -109,7 +109,7 @@ METHODS = {
     ),
     "slerp": Method(
         "along the arc from the first to the second",
-        spherical(lambda found, o: transforms.slerp_shares(found, o.t)),
+        spherical(lambda angles, o: transforms.slerp_shares(angles, o.t)),
         base="has no", fewest=2, most=2, options=("t", "axis"), required=("t",),
     ),
     "nuslerp": Method(
@@ -118,7 +118,7 @@ METHODS = {
     ),
     "multi_slerp": Method(
         "several models' directions averaged in a tangent space, from the base if there is one",
-        spherical(lambda found, o: transforms.multi_slerp_shares(found, o.weights)),
+        spherical(lambda angles, o: transforms.multi_slerp_shares(angles, o.weights)),
         base="takes", options=("weights",),
     ),
     "karcher": Method(
@@ -141,9 +141,9 @@ METHODS = {
     ),
     "model_stock": Method(
         "between base and mean, by the angle between task vectors",
-        spherical(lambda found, o: transforms.model_stock_shares(found)),
+        spherical(lambda angles, o: transforms.model_stock_shares(angles)),
         fewest=2, options=("axis",),
-        mergekit=spherical(lambda found, o: transforms.model_stock_shares(found, floor=1e-6)),
+        mergekit=spherical(lambda angles, o: transforms.model_stock_shares(angles, floor=1e-6)),
     ),
     "fisher": Method(
         "weighted by Fisher information, entry by entry",

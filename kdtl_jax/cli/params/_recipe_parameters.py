@@ -57,37 +57,37 @@ class Place(NamedTuple):
     parameters: Sequence[Mapping[str, Any]]  # the model's, the slice's, the recipe's
 
 
-def only(where: str, found: Any, known: Sequence[str]) -> Mapping[str, Any]:
+def only(where: str, entry: Any, known: Sequence[str]) -> Mapping[str, Any]:
     """A mapping whose keys are all known; keys without a value are dropped.
 
     Raises:
       ValueError: naming an unknown key, or what is not a mapping.
     """
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(found)}.")
-    for key, value in found.items():
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(entry)}.")
+    for key, value in entry.items():
         if key not in known and value is not None:
-            read = f"known are {', '.join(known)}" if known else "nothing is read here"
-            raise ValueError(f"{where}: {_text.quoted(key)} is not understood; {read}.")
-    return found
+            hint = f"known are {', '.join(known)}" if known else "nothing is read here"
+            raise ValueError(f"{where}: {_text.quoted(key)} is not understood; {hint}.")
+    return entry
 
 
 def parameters(
-    found: Mapping[str, Any], where: str, known: Sequence[str], *, of_model: bool = False
+    entry: Mapping[str, Any], where: str, known: Sequence[str], *, of_model: bool = False
 ) -> Mapping[str, Any]:
     """The `parameters` of a recipe, a slice or a model.
 
     Raises:
       ValueError: naming one that the method does not read at all, or not for a model.
     """
-    given = only(where, found.get("parameters") or {}, known)
-    for key, value in given.items():
+    values = only(where, entry.get("parameters") or {}, known)
+    for key, value in values.items():
         if of_model and value is not None and key not in (*_OWN, "int8_mask"):
             raise ValueError(
                 f"{where}: {_text.quoted(key)} is read for all models together: move it to the "
                 "parameters of the recipe or of a slice."
             )
-    return given
+    return values
 
 
 def options(
@@ -108,49 +108,49 @@ def options(
 
     def value(key: str, path: str, scopes: Sequence[Mapping[str, Any]], default: Any = None) -> Any:
         for scope in scopes:
-            if key in scope and (found := _evaluated(scope[key], path, t)) is not None:
-                return found
+            if key in scope and (result := _evaluated(scope[key], path, t)) is not None:
+                return result
         return default
 
     def number(
         key: str, path: str, scopes: Sequence[Mapping[str, Any]], default: float | None
     ) -> float:
-        found = value(key, path, scopes, default)
-        if found is None:
+        result = value(key, path, scopes, default)
+        if result is None:
             raise ValueError(f"{_text.quoted(path)} has no {key} in the recipe, and no default.")
         try:
-            return float(found)
+            return float(result)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{key} of {_text.quoted(path)} must be a number, got {_text.quoted(found)}."
+                f"{key} of {_text.quoted(path)} must be a number, got {_text.quoted(result)}."
             ) from None
 
-    given: dict[str, Any] = {
-        ours: [number(key, place.path, place.parameters, default) for place in models]
-        for key, (ours, default) in _BY_MODEL.items()
+    values: dict[str, Any] = {
+        option: [number(key, place.path, place.parameters, default) for place in models]
+        for key, (option, default) in _BY_MODEL.items()
         if key in known
     }
-    given |= {
-        ours: number(key, out, common, default)
-        for key, (ours, default) in _OF_ALL.items()
+    values |= {
+        option: number(key, out, common, default)
+        for key, (option, default) in _OF_ALL.items()
         if key in known
     }
     if "scale" in known:
-        given["scale"] = number("scale", models[0].path, models[0].parameters, 1.0)
+        values["scale"] = number("scale", models[0].path, models[0].parameters, 1.0)
 
-    def truth(key: str, default: bool | None = None) -> bool | None:
-        found = value(key, out, common, default)
-        if found not in (None, True, False):  # 0 and 1 are equal to these
+    def boolean(key: str, default: bool | None = None) -> bool | None:
+        result = value(key, out, common, default)
+        if result not in (None, True, False):  # 0 and 1 are equal to these
             raise ValueError(
-                f"{key} of {_text.quoted(out)} must be true or false, got {_text.quoted(found)}."
+                f"{key} of {_text.quoted(out)} must be true or false, got {_text.quoted(result)}."
             )
-        return None if found is None else bool(found)
+        return None if result is None else bool(result)
 
-    axis = -1 if truth("filter_wise", False) else None
-    if not truth("nuslerp_flatten", True):
-        axis = 0 if truth("nuslerp_row_wise", False) else -1
-    given |= {key: truth(key) for key in ("normalize", "rescale")}
-    return Options(axis=axis, **given)
+    axis = -1 if boolean("filter_wise", False) else None
+    if not boolean("nuslerp_flatten", True):
+        axis = 0 if boolean("nuslerp_row_wise", False) else -1
+    values |= {key: boolean(key) for key in ("normalize", "rescale")}
+    return Options(axis=axis, **values)
 
 
 def _evaluated(setting: Any, name: str, t: float) -> Any:
@@ -159,24 +159,24 @@ def _evaluated(setting: Any, name: str, t: float) -> Any:
         setting = [setting]
     if not isinstance(setting, list):
         return setting
-    if setting and all(isinstance(each, Mapping) for each in setting):
-        for each in setting:
-            only("a filter", each, ("filter", "value"))
-            wanted = each.get("filter")
-            if wanted is None or wanted == "*" or str(wanted) in name:
-                return _evaluated(each.get("value"), name, t)
+    if setting and all(isinstance(item, Mapping) for item in setting):
+        for item in setting:
+            only("a filter", item, ("filter", "value"))
+            pattern = item.get("filter")
+            if pattern is None or pattern == "*" or str(pattern) in name:
+                return _evaluated(item.get("value"), name, t)
         return None
-    if setting and all(isinstance(each, bool) for each in setting):
+    if setting and all(isinstance(item, bool) for item in setting):
         return setting[int(t * (len(setting) - 1))]
     try:
-        values = [float(each) for each in setting]
+        values = [float(item) for item in setting]
     except (TypeError, ValueError):
         raise ValueError(
             f"a gradient must be a list of numbers, got {_text.shown(setting)}."
         ) from None
     if not values:
         return None
-    place = t * (len(values) - 1)
-    low = int(place)
+    position = t * (len(values) - 1)
+    low = int(position)
     high = min(len(values) - 1, low + 1)
-    return (1 - (place - low)) * values[low] + (place - low) * values[high]
+    return (1 - (position - low)) * values[low] + (position - low) * values[high]

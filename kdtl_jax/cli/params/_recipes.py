@@ -64,51 +64,58 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
         raise ValueError(
             f"{path}: merge_method {_text.quoted(name)} is not one of {', '.join(KNOWN)}."
         )
-    ours, known = KNOWN[name]
-    method = METHODS[ours]
+    method_name, parameter_names = KNOWN[name]
+    method = METHODS[method_name]
     base = _reference(recipe.get("base_model"), path)
-    slices = _slices(recipe, path, known, base)
-    shared = parameters(recipe, f"{path}: parameters", known)
-    named = [source.model for each in slices for source in each.sources]
-    models: list[str] = [*([base] if base else []), *named]
+    slices = _slices(recipe, path, parameter_names, base)
+    shared = parameters(recipe, f"{path}: parameters", parameter_names)
+    listed = [source.model for part in slices for source in part.sources]
+    models: list[str] = [*([base] if base else []), *listed]
     inputs = {m: _checkpoints.opened(m, "a model", "") for m in dict.fromkeys(models)}
-    for one in inputs.values():
-        transforms.refuse_codes(one.specs)
+    for checkpoint in inputs.values():
+        transforms.refuse_codes(checkpoint.specs)
     if method.base == "needs" and base is None:
         raise ValueError(f"merge_method {name} needs base_model.")
     has_base = base is not None and method.base != "has no"
     # slerp starts at the base; other methods without one merge it like any model.
-    slices = [_based(each, base, has_base, has_base or name == "slerp") for each in slices]
+    slices = [_based(part, base, has_base, has_base or name == "slerp") for part in slices]
 
     specs: dict[str, Any] = {}
     parts: dict[str, Part] = {}
     copies: dict[str, safetensors.Tensor] = {}
-    layouts = {model: _layout(one) for model, one in inputs.items()}
-    slices = [each._replace(length=_length(each, layouts)) for each in slices]
-    for out, each, named_there, t in _tensors(layouts, slices):
+    layouts = {model: _layout(checkpoint) for model, checkpoint in inputs.items()}
+    slices = [part._replace(length=_length(part, layouts)) for part in slices]
+    for out, part, name_in, t in _tensors(layouts, slices):
         places = []
-        for source in each.sources:
-            one, there = inputs[source.model], named_there(source)
-            stored = _stored(one, there)
-            own = (source.parameters, each.parameters, shared)
-            places.append(Place(there, one.tensors[stored], one.specs[stored], own))
+        for source in part.sources:
+            checkpoint, name_there = inputs[source.model], name_in(source)
+            stored_name = _stored(checkpoint, name_there)
+            scopes = (source.parameters, part.parameters, shared)
+            places.append(
+                Place(
+                    name_there,
+                    checkpoint.tensors[stored_name],
+                    checkpoint.specs[stored_name],
+                    scopes,
+                )
+            )
         if len({place.spec.shape for place in places}) > 1:
             shapes = [list(place.spec.shape) for place in places]
             raise ValueError(f"{_text.quoted(out)} has the shapes {shapes} in the models to merge.")
         specs[out] = places[0].spec
         if not all(trees.is_inexact(place.spec) for place in places):
-            copies[out] = _merging.one_of(out, [place.tensor for place in places])
+            copies[out] = _merging.common_tensor(out, [place.tensor for place in places])
             continue
         if len(dtypes := {place.spec.dtype for place in places}) > 1:
-            wide = np.result_type(np.float32, *[x for x in dtypes if x.itemsize >= 4])
-            specs[out] = jax.ShapeDtypeStruct(places[0].spec.shape, wide)
-        of_models = places[has_base:]
-        if not method.fewest <= len(of_models) <= (method.most or len(of_models)):
-            raise ValueError(f"merge_method {name} cannot merge {len(of_models)} models.")
-        given = options(known, out, of_models, (each.parameters, shared), t)
+            dtype_of_result = np.result_type(np.float32, *[x for x in dtypes if x.itemsize >= 4])
+            specs[out] = jax.ShapeDtypeStruct(places[0].spec.shape, dtype_of_result)
+        merged_places = places[has_base:]
+        if not method.fewest <= len(merged_places) <= (method.most or len(merged_places)):
+            raise ValueError(f"merge_method {name} cannot merge {len(merged_places)} models.")
+        tensor_options = options(parameter_names, out, merged_places, (part.parameters, shared), t)
         base_tensor = places[0].tensor if has_base else None
-        tensors = tuple(place.tensor for place in of_models)
-        parts[out] = Part(tensors, given._replace(seed=settings.seed or 0), base_tensor)
+        tensors = tuple(place.tensor for place in merged_places)
+        parts[out] = Part(tensors, tensor_options._replace(seed=settings.seed or 0), base_tensor)
     shapes = {out: spec.shape for out, spec in specs.items()}
     report = Report(
         merged=tuple(parts),
@@ -146,58 +153,58 @@ def _reference(value: Any, recipe: Path) -> str | None:
             f"{recipe}: the model {_text.quoted(value)} must be a path (merge its LoRA first)."
         )
     beside = recipe.parent / value
-    found = value if Path(value).exists() or not beside.exists() else str(beside)
-    if not Path(found).exists():
+    path = value if Path(value).exists() or not beside.exists() else str(beside)
+    if not Path(path).exists():
         raise FileNotFoundError(
             f"{recipe}: the model {_text.quoted(value)} does not exist here; download it."
         )
-    return found
+    return path
 
 
 def _slices(
-    recipe: Mapping[str, Any], path: Path, known: Sequence[str], base: str | None
+    recipe: Mapping[str, Any], path: Path, names: Sequence[str], base: str | None
 ) -> list[Slice]:
     if ("models" in recipe) == ("slices" in recipe):
         raise ValueError(f"{path}: expected either models or slices.")
     if "models" in recipe:
         keys = ("model", "parameters")
-        sources = [_source(each, path, keys, known) for each in _list(recipe, "models")]
+        sources = [_source(part, path, keys, names) for part in _list(recipe, "models")]
         if base is not None and all(source.model != base for source in sources):
             sources.append(Source(base, 0, {}))
         return [Slice(sources, None, {})]
     out = []
-    for each in _list(recipe, "slices"):
-        only(f"{path}: a slice", each, ("sources", "parameters"))
+    for part in _list(recipe, "slices"):
+        only(f"{path}: a slice", part, ("sources", "parameters"))
         keys = ("model", "parameters", "layer_range")
-        sources = [_source(source, path, keys, known) for source in _list(each, "sources")]
-        lengths = {_range(source, path)[1] for source in each["sources"]}
+        sources = [_source(source, path, keys, names) for source in _list(part, "sources")]
+        lengths = {_range(source, path)[1] for source in part["sources"]}
         if len(lengths) != 1:
             raise ValueError(f"{path}: the sources of a slice must have the same number of layers.")
-        own = parameters(each, f"{path}: a slice's parameters", known)
-        out.append(Slice(sources, lengths.pop(), own))
+        slice_parameters = parameters(part, f"{path}: a slice's parameters", names)
+        out.append(Slice(sources, lengths.pop(), slice_parameters))
     return out
 
 
-def _list(found: Mapping[str, Any], key: str) -> list[Any]:
-    value = found.get(key)
+def _list(mapping: Mapping[str, Any], key: str) -> list[Any]:
+    value = mapping.get(key)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{key} must be a list that is not empty, got {_text.quoted(value)}.")
     return value
 
 
-def _source(found: Any, path: Path, keys: Sequence[str], known: Sequence[str]) -> Source:
-    only(f"{path}: a model", found, keys)
-    model = _reference(found.get("model"), path)
+def _source(entry: Any, path: Path, keys: Sequence[str], names: Sequence[str]) -> Source:
+    only(f"{path}: a model", entry, keys)
+    model = _reference(entry.get("model"), path)
     if model is None:
         raise ValueError(f"{path}: a model has no 'model'.")
-    first = _range(found, path)[0] if "layer_range" in found else 0
-    own = parameters(found, f"{path}: {model}: parameters", known, of_model=True)
-    return Source(model, first, own)
+    first = _range(entry, path)[0] if "layer_range" in entry else 0
+    model_parameters = parameters(entry, f"{path}: {model}: parameters", names, of_model=True)
+    return Source(model, first, model_parameters)
 
 
-def _range(found: Mapping[str, Any], path: Path) -> tuple[int, int]:
+def _range(entry: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """The first of a range of layers, and how many there are."""
-    value = found.get("layer_range")
+    value = entry.get("layer_range")
     if isinstance(value, list) and [type(i) for i in value] == [int, int]:
         first, end = value
         if 0 <= first < end < 10**5:
@@ -215,13 +222,13 @@ class Layout(NamedTuple):
     layers: Mapping[int, list[tuple[str, str]]]  # what precedes and follows a layer's number
 
 
-def _layout(one: Opened) -> Layout:
-    folder = _folders.home(one.checkpoint)
+def _layout(model: Opened) -> Layout:
+    folder = _folders.home(model.checkpoint)
     config = {} if folder is None else safetensors.json_file(folder / _folders.CONFIG)
-    pattern = _folders.layer_pattern(list(one.specs), _folders.depth(config))
+    pattern = _folders.layer_pattern(list(model.specs), _folders.depth(config))
     layers: dict[int, list[tuple[str, str]]] = {}
     outside = []
-    for name in one.specs:
+    for name in model.specs:
         match = pattern.fullmatch(name) if pattern else None
         if match is None:
             outside.append(name)
@@ -231,41 +238,41 @@ def _layout(one: Opened) -> Layout:
     return Layout(outside, layers)
 
 
-def _based(each: Slice, base: str | None, has_base: bool, is_first: bool) -> Slice:
+def _based(part: Slice, base: str | None, has_base: bool, is_first: bool) -> Slice:
     """The slice with the base first, if it `is_first`; not a model to merge if it `has_base`."""
     if base is None or not is_first:
-        return each
-    found = [source for source in each.sources if source.model == base]
-    if not found and len({source.first for source in each.sources}) > 1:
+        return part
+    bases = [source for source in part.sources if source.model == base]
+    if not bases and len({source.first for source in part.sources}) > 1:
         raise ValueError(
             f"the base {base} is not a source of a slice whose sources begin at different layers: "
             "name it there with its layer_range."
         )
-    found = found or [Source(base, each.sources[0].first, {})]
-    found = [source._replace(parameters={}) for source in found] if has_base else found
-    others = [source for source in each.sources if source.model != base]
-    return each._replace(sources=[*found, *others])
+    bases = bases or [Source(base, part.sources[0].first, {})]
+    bases = [source._replace(parameters={}) for source in bases] if has_base else bases
+    remaining = [source for source in part.sources if source.model != base]
+    return part._replace(sources=[*bases, *remaining])
 
 
-def _length(each: Slice, layouts: Mapping[str, Layout]) -> int:
+def _length(part: Slice, layouts: Mapping[str, Layout]) -> int:
     """How many layers the slice has; every source must have them."""
-    depths = {source.model: len(layouts[source.model].layers) for source in each.sources}
-    if each.length is None:
+    depths = {source.model: len(layouts[source.model].layers) for source in part.sources}
+    if part.length is None:
         if len(set(depths.values())) > 1:
             raise ValueError(f"the models have {depths} layers: say which with slices.")
         return next(iter(depths.values()))
-    for source in each.sources:
-        if source.first + each.length > depths[source.model]:
+    for source in part.sources:
+        if source.first + part.length > depths[source.model]:
             raise ValueError(
                 f"{source.model} has {depths[source.model]} layers, not "
-                f"{source.first + each.length}, the end of a layer_range."
+                f"{source.first + part.length}, the end of a layer_range."
             )
-    return each.length
+    return part.length
 
 
 def _layers(slices: Sequence[Slice]) -> list[int]:
     """For each layer of the result, its number in the first source."""
-    return [each.sources[0].first + j for each in slices for j in range(each.length or 0)]
+    return [part.sources[0].first + j for part in slices for j in range(part.length or 0)]
 
 
 def _tensors(
@@ -275,45 +282,45 @@ def _tensors(
 
     It includes whatever any source has. Layers are numbered continuously across slices.
     """
-    sources = [source.model for each in slices for source in each.sources]
+    sources = [source.model for part in slices for source in part.sources]
     for name in _common([layouts[model].outside for model in sources]):
         is_head = _folders.OUTPUT.fullmatch(name) is not None
         is_first = not is_head and re.search(r"embed|wte|wpe|^(.*\.)?shared\.", name) is not None
         yield name, slices[0 if is_first else -1], lambda s, name=name: name, 0.0
     before = 0
-    for each in slices:
-        length = each.length or 0
+    for part in slices:
+        length = part.length or 0
         for j in range(length):
             t = j / (length - 1) if length > 1 else 1.0
-            rows = [layouts[s.model].layers[s.first + j] for s in each.sources]
+            rows = [layouts[s.model].layers[s.first + j] for s in part.sources]
             for head, rest in _common(rows):
 
-                def named(s: Source, head: str = head, rest: str = rest, j: int = j) -> str:
+                def name_in(s: Source, head: str = head, rest: str = rest, j: int = j) -> str:
                     return f"{head}{s.first + j}{rest}"
 
-                yield f"{head}{before + j}{rest}", each, named, t
+                yield f"{head}{before + j}{rest}", part, name_in, t
         before += length
 
 
 def _common(rows: Sequence[Sequence[Any]]) -> list[Any]:
     """What any of the rows has, without buffers of some that transformers makes anew."""
-    found = dict.fromkeys(item for row in rows for item in row)
+    items = dict.fromkeys(item for row in rows for item in row)
     return [
         item
-        for item in found
+        for item in items
         if "rotary_emb.inv_freq" not in "".join(item) or all(item in row for row in rows)
     ]
 
 
-def _stored(one: Opened, name: str) -> str:
+def _stored(model: Opened, name: str) -> str:
     """Where a model holds a tensor: a tied head is the embedding table."""
-    if name in one.specs:
+    if name in model.specs:
         return name
-    tables = [table for table in one.specs if _folders.TABLE.fullmatch(table)]
-    folder = _folders.home(one.checkpoint)
+    tables = [table for table in model.specs if _folders.TABLE.fullmatch(table)]
+    folder = _folders.home(model.checkpoint)
     config = {} if folder is None else safetensors.json_file(folder / _folders.CONFIG)
     is_tied = folder is not None and config.get("tie_word_embeddings") is not False
     if _folders.OUTPUT.fullmatch(name) and len(tables) == 1 and is_tied:
         return tables[0]
-    near = trees.nearest(name, list(one.specs))
-    raise ValueError(f"{one.name} has no tensor {_text.quoted(name)}; nearest: {near}.")
+    near = trees.nearest(name, list(model.specs))
+    raise ValueError(f"{model.name} has no tensor {_text.quoted(name)}; nearest: {near}.")

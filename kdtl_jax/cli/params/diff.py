@@ -38,18 +38,20 @@ class Distance(NamedTuple):
 
 def run(settings: Settings) -> int:
     """Prints the differences, and one line for what is equal."""
-    one = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
-    other = _checkpoints.opened(settings.target, "TARGET", EXAMPLES)
-    both = one.specs | other.specs
-    chosen = trees.mask(both, _checkpoints.selected(settings, both)) if both else {}
-    names = sorted((path for path in both if chosen[path]), key=trees.natural_key)
-    shared = [path for path in names if path in one.tensors and path in other.tensors]
-    done = _checkpoints.progress(sum(one.tensors[p].stop - one.tensors[p].start for p in shared))
+    source = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
+    target = _checkpoints.opened(settings.target, "TARGET", EXAMPLES)
+    specs = source.specs | target.specs
+    chosen = trees.mask(specs, _checkpoints.selected(settings, specs)) if specs else {}
+    names = sorted((path for path in specs if chosen[path]), key=trees.natural_key)
+    shared = [path for path in names if path in source.tensors and path in target.tensors]
+    advance = _checkpoints.progress(
+        sum(source.tensors[p].stop - source.tensors[p].start for p in shared)
+    )
     rows = []
     for path in names:
-        rows += _compared(path, one, other)
-        if path in one.tensors:
-            done(one.tensors[path].stop - one.tensors[path].start)
+        rows += _compared(path, source, target)
+        if path in source.tensors:
+            advance(source.tensors[path].stop - source.tensors[path].start)
     shown = [_text.shown(path, _checkpoints.WIDEST) for _, path, _ in rows]
     width = max(map(len, shown), default=0)
     for name, (status, _, detail) in zip(shown, rows, strict=True):
@@ -59,21 +61,21 @@ def run(settings: Settings) -> int:
     return 1 if settings.exit_code and different else 0
 
 
-def _compared(path: str, one: Opened, other: Opened) -> list[tuple[str, str, str]]:
-    a, b = one.tensors.get(path), other.tensors.get(path)
+def _compared(path: str, source: Opened, target: Opened) -> list[tuple[str, str, str]]:
+    a, b = source.tensors.get(path), target.tensors.get(path)
     if a is None or b is None:
-        there = b if a is None else a
-        assert there is not None
-        side = other.name if a is None else one.name
-        return [("only in", path, f"{side}: {there.dtype} {list(there.shape)}")]
+        tensor = b if a is None else a
+        assert tensor is not None
+        side = target.name if a is None else source.name
+        return [("only in", path, f"{side}: {tensor.dtype} {list(tensor.shape)}")]
     if a.shape != b.shape:
         return [("shape", path, f"{list(a.shape)} and {list(b.shape)}")]
     rows = [] if a.dtype == b.dtype else [("dtype", path, f"{a.dtype} and {b.dtype}")]
-    apart = distance(a, b)
-    if apart.differing:
+    gap = distance(a, b)
+    if gap.differing:
         detail = (
-            f"{apart.differing:,} of {math.prod(a.shape):,} entries, largest {apart.largest:.3g}, "
-            f"relative {apart.relative:.3g}, cosine {apart.cosine:.6f}"
+            f"{gap.differing:,} of {math.prod(a.shape):,} entries, largest {gap.largest:.3g}, "
+            f"relative {gap.relative:.3g}, cosine {gap.cosine:.6f}"
         )
         rows.append(("values", path, detail))
     return rows
@@ -82,27 +84,27 @@ def _compared(path: str, one: Opened, other: Opened) -> list[tuple[str, str, str
 def distance(a: Tensor, b: Tensor) -> Distance:
     """The difference of two tensors of one shape, in float64, read in pieces."""
     largest, differing = 0.0, 0
-    apart = before = after = inner = 0.0
+    gap_squares = a_squares = b_squares = inner = 0.0
     pairs = zip(
         safetensors.blocks(a, _checkpoints.BLOCK),
         safetensors.blocks(b, _checkpoints.BLOCK),
         strict=True,
     )
     for x, y in pairs:
-        wide = np.complex128 if np.iscomplexobj(x) or np.iscomplexobj(y) else np.float64
-        x, y = x.astype(wide), y.astype(wide)
+        dtype = np.complex128 if np.iscomplexobj(x) or np.iscomplexobj(y) else np.float64
+        x, y = x.astype(dtype), y.astype(dtype)
         unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))
         differing += int(np.count_nonzero(unequal))
         gap = np.abs(np.where(unequal, x - y, 0))
         largest = max(largest, float(gap.max(initial=0)), key=lambda v: math.inf if v != v else v)
-        apart += float(np.square(gap).sum())
-        before += float(np.square(np.abs(x)).sum())
-        after += float(np.square(np.abs(y)).sum())
+        gap_squares += float(np.square(gap).sum())
+        a_squares += float(np.square(np.abs(x)).sum())
+        b_squares += float(np.square(np.abs(y)).sum())
         inner += float((x * np.conj(y)).real.sum())
-    norms = math.sqrt(before) * math.sqrt(after)
+    norms = math.sqrt(a_squares) * math.sqrt(b_squares)
     return Distance(
         largest,
-        math.sqrt(apart) / math.sqrt(before) if before else math.inf,
+        math.sqrt(gap_squares) / math.sqrt(a_squares) if a_squares else math.inf,
         inner / norms if norms else 0.0,
         differing,
     )

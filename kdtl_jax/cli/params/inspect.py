@@ -52,27 +52,27 @@ def run(settings: Settings) -> int:
         raise UsageError(f"name SOURCE, for example: {EXAMPLES.strip().splitlines()[0]}")
     # Not `opened`: tensors that cannot be loaded (8-bit floats) can still be listed.
     checkpoint = safetensors.index(settings.source)
-    found = checkpoint.tensors
-    if found:
-        specs = {name: jax.ShapeDtypeStruct(t.shape, jnp.float32) for name, t in found.items()}
+    tensors = checkpoint.tensors
+    if tensors:
+        specs = {name: jax.ShapeDtypeStruct(t.shape, jnp.float32) for name, t in tensors.items()}
         chosen = trees.mask(specs, _checkpoints.selected(settings, specs))
-        found = {name: t for name, t in found.items() if chosen[name]}
-    found = {name: found[name] for name in sorted(found, key=trees.natural_key)}
-    entries = sum(math.prod(t.shape) for t in found.values())
-    count = sum(t.stop - t.start for t in found.values())
+        tensors = {name: t for name, t in tensors.items() if chosen[name]}
+    tensors = {name: tensors[name] for name in sorted(tensors, key=trees.natural_key)}
+    entries = sum(math.prod(t.shape) for t in tensors.values())
+    nbytes = sum(t.stop - t.start for t in tensors.values())
     files = f"{len(checkpoint.files)} file{'s' * (len(checkpoint.files) != 1)}"
-    print(f"{files}, {len(found)} tensors, {entries:,} numbers, {_checkpoints.size(count)}")
+    print(f"{files}, {len(tensors)} tensors, {entries:,} numbers, {_checkpoints.size(nbytes)}")
     for key, value in sorted(checkpoint.metadata.items()):
         print(f"  metadata  {_text.shown(key, WIDEST)}: {_text.shown(value, LONGEST)}")
-    for line in _with_values(found, count) if settings.values_ else _listing(found):
+    for line in _with_values(tensors, nbytes) if settings.values_ else _listing(tensors):
         print(f"  {line}")
     return 0
 
 
-def _listing(found: Mapping[str, Tensor]) -> list[str]:
+def _listing(tensors: Mapping[str, Tensor]) -> list[str]:
     """One line per dtype, shape and name pattern; numbers in names are collapsed."""
     groups: dict[tuple[str, str, str], list[str]] = {}
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         key = (re.sub(r"\d+", "#", name), tensor.dtype, str(list(tensor.shape)))
         groups.setdefault(key, []).append(name)
     rows = [
@@ -84,26 +84,26 @@ def _listing(found: Mapping[str, Tensor]) -> list[str]:
     return [f"{path:<{width}}  {dtype:5} {shape}" for path, dtype, shape in rows]
 
 
-def _with_values(found: Mapping[str, Tensor], total: int) -> list[str]:
-    shown = {name: _text.shown(name, WIDEST) for name in found}
+def _with_values(tensors: Mapping[str, Tensor], total: int) -> list[str]:
+    shown = {name: _text.shown(name, WIDEST) for name in tensors}
     width = max(map(len, shown.values()), default=0)
-    done = _checkpoints.progress(total, "reading: ")
-    lines, equal = [], {}
-    for name, tensor in found.items():
+    advance = _checkpoints.progress(total, "reading: ")
+    lines, by_digest = [], {}
+    for name, tensor in tensors.items():
         line = f"{shown[name]:<{width}}  {tensor.dtype:5} {list(tensor.shape)!s:16}"
         if tensor.dtype.startswith("F8"):
             lines.append(f"{line} an 8-bit float, not read")
             continue
         values = statistics(tensor)
-        done(tensor.stop - tensor.start)
+        advance(tensor.stop - tensor.start)
         lines.append(
             f"{line} mean {values.mean:.4g}, std {values.std:.4g}, in [{values.least:.4g}, "
             f"{values.most:.4g}]"
             + (f", {values.zeros:,} zeros" if values.zeros else "")
             + (f", {values.nonfinite:,} NaN or infinite" if values.nonfinite else "")
         )
-        equal.setdefault((tensor.dtype, tensor.shape, values.digest), []).append(name)
-    for (_, shape, _), names in equal.items():
+        by_digest.setdefault((tensor.dtype, tensor.shape, values.digest), []).append(name)
+    for (_, shape, _), names in by_digest.items():
         if len(names) > 1 and math.prod(shape) > 1:
             lines.append(f"equal, perhaps tied: {_text.shown(', '.join(names), LONGEST)}")
     return lines
@@ -117,20 +117,20 @@ def statistics(tensor: Tensor) -> Values:
     least, most = math.inf, -math.inf
     for block in safetensors.blocks(tensor, _checkpoints.BLOCK):
         digest.update(block.view(np.uint8).data)
-        wide = np.abs(block) if np.iscomplexobj(block) else block
-        wide = wide.astype(np.float64)
-        good = wide[np.isfinite(wide)]
-        nonfinite += wide.size - good.size
-        zeros += int(np.count_nonzero(good == 0))
-        if not good.size:
+        values = np.abs(block) if np.iscomplexobj(block) else block
+        values = values.astype(np.float64)
+        finite = values[np.isfinite(values)]
+        nonfinite += values.size - finite.size
+        zeros += int(np.count_nonzero(finite == 0))
+        if not finite.size:
             continue
         if not count:
-            first = float(good.mean())
-        count += good.size
-        least, most = min(least, float(good.min())), max(most, float(good.max()))
-        good -= first
-        shifted += float(good.sum())
-        squares += float(np.square(good).sum())
+            first = float(finite.mean())
+        count += finite.size
+        least, most = min(least, float(finite.min())), max(most, float(finite.max()))
+        finite -= first
+        shifted += float(finite.sum())
+        squares += float(np.square(finite).sum())
     mean = shifted / count if count else math.nan
     std = math.sqrt(max(squares / count - mean**2, 0)) if count else math.nan
     return Values(first + mean, std, least, most, zeros, nonfinite, digest.hexdigest())

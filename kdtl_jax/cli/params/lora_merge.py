@@ -21,7 +21,7 @@ EXAMPLES = f"""
 kdtl params lora-merge base/ adapter/ --write merged.safetensors
 {_checkpoints.SELECTORS}"""
 SCALINGS = {"rank": transforms.scale_by_rank, "root-rank": transforms.scale_by_root_rank}
-_OWN = re.compile(r"(?:adapter/)?(?P<module>.*)/(?P<part>a|b|magnitude)")
+_ADAPTER_NAME = re.compile(r"(?:adapter/)?(?P<module>.*)/(?P<part>a|b|magnitude)")
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ def run(settings: Settings) -> int:
     """Prints a report and, with `--write`, writes the result."""
     base = _checkpoints.opened(settings.base, "BASE", EXAMPLES)
     adapter = _checkpoints.opened(settings.adapter, "ADAPTER", EXAMPLES)
-    for one in (base, adapter):
-        transforms.refuse_codes(one.specs)
-    home = adapter.checkpoint.files[0].parent if adapter.checkpoint.files else Path()
-    if (home / peft.CONFIG).is_file():
-        edits = _of_peft(settings, base)
+    for checkpoint in (base, adapter):
+        transforms.refuse_codes(checkpoint.specs)
+    folder = adapter.checkpoint.files[0].parent if adapter.checkpoint.files else Path()
+    if (folder / peft.CONFIG).is_file():
+        edits = _peft_edits(settings, base)
     elif any(".lora_" in name for name in adapter.tensors):
-        raise ValueError(f"{home} has no {peft.CONFIG}, which says how the adapter is applied.")
+        raise ValueError(f"{folder} has no {peft.CONFIG}, which says how the adapter is applied.")
     else:
-        edits = _of_this_library(settings, base, adapter)
+        edits = _library_edits(settings, base, adapter)
 
     def produce(path: str) -> Any:
         tensor = base.tensors[path]
         if path not in edits:
             return safetensors.blocks(tensor, _checkpoints.BLOCK)
-        return np.asarray(edits[path](_checkpoints.wide(safetensors.read(tensor))))
+        return np.asarray(edits[path](_checkpoints.widened(safetensors.read(tensor))))
 
     report = Report(
         merged=tuple(path for path in base.specs if path in edits),
@@ -78,7 +78,7 @@ def run(settings: Settings) -> int:
     return _checkpoints.finish(settings, "lora-merge", rewrite)
 
 
-def _of_peft(settings: Settings, base: Opened) -> Mapping[str, Any]:
+def _peft_edits(settings: Settings, base: Opened) -> Mapping[str, Any]:
     for flag in ("alpha", "scaling", "in_axis", "out_axis", "weight"):
         if getattr(settings, flag) != getattr(Settings, flag):
             name = flag.replace("_", "-")
@@ -89,7 +89,7 @@ def _of_peft(settings: Settings, base: Opened) -> Mapping[str, Any]:
     return peft.edits(peft.load(settings.adapter), base.specs, config)
 
 
-def _of_this_library(settings: Settings, base: Opened, adapter: Opened) -> Mapping[str, Any]:
+def _library_edits(settings: Settings, base: Opened, adapter: Opened) -> Mapping[str, Any]:
     """LoRA and DoRA weights, from saved `AdaptedParams` or only their adapter.
 
     If the file also holds a base, it must equal this one: PiSSA, OLoRA and LoRA-GA start from a
@@ -97,7 +97,7 @@ def _of_this_library(settings: Settings, base: Opened, adapter: Opened) -> Mappi
     """
     parts: dict[str, dict[str, safetensors.Tensor]] = {}
     for name, tensor in adapter.tensors.items():
-        match = _OWN.fullmatch(name)
+        match = _ADAPTER_NAME.fullmatch(name)
         if match is None and name.startswith("base/"):
             _check_base(name, tensor, base)
         elif match is None:
@@ -107,13 +107,13 @@ def _of_this_library(settings: Settings, base: Opened, adapter: Opened) -> Mappi
             )
         else:
             parts.setdefault(match["module"], {})[match["part"]] = tensor
-    for path, found in parts.items():
-        _check_pair(settings, path, found, base)
+    for path, tensors in parts.items():
+        _check_pair(settings, path, tensors, base)
     if settings.alpha is None:
         raise UsageError("the file does not say alpha: pass --alpha")
-    if settings.weight != 1 and any("magnitude" in found for found in parts.values()):
+    if settings.weight != 1 and any("magnitude" in tensors for tensors in parts.values()):
         raise UsageError("DoRA is not linear in its weights; --weight must stay 1")
-    return {path: _edit(settings, path, found) for path, found in parts.items()}
+    return {path: _edit(settings, path, tensors) for path, tensors in parts.items()}
 
 
 def _check_base(name: str, tensor: safetensors.Tensor, base: Opened) -> None:
@@ -126,19 +126,19 @@ def _check_base(name: str, tensor: safetensors.Tensor, base: Opened) -> None:
 
 
 def _check_pair(
-    settings: Settings, path: str, found: Mapping[str, safetensors.Tensor], base: Opened
+    settings: Settings, path: str, tensors: Mapping[str, safetensors.Tensor], base: Opened
 ) -> None:
-    if not {"a", "b"} <= found.keys():
-        raise ValueError(f"the adapter of {path!r} has {sorted(found)}, not a and b.")
+    if not {"a", "b"} <= tensors.keys():
+        raise ValueError(f"the adapter of {path!r} has {sorted(tensors)}, not a and b.")
     if path not in base.specs:
         raise ValueError(
             f"the adapter's {path!r} is not in the base; nearest: "
             f"{trees.nearest(path, list(base.specs))}. Adapters belong to one architecture."
         )
-    shape, a, b = base.specs[path].shape, found["a"].shape, found["b"].shape
+    shape, a, b = base.specs[path].shape, tensors["a"].shape, tensors["b"].shape
     axes = (settings.in_axis, settings.out_axis)
-    inside = len(shape) >= 2 and all(-len(shape) <= axis < len(shape) for axis in axes)
-    fits = inside and min(len(a), len(b)) >= 2 and a[-1] == b[-2]
+    has_axes = len(shape) >= 2 and all(-len(shape) <= axis < len(shape) for axis in axes)
+    fits = has_axes and min(len(a), len(b)) >= 2 and a[-1] == b[-2]
     if not fits or tuple(shape[axis] for axis in axes) != (a[-2], b[-1]):
         raise ValueError(
             f"the adapter of {path!r} does not fit: kernel {list(shape)} with in_axis={axes[0]}, "
@@ -147,9 +147,9 @@ def _check_pair(
         )
 
 
-def _edit(settings: Settings, path: str, found: Mapping[str, safetensors.Tensor]) -> Any:
-    make = transforms.dora if "magnitude" in found else transforms.lora
-    kind = make(
+def _edit(settings: Settings, path: str, tensors: Mapping[str, safetensors.Tensor]) -> Any:
+    make = transforms.dora if "magnitude" in tensors else transforms.lora
+    adapter = make(
         alpha=settings.alpha or 0.0,
         scaling=SCALINGS[settings.scaling],
         in_axis=settings.in_axis,
@@ -157,11 +157,11 @@ def _edit(settings: Settings, path: str, found: Mapping[str, safetensors.Tensor]
     )
 
     def edit(kernel: np.ndarray) -> Any:
-        arrays = {part: jnp.asarray(safetensors.read(tensor)) for part, tensor in found.items()}
-        weights = (transforms.DoraWeights if "magnitude" in found else transforms.LoraWeights)(
+        arrays = {part: jnp.asarray(safetensors.read(tensor)) for part, tensor in tensors.items()}
+        weights = (transforms.DoraWeights if "magnitude" in tensors else transforms.LoraWeights)(
             **arrays
         )
         weights = weights._replace(b=np.float32(settings.weight) * weights.b)
-        return kind.merge({path: kernel}, {path: weights})[path]
+        return adapter.merge({path: kernel}, {path: weights})[path]
 
     return edit

@@ -39,13 +39,13 @@ def _shares(value: Any) -> tuple[float, ...] | None:
     return None if value is None else numbers(value)
 
 
-def _truth(value: Any) -> bool | None:
-    known = {"yes": True, "true": True, "no": False, "false": False}
+def _yes_or_no(value: Any) -> bool | None:
+    answers = {"yes": True, "true": True, "no": False, "false": False}
     if value is None or isinstance(value, bool):
         return value
-    if str(value).lower() not in known:
+    if str(value).lower() not in answers:
         raise ValueError(f"expected yes or no, got {value!r}")
-    return known[str(value).lower()]
+    return answers[str(value).lower()]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ class Settings(Several, Selection, Writing):
         None, "a mergekit YAML file instead of models and options", metavar="FILE"
     )
     normalize: bool | None = setting(
-        None, "divide by the weights (yes, no; default: the method's)", metavar="YES", parse=_truth
+        None,
+        "divide by the weights (yes, no; default: the method's)",
+        metavar="YES",
+        parse=_yes_or_no,
     )
     scale: float | None = setting(None, "factor of the added change (default: 1)", metavar="S")
     density: tuple[float, ...] | None = setting(
@@ -86,7 +89,7 @@ class Settings(Several, Selection, Writing):
     rescale: bool | None = setting(
         None, "with --as mergekit: restore the L1 norm after dropping (yes, no; "
         "default: if drops are random)",
-        metavar="YES", parse=_truth,
+        metavar="YES", parse=_yes_or_no,
     )  # fmt: skip
     scope: Literal["model", "tensor"] | None = setting(
         None,
@@ -130,8 +133,8 @@ def run(settings: Settings) -> int:
         return _checkpoints.finish(settings, "merge", merged(settings, EXAMPLES))
     from kdtl_jax.cli.params import _recipes
 
-    found, settings = _recipes.merged(settings)
-    return _checkpoints.finish(settings, "merge", found)
+    rewrite, settings = _recipes.merged(settings)
+    return _checkpoints.finish(settings, "merge", rewrite)
 
 
 def merged(settings: Settings, examples: str) -> Rewrite:
@@ -150,8 +153,8 @@ def merged(settings: Settings, examples: str) -> Rewrite:
         raise UsageError(f"--method {name} {needs}")
     if len(settings.statistics) != len(settings.models) * method.has_statistics:
         reads = "needs one" if method.has_statistics else "reads no"
-        per = " per model" if method.has_statistics else ""
-        raise UsageError(f"--method {name} {reads} --statistics{per}")
+        suffix = " per model" if method.has_statistics else ""
+        raise UsageError(f"--method {name} {reads} --statistics{suffix}")
 
     def opened(what: str, paths: Sequence[str | None]) -> list[Opened]:
         return [_checkpoints.opened(path, what, examples) for path in paths]
@@ -160,8 +163,8 @@ def merged(settings: Settings, examples: str) -> Rewrite:
     base = [] if settings.base is None else opened("BASE", [settings.base])
     statistics = opened("STATISTICS", settings.statistics)
     if not method.fewest <= len(models) <= (method.most or len(models)):
-        wanted = f"{method.fewest}" + (" or more" if method.most is None else "")
-        raise UsageError(f"--method needs {wanted} models, got {len(models)}")
+        expected = f"{method.fewest}" + (" or more" if method.most is None else "")
+        raise UsageError(f"--method needs {expected} models, got {len(models)}")
     for flag in ("weights", *SHARES):
         shares = getattr(options, flag)
         if isinstance(shares, (list, tuple)) and len(shares) != len(models):
@@ -174,19 +177,19 @@ def merged(settings: Settings, examples: str) -> Rewrite:
     inputs = [*base, *models]
     report, specs = _report(settings, inputs), inputs[0].specs
     if method.has_grams:
-        transforms.check_grams([one.specs for one in statistics], specs)
+        transforms.check_grams([checkpoint.specs for checkpoint in statistics], specs)
     elif statistics:
         _checks.same_leaves(
             models={p: specs[p] for p in report.merged}, **{x.name: x.specs for x in statistics}
         )
     rules = _checkpoints.rules("rule", settings.rule, float)
-    places = trees.labels(specs, rules, default=options.t) if rules else {}
+    t_by_path = trees.labels(specs, rules, default=options.t) if rules else {}
     parts = {
         path: Part(
             tuple(model.tensors[path] for model in models),
-            options._replace(t=places.get(path, options.t)),
+            options._replace(t=t_by_path.get(path, options.t)),
             base[0].tensors[path] if base else None,
-            tuple(one.tensors.get(path) for one in statistics),
+            tuple(checkpoint.tensors.get(path) for checkpoint in statistics),
         )
         for path in report.merged
     }
@@ -210,9 +213,9 @@ def _options(settings: Settings) -> Options:
     method, is_mergekit = METHODS[settings.method], settings.as_ == "mergekit"
     names = (*Options._fields, "scope")
     settable: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    given = {name: value for name, value in settable.items() if value is not None}
+    options = {name: value for name, value in settable.items() if value is not None}
     read = [option for option in method.options if option != "rescale" or is_mergekit]
-    unread = [name for name in given if name not in read]
+    unread = [name for name in options if name not in read]
     if settings.rule and "t" not in read:
         unread.append("rule")
     if unread:
@@ -220,51 +223,51 @@ def _options(settings: Settings) -> Options:
             f"--method {settings.method} does not read --{unread[0]}; it reads "
             f"{', '.join('--' + name for name in read) or 'no options'}"
         )
-    lacking = [name for name in method.required if name not in given]
-    if lacking and not (is_mergekit and lacking == ["density"]):
-        raise UsageError(f"--method {settings.method} needs --{lacking[0]}")
-    given.pop("scope", None)
+    missing = [name for name in method.required if name not in options]
+    if missing and not (is_mergekit and missing == ["density"]):
+        raise UsageError(f"--method {settings.method} needs --{missing[0]}")
+    options.pop("scope", None)
     for name in SHARES:
-        if name in given:
-            _checks.within(0, 1, **{name: np.asarray(given[name])})
-            given[name] = given[name][0] if len(given[name]) == 1 else given[name]
+        if name in options:
+            _checks.within(0, 1, **{name: np.asarray(options[name])})
+            options[name] = options[name][0] if len(options[name]) == 1 else options[name]
     if is_mergekit:
-        given.setdefault("density", 1.0)
-    return Options(**given)
+        options.setdefault("density", 1.0)
+    return Options(**options)
 
 
 def _report(settings: Any, inputs: Sequence[Opened]) -> Report:
     """What will be merged and what is kept; names every difference, unless it is to be kept."""
     first, *others = inputs
     chosen = trees.mask(first.specs, _checkpoints.selected(settings, first.specs))
-    wanted = {p: s for p, s in first.specs.items() if chosen[p] and trees.is_inexact(s)}
-    _refuse_codes(inputs, {path for path in first.specs if chosen[path]}, wanted)
+    selected = {p: s for p, s in first.specs.items() if chosen[p] and trees.is_inexact(s)}
+    _refuse_codes(inputs, {path for path in first.specs if chosen[path]}, selected)
     if settings.on_mismatch == "error":
         where = trees.any_of(_checkpoints.selected(settings, first.specs))
-        named = {first.name: wanted}
+        specs_by_model = {first.name: selected}
         for i, model in enumerate(others):
-            key = model.name if model.name not in named else f"{model.name} ({i + 1})"
-            named[key] = {
+            key = model.name if model.name not in specs_by_model else f"{model.name} ({i + 1})"
+            specs_by_model[key] = {
                 path: spec
                 for path, spec in model.specs.items()
-                if path in wanted or (where(path, spec) and path not in first.specs)
+                if path in selected or (where(path, spec) and path not in first.specs)
             }
-        _check_leaves(named)
-    missing = [p for p in wanted if any(p not in model.specs for model in others)]
-    left = {
+        _check_leaves(specs_by_model)
+    missing = [p for p in selected if any(p not in model.specs for model in others)]
+    reshaped = {
         path: f"{path!r} is {list(model.specs[path].shape)} elsewhere"
         for model in others
-        for path in wanted
-        if path in model.specs and model.specs[path].shape != wanted[path].shape
+        for path in selected
+        if path in model.specs and model.specs[path].shape != selected[path].shape
     }
     kept = {
         p: "outside --where" if not chosen[p] else "not a floating-point array"
         for p in first.specs
-        if p not in wanted
-    } | left
+        if p not in selected
+    } | reshaped
     extra = [p for model in others for p in model.specs if p not in first.specs]
     return Report(
-        merged=tuple(p for p in wanted if p not in kept and p not in missing),
+        merged=tuple(p for p in selected if p not in kept and p not in missing),
         kept=tuple(Kept(path, reason) for path, reason in kept.items() if path not in missing),
         missing=tuple(missing),
         extra=tuple(dict.fromkeys(extra)),
@@ -273,24 +276,26 @@ def _report(settings: Any, inputs: Sequence[Opened]) -> Report:
     )
 
 
-def _check_leaves(named: Mapping[str, Any]) -> None:
+def _check_leaves(specs_by_model: Mapping[str, Any]) -> None:
     """Raises the library's ValueError, with the flag in place of the Python argument."""
     try:
-        _checks.same_leaves(**named)
+        _checks.same_leaves(**specs_by_model)
     except ValueError as error:
         raise ValueError(f"{error} Pass --on-mismatch keep to keep the first's.") from None
 
 
-def _refuse_codes(inputs: Sequence[Opened], chosen: set[str], wanted: Mapping[str, Any]) -> None:
+def _refuse_codes(inputs: Sequence[Opened], chosen: set[str], selected: Mapping[str, Any]) -> None:
     """Raises ValueError if a chosen tensor is stored as integer codes in any model."""
-    for one in inputs:
-        transforms.refuse_codes(one.specs, chosen)
-        for path in wanted:
-            if path in one.specs and not trees.is_inexact(one.specs[path]):
+    for model in inputs:
+        transforms.refuse_codes(model.specs, chosen)
+        for path in selected:
+            if path in model.specs and not trees.is_inexact(model.specs[path]):
                 raise ValueError(
-                    f"{path!r} is {one.specs[path].dtype} in {one.name} and "
-                    f"{wanted[path].dtype} in {inputs[0].name}: integer codes mean nothing without "
-                    "their scales. Dequantize them first."
+                    f"{path!r} is {model.specs[path].dtype} in {model.name} and "
+                    f"{selected[path].dtype} in {inputs[0].name}: integer codes mean nothing "
+                    "without their scales. Dequantize them first."
                 )
-    for path in chosen - wanted.keys():
-        _merging.one_of(path, [one.tensors[path] for one in inputs if path in one.tensors])
+    for path in chosen - selected.keys():
+        _merging.common_tensor(
+            path, [model.tensors[path] for model in inputs if path in model.tensors]
+        )

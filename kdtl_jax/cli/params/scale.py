@@ -78,7 +78,7 @@ def planned(plan: Plan, source: Opened, target: Opened) -> Callable[[str], Any]:
 
 def _applied(step: Any, value: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
     # A NumPy target without memory.
-    like = np.broadcast_to(_checkpoints.wide(np.zeros((), spec.dtype)), spec.shape)
-    one = Plan((step,), {step.source: value.shape}, {step.path: like.shape}, Report())
-    given = {step.source: _checkpoints.wide(value)}
-    return transforms.apply_plan(one, given, {step.path: like})[step.path]
+    like = np.broadcast_to(_checkpoints.widened(np.zeros((), spec.dtype)), spec.shape)
+    plan = Plan((step,), {step.source: value.shape}, {step.path: like.shape}, Report())
+    source = {step.source: _checkpoints.widened(value)}
+    return transforms.apply_plan(plan, source, {step.path: like})[step.path]

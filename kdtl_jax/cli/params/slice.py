@@ -59,23 +59,25 @@ def run(settings: Settings) -> int:
     kept = {path: spec for path, spec in source.specs.items() if chosen[path]}
     rename = _renaming(settings, kept)
     origin = {new: path for path in kept for new in rename(path)}
-    indices = _indices(settings.take, kept)
-    transforms.refuse_codes(source.specs, indices.keys())
-    shapes = {new: _shape(kept[path], indices.get(path, {})) for new, path in origin.items()}
+    indices_by_path = _indices(settings.take, kept)
+    transforms.refuse_codes(source.specs, indices_by_path.keys())
+    shapes = {
+        new: _shape(kept[path], indices_by_path.get(path, {})) for new, path in origin.items()
+    }
     specs = {n: jax.ShapeDtypeStruct(shapes[n], kept[path].dtype) for n, path in origin.items()}
 
     def produce(new: str) -> Any:
-        tensor, which = source.tensors[origin[new]], indices.get(origin[new])
-        if which:
-            return safetensors.take(tensor, which, _checkpoints.BLOCK)
+        tensor, indices_of_axes = source.tensors[origin[new]], indices_by_path.get(origin[new])
+        if indices_of_axes:
+            return safetensors.take(tensor, indices_of_axes, _checkpoints.BLOCK)
         return safetensors.blocks(tensor, _checkpoints.BLOCK)
 
     report = Report(
-        copied=tuple(new for new, path in origin.items() if not indices.get(path)),
+        copied=tuple(new for new, path in origin.items() if not indices_by_path.get(path)),
         adapted=tuple(
             Adapted(new, kept[path].shape, shapes[new], "take")
             for new, path in origin.items()
-            if indices.get(path)
+            if indices_by_path.get(path)
         ),
         unused=tuple(path for path in source.specs if path not in origin.values()),
         shapes=shapes,
@@ -119,17 +121,17 @@ def _indices(texts: Sequence[str], specs: Mapping[str, Any]) -> dict[str, dict[i
 
 def _which(text: str, which: str, path: str, length: int) -> np.ndarray:
     kind, colon, count = which.partition(":")
-    known = {"first": transforms.first_indices, "uniform": transforms.uniform_indices}
+    selectors = {"first": transforms.first_indices, "uniform": transforms.uniform_indices}
     try:
-        found = known[kind](length, int(count)) if colon else _checkpoints.integers(which)
+        indices = selectors[kind](length, int(count)) if colon else _checkpoints.integers(which)
     except KeyError:
-        raise UsageError(f"--take {text!r}: expected {' or '.join(known)}") from None
+        raise UsageError(f"--take {text!r}: expected {' or '.join(selectors)}") from None
     except ValueError as error:
         raise ValueError(f"{path!r}, {text!r}: {error}") from None
-    found = np.asarray(found)
-    if not found.size or found.min() < 0 or found.max() >= length:
+    indices = np.asarray(indices)
+    if not indices.size or indices.min() < 0 or indices.max() >= length:
         raise ValueError(f"{path!r} has the indices 0..{length - 1} on that axis, got {which!r}.")
-    return found
+    return indices
 
 
 def _shape(spec: Any, indices: Mapping[int, np.ndarray]) -> tuple[int, ...]:

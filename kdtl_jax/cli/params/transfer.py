@@ -58,10 +58,10 @@ def run(settings: Settings) -> int:
     source = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
     target = _checkpoints.opened(settings.target, "TARGET", EXAMPLES)
     policies = _checkpoints.rules("policy", settings.policy, POLICIES.__getitem__)
-    otherwise = POLICIES[settings.on_mismatch]
-    named = trees.any_of(*[selector for selector, _ in policies])
-    if policies and not all(trees.mask(target.specs, named, expect=None).values()):
-        policies.append((trees.everything, otherwise))  # a rule that matches nothing raises
+    default = POLICIES[settings.on_mismatch]
+    with_policy = trees.any_of(*[selector for selector, _ in policies])
+    if policies and not all(trees.mask(target.specs, with_policy, expect=None).values()):
+        policies.append((trees.everything, default))  # a rule that matches nothing raises
     drops = [(pattern, None) for pattern in settings.drop]
     rename = [*drops, *types.renames(settings.rename)]
     try:
@@ -73,18 +73,18 @@ def run(settings: Settings) -> int:
             alpha=scale.alphas(settings, target.specs),
             on_missing=settings.on_missing,
             on_extra=settings.on_extra,
-            on_mismatch=policies or otherwise,
+            on_mismatch=policies or default,
         )
     except ValueError as error:
-        raise ValueError(_spoken(str(error))) from None
+        raise ValueError(_as_flags(str(error))) from None
     produce = scale.planned(plan, source, target)
     rewrite = Rewrite(target.specs, produce, plan.report, [target, source], target.names)
     return _checkpoints.finish(settings, "transfer", rewrite)
 
 
-def _spoken(message: str) -> str:
-    for said, flag in FLAGS:
-        message = message.replace(said, flag)
+def _as_flags(message: str) -> str:
+    for words, flag in FLAGS:
+        message = message.replace(words, flag)
     policies = "Pass --on-mismatch keep, crop, pad, uniform or resize"
     message = re.sub("Pass on_mismatch=: .* or a function", policies, message)
-    return _checkpoints.spoken(message)
+    return _checkpoints.as_flags(message)
