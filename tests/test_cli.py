@@ -259,9 +259,9 @@ from kdtl_jax.recipes import _output, env
 def run(settings):
     import jax, jax.numpy as jnp
     assert "matplotlib" not in sys.modules, "only what draws waits for its import"
-    with _output.counted_programs() as said:
+    with _output.count_programs() as summary:
         jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
-        print(said())
+        print(summary())
 
 env.run = run
 sys.exit(cli.main(sys.argv[1:]))
