@@ -31,7 +31,8 @@ def grid(**axes: Iterable[Any]) -> dict[str, Array]:
       `{name: [N]}` with N the product of the axes' lengths; ints as int32, floats as float32.
 
     Raises:
-      ValueError: if an axis is empty, or its values are not numbers of one shape within int32.
+      ValueError: if an axis is empty, or its values are not numbers of one shape within int32 or
+        float32.
       TypeError: if an axis is not a sequence.
     """
     lists = {name: _as_list(name, values) for name, values in axes.items()}
@@ -78,7 +79,7 @@ def sample(n: int, draw: int = 0, /, **axes: Range | Sequence[Any]) -> dict[str,
 
     Raises:
       ValueError: if n < 1, a range or axis is empty, a logarithmic range is not positive, or values
-        are not numbers of one shape within int32.
+        are not numbers of one shape within int32 or float32.
       TypeError: if an axis is neither a range nor a sequence.
 
     References:
@@ -128,7 +129,8 @@ def _spread_over(name: str, axis: Range | Sequence[Any], unit: np.ndarray) -> Ar
     _checks.finite(low=axis.low, high=axis.high)
     if not axis.low < axis.high or (axis.log and axis.low <= 0):
         need = "0 < low < high" if axis.log else "low < high"
-        raise ValueError(f"{name} needs {need}, got {axis}.")
+        raise ValueError(f"{name} needs {need}, got {axis.low:g} and {axis.high:g}.")
+    _single(name, np.asarray([axis.low, axis.high], np.float64))
     low, high = (np.log(axis.low), np.log(axis.high)) if axis.log else (axis.low, axis.high)
     value = low + unit * (high - low)
     return jnp.asarray(np.exp(value) if axis.log else value, jnp.float32)
@@ -159,4 +161,20 @@ def _column(name: str, values: Sequence[Any]) -> Array:
             f"the integers of axis {name!r} must fit int32, got "
             f"{column.min()}..{column.max()}. Give floats, or seeds below 2**31."
         )
-    return jnp.asarray(column, {"f": jnp.float32, "b": jnp.bool_}.get(column.dtype.kind, jnp.int32))
+    if column.dtype.kind == "f":
+        return _single(name, column)
+    return jnp.asarray(column, jnp.bool_ if column.dtype.kind == "b" else jnp.int32)
+
+
+def _single(name: str, column: np.ndarray) -> Array:
+    """The column in float32, which must not turn a finite number infinite or another one to 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        single = column.astype(np.float32)
+    lost = (np.isfinite(column) & ~np.isfinite(single)) | ((column != 0) & (single == 0))
+    if lost.any():
+        info = np.finfo(np.float32)
+        raise ValueError(
+            f"the values of axis {name!r} must fit float32, 0 or {info.smallest_subnormal:.1e} to "
+            f"{info.max:.1e} in size, got {column[lost].flat[0]:g}."
+        )
+    return jnp.asarray(single)
