@@ -32,10 +32,7 @@ def alm(
     `binary_ce` is this plus the teacher's binary entropy, a constant.
 
     Args:
-      student_log_probs: `[...]`, <= 0.
-      teacher_log_probs: the same shape.
       temperature: > 0; a high value compares log-probabilities, 1 compares probabilities.
-      eps: > 0.
     """
     student, teacher = _check_log_probs(student_log_probs, teacher_log_probs)
     _checks.positive(temperature=temperature, eps=eps)
@@ -57,8 +54,6 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
     tokenkit's `binary_kl_temp_limit`: a Bregman divergence of log-probabilities.
 
     Args:
-      student_log_probs: `[...]`, <= 0.
-      teacher_log_probs: the same shape.
       eps: > 0, subtracted from both.
     """
     student, teacher = _check_log_probs(student_log_probs, teacher_log_probs)

@@ -1,9 +1,10 @@
 """Transformers: attention scores by KL or MSE, relations between tokens, Gram matrices of states.
 
 All take float arrays, student first. Values are per token (per query), `[B, L]`, averaged over
-heads, in float32 or wider. `where` (bool `[B, L]`) marks real tokens: other tokens are never keys,
-and their values as queries are 0. To compare states token by token, use `last_axis_mse` or
-`cosine_distance`; the objective averages over real tokens (`Masked(values, where)`).
+heads, in float32 or wider; KLs are in nats. `where` (bool `[B, L]`) marks real tokens: other tokens
+are never keys, and their values as queries are 0. To compare states token by token, use
+`last_axis_mse` or `cosine_distance`; the objective averages over real tokens (`Masked(values,
+where)`).
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, or an array is empty.
 """
@@ -26,8 +27,6 @@ def attention_mse(student: Array, teacher: Array, *, where: Array | None = None)
 
     Args:
       student: `[B, heads, L, L]`.
-      teacher: the same shape.
-      where: bool `[B, L]`, real tokens.
 
     Returns:
       `[B, L]`, squared score units.
@@ -55,11 +54,6 @@ def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) 
 
     Args:
       student: `[B, heads, L, L]`, scores before the softmax; -inf masks a key.
-      teacher: the same shape.
-      where: bool `[B, L]`, real tokens.
-
-    Returns:
-      `[B, L]`, nats.
 
     References:
       Wang et al., MiniLM, 2020 (2002.10957), whose first term this is.
@@ -103,10 +97,6 @@ def minilm_relation(
       student: two arrays `[B, L, Ds]`: queries and keys, or either of them twice.
       teacher: two arrays `[B, L, Dt]`.
       relation_heads: A, a divisor of both widths.
-      where: bool `[B, L]`, real tokens.
-
-    Returns:
-      `[B, L]`, nats.
 
     Raises:
       ValueError: if shapes do not fit or `relation_heads` does not divide a width.
@@ -136,10 +126,6 @@ def minilm_v2(
       student: any of "query", "key", "value": `[B, L, Ds]`, heads joined.
       teacher: the same keys, `[B, L, Dt]`; an upper-middle layer of a large teacher.
       relation_heads: as in `minilm_relation`.
-      where: bool `[B, L]`, real tokens.
-
-    Returns:
-      `[B, L]`, nats.
 
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
@@ -222,7 +208,6 @@ def token_gram(
     Args:
       student: hidden states of two layers (or one layer twice), `[B, L, Ds]` each.
       teacher: two arrays `[B, L, Dt]`.
-      where: bool `[B, L]`, real tokens.
 
     Returns:
       `[B, L]`; 0 at masked tokens.

@@ -1,6 +1,7 @@
 """Losses on relations between the channels of one example: Gram matrices, flows, singular vectors.
 
-Maps are float `[B, ..., C]`, channels last, student first. All return `[B]` in float32 or wider.
+Maps are float `[B, ..., C]`, channels last, student first, and of one shape unless stated
+otherwise. All return `[B]` in float32 or wider.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit (each docstring says which
 axes must agree), or an array is empty.
@@ -24,8 +25,6 @@ def cwd(student: Array, teacher: Array, *, temperature: Scalar = 1.0) -> Array:
     level of a pyramid, at T = 1). The authors' script for score maps uses weight 3 and T = 4.
 
     Args:
-      student: `[B, ..., C]`.
-      teacher: the same shape.
       temperature: `T > 0`, a scalar or one value per example.
 
     Returns:
@@ -48,11 +47,7 @@ def ickd(student: Array, teacher: Array) -> Array:
     the student goes through `connectors.conv1x1` and `connectors.batch_norm`.
 
     Args:
-      student: `[B, ..., C]`.
       teacher: `[B, ..., C]`; the number of positions may differ.
-
-    Returns:
-      `[B]`.
 
     References:
       Liu et al., Exploring Inter-Channel Correlation for Diversity-preserved Knowledge
@@ -161,10 +156,6 @@ def affinity(student: Array, teacher: Array) -> Array:
 
     Args:
       student: `[B, ..., C]`, adapted to the teacher's factors.
-      teacher: the same shape.
-
-    Returns:
-      `[B]`.
 
     References:
       He et al., Knowledge Adaptation for Efficient Semantic Segmentation, 2019 (1903.04688).
@@ -196,9 +187,6 @@ def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> 
       student: at least two maps `[B, ..., C_l]`.
       teacher: the same number of maps with the same `C_l`; positions may differ.
       k: singular vectors per layer.
-
-    Returns:
-      `[B]`.
 
     Raises:
       ValueError: if the numbers of maps, batches or channels differ, or there is only one map.

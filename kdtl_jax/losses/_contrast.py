@@ -1,7 +1,9 @@
 """Contrastive losses: an example must recognize its teacher, or its class, among others.
 
 The others come from the rest of the batch, a memory bank or a queue; the last two are values of
-`kdtl_jax.memory` that the step carries. All take float arrays and return `[B]` in float32 or wider.
+`kdtl_jax.memory` that the step carries. All take float arrays, embeddings of one shape `[B, ...]`
+that are flattened per example and normalized here unless stated otherwise, and return `[B]`, in
+nats, float32 or wider.
 
 `where` (bool `[B]`) marks the real examples. The others have the value 0 and serve as neither
 positives nor negatives, so a padded batch gives the same numbers as its real rows alone.
@@ -66,10 +68,7 @@ def info_nce(
     `.mean()` is the contrastive part of DCD (whose `1 / T` is learned, `min(exp(tau), 10)`).
 
     Args:
-      student: `[B, ...]`, embedded; flattened per example and normalized here.
-      teacher: the same shape.
       temperature: T > 0, possibly learned.
-      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, nats, at least 0; 0 for a batch of one.
@@ -91,13 +90,7 @@ def dcd_invariance(
     both sides are differentiated. DCD is `info_nce + .5 dcd_invariance`.
 
     Args:
-      student: `[B, ...]`, embedded; flattened per example and normalized here.
-      teacher: the same shape.
       temperature: T > 0, possibly learned.
-      where: bool `[B]`, real examples.
-
-    Returns:
-      `[B]`, nats, at least 0.
 
     References:
       Giakoumoglou and Stathaki, Discriminative and Consistent Representation Distillation, 2024
@@ -133,15 +126,9 @@ def rrd(
     pushes the current batch onto the queue before comparing (`memory.queue_push`).
 
     Args:
-      student: `[B, D]`, embedded; normalized here.
-      teacher: the same shape.
       queue: `[K, D]`, unit rows, `memory.Queue.rows`.
       student_temperature: T_S > 0.
       teacher_temperature: T_T > 0, smaller: a sharper target.
-      where: bool `[B]`, real examples.
-
-    Returns:
-      `[B]`, nats, at least 0.
 
     References:
       Giakoumoglou and Stathaki, Relational Representation Distillation, 2024 (2407.12073).
@@ -185,10 +172,6 @@ def bi_tuning_classifier(
       class_weights: the head's kernel `[D, C]`; the published code holds it constant here.
       class_bias: the head's bias `[C]`.
       temperature: of the cosine scores.
-      where: bool `[B]`, real examples.
-
-    Returns:
-      `[B]`, nats.
 
     References:
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its contrastive
@@ -226,10 +209,6 @@ def bi_tuning_projection(
       keys: `[B, P]` projections of the momentum model, or of another view.
       labels: int `[B]`, from 0, for any number of classes.
       temperature: of the cosine scores.
-      where: bool `[B]`, real examples.
-
-    Returns:
-      `[B]`, nats.
 
     References:
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its categorical
@@ -265,9 +244,6 @@ def uniform_contrast(
       positives: bool `[B, M]`.
       temperature: divides the scores.
       where: bool `[B, M]`, candidates to include.
-
-    Returns:
-      `[B]`, nats.
     """
     scores = _sides.single(scores, "scores", at_least=2, at_most=2)
     _checks.mask(positives, scores.shape)

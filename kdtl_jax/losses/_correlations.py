@@ -1,8 +1,9 @@
 """Correlations over a batch: between examples, between features, and what a regression explains.
 
-All take float arrays, student first, and return `[B]` in float32 or wider unless stated otherwise;
-each value depends on the whole batch. `where` (bool `[B]`) marks the real examples. The others have
-the value 0 and enter no statistic, so a padded batch gives the same numbers as its real rows alone.
+All take float arrays, student first, `[B, ...]` of one shape, flattened per example, and return
+`[B]` in float32 or wider unless stated otherwise; each value depends on the whole batch. `where`
+(bool `[B]`) marks the real examples. The others have the value 0 and enter no statistic, so a
+padded batch gives the same numbers as its real rows alone.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, an array is empty, or a
 hyper-parameter is out of its range.
@@ -22,11 +23,6 @@ def ega_edge(student: Array, teacher: Array, *, where: Array | None = None) -> A
 
     `sqrt(.sum())` is the Frobenius norm that the authors weight by .3.
 
-    Args:
-      student: `[B, ...]`, flattened per example.
-      teacher: the same shape.
-      where: bool `[B]`, real examples.
-
     References:
       Ma, Chen and Akata, Distilling Knowledge from Self-Supervised Teacher by Embedding Graph
       Alignment, 2022 (2211.13264).
@@ -39,11 +35,6 @@ def ega_node(student: Array, teacher: Array, *, where: Array | None = None) -> A
     """`sum_j (rho(t_i, s_j) - [i = j])^2`: each student must correlate with its teacher alone.
 
     `sqrt(.sum())` is the authors' Frobenius norm.
-
-    Args:
-      student: `[B, ...]`, flattened per example.
-      teacher: the same shape.
-      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`; not 0 at equality unless different examples are uncorrelated.
@@ -66,7 +57,6 @@ def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -
     Args:
       student: `[B, ...]`, flattened per example and normalized here.
       teacher: `[B, ...]`, any width.
-      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, at least 0; not 0 at equality.
@@ -95,8 +85,6 @@ def feature_correlation(student: Array, teacher: Array, *, where: Array | None =
 
     Args:
       student: `[B, D]`.
-      teacher: the same shape.
-      where: bool `[B]`, real examples.
 
     Returns:
       `[D]`, in `[-1, 1]`; 0 for a constant feature.
@@ -129,7 +117,6 @@ def pkd_pearson(
       ddof: the variance divides by `n - ddof`.
       eps: added to the standard deviation, in feature units; the authors' constant. With `eps=0`
         the value does not depend on the features' scale (1e-18 to 1e18).
-      where: bool `[B]`, real examples.
 
     Raises:
       ValueError: if there are no more than `ddof` positions.
@@ -179,7 +166,6 @@ def ridge_hint(
       student: `[B, ..., Cs]`.
       teacher: `[B, ..., Ct]`, the same leading axes.
       ridge: relative penalty, > 0.
-      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, squared teacher units.

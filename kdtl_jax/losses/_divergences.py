@@ -32,10 +32,6 @@ def forward_kl(
 ) -> Array:
     """`KL(p_T || p_S) = sum_c p_T log(p_T / p_S)` of softened distributions.
 
-    Args:
-      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
-      temperature: softens both sides, > 0.
-
     References:
       Kullback and Leibler, On information and sufficiency, 1951. TRL's `GKDTrainer` gives this at
       beta=0; DistiLLM's `forward_kl` is the cross-entropy form (`soft_cross_entropy`).
@@ -57,10 +53,6 @@ def kd_kl(
     The `T^2` keeps the scale of the gradient as the temperature grows. `.mean()` gives
     RepDistiller's and mdistiller's number (sum over classes, mean over the batch); divide by
     `num_classes` for Model-Optimizer's default, or by `T^2` for TRL's and Liger's convention.
-
-    Args:
-      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
-      temperature: softens both sides, > 0.
 
     References:
       Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
@@ -139,10 +131,6 @@ def soft_cross_entropy(
     `kd_ce_loss`; divide by `num_classes` for TinyBERT's prediction loss. With the teacher on both
     sides, it is the teacher's entropy.
 
-    Args:
-      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
-      temperature: softens both sides, > 0.
-
     References:
       Hinton, Vinyals and Dean, 2015 (1503.02531).
     """
@@ -159,8 +147,6 @@ def hard_kd(
     """Cross-entropy with the teacher's decision: `-log p_S(argmax z_T)`.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
       label_smoothing: share of the target spread over all classes, in [0, 1].
 
     Returns:
@@ -192,12 +178,7 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
     is the authors' number.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
       gamma: exponent of the teacher's probabilities, > 0.
-
-    Returns:
-      `[...]`, nats.
 
     References:
       Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, 2024
@@ -215,12 +196,7 @@ def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -
     For gamma < 1 the weight, up to `num_classes^(1 - gamma)`, grows with the teacher's smoothness.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
       gamma: exponent of the teacher's probabilities, > 0.
-
-    Returns:
-      `[...]`, nats.
 
     References:
       Zheng and Yang, 2024 (2402.11148). `.mean()` is the authors' number.
@@ -240,10 +216,6 @@ def reverse_kl(
     where: Array | None = None,
 ) -> Array:
     """`KL(p_S || p_T)`: mode-seeking, the divergence of on-policy distillation.
-
-    Args:
-      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
-      temperature: softens both sides, > 0.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
@@ -339,10 +311,6 @@ def total_variation(
     """`1/2 sum_c |p_S - p_T|`, a probability.
 
     It needs no `T^2`, since its gradient does not fall as `1/T^2`; DistillKit multiplies by it.
-
-    Args:
-      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
-      temperature: softens both sides, > 0.
 
     Returns:
       `[...]`, in [0, 1].

@@ -35,8 +35,7 @@ def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | No
     """`-log alpha`, minus the log-probability of acceptance: 0 at equality.
 
     Unlike the KL, it is the quantity that speeds up decoding; unlike `1 - alpha`, it has a useful
-    gradient where draft and target are far apart. `[..., draft_vocabulary]` and `[..., vocabulary]`
-    logits, `[...]`.
+    gradient where draft and target are far apart.
 
     References:
       Samarin et al., LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding, 2026
@@ -59,12 +58,9 @@ def lk_lambda(
     """`weight KL(p_T || p_S) + (1 - weight) (1 - alpha)`, with the KL on the draft's tokens alone.
 
     Args:
-      draft_logits: `[..., draft_vocabulary]`.
-      target_logits: `[..., vocabulary]`.
       weight: in [0, 1], a scalar or one value per example. In the paper it is
         `scale exp(-decay mean(acceptance))` with scale and decay 1, held constant, so the KL
         dominates while little is accepted.
-      draft_ids: int `[draft_vocabulary]`.
 
     References:
       Samarin et al., 2026 (2602.23881), the lambda form. SpecForge uses the cross-entropy in place
@@ -101,7 +97,6 @@ def draft_targets(
       target_logits: `[B, T, vocabulary]`.
       where: bool `[B, T]`, aligned with the target.
       step: >= 0, static; from T on nothing counts.
-      draft_ids: int `[draft_vocabulary]`.
 
     Returns:
       The target's logits `[B, T, draft_vocabulary]` and bool `[B, T]`, False past the end.

@@ -1,9 +1,9 @@
 """Regression on features and predictions: squares, angles, likelihoods, sides of a ReLU.
 
-All take float arrays of one shape, student first; the projection, generator or variance head that a
-paper trains together with such a loss is a connector (`kdtl_jax.connectors`). Maps have their
-channels last. The losses return one value per example, `[B]`, in float32 or wider; `last_axis_mse`
-and `cosine_distance` return one per vector of the last axis, `[...]`.
+All take float arrays `[B, ...]` of one shape, student first; the projection, generator or variance
+head that a paper trains together with such a loss is a connector (`kdtl_jax.connectors`). Maps have
+their channels last. The losses return one value per example, `[B]`, in float32 or wider;
+`last_axis_mse` and `cosine_distance` take `[..., D]` and return one value per vector, `[...]`.
 
 `where` is bool, with the arrays' shape or its leading axes, and marks the entries to include; an
 example with no included entries has the value 0.
@@ -31,11 +31,6 @@ def mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     `.mean()` gives the number of RepDistiller, mdistiller, SimKD and torchdistill's MSE; multiply
     by the elements per example for mmrazor's `L2Loss` with `normalize=False`.
 
-    Args:
-      student: `[B, ...]`.
-      teacher: the same shape; targets, predictions or features.
-      where: bool, entries to include.
-
     Returns:
       `[B]`, squared feature units.
 
@@ -57,7 +52,6 @@ def last_axis_mse(student: Array, teacher: Array) -> Array:
 
     Args:
       student: `[..., D]`, projected to the teacher's width (`connectors.linear`).
-      teacher: the same shape.
 
     Returns:
       `[...]`, squared units.
@@ -80,11 +74,6 @@ def squared_distance(student: Array, teacher: Array, *, where: Array | None = No
     alone (`where`), times beta / mask ratio. Half of `.sum()`, summed over layers, is TLL's
     behavioral regularization, which grows with the batch size.
 
-    Args:
-      student: `[B, ..., C]`.
-      teacher: the same shape.
-      where: bool, entries to include.
-
     Returns:
       `[B]`, squared feature units, summed.
 
@@ -102,11 +91,8 @@ def huber(
     """Mean over all but the batch of `d^2 / 2` where `|d| <= delta`, else `delta (|d| - delta/2)`.
 
     Args:
-      student: `[B, ...]`.
-      teacher: the same shape.
       delta: where the loss turns from quadratic to linear, > 0. Torch's smooth L1 is this divided
         by delta.
-      where: bool, entries to include.
 
     References:
       Huber, Robust Estimation of a Location Parameter, 1964.
@@ -121,11 +107,6 @@ def mae(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean |s - t|` over all but the batch: least absolute deviations, L1.
 
     `.mean()` is torch's L1Loss. Its gradient at equality is 0.
-
-    Args:
-      student: `[B, ...]`.
-      teacher: the same shape; targets, predictions or features.
-      where: bool, entries to include.
 
     References:
       He et al., FAKD: Feature-Affinity Based Knowledge Distillation for Efficient Image
@@ -151,11 +132,8 @@ def teacher_bounded(
     targets.
 
     Args:
-      student: `[B, ...]`.
-      teacher: the same shape.
       targets: the same shape; y.
       margin: >= 0, in squared units.
-      where: bool, entries to include.
 
     References:
       Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NeurIPS
@@ -179,10 +157,6 @@ def cosine_distance(student: Array, teacher: Array) -> Array:
     number; twice its value at the first token is patient distillation, `|| s / |s| - t / |t| ||^2`.
     A zero vector has no direction: its distance is 1. The scale of either side does not matter as
     long as its squares are in float32's range: entries of 1e-18 to 1e18.
-
-    Args:
-      student: `[..., D]`.
-      teacher: the same shape.
 
     Returns:
       `[...]`, in `[0, 2]`.
@@ -218,8 +192,6 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
     the logarithm and doubles the result: `2 logsumexp` of these values.
 
     Args:
-      student: `[B, D]` or `[B, ..., D]`.
-      teacher: the same shape.
       exponent: alpha >= 1.
       floor: smallest sum, > 0, in feature units to the power alpha (unitless for batch-normalized
         features).
@@ -251,7 +223,6 @@ def vid(student: Array, teacher: Array, variance: Array) -> Array:
 
     Args:
       student: `[B, ..., C]`, the predicted mean.
-      teacher: the same shape.
       variance: `[C]`, or the shape of the others; > 0.
 
     Returns:
@@ -315,7 +286,6 @@ def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0)
 
     Args:
       student: `[B, ...]`, before the ReLU.
-      teacher: the same shape.
       margin: `m > 0`.
 
     Returns:

@@ -1,4 +1,8 @@
-"""Output layers: from hidden states to logits."""
+"""Output layers: from hidden states `[..., width]` to logits `[..., vocabulary]`.
+
+TypeError: hidden states, kernel, bias or delta are not floating point. ValueError: shapes do not
+fit (`Head`), or the softcap is not finite and > 0.
+"""
 
 from typing import NamedTuple
 
@@ -33,22 +37,13 @@ def head_logits(hidden: Array, head: Head) -> Array:
 
     Returns:
       `[..., vocabulary]`, float32 or wider.
-
-    Raises:
-      TypeError: if hidden states, kernel, bias or delta are not floating point.
-      ValueError: if shapes do not fit (`Head`), or the softcap is not finite and > 0.
     """
     check_head(hidden, head)
     return transformed(adapted(product(hidden, head.kernel), hidden, head.delta), head)
 
 
 def check_head(hidden: Array, head: Head) -> None:
-    """Checks that a head fits hidden states `[..., width]`.
-
-    Raises:
-      TypeError: if hidden states, kernel, bias or delta are not floating point.
-      ValueError: if shapes do not fit (`Head`), or the softcap is not finite and > 0.
-    """
+    """Checks that a head fits hidden states `[..., width]`."""
     _checks.floating(hidden=hidden, kernel=head.kernel)
     _checks.rank(1, hidden=hidden)
     _checks.rank(2, 2, kernel=head.kernel)

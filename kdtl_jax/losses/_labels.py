@@ -38,7 +38,7 @@ def tckd(
     Decoupled KD is `tckd + 8 nckd`: 8 by default in mdistiller, 2 or 6 for some CIFAR-100 pairs,
     0.5 (at T = 1) for ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it suppresses the other
     classes where the teacher is confident. The mean is mdistiller's number, which is multiplied by
-    `min(epoch / 20, 1)` there. `[..., num_classes]` logits, `[...]` labels and values.
+    `min(epoch / 20, 1)` there.
 
     References:
       Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679). This function works in log
@@ -64,7 +64,7 @@ def nckd(
     """Non-target KD: `T^2 KL` between the distributions over the classes other than the label.
 
     `T^2 KL(q_T || q_S)`, where q is the softmax of `z / T` without the label's entry; 0 for two
-    classes. `[..., num_classes]` logits, `[...]` labels and values.
+    classes.
 
     References:
       Zhao et al., 2022 (2203.08679).
@@ -85,7 +85,6 @@ def target_cross_entropy(
 
     Normalized KD adds `gamma T^2` times the `soft_cross_entropy` at temperature T of the
     `non_target_logits`; WKD-L adds gamma times their `sinkhorn_cost`. Not zero at equality.
-    `[..., num_classes]` logits, `[...]` labels and values.
 
     References:
       Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).
@@ -113,11 +112,7 @@ def wsld_weight(
     weight the term by 2.25 (T = 4) or 2.5 (T = 2).
 
     Args:
-      student_logits: `[..., num_classes]`, at temperature 1.
-      teacher_logits: the same shape.
-      labels: `[...]`.
       eps: > 0, keeps the ratio finite where the teacher is certain; the authors' constant.
-      where: bool `[...]`, examples that count.
 
     Returns:
       `[...]`, in [0, 1].
@@ -191,7 +186,6 @@ def virtual_teacher(
     averages over classes. Label smoothing by e is `soft_cross_entropy` against `a = 1 - e + e / C`.
 
     Args:
-      labels: `[...]`.
       num_classes: C, at least 2.
       correct_probability: a, in [0, 1]; a scalar or one value per example.
       where: bool `[...]`, examples that count; the others get the uniform distribution.
@@ -265,12 +259,10 @@ def mft_teacher(
 
     Args:
       teacher_logits: `[..., num_classes]`; the model before fine-tuning.
-      labels: `[...]`.
       threshold: how much the label should lead by, in [0, 1]; a scalar or one value per example.
       temperature: softens the teacher before it is corrected.
       eps: added to the denominators, the authors' constant; a teacher more confident than `1 - eps`
         is not changed.
-      where: bool `[...]`, examples that count.
 
     Returns:
       `[..., num_classes]` log-probabilities of the corrected teacher.

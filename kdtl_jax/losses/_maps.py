@@ -1,7 +1,8 @@
 """Losses on feature maps of single examples: where the response is and how it is spread.
 
-Maps are float `[B, ..., C]`, channels last, student first. All return `[B]` in float32 or wider.
-Most compare normalized maps, so only *where* the response is matters, not how strong it is.
+Maps are float `[B, ..., C]`, channels last, student first, and of one shape unless stated
+otherwise. All return `[B]` in float32 or wider. Most compare normalized maps, so only *where* the
+response is matters, not how strong it is.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit (each docstring says which
 axes must agree), an array is empty, or a hyper-parameter is out of its range.
@@ -48,9 +49,6 @@ def attention_transfer(student: Array, teacher: Array, *, power: int | float = 2
       teacher: `[B, ..., Ct]`, the same positions; pool the larger map first (`connectors.pool`).
       power: `p` of `attention_map`.
 
-    Returns:
-      `[B]`.
-
     References:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928), and code.
     """
@@ -92,16 +90,8 @@ def factor_transfer(
     `|x|^q` is in float32's range: 1e-18 to 1e18 for q = 2.
 
     Args:
-      student: `[B, ...]`.
-      teacher: the same shape.
       p: norm of the difference, a Python number >= 1.
       q: norm that scales each factor, a Python number >= 1.
-
-    Returns:
-      `[B]`.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or a norm is below 1.
 
     References:
       Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, 2018
@@ -147,9 +137,6 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
       teacher: `[B, Ht, Wt, classes]`.
       resolution: side of the pooled maps.
 
-    Returns:
-      `[B]`.
-
     References:
       Guo et al., Class Attention Transfer Based Knowledge Distillation, 2023.
     """
@@ -173,7 +160,6 @@ def hcl(student: Array, teacher: Array, *, sizes: Sequence[int] = (4, 2, 1)) -> 
 
     Args:
       student: `[B, H, W, C]`, fused.
-      teacher: the same shape.
       sizes: sides of the pools, tried in order.
 
     Returns:
@@ -211,7 +197,6 @@ def wkd_feature(
 
     Args:
       student: `[B, H, W, C]`, projected to the teacher's width.
-      teacher: the same shape.
       grid: cells per side (the authors use 1 or 4).
       mean_weight: w.
       ddof: the variance of a cell divides by `n - ddof`.

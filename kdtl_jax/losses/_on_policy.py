@@ -23,9 +23,8 @@ def student_top_k_reverse_kl(
     is zero at equality, never negative and at most the reverse KL. Its gradient differs from that
     of the reverse KL: it moves only the sum over the tail's classes. Ask a remote teacher for its
     log-probabilities at `top_k_targets(student_logits, k=k).indices`; the loss is then
-    `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices,
-    log_probs)))`. k is static, at least 1 and at most the number of classes. `[...,
-    num_classes]` logits, `[...]` nats. `top_k_reverse_kl_sampled_tail` has no such bias.
+    `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`. k is static, at
+    least 1 and at most the number of classes. `top_k_reverse_kl_sampled_tail` has no such bias.
 
     References:
       Hübotter et al., Reinforcement Learning via Self-Distillation (SDPO), 2026 (2601.20802), and
@@ -57,7 +56,6 @@ def top_k_reverse_kl_sampled_tail(
     remote teacher only needs to return its log-probabilities at K and at the token.
 
     Args:
-      student_logits: `[..., num_classes]`.
       targets: the teacher on K, e.g. `stored_top_k(ids, answer)` with
         `ids = top_k_targets(student_logits, k=k).indices`; its tail is not used.
       tokens: int `[...]`, drawn by the sampler.
@@ -110,13 +108,10 @@ def entropy_aware_kl(
     teacher's continuations; where the teacher allows more than one, the forward KL keeps them all.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
       threshold: >= 0, of the teacher's entropy, nats; a scalar or one value per example.
       weight: >= 0, of the forward part.
       k: computes the forward part over the teacher's k most likely classes, renormalized
         (`top_k_kl_teacher_renormalized`; then not 0 at equality); None uses all classes.
-      temperature: softens both.
 
     References:
       Jin et al., Entropy-Aware On-Policy Distillation of Language Models, 2026 (2603.07079). The

@@ -38,9 +38,6 @@ def dist_inter(
     by `temperature^2`.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      temperature: softens both; a scalar or one value per example.
       eps: >= 0, added to the product of the two norms, as in the authors' code. A row without
         variance has correlation 0, hence distance 1.
 
@@ -123,8 +120,6 @@ def batch_correlation(
 ) -> Array:
     """`sum_b' (<p_T, p_T'> - <p_S, p_S'>)^2`: an example's similarities to the batch.
 
-    `[B, num_classes]` logits, `[B]` values.
-
     References:
       Jin, Wang and Lin, CVPR 2023. `.mean()` is the number of the authors' `bc_loss`.
     """
@@ -142,8 +137,6 @@ def skd_direction(
     where: Array | None = None,
 ) -> Array:
     """`sqrt(d_b' S^-1 d_b)`, `d` the rows of the gap between the similarity matrices.
-
-    `[B, num_classes]` logits, `[B]` values.
 
     `d = Z_S Z_S' - Z_T Z_T'` of unit logits, and `S = cov(d) + tikhonov I` (divisor batch - 1),
     with `tikhonov > 0`. Zero, with gradient zero, at equality. A logit of -inf on only one side has

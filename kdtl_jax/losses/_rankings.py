@@ -1,8 +1,8 @@
 """Losses on scores of candidates, for embedding models and rerankers with a stronger ranker.
 
-A query's scores are a row `[B, n]`, the positive first: dot products or cosines
-(`1 - cosine_distance`) of embeddings, or a reranker's logits. The listwise loss on them is `kd_kl`,
-the teacher's softmax against the student's (sentence-transformers' `DistillKLDivLoss` at its own
+A query's scores are a row `[B, n]`, the positive first: dot products or cosines (`1 -
+cosine_distance`) of embeddings, or a reranker's logits. The listwise loss on them is `kd_kl`, the
+teacher's softmax against the student's (sentence-transformers' `DistillKLDivLoss` at its own
 temperature). For a pair's similarity, use `squared_distance`; for the embeddings themselves, `mse`
 or `cosine_distance`.
 """

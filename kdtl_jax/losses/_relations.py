@@ -29,11 +29,6 @@ def sp(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
 
     `.mean()` is the paper's and RepDistiller's number (weight 3000).
 
-    Args:
-      student: `[B, ...]`.
-      teacher: `[B, ...]`, any width.
-      where: bool `[B]`, real examples.
-
     References:
       Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019 (1907.09682).
     """
@@ -50,10 +45,7 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | No
     student's. `.mean() / B` is RepDistiller's number (weight 30000; the code averages over B^2).
 
     Args:
-      student: `[B, ...]`.
-      teacher: `[B, ...]`, any width.
       eps: added to norms (in feature units) and to both probabilities inside the logarithm.
-      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, nats; at least 0 up to `B eps`.
@@ -127,11 +119,8 @@ def cc(
     (products of consecutive rows) that is 0 for some large mismatches.
 
     Args:
-      student: `[B, ...]`, normalized here.
-      teacher: `[B, ...]`, any width.
       gamma: the Gaussian's exponent, > 0.
       order: degree of its Taylor polynomial.
-      where: bool `[B]`, real examples.
 
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802).
@@ -148,11 +137,6 @@ def rkd_distance(student: Array, teacher: Array, *, where: Array | None = None) 
 
     The mean distance is over pairs of distinct examples and is differentiated. `.mean()` is
     RepDistiller's, mdistiller's and mmrazor's number (weight 25). A batch of one gives 0.
-
-    Args:
-      student: `[B, ...]`.
-      teacher: `[B, ...]`, any width.
-      where: bool `[B]`, real examples.
 
     References:
       Park et al., Relational Knowledge Distillation, 2019 (1904.05068).
@@ -183,11 +167,8 @@ def rkd_angle(
     and mmrazor's number (weight 50).
 
     Args:
-      student: `[B, ...]`.
-      teacher: `[B, ...]`, any width.
       anchors_at_once: how many vertices are held in memory, at least one; by default as many as fit
         2^20 cosines.
-      where: bool `[B]`, real examples.
 
     References:
       Park et al., Relational Knowledge Distillation, 2019 (1904.05068).

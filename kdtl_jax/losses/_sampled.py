@@ -41,7 +41,7 @@ def sampled_reverse_kl(
 
     The expected gradient of its sum over a text from the sampler is that of the reverse KL at each
     position, given the text before it. Some implementations multiply it by a gate (`drop_gate`,
-    `ratio_gate`) or bound the ratio (`clipped_policy_gradient`). `[B, L]`, nats.
+    `ratio_gate`) or bound the ratio (`clipped_policy_gradient`).
 
     References:
       Thinking Machines, On-Policy Distillation, 2025. Tinker's and slime's advantages are
@@ -57,8 +57,6 @@ def policy_gradient(
     log_probs: Array, advantages: Array, sampler_log_probs: Array, *, where: Array | None = None
 ) -> Array:
     """`-rho A` with `rho = p / p_sampler`; the advantages A and the sampler are constants.
-
-    All `[B, L]`, nats.
 
     References:
       Tinker's "importance_sampling" loss is its sum over tokens; SkyRL uses various means of it.
@@ -82,7 +80,7 @@ def clipped_policy_gradient(
     """`max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A)`: PPO's bound on a step.
 
     A token whose ratio has left the interval in the direction of its advantage has gradient 0.
-    `dual_clip` c, >= 1, also bounds the loss at `-c A` where A is negative. All `[B, L]`, nats.
+    `dual_clip` c, >= 1, also bounds the loss at `-c A` where A is negative.
 
     For text sampled from a mixture with the teacher (MiniLLM), `sampler_log_probs` are the
     mixture's.
@@ -114,7 +112,6 @@ def kl_k2(
     """`(log p_S - log p_T)^2 / 2`: a biased value, but the gradient of the reverse KL.
 
     For tokens from the current student; for those of an older one, multiply by `truncated_ratio`.
-    `[B, L]`, nats.
 
     References:
       Schulman, Approximating KL Divergence, 2020. verl's "k2" ("mse").
@@ -128,8 +125,7 @@ def kl_k3(
 ) -> Array:
     """`p_T / p_S - 1 - log(p_T / p_S)`: never negative, with the value of the reverse KL.
 
-    In expectation over the student's tokens, its gradient is that of the *forward* KL. `[B, L]`,
-    nats.
+    In expectation over the student's tokens, its gradient is that of the *forward* KL.
 
     References:
       Schulman, Approximating KL Divergence, 2020. verl's "k3" ("low_var_kl") bounds it at 10.
@@ -148,8 +144,6 @@ def truncated_ratio(
     where: Array | None = None,
 ) -> Array:
     """`min(p / p_sampler, max_ratio)`, a constant: the weight of a token in another loss.
-
-    All `[B, L]`.
 
     References:
       Truncated importance sampling, as in SDPO (2601.20802) and TRL's trainer for it.
@@ -214,7 +208,6 @@ def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = N
     Args:
       rewards: `[..., L]`.
       gamma: in [0, 1].
-      where: bool `[..., L]`.
 
     Returns:
       `[..., L]`.
@@ -264,7 +257,6 @@ def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None
     Args:
       advantages: `[..., L]`, `log p_T - log p_sampler` of the sampled tokens.
       gamma: >= 0.
-      where: bool `[..., L]`.
 
     Returns:
       `[..., L]`, in [1, 1 + gamma], a constant that multiplies the advantages of `policy_gradient`.

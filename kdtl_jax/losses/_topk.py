@@ -8,12 +8,12 @@
 | `top_k_kl_truncated` | as it is | full | may be negative |
 | `top_k_kl_sampled` | one sampled class | full | variance |
 
-What all losses here share: `student_logits` are `[..., num_classes]`; `targets`, from
-`top_k_targets` or `stored_top_k`, are the teacher's k classes, made at the same temperature, which
-is a scalar or one value per example. The result is `[...]`, in nats unless stated otherwise,
-float32 or wider. Shapes that do not fit and concrete indices out of range raise ValueError, and
-wrong dtypes raise TypeError. Under `jit`, an index out of range (such as a stored -1) gives NaN,
-with gradient 0.
+What all losses here share: `student_logits` are `[..., num_classes]`, softened by `temperature`;
+`targets`, from `top_k_targets` or `stored_top_k`, are the teacher's k classes, made at the same
+temperature, which is a scalar or one value per example. The result is `[...]`, in nats unless
+stated otherwise, float32 or wider. Shapes that do not fit and concrete indices out of range raise
+ValueError, and wrong dtypes raise TypeError. Under `jit`, an index out of range (such as a stored
+-1) gives NaN, with gradient 0.
 """
 
 from typing import NamedTuple
@@ -145,11 +145,6 @@ def top_k_buckets(
     keeps its properties (it is a divergence of coarser distributions, never above that of the full
     ones).
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      targets: of the teacher, at the same temperature.
-      temperature: softens the student; a scalar or one value per example.
-
     Returns:
       student `[..., k + 1]`, teacher `[..., k + 1]`.
     """
@@ -161,7 +156,7 @@ def top_k_kl_tail(student_logits: Array, targets: TopK, *, temperature: Scalar =
     """`KL` over the teacher's k classes and one tail bucket: the recommended top-k KL.
 
     Zero at equality, never negative, at most the full KL, and equal to it when student and teacher
-    agree within the tail. `[..., num_classes]` logits, `[..., k]` targets, `[...]` nats.
+    agree within the tail.
 
     References:
       TRL's server distillation (`loss_add_tail`), DistillKit's "symmetric_uniform" (which
@@ -178,8 +173,7 @@ def top_k_kl_renormalized(
     """`KL` of both sides renormalized on the teacher's k classes.
 
     Does not notice mass that leaves the set: shifting all k logits of the student together changes
-    nothing. A single class (k = 1) is therefore an error. `[..., num_classes]` logits, `[..., k]`
-    targets, `[...]` nats.
+    nothing. A single class (k = 1) is therefore an error.
 
     References:
       Model-Optimizer's top-k loss, MaxText's offline distillation, Tunix's `distill_top_k`.
@@ -198,7 +192,6 @@ def top_k_kl_teacher_renormalized(
     """`KL` from the teacher renormalized on its k classes to the student's full distribution.
 
     Teaches that the tail is empty: positive (minus the log of the kept mass) at equal models.
-    `[..., num_classes]` logits, `[..., k]` targets, `[...]` nats.
 
     References:
       DistillKit's "zero" (which multiplies by `T^2`), EasyDeL's sparse distillation (as a
@@ -215,8 +208,7 @@ def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Sca
     """`sum_k p_T (log p_T - log p_S)` over the teacher's k classes, without renormalization.
 
     Not a divergence: negative when the student puts more mass on the set. Do not clamp it, since
-    that drops the gradient; use `top_k_kl_tail` instead. `[..., num_classes]` logits, `[..., k]`
-    targets, `[...]` nats.
+    that drops the gradient; use `top_k_kl_tail` instead.
 
     References:
       verl's top-k distillation.
@@ -238,9 +230,7 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
     buckets, the class and the rest: `top_k_kl_tail`, or `reverse_kl` of `top_k_buckets`.)
 
     Args:
-      student_logits: `[..., num_classes]`.
       targets: `indices[..., 0]` is the sampled class, `log_probs[..., 0]` the teacher's.
-      temperature: softens the student; a scalar or one value per example.
 
     Returns:
       `[...]`, nats, of either sign.
@@ -262,7 +252,6 @@ def hinge_ranking(
     """Mean over ordered pairs `p_T(k) > p_T(l) + eps` of `max(0, margin - (p_S(k) - p_S(l)))`.
 
     Args:
-      student_logits: `[..., num_classes]`.
       targets: the teacher's k classes (`top_k_targets`); all k^2 pairs among them are compared.
       margin: by how much the better class must lead; by default as much as for the teacher,
         `p_T(k) - p_T(l)`.
@@ -289,7 +278,6 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
     """Mean over ordered pairs `p_T(k) > p_T(l) + eps` of `log(1 + exp(-(z_S(k) - z_S(l))))`.
 
     Args:
-      student_logits: `[..., num_classes]`.
       targets: the teacher's k classes (`top_k_targets`); all k^2 pairs among them are compared.
       eps: pairs closer than this, and classes below it, do not count.
 

@@ -1,9 +1,10 @@
 """Transport between class distributions, with a cost between classes or along sorted probabilities.
 
-Sorted probabilities (universal logit distillation) need no common vocabulary: student and teacher
-may differ in the number and the meaning of their classes. Temperatures are > 0, a scalar or one
-value per example. Results are `[...]`, float32 or wider. Shapes and values that do not fit raise
-ValueError; dtypes other than real floating point raise TypeError.
+Sorted probabilities (universal logit distillation) need no common vocabulary: student and teacher,
+`[..., student_vocabulary]` and `[..., teacher_vocabulary]` with other dimensions equal, may differ
+in the number and the meaning of their classes. Temperatures are > 0, a scalar or one value per
+example. Results are `[...]`, float32 or wider. Shapes and values that do not fit raise ValueError;
+dtypes other than real floating point raise TypeError.
 """
 
 import jax
@@ -41,7 +42,6 @@ def sinkhorn_cost(
       teacher_logits: the same shape.
       cost: `[num_classes, num_classes]`, >= 0; `cost[i, j]` moves student class i to
         teacher class j.
-      temperature: softens both; a scalar or one value per example.
       regularization: weight of the entropy, > 0.
       iterations: number of pairs of scalings.
       eps: added to the denominators of the scalings; 1e-8 in the authors' code, unnecessary here.
@@ -109,12 +109,6 @@ def uld(
 
     The Wasserstein distance when moving mass between any two classes costs the same.
 
-    Args:
-      student_logits: `[..., student_vocabulary]`.
-      teacher_logits: `[..., teacher_vocabulary]`, other dimensions equal.
-      student_temperature: a scalar or one value per example.
-      teacher_temperature: a scalar or one value per example.
-
     Returns:
       `[...]`, in [0, 2].
 
@@ -139,12 +133,6 @@ def uld_w1(
     The Wasserstein-1 distance along ranks: moving mass by one rank costs 1, so mass deep in the
     tail counts for more than in `uld`.
 
-    Args:
-      student_logits: `[..., student_vocabulary]`.
-      teacher_logits: `[..., teacher_vocabulary]`, other dimensions equal.
-      student_temperature: a scalar or one value per example.
-      teacher_temperature: a scalar or one value per example.
-
     Returns:
       `[...]`, in ranks.
 
@@ -162,10 +150,6 @@ def sorted_l1(student_probs: Array, teacher_probs: Array) -> Array:
 
     Args:
       student_probs: `[..., student_vocabulary]`; need not sum to 1 (merged tokens do not).
-      teacher_probs: `[..., teacher_vocabulary]`, other dimensions equal.
-
-    Returns:
-      `[...]`.
     """
     student, teacher = _checked(student_probs=student_probs, teacher_probs=teacher_probs)
     return jnp.sum(jnp.abs(_sorted_gaps(student, teacher)), axis=-1)

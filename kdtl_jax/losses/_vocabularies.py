@@ -1,8 +1,9 @@
 """Vocabularies that differ: padded vocabularies, shared tokens, tokens mapped by id.
 
 Two vocabularies of the same size may number their tokens differently, and two of different sizes
-may differ only in padding: compare ids, never sizes. All functions take and return logits
-(log-probabilities are logits), so any divergence can follow, including in `chunked_divergence`:
+may differ only in padding: compare ids, never sizes. All functions take logits `[..., num_classes]`
+and return logits (log-probabilities are logits), so any divergence can follow, including in
+`chunked_divergence`:
 
     def kl(student, teacher):
         return losses.forward_kl(*losses.shared_vocabulary(student, teacher, ours, theirs))
@@ -25,7 +26,6 @@ def without_padding(logits: Array, *, size: int, width: int | None = None) -> Ar
     model's distribution.
 
     Args:
-      logits: `[..., num_classes]`.
       size: number of real classes, the first ones.
       width: number of classes of the result, at least `size`; by default that of `logits`.
     """
@@ -48,7 +48,6 @@ def by_id(logits: Array, ids: Array) -> Array:
     """`[..., num_ids]`: column v is the logit of class `ids[v]`, -inf where `ids[v]` is -1.
 
     Args:
-      logits: `[..., num_classes]`.
       ids: int `[num_ids]`.
     """
     _checks.floating(logits=logits)
@@ -97,7 +96,6 @@ def log_mass(logits: Array, classes: Array) -> Array:
     """`log P(class in the set)`, e.g. the log-probability that a word ends here.
 
     Args:
-      logits: `[..., num_classes]`.
       classes: bool `[num_classes]`.
 
     Returns:
