@@ -40,8 +40,6 @@ def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Arr
     """Flips each image horizontally with the given probability.
 
     Args:
-      keys: `[B]`, one per image.
-      images: `[B, H, W, C]`.
       probability: in `[0, 1]`.
     """
     _check_images(keys, images)
@@ -55,8 +53,6 @@ def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
     """Pads with zeros and crops a window of the original size at a random position.
 
     Args:
-      keys: `[B]`, one per image.
-      images: `[B, H, W, C]`.
       padding: pixels added on each side; 4 is the usual value for 32 x 32 images.
     """
     _check_images(keys, images)
@@ -82,11 +78,9 @@ def mixup(
     """`x = l x_i + (1 - l) x_j`, likewise for targets, with one `l ~ Beta(alpha, alpha)` per batch.
 
     Args:
-      key: one key for the batch.
       inputs: `[B, ...]`, floating point.
       targets: `[B, K]` class probabilities (`jax.nn.one_hot`, `optax.smooth_labels`).
       alpha: parameter of the Beta distribution, > 0.
-      where: bool `[B]`, real examples.
 
     Returns:
       The mixed inputs and targets.
@@ -117,11 +111,8 @@ def cutmix(
     uniformly drawn center. It is clipped at the border, and targets use the area actually pasted.
 
     Args:
-      key: one key for the batch.
-      images: `[B, H, W, C]`.
       targets: `[B, K]` class probabilities.
       alpha: parameter of the Beta distribution, > 0.
-      where: bool `[B]`, real examples.
 
     Returns:
       The mixed images and targets.

@@ -37,7 +37,6 @@ def bss(features: Array, *, k: int = 1, where: Array | None = None) -> Array:
     Args:
       features: `[B, D]`, before the head.
       k: how many of the `min(B, D)` values to sum, from the smallest; `B` counts real examples.
-      where: bool `[B]`, real examples.
 
     Returns:
       `[]`; TLL's number (with weight 1e-3 there), not divided by B.
@@ -76,8 +75,6 @@ def coral(
     Args:
       student_features: `[Bs, D]` of one domain.
       target_features: `[Bt, D]` of the other; batches may differ in size.
-      where: bool `[Bs]`, real examples.
-      target_where: bool `[Bt]`, if different from `where`.
 
     Returns:
       `[]`. TLL's number is 4 times this plus the mean squared difference of the means.
@@ -106,11 +103,8 @@ def mk_mmd(
 
     Args:
       student_features: `[Bs, D]` of one domain.
-      target_features: `[Bt, D]` of the other.
       scale: the unit of bandwidth, usually `stop_gradient(mean_squared_distance(...))`.
       alphas: bandwidths in that unit.
-      where: bool `[Bs]`, real examples.
-      target_where: bool `[Bt]`, if different from `where`.
 
     Returns:
       `[]`. TLL adds the constant `2 / (B - 1)`.
@@ -181,12 +175,6 @@ def mean_squared_distance(
 ) -> Array:
     """Mean of `||x - y||^2` over all pairs of the joint batch, including self pairs: MMD's scale.
 
-    Args:
-      student_features: `[B, D]`.
-      target_features: `[B', D]`.
-      where: bool `[B]`, real examples.
-      target_where: bool `[B']`, if different from `where`.
-
     Returns:
       `[]`, squared feature units.
     """
@@ -226,7 +214,6 @@ def mcc(
       logits: `[B, C]` on the unlabeled target batch.
       temperature: softens the distributions.
       example_weights: `[B]`, usually `stop_gradient(entropy_weights(logits))`; None for 1 each.
-      where: bool `[B]`, real examples.
 
     Returns:
       `[]`, in `[0, 1]`.

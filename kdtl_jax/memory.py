@@ -4,9 +4,9 @@ A step carries them in `TrainState.memory` and returns what the functions here r
 mutated: a bank's normalizer is a field with a value from the start, changed only by
 `bank_set_normalizer`. Rows are constants: no gradient flows into a memory.
 
-`where` (bool `[B]`) marks the real examples of a batch. The others write nothing, for any values
-and index. Under `jit`, where indices are not known, a real example whose index lies outside the
-bank scores NaN and writes nothing.
+Embeddings `x` are `[B, D]`, of unit length. `where` (bool `[B]`) marks the real examples of a
+batch. The others write nothing, for any values and index. Under `jit`, where indices are not known,
+a real example whose index lies outside the bank scores NaN and writes nothing.
 
 TypeError: `key` is not a key, embeddings are not floating point, or indices or sizes are not
 integers. ValueError: shapes do not fit, a concrete index lies outside the bank, or a
@@ -53,7 +53,6 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
     with a first batch.
 
     Args:
-      key: a random key.
       size: n, the number of training examples.
       width: D of the embeddings.
 
@@ -73,7 +72,6 @@ def bank_draw(
     """Draws rows to compare with: the example itself in column 0, then other examples, uniformly.
 
     Args:
-      key: a random key.
       index: `[B]` integers, the batch's places in the training set.
       size: n, rows of the bank, at least 2.
       negatives: K, at least 1 (published: 16384).
@@ -165,11 +163,7 @@ def bank_set_normalizer(
     CRD does this with its first batch; here it happens when you call it.
 
     Args:
-      bank: the bank.
-      x: `[B, D]`, unit embeddings.
-      index: `[B, 1 + K]` integers.
       temperature: T of the later scores.
-      where: bool `[B]`, real examples.
 
     Returns:
       The bank with a new `log_z`; unchanged if no example is real.
@@ -200,13 +194,8 @@ def bank_update(
 
     Args:
       bank: the bank of the model that made `x`.
-      x: `[B, D]`, unit embeddings.
       index: `[B]` integers, the batch's places in the training set, distinct for real examples.
       momentum: of the old row.
-      where: bool `[B]`, real examples.
-
-    Returns:
-      The bank, rows replaced.
     """
     x, index = _check_batch(bank, x, index, 1, where)
     _checks.within(0, 1, momentum=momentum)
@@ -240,7 +229,6 @@ def queue_init(key: Array, size: int, width: int) -> Queue:
     """A queue of random unit rows, for losses over the last `size` embeddings.
 
     Args:
-      key: a random key.
       size: K.
       width: D of the embeddings.
 
@@ -259,12 +247,7 @@ def queue_push(queue: Queue, x: Array, *, where: Array | None = None) -> Queue:
     The batch may have any size: if it has more than K embeddings, the last K stay.
 
     Args:
-      queue: the queue.
-      x: `[B, D]`, unit embeddings.
       where: bool `[B]`, real examples; the others are not pushed.
-
-    Returns:
-      The queue with its rows and pointer advanced.
     """
     _checks.floating(x=x)
     size, width = queue.rows.shape

@@ -7,8 +7,9 @@ it over examples:
     {"task": cross_entropy, "l2_sp": penalty}
 
 `where` selects the leaves that a penalty covers, so a pretrained backbone and a new head can have
-separate penalties and weights. Only inexact leaves count. Penalties are unweighted: the objective
-applies the weights.
+separate penalties and weights. Only inexact leaves count. Penalties are `[]`, float32 or wider, and
+unweighted: the objective applies the weights. They raise ValueError if the selector matches
+nothing, or if names or shapes of the trees differ (all differences are listed).
 """
 
 from collections.abc import Iterable
@@ -29,14 +30,7 @@ def l2(params: Params, *, where: Selector = everything) -> Array:
     With weight `w` its gradient is `w p`: weight decay in SGD.
 
     Args:
-      params: any pytree.
       where: selector of the leaves to penalize, usually the new head.
-
-    Returns:
-      `[]`, float32 or wider.
-
-    Raises:
-      ValueError: if the selector matches nothing.
 
     References:
       Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional Networks, 2018
@@ -49,7 +43,6 @@ def l2_sp(params: Params, source: Params, *, where: Selector = everything) -> Ar
     """`1/2 sum ||p - p0||^2`: distance from the pretrained starting point (a sum, not a mean).
 
     Args:
-      params: any pytree.
       source: the pretrained parameters. Leaves that `where` does not select may differ (e.g. an old
         head); for selected leaves, names and shapes must be those of `params`.
       where: selector of the leaves to penalize, usually the backbone.
@@ -57,9 +50,6 @@ def l2_sp(params: Params, source: Params, *, where: Selector = everything) -> Ar
     Returns:
       `[]`, float32 or wider. No gradient is stopped: `source` is a constant because nothing
       differentiates with respect to it.
-
-    Raises:
-      ValueError: if the selector matches nothing, or names or shapes differ (all are listed).
 
     References:
       Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional Networks, 2018
@@ -73,17 +63,12 @@ def ewc(params: Params, anchor: Params, fisher: PyTree, *, where: Selector = eve
     """`1/2 sum F (p - p*)^2`: distance from `anchor`, weighted by importance for the old task.
 
     Args:
-      params: any pytree.
       anchor: parameters after the old task.
       fisher: their diagonal Fisher information (`fisher.true_fisher`), of equal shapes.
-      where: selector of the leaves to penalize.
 
     Returns:
       `[]`, float32 or wider. Avalanche omits the 1/2, so its number is twice this one; also, its
       Fisher is the squared gradient of a batch mean (`fisher.batch_fisher`).
-
-    Raises:
-      ValueError: if the selector matches nothing, or names or shapes differ (all are listed).
 
     References:
       Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, 2017

@@ -5,9 +5,11 @@ different tasks or methods are not comparable. Work in float64 (`jax.enable_x64`
 features: LogME and the H-score need the spectrum. Relations between classes are Co-Tuning's targets
 (`losses.co_tuning`).
 
-`where` (bool `[N]`) marks the samples to include; padded rows have no effect and may hold anything.
-ValueError: shapes do not fit or labels are out of range; under `jit`, a label out of range makes
-the result NaN. TypeError: features are not floating point, or labels are not integers.
+Features are `[N, D]` and labels int `[N]`, classes of the target in `0..num_classes-1`, of which
+empty ones contribute nothing. Scores are `[]`. `where` (bool `[N]`) marks the samples to include;
+padded rows have no effect and may hold anything. ValueError: shapes do not fit or labels are out of
+range; under `jit`, a label out of range makes the result NaN. TypeError: features are not floating
+point, or labels are not integers.
 """
 
 from collections.abc import Callable
@@ -28,9 +30,6 @@ def leep(
     Args:
       source_probabilities: `[N, Z]`, from the source head on target samples, with rows that sum to
         1.
-      labels: int `[N]`, target classes.
-      num_classes: number of target classes.
-      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`, nats, <= 0. Source classes without mass contribute nothing.
@@ -63,10 +62,7 @@ def nce(
 
     Args:
       source_labels: int `[N]`, the source model's hard predictions on target samples.
-      labels: int `[N]`, target classes.
       num_source_classes: number of source classes.
-      num_classes: number of target classes.
-      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`, nats, <= 0.
@@ -98,13 +94,8 @@ def logme(
     c subtracts `log c`.
 
     Args:
-      features: `[N, D]`.
       targets: `[N]` or `[N, K]` real, averaged over K; for classes `jax.nn.one_hot(labels, C)`.
       iterations: maximum number of iterations.
-      where: bool `[N]`, samples to include.
-
-    Returns:
-      `[]`.
 
     References:
       You et al., LogME, 2021 (2102.11005), algorithm 1.
@@ -171,12 +162,6 @@ def h_score(
 ) -> Array:
     """`tr(pinv(cov(f)) cov(E[f | y]))`: the share of whitened variance that classes explain.
 
-    Args:
-      features: `[N, D]`.
-      labels: int `[N]`.
-      num_classes: number of classes; empty ones contribute nothing.
-      where: bool `[N]`, samples to include.
-
     Returns:
       `[]`, in `[0, min(D, C - 1)]`.
 
@@ -229,10 +214,7 @@ def transrate(
 
     Args:
       features: `[N, D]`; their mean is removed.
-      labels: int `[N]`.
-      num_classes: number of classes; empty ones contribute nothing.
       eps: distortion, in squared feature units: scale the features first, as the authors do.
-      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`, nats. The published code averages over classes without the weights `n_c / n`.
@@ -266,9 +248,7 @@ def category_relation(
 
     Args:
       probabilities: `[N, Cs]`, from the source head on target samples, with rows that sum to 1.
-      labels: int `[N]`, target classes.
       num_classes: Ct.
-      where: bool `[N]`, samples to include.
 
     Returns:
       `[Ct, Cs]`. A class without samples gets the mean over all samples.

@@ -11,8 +11,13 @@ scaled in the backward pass; unlike with rematerialization, nothing is computed 
         kl, hidden, Head(params["lm_head"]), teacher_hidden, Head(teacher["lm_head"]), where=mask)
     loss = mean.value()
 
-The result is an `objective.Mean`, which can be used as a term directly: sum and count are kept
-separate, so microbatches give exactly the result of the large batch.
+The result is an `objective.Mean` (the sum over the tokens that count, and their number; float32 or
+wider), which can be used as a term directly: sum and count are kept separate, so microbatches give
+exactly the result of the large batch.
+
+Hidden states are `[..., width]`; their leading dimensions are tokens. `where`, bool `[...]`, marks
+the tokens that count; the others may hold anything. `chunk_size` tokens, a static number, make a
+chunk.
 
 All functions raise ValueError if shapes do not fit or a loss does not return one value per token.
 They raise TypeError if an array is not floating point, if `where` is not bool, or under
@@ -51,16 +56,9 @@ def chunked_divergence(
       divergence: `([n, V_S], [n, V_T]) -> [n]`: any loss of the package on logits (`forward_kl`,
         `reverse_kl`, `jsd_normalized`, `skew_reverse_kl`, `total_variation`, `uld` …), with its
         hyper-parameters bound by `functools.partial`; these may be traced and differentiated.
-      student_hidden: `[..., width]`; leading dimensions are tokens.
-      student_head: the student's output layer.
       teacher_hidden: `[..., teacher_width]`, the same leading dimensions.
-      teacher_head: the teacher's output layer.
-      where: bool `[...]`, tokens that count; others may hold anything.
       chunk_size: tokens per chunk, static. Larger values use the processor better; memory is about
         `4 chunk_size vocabulary` floats.
-
-    Returns:
-      `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
 
     References:
       Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024 (2410.10989); its
@@ -97,14 +95,7 @@ def chunked_loss(
       loss: `([n, V] logits, targets of n tokens) -> [n]`, e.g. `losses.top_k_kl_tail`, or
         `optax.softmax_cross_entropy_with_integer_labels`. On a CPU it sees a few rows at a time,
         which keeps its passes in the cache.
-      hidden: `[..., width]`; leading dimensions are tokens.
-      head: the output layer.
       targets: pytree of arrays `[..., *]` with the same leading dimensions.
-      where: bool `[...]`, tokens that count; others may hold anything.
-      chunk_size: tokens per chunk, static.
-
-    Returns:
-      `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
     """
     return _chunked(loss, lambda targets: targets, hidden, head, targets, where, chunk_size)
 
@@ -172,12 +163,9 @@ def chunked_map(
 
     Args:
       fn: `([n, V] logits, targets of n tokens) -> pytree of [n, *]`.
-      hidden: `[..., width]`; leading dimensions are tokens.
-      head: the output layer.
       targets: pytree of arrays `[..., *]` with the same leading dimensions, `None` if there are
         none; differentiated like everything else.
       where: bool `[...]`, tokens that count; others may hold anything and give 0.
-      chunk_size: tokens per chunk, static.
 
     Returns:
       `fn`'s pytree with leaves `[..., *]`.

@@ -4,6 +4,13 @@ Only inexact arrays are changed; counters, PRNG keys and functions pass through,
 integer codes are an error. Leaves keep their dtypes, and the target keeps its structure. `where`
 always means *act here*.
 
+Trees are any pytrees. Functions of several trees take trees of one structure and shapes (a list of
+models, or a base and models) and return one with the first tree's structure, dtypes and non-inexact
+leaves; task vectors are float32 or wider. They raise ValueError where names or shapes differ,
+listing all differences, where there is not one weight per tree or weights that divide sum to 0, and
+for a coefficient or hyper-parameter outside its stated range. A coefficient per leaf is a number, a
+traced scalar, or anything else that `scale` takes as alpha.
+
 - One tree: `scale`, `scale_homogeneous`, `fit_alpha`.
 - From a source into a target: `transfer`, or `plan_transfer` and `apply_plan`, with renames,
   policies for leaves of another shape, and a `Report`; `replace_head`, `remap_units`, `layer_map`.

@@ -26,12 +26,6 @@ def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
         `[(selector, number), ...]`, where leaves that match no rule stay the source's; or a
         pytree prefix of numbers.
 
-    Returns:
-      A tree with the source's structure and dtypes; leaves that are not inexact are the source's.
-
-    Raises:
-      ValueError: if names or shapes differ (all are listed), or a coefficient does not fit.
-
     References:
       Wortsman et al., Robust fine-tuning of zero-shot models, 2022 (2109.01903), eq. 1.
     """
@@ -50,16 +44,8 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
     """`sum_i w_i theta_i`, leaf by leaf; the weights are not normalized.
 
     Args:
-      models: a list of trees of one structure.
       weights: one per model: an array `[N]`, or a list whose entries are numbers or anything
         that gives a number per leaf (see `interpolate`).
-
-    Returns:
-      A tree with the first model's structure, dtypes and non-inexact leaves.
-
-    Raises:
-      ValueError: if names or shapes differ, the number of weights is wrong, or rules leave a leaf
-        out.
     """
     trees_by_name = _leaves.name_members("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
@@ -75,15 +61,7 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
     """`sum_i w_i theta_i / sum_i w_i`, leaf by leaf; without weights, the uniform soup.
 
     Args:
-      models: a list of trees of one structure.
       weights: None for 1 each, or as in `weighted_sum`; traced weights make a learned soup.
-
-    Returns:
-      A tree with the first model's structure, dtypes and non-inexact leaves.
-
-    Raises:
-      ValueError: if names or shapes differ, the number of weights is wrong, rules leave a leaf
-        out, or the weights of a leaf sum to 0.
 
     References:
       Wortsman et al., Model soups, 2022 (2203.05482). mergekit's `linear` is this function with
@@ -109,7 +87,6 @@ def greedy_soup(
     Runs on the host: `score` is called `2 N - 1` times, once for every model and trial soup.
 
     Args:
-      models: a list of trees of one structure.
       score: higher is better, usually accuracy on held-out data; a non-finite score never wins.
 
     Returns:
@@ -152,9 +129,6 @@ def ema(shadow: Params, params: Params, *, decay: Scalar = 0.999) -> Params:
 
     Returns:
       The new shadow, with the old one's dtypes and non-inexact leaves.
-
-    Raises:
-      ValueError: if names or shapes differ, or decay is outside `[0, 1]`.
 
     References:
       Tarvainen and Valpola, Mean teachers are better role models, 2017 (1703.01780).

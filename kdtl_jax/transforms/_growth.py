@@ -31,7 +31,6 @@ def widen(
     softmax scale is restored by `scale(params, sqrt(new / old), where="query")`.
 
     Args:
-      params: any pytree.
       spec: the names of the axes; mark the layers that sum over a widened axis with
         `Axis("mlp", summed=True)`.
       widths: `{name: new number of units}`, or the old unit that each new one copies.

@@ -71,10 +71,6 @@ def replace_head(
 def index_map(old: Sequence[Hashable], new: Sequence[Hashable]) -> np.ndarray:
     """The old position of each new class or token: `[len(new)]` int64, -1 if `old` lacks it.
 
-    Args:
-      old: names in the order of the source's axis.
-      new: names in the order of the target's axis.
-
     Raises:
       ValueError: if a name occurs twice in either.
     """
@@ -96,19 +92,14 @@ def remap_units(
     """Reorders classes or tokens along named axes: new unit `j` is old unit `indices[name][j]`.
 
     Args:
-      params: any pytree.
       spec: the names of the axes, e.g. `("head/kernel", (None, "class"))`.
       indices: `{name: [n] integers}` from `index_map`; -1 marks a new unit.
       fresh: the values of new units: a tree of the resulting shapes, e.g. the new model's
         initialization. None gives them the mean over the old units.
 
-    Returns:
-      The remapped tree, dtypes kept.
-
     Raises:
       ValueError: as in `axis_sizes`; also if a name is unknown, an index is out of range, or
         `fresh` has another structure or other shapes.
-      TypeError: if indices are not integers.
     """
     axes = _width.axes_of(params, spec)
     sizes = _width.sizes_of(params, axes)

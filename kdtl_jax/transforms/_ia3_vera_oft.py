@@ -1,4 +1,8 @@
-"""Adapters that scale or rotate: IA3, VeRA, OFT. (BitFit needs no adapter: train `".*bias"`.)"""
+"""Adapters that scale or rotate: IA3, VeRA, OFT. (BitFit needs no adapter: train `".*bias"`.)
+
+`in_axis` and `out_axis` are a kernel's input and output axis, or axes; `init` and `apply` raise
+ValueError if a selected leaf lacks them.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -49,17 +53,12 @@ def ia3_output(
     """`y' = (x W + b) * l`: one learned factor per output, for keys and values.
 
     Args:
-      in_axis: the kernel's input axis, or axes.
-      out_axis: the kernel's output axis, or axes.
       bias: last path segments (after "/" or, in flat names, ".") of the bias beside a kernel,
         which is scaled with it if there is one; `()` scales no bias.
 
     Returns:
       The adapter; weights are `{kernel's path: ScaleWeights}`. `combine` is
       `1 + sum_i w_i (l_i - 1)`.
-
-    Raises:
-      ValueError: if a selected leaf lacks the axes.
 
     References:
       Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper, 2022
@@ -126,14 +125,9 @@ def vera(
       projections: the PRNG key of A and B; part of the model, so keep it with the weights.
       rank: r; can be high, since a rank costs one number per layer.
       start: the initial value of d; b starts at 0.
-      in_axis: the kernel's input axis, or axes.
-      out_axis: the kernel's output axis, or axes.
 
     Returns:
       The adapter; weights are `{path: VeraWeights}`. `combine` stacks terms, which is exact.
-
-    Raises:
-      ValueError: if a selected leaf lacks the axes.
 
     References:
       Kopiczko, Blankevoort and Asano, VeRA, 2023 (2310.11454). Bounds `sqrt(6 / in)` of A and
@@ -199,8 +193,6 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
 
     Args:
       block_size: n; the number of inputs must be a multiple of it.
-      in_axis: the kernel's input axis, or axes.
-      out_axis: the kernel's output axis, or axes.
 
     Returns:
       The adapter; weights are `{path: RotationWeights}`. `combine` adds the skew matrices, which

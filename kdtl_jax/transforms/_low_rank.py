@@ -31,12 +31,8 @@ def factor_low_rank(matrix: Array, rank: int) -> LowRank:
       matrix: `[..., in, out]`; leading axes (layers, kernel positions) are factored separately.
       rank: 1 to `min(in, out)`.
 
-    Returns:
-      The factors, in the dtype of `matrix`.
-
     Raises:
       ValueError: if `matrix` has fewer than two axes or the rank is out of range.
-      TypeError: if `matrix` is not floating point.
 
     References:
       Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
@@ -68,7 +64,6 @@ def rank_for_energy(matrix: Array, energy: float) -> int:
 
     Raises:
       ValueError: if `matrix` has fewer than two axes or is traced, or `energy` is out of range.
-      TypeError: if `matrix` is not floating point.
     """
     _checks.rank(2, matrix=matrix)
     _checks.floating(matrix=matrix)

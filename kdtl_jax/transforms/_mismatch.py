@@ -6,7 +6,8 @@ and do not change a leaf that fits. A policy of your own is called for every lea
 even if the shapes happen to agree: a square kernel may still need its transpose, and a grid of
 another form may have as many cells. None then means that the leaf is right as it is.
 
-The resizing functions take one array and keep its dtype (TypeError unless it is floating point).
+The resizing functions take one array and keep its dtype (TypeError unless it is floating point;
+ValueError if a shape, a size or an axis does not fit).
 To use one as a policy, wrap it in a lambda:
 `[("pos_embed", lambda leaf, shape, path: resize_positions_bicubic(leaf, (16, 16), prefix=1))]`.
 Their matrices `[n_out, n_in]`, one per axis, are computed in float64 from lengths alone.
@@ -230,7 +231,6 @@ def resize_positions(
 
     Raises:
       ValueError: if the tokens are not `prefix` plus a grid.
-      TypeError: if the embeddings are not floating point.
     """
     matrix = corner_aligned
     return _resize_grid(embeddings, new_grid, old_grid, prefix, matrix)
@@ -247,21 +247,11 @@ def resize_positions_bicubic(
     """Resizes the position embeddings of a grid, bicubically between pixel centers.
 
     This is timm's resampling, a cubic convolution: with antialiasing, A = -0.5 and a kernel that
-    widens when shrinking; without it, A = -0.75 and four taps.
+    widens when shrinking; without it, A = -0.75 and four taps. The other arguments, the result and
+    the errors are those of `resize_positions`.
 
     Args:
-      embeddings: `[..., prefix + h * w, dim]`, the grid row by row.
-      new_grid: `(h', w')`.
-      old_grid: `(h, w)`; a square if None.
-      prefix: leading tokens (class token, registers) that are copied.
       antialias: whether the kernel widens when shrinking.
-
-    Returns:
-      `[..., prefix + h' * w', dim]` in the dtype of `embeddings`.
-
-    Raises:
-      ValueError: if the tokens are not `prefix` plus a grid.
-      TypeError: if the embeddings are not floating point.
     """
     matrix = antialiased_cubic if antialias else half_pixel_cubic
     return _resize_grid(embeddings, new_grid, old_grid, prefix, matrix)
@@ -277,13 +267,6 @@ def resize_patch_kernel(kernel: Array, new_size: Grid) -> Array:
     Args:
       kernel: `[h, w, in, out]`.
       new_size: `(h', w')`.
-
-    Returns:
-      `[h', w', in, out]` in the dtype of `kernel`.
-
-    Raises:
-      ValueError: if the kernel does not have rank 4, or a size is not positive.
-      TypeError: if the kernel is not floating point.
 
     References:
       Beyer et al., FlexiViT, 2022 (2212.08013).
@@ -310,13 +293,6 @@ def adapt_input_channels(kernel: Array, channels: int, *, axis: int = -2) -> Arr
       kernel: any rank; `[h, w, in, out]` for a convolution.
       channels: the new number, >= 1.
       axis: the input axis.
-
-    Returns:
-      The kernel with `channels` entries along `axis`, same dtype.
-
-    Raises:
-      ValueError: if `channels` is not positive or `axis` is out of range.
-      TypeError: if the kernel is not floating point.
     """
     _checks.floating(kernel=kernel)
     _checks.count(1, channels=channels)

@@ -33,7 +33,6 @@ def fake_quantize(
     """Applies the quantizer to the selected floating-point leaves; all others pass through.
 
     Args:
-      params: any pytree.
       quantizer: `weight -> weight` of the same shape and dtype, e.g. `int_per_channel`, `nvfp4`.
       where: the weights to quantize: usually kernels, not norms and biases.
 
@@ -79,9 +78,6 @@ def int_per_channel(
         absolute value along `axis`. Weights beyond it are clipped, with gradient 0. A channel with
         an amax of at most 2^-24 becomes zero.
       narrow: if true, codes are -M to M; otherwise -M - 1 is a code too.
-
-    Returns:
-      The rounded weight.
 
     Raises:
       TypeError: if the weight is not floating point, or `bits` is not an integer.

@@ -24,15 +24,11 @@ def scale(
     `sqrt(fan_in_large / fan_in_small)`, which restores the size of the pre-activations.
 
     Args:
-      params: any pytree.
       alpha: a number or traced scalar; a function `(path) -> number`; ordered rules
         `[(selector, number), ...]`, where leaves that match no rule are not changed; or a pytree
         prefix of numbers. A coefficient may also have its leaf's rank, with lengths 1 or the
         leaf's own (such as one value per layer of a scanned kernel).
       where: which leaves are scaled.
-
-    Returns:
-      The scaled tree; structure, shapes and dtypes are those of `params`.
 
     Raises:
       ValueError: if `where` or a rule matches nothing, a coefficient does not fit its leaf, or a
@@ -66,14 +62,10 @@ def scale_homogeneous(
     normalization, sigmoids or residual sums.
 
     Args:
-      params: any pytree.
       alpha: a number or traced scalar, >= 0.
       layers: one selector per layer, in the order of the forward pass, `"Dense_0/.*"` first.
         Together they must select every floating-point leaf.
       bias: which of these leaves are added rather than multiplied.
-
-    Returns:
-      The scaled tree.
 
     Raises:
       ValueError: if a layer matches nothing, a floating-point leaf is in no layer, no leaf of a

@@ -36,17 +36,9 @@ def sce(
     sign of their sum, renormalized. Deltas are squared, so float32 covers sizes 1e-18 to 1e18.
 
     Args:
-      base: pretrained parameters.
-      models: a list of fine-tuned models of its structure.
       top: share of varying entries to take, in `[0, 1]`; 1 takes every entry.
       floor: models get equal weights if their energies (squared units of the weights) sum to at
-        most this; mergekit's is 1e-6.
-
-    Returns:
-      A tree with the structure and dtypes of the base.
-
-    Raises:
-      ValueError: if names or shapes differ, `top` is outside `[0, 1]`, or `floor` is negative.
+        most this, >= 0; mergekit's is 1e-6.
 
     References:
       Wan et al., FuseChat, 2024 (2408.07990), SCE; mergekit's `sce`.
@@ -67,9 +59,6 @@ def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Sele
     """Selects entries and weighs models for `sce` of a leaf.
 
     `read()` must yield the same pieces every time.
-
-    Raises:
-      ValueError: if `top` is outside [0, 1].
     """
     _checks.within(0, 1, top=top)
     concrete = _checks.concrete(top)

@@ -25,15 +25,7 @@ def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
     `q model + (1 - q) base` with `q = min(t / |base - model|, 1)`.
 
     Args:
-      base: any pytree.
-      model: the same structure and shapes.
       t: the distance up to which the model's entry is taken fully; >= 0.
-
-    Returns:
-      A tree with the structure and dtypes of the base.
-
-    Raises:
-      ValueError: if names or shapes differ, or `t` is negative.
 
     References:
       mergekit's `nearswap` (2403.13257).
@@ -55,16 +47,6 @@ def arcee_fusion(base: Params, model: Params) -> Params:
     The importance of an entry is `|model - base|` times `KL(softmax(model) || softmax(base))` of
     its row (the last axis), with 1e-8 added to probabilities. It stands out if it is at least
     `median + 1.5 (third quartile - first quartile)` of its leaf.
-
-    Args:
-      base: any pytree.
-      model: the same structure and shapes.
-
-    Returns:
-      A tree with the structure and dtypes of the base.
-
-    Raises:
-      ValueError: if names or shapes differ.
 
     References:
       mergekit's `arcee_fusion`, which estimates the quartiles of leaves of more than a million
@@ -117,17 +99,9 @@ def ram(
     together with others over the number it changed alone, leaf by leaf.
 
     Args:
-      base: pretrained parameters.
-      models: a list of fine-tuned models of its structure.
-      epsilon: changes up to this size, in units of the weights, are ignored.
+      epsilon: changes up to this size, >= 0, in units of the weights, are ignored.
       gain: 0 is RAM; 0.1 is RAM+.
-      limit: the largest `rho` used.
-
-    Returns:
-      A tree with the structure and dtypes of the base.
-
-    Raises:
-      ValueError: if names or shapes differ, or `epsilon` or `limit` is negative.
+      limit: the largest `rho` used, >= 0.
 
     References:
       Yuan et al., Behavior Knowledge Merge in Reinforced Agentic Models, 2026 (2601.13572);

@@ -30,15 +30,8 @@ def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
     bias of 3 entries at density 0.2 keeps none; `trim_global` ranks all leaves together instead.
 
     Args:
-      task_vector: any pytree.
       density: share to keep, in `[0, 1]`: a number, traced scalar, or one number per leaf;
         leaves that match no rule are kept whole.
-
-    Returns:
-      A tree of the same structure and dtypes.
-
-    Raises:
-      ValueError: if a density is outside `[0, 1]`.
 
     References:
       PEFT's `magnitude_prune`, which is the first step of PEFT's and mergekit's TIES.
@@ -63,9 +56,6 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
       task_vector: any pytree; its inexact leaves are ranked as one vector, with tied leaves (one
         array, or equal arrays that are not all zero) counted once.
       density: share to keep, in `[0, 1]`; the paper's top-k percent.
-
-    Returns:
-      A tree of the same structure and dtypes.
 
     Raises:
       ValueError: if the density is outside `[0, 1]`, or a leaf holds quantized codes.
@@ -139,16 +129,12 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
     `floor(density n)` entries remain; if that leaves no room, fewer outliers are dropped.
 
     Args:
-      task_vector: any pytree.
       density: share to keep in `[0, 1]`; a number, traced scalar, or one number per leaf.
       outliers: share of largest entries to drop, likewise (the paper's 1 - gamma; its mask keeps
         the entries between the beta and gamma percentiles, density = gamma - beta).
 
     Returns:
       A tree of the same structure and dtypes; leaves that match no rule are kept whole.
-
-    Raises:
-      ValueError: if a share is outside `[0, 1]`.
 
     References:
       Davari and Belilovsky, Model Breadcrumbs, 2023 (2312.06795). mergekit before 0.1.5
@@ -183,17 +169,9 @@ def dare(
     are drawn independently. So are leaves that are partly in other processes, even outside `jit`.
 
     Args:
-      key: a PRNG key; the path of each leaf is folded in.
-      task_vector: any pytree.
       density: probability of keeping an entry, in (0, 1], the paper's 1 - p; a number, traced
         scalar, or one number per leaf; leaves that match no rule are kept whole.
       block: number of the leaves' first block; 0 for whole leaves.
-
-    Returns:
-      A tree of the same structure and dtypes.
-
-    Raises:
-      ValueError: if a density is outside (0, 1].
 
     References:
       Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales like this;
@@ -232,9 +210,6 @@ def della_probabilities(
 
     Returns:
       A tree of the same structure, float32 or wider.
-
-    Raises:
-      ValueError: if a density is outside `[0, 1]`.
 
     References:
       Deep et al., DELLA-Merging, 2024 (2406.11617), MagPrune.
@@ -276,17 +251,12 @@ def della(
     Tied leaves share their draws, as in `dare`.
 
     Args:
-      key: a PRNG key; the path of each leaf is folded in.
-      task_vector: any pytree.
       density: mean probability of keeping an entry, as in `della_probabilities`.
       epsilon: half the spread of the probabilities.
       block: number of the leaves' first block; 0 for whole leaves.
 
     Returns:
       A tree of the same structure and dtypes; unbiased over keys where probabilities are > 0.
-
-    Raises:
-      ValueError: if a density is outside `[0, 1]`.
 
     References:
       Deep et al., DELLA-Merging, 2024 (2406.11617). mergekit rescales by L1 norms instead:
@@ -317,12 +287,9 @@ def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
 def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTree:
     """`sparse ||original||_1 / ||sparse||_1`, by leaf; unchanged if a norm is at most `floor`.
 
-    mergekit's convention for DARE and DELLA, with a floor of 1e-7 (in units of the weights), which
-    does not rescale very small task vectors. It restores the mean magnitude exactly but is not
-    unbiased: a leaf whose kept entries happen to be small is scaled up too much.
-
-    Raises:
-      ValueError: if names or shapes differ, or `floor` is negative.
+    mergekit's convention for DARE and DELLA, with a floor of 1e-7 (in units of the weights, >= 0),
+    which does not rescale very small task vectors. It restores the mean magnitude exactly but is
+    not unbiased: a leaf whose kept entries happen to be small is scaled up too much.
     """
     _checks.scalar(floor=floor)
     _checks.non_negative(floor=floor)
@@ -355,16 +322,9 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
     draws as in `dare`; inside a loss, only ties made there are recognized.
 
     Args:
-      key: a PRNG key; the path of each leaf is folded in.
       params: parameters being trained.
       source: pretrained parameters; the same structure and shapes.
       rate: probability of taking the source's entry, in `[0, 1)`; 0 returns `params`.
-
-    Returns:
-      A tree with the structure and dtypes of `params`.
-
-    Raises:
-      ValueError: if names or shapes differ, or the rate is outside `[0, 1)`.
 
     References:
       Lee, Cho and Kang, Mixout, 2019 (1909.11299).

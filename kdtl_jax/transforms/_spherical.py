@@ -39,18 +39,10 @@ def slerp(
     (`|cos a| > threshold`, or 1 up to rounding) are interpolated linearly.
 
     Args:
-      source: any pytree.
-      target: the same structure and shapes.
       t: 0 gives the source, 1 the target; a number, traced scalar, or one number per leaf;
         leaves that match no rule stay the source's.
       axis: the axis along which a leaf's rows run; None, or a leaf of fewer axes, is one vector.
       threshold: on the cosine's absolute value. 1.0 with `axis=-1` is mergekit's NuSLERP.
-
-    Returns:
-      A tree with the structure and dtypes of the source.
-
-    Raises:
-      ValueError: if names or shapes differ.
 
     References:
       Shoemake, Animating rotation with quaternion curves, 1985; mergekit's `slerp`.
@@ -80,14 +72,7 @@ def multi_slerp(
 
     Args:
       base: the common starting point; None means zero.
-      models: a list of trees of the base's structure.
       weights: None for equal ones, else one per model; normalized to sum to 1.
-
-    Returns:
-      A tree with the structure and dtypes of the base, or of the first model.
-
-    Raises:
-      ValueError: if names, shapes or the number of weights differ, or the weights sum to 0.
 
     References:
       mergekit's `multislerp` (2403.13257).
@@ -119,16 +104,9 @@ def karcher_mean(
     when `|T| < tolerance`; T leaves out models closer than `tolerance`, and opposite ones.
 
     Args:
-      models: a list of trees of one structure.
       weights: None for equal ones, else one per model; normalized to sum to 1.
       iterations: the largest number of iterations.
       tolerance: in radians, >= 0.
-
-    Returns:
-      A tree with the structure and dtypes of the first model.
-
-    Raises:
-      ValueError: if names, shapes or the number of weights differ, or the weights sum to 0.
 
     References:
       Karcher, Riemannian center of mass, 1977; mergekit's `karcher` (2403.13257).
@@ -159,18 +137,11 @@ def model_stock(
     base is kept.
 
     Args:
-      base: pretrained parameters.
       models: fine-tuned models, two or more.
       axis: None treats a leaf as one vector; otherwise the axis along which its rows run, each
         row with its own ratio (leaves of fewer axes are one vector).
       floor: `c` divides by the product of two lengths, or by this if it is larger (squared units of
-        the weights). mergekit's 1e-6 pulls small changes back to the base.
-
-    Returns:
-      A tree with the structure and dtypes of the base.
-
-    Raises:
-      ValueError: if there are fewer than two models, names or shapes differ, or `floor < 0`.
+        the weights), >= 0. mergekit's 1e-6 pulls small changes back to the base.
 
     References:
       Jang, Yun and Han, Model Stock: All we need is just a few fine-tuned models, 2024

@@ -32,18 +32,10 @@ def fisher_merge(
     An entry whose `F_i` are all 0 is the weighted average.
 
     Args:
-      models: a list of trees of one structure.
       fishers: their diagonal Fisher information (`fisher.true_fisher`), of equal shapes.
       weights: one per model; None for 1 each.
-      floor: smallest Fisher information, in its own unit (squared loss per squared weight): an
-        entry below it in all models is averaged; the paper's code uses 1e-6.
-
-    Returns:
-      A tree with the first model's structure, dtypes and non-inexact leaves.
-
-    Raises:
-      ValueError: if names, shapes or the numbers of trees and weights differ, the weights sum to
-        0, or `floor` is negative.
+      floor: smallest Fisher information, >= 0, in its own unit (squared loss per squared weight):
+        an entry below it in all models is averaged; the paper's code uses 1e-6.
 
     References:
       Matena and Raffel, Merging Models with Fisher-Weighted Averaging, 2021 (2111.09832). Their
@@ -92,14 +84,10 @@ def regmean(
     entries multiplied by `shrink`. Every other leaf is averaged.
 
     Args:
-      models: a list of trees of one structure.
       grams: for every model `{path of a kernel: G [..., in, in]}`; all with the same paths.
       shrink: the paper's alpha; 1 is exact least squares, 0 weights by input power alone.
       ridge: this times the mean diagonal of all `G_i` is added to each diagonal, so inputs that
         are 0 in every model fall back to the average instead of dividing by zero.
-
-    Returns:
-      A tree with the first model's structure, dtypes and non-inexact leaves.
 
     Raises:
       ValueError: if names, shapes or paths differ, or a Gram matrix does not fit its kernel.

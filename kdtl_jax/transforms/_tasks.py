@@ -26,12 +26,6 @@ def task_vector(finetuned: Params, base: Params) -> PyTree:
       finetuned: parameters after fine-tuning.
       base: parameters before; the same structure and shapes.
 
-    Returns:
-      A tree with the structure of `finetuned`.
-
-    Raises:
-      ValueError: if names or shapes differ; all differences are listed, and no leaf is skipped.
-
     References:
       Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).
     """
@@ -56,16 +50,9 @@ def apply_task_vectors(
 
     Args:
       base: parameters to start from.
-      task_vectors: a list of trees of the base's structure.
       weights: 1 each when None, else one per task vector as in `weighted_sum`.
       scale: lambda: a number, traced scalar, or anything that gives one number per leaf; leaves
         that match no rule stay the base's.
-
-    Returns:
-      A tree with the base's structure, dtypes and non-inexact leaves.
-
-    Raises:
-      ValueError: if names, shapes or the number of weights differ.
 
     References:
       Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).

@@ -28,15 +28,11 @@ def ties(
     """TIES as published: trims globally, elects a sign per entry, averages the agreeing entries.
 
     Args:
-      task_vectors: a list of trees of one structure.
       weights: None for 1 each, as in the paper; they multiply the vectors after the election.
-      density: share of entries to keep, over all parameters of a model together.
+      density: share of entries to keep, in `[0, 1]`, over all parameters of a model together.
 
     Returns:
       The merged task vector; apply it with `scale=lambda` (the paper's default is 1).
-
-    Raises:
-      ValueError: if names or shapes differ, or the density is outside `[0, 1]`.
 
     References:
       Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023 (2306.01708).
@@ -74,7 +70,6 @@ def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None
     """The sign of the sum; entries whose sum is 0 take the sign of most other entries.
 
     Args:
-      task_vectors: a list of trees of one structure.
       majority: that sign, +1 or -1; None computes it from these trees (`sign_balance`).
 
     Returns:
@@ -123,17 +118,12 @@ def disjoint_merge(
     An entry of 0 agrees with neither sign.
 
     Args:
-      task_vectors: a list of trees of one structure.
       signs: the elected signs, +1 and -1.
-      weights: one per task vector; None for 1 each.
       divisor: `m -> [...]`, from bools `[N, ...]`; `agreeing_count` when None (the paper's mean),
         `agreeing_weight(w)`, or `undivided`. Where it is 0, the sum is not divided.
 
     Returns:
       The merged task vector, float32 or wider.
-
-    Raises:
-      ValueError: if names, shapes or the number of weights differ.
     """
     trees_by_name = {"signs": signs} | _leaves.name_members("task_vectors", task_vectors)
     by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), task_vectors[0])

@@ -4,8 +4,10 @@ Indices are returned in increasing order. Importance scores are `[units]`, float
 a sum over everything that belongs to a unit, in every leaf that has the axis, so a unit's incoming
 and outgoing weights count together.
 
-All functions raise ValueError if a size is out of range, as `axis_sizes` does, or if a second tree
-differs from the parameters in structure or shapes, and TypeError if numbers are not floating point.
+Here `size` is the length of an axis and `n`, in `1..size`, how many to keep; `spec` names the axes
+and `name` is one of them. All functions raise ValueError if a size is out of range, as `axis_sizes`
+does, or if a second tree differs from the parameters in structure or shapes, and TypeError if
+numbers are not floating point or a key is none.
 """
 
 from collections.abc import Callable
@@ -26,15 +28,8 @@ def uniform_indices(size: int, n: int) -> np.ndarray:
     Every `size / n`-th index from 0 if `n` divides `size`; otherwise
     `round(i (size - 1) / (n - 1))`, halves to even, which keeps the first and the last.
 
-    Args:
-      size: length of the axis, >= n.
-      n: how many to keep, >= 1.
-
     Returns:
       `[n]` strictly increasing int64.
-
-    Raises:
-      ValueError: unless `1 <= n <= size`.
 
     References:
       Xu et al., Initializing Models with Larger Ones, 2023 (2311.18823).
@@ -47,22 +42,13 @@ def uniform_indices(size: int, n: int) -> np.ndarray:
 
 
 def first_indices(size: int, n: int) -> np.ndarray:
-    """The first `n` indices of an axis of length `size`: `[n]` int64.
-
-    Raises:
-      ValueError: unless `1 <= n <= size`.
-    """
+    """The first `n` indices of an axis of length `size`: `[n]` int64."""
     _check_count(size, n)
     return np.arange(n, dtype=np.int64)
 
 
 def random_indices(key: Array, size: int, n: int) -> Array:
-    """`n` indices of an axis of length `size`, drawn without replacement, sorted: `[n]` int32.
-
-    Raises:
-      TypeError: if `key` is not a key.
-      ValueError: unless `1 <= n <= size`.
-    """
+    """`n` indices of an axis of length `size`, drawn without replacement, sorted: `[n]` int32."""
     _checks.key(key=key)
     _check_count(size, n)
     return jnp.sort(jax.random.permutation(key, size)[:n].astype(jnp.int32))
@@ -73,16 +59,11 @@ def top_indices(scores: Array, n: int, *, groups: int = 1) -> Array:
 
     Args:
       scores: `[size]`, one importance per entry of the axis.
-      n: how many to keep.
       groups: number of equal consecutive groups, each of which keeps `n / groups`. Grouped-query
         attention needs it: query heads are ranked within their key-value group.
 
     Returns:
       `[n]` int32.
-
-    Raises:
-      ValueError: unless `1 <= n <= size` and `groups` divides both.
-      TypeError: if the scores are not floating point.
 
     References:
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
@@ -110,19 +91,7 @@ def _check_count(size: int, n: int) -> None:
 
 
 def importance_by_magnitude(params: Params, spec: AxisSpec, name: str) -> Array:
-    """`sqrt(sum theta^2)` over all parameters of each unit.
-
-    Args:
-      params: any pytree.
-      spec: the names of the axes.
-      name: the axis.
-
-    Returns:
-      `[units]`, float32 or wider.
-
-    Raises:
-      ValueError: as in `axis_sizes`; also if no axis has that name.
-    """
+    """`sqrt(sum theta^2)` over all parameters of each unit."""
     return _numerics.safe_sqrt(_sum_per_unit(params, spec, name, jnp.square))
 
 
@@ -130,16 +99,7 @@ def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name
     """`sum |theta * gradient|`: first-order estimate of how the loss changes without the unit.
 
     Args:
-      params: any pytree.
       gradients: gradients of the loss, averaged over data, with the structure of `params`.
-      spec: the names of the axes.
-      name: the axis.
-
-    Returns:
-      `[units]`, float32 or wider.
-
-    Raises:
-      ValueError: as in `importance_by_magnitude`; also if structures or shapes differ.
 
     References:
       Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (1906.10771).
@@ -151,16 +111,7 @@ def importance_by_fisher(params: Params, fisher: Params, spec: AxisSpec, name: s
     """`1/2 sum F theta^2`: second-order estimate of the rise in loss, F the Fisher diagonal.
 
     Args:
-      params: any pytree.
       fisher: diagonal Fisher information with the structure of `params`.
-      spec: the names of the axes.
-      name: the axis.
-
-    Returns:
-      `[units]`, float32 or wider.
-
-    Raises:
-      ValueError: as in `importance_by_magnitude`; also if structures or shapes differ.
 
     References:
       LeCun, Denker and Solla, Optimal Brain Damage, 1989, with the Fisher for the Hessian.
@@ -187,13 +138,6 @@ def importance_by_activation(
       previous: `[units]`, the score so far.
       inner: width of a unit (of a head); its features are combined by their Euclidean norm.
       where: bool `[B]`, or `[B, ...]` over positions too: the real ones; others have no effect.
-
-    Returns:
-      `[units]`, float32 or wider.
-
-    Raises:
-      ValueError: if the features are not units of width `inner`, or `previous` has another shape.
-      TypeError: if the activations are not floating point.
 
     References:
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024

@@ -11,7 +11,8 @@ An *axis spec* is ordered rules `[(selector, names)]`, one name per axis of the 
 
 All axes with one name are one set of units and change together. An axis without a name (None) is
 not changed. A leaf that no rule covers raises an error, because a forgotten bias silently breaks a
-network.
+network. Errors are ValueErrors: those of `axis_sizes`, an unknown name, an index or a size out of
+range; TypeError if indices are not integers. Dtypes are kept.
 """
 
 import re
@@ -63,17 +64,8 @@ def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> 
     """Keeps the units `indices[name]` of every axis of that name, for narrower layers.
 
     Args:
-      params: any pytree.
-      spec: the names of the axes.
       indices: `{name: [n] integers}`, e.g. from `uniform_indices` or `top_indices`; may be
         traced. Repeated indices are allowed.
-
-    Returns:
-      The tree with the selected units, in the given order; dtypes are kept.
-
-    Raises:
-      ValueError: as in `axis_sizes`; also if a name is unknown or an index out of range.
-      TypeError: if indices are not integers.
     """
     axes = axes_of(params, spec)
     sizes = sizes_of(params, axes)
@@ -145,9 +137,6 @@ def pad_width(params: Params, spec: AxisSpec, widths: Mapping[str, int]) -> Para
     A hidden unit of zeros has no effect if its activation maps 0 to 0. Such units do not learn
     until something breaks the tie, since their incoming and outgoing gradients are both zero. To
     grow with units that learn, use `widen`.
-
-    Raises:
-      ValueError: as in `axis_sizes`; also if a name is unknown or a width shrinks.
     """
     axes = axes_of(params, spec)
     sizes = sizes_of(params, axes)
