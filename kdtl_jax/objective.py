@@ -10,6 +10,9 @@ a weight is a number, a traced array or a schedule of the step. Values are one o
 
 Sums and counts are kept separate (`Mean`), so accumulating over microbatches or devices gives
 exactly the value of the large batch. Logged values are unweighted.
+
+A term whose weight is the constant 0 is logged, but left out of the loss and its gradient, even if
+it is NaN. A traced 0, such as a schedule's, multiplies: 0 * NaN is NaN.
 """
 
 from collections.abc import Iterator, Mapping
@@ -216,6 +219,9 @@ def _as_float(name: str, weight: Scalar) -> Array:
     if weight is None or isinstance(weight, str):
         raise TypeError(f"the weight of {name!r} must be a number or a schedule, got {weight!r}.")
     _checks.scalar(**{f"the weight of {name!r}": weight})
+    if _is_constant_zero(weight):
+        with jax.ensure_compile_time_eval():  # `weighted_sum` sees the 0 under jit as well
+            return jnp.zeros((), jnp.float32)
     array = jnp.asarray(weight)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return array.astype(jnp.float32)
@@ -225,7 +231,7 @@ def _as_float(name: str, weight: Scalar) -> Array:
 def weighted_sum(means: Mapping[str, Mean], weights: Mapping[str, Array]) -> Array:
     """`sum_k w_k total_k / weight_k` for weights w: the value to differentiate, `[]`.
 
-    `total_k / weight_k` is the mean of term k.
+    `total_k / weight_k` is the mean of term k. A term whose weight is the constant 0 is left out.
 
     Raises:
       ValueError: if the two do not have the same keys.
@@ -234,5 +240,13 @@ def weighted_sum(means: Mapping[str, Mean], weights: Mapping[str, Array]) -> Arr
     loss = jnp.zeros((), jnp.float32)
     for name, mean in means.items():
         value = mean.value()
-        loss = loss.astype(value.dtype) + weights[name].astype(value.dtype) * value
+        loss = loss.astype(value.dtype)
+        # 0 * NaN is NaN, in the backward pass too: a term left out has no backward pass.
+        if not _is_constant_zero(weights[name]):
+            loss += weights[name].astype(value.dtype) * value
     return loss
+
+
+def _is_constant_zero(weight: Scalar) -> bool:
+    constant = _checks.concrete(weight)
+    return constant is not None and bool(constant == 0)

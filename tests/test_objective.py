@@ -150,6 +150,34 @@ def test_the_gradient_with_respect_to_a_weight_is_the_term() -> None:
     assert float(jax.grad(loss)(jnp.float32(0.3))) == 2 - 5
 
 
+@pytest.mark.parametrize(
+    "zero", [0, 0.0, np.float32(0), jnp.zeros((), jnp.bfloat16), lambda step: 0.0]
+)
+def test_a_constant_weight_of_zero_leaves_its_term_out(zero: Any) -> None:
+    """Also of the backward pass, where 0 * NaN is NaN; its mean is still there."""
+
+    def loss(x: jax.Array) -> tuple[jax.Array, Any]:
+        means = objective.reduce_all({"task": x**2, "broken": x * jnp.nan})
+        weights = objective.resolve({"task": 1.0, "broken": zero}, jnp.int32(0))
+        return objective.weighted_sum(means, weights), means
+
+    for grad in (jax.grad(loss, has_aux=True), jax.jit(jax.grad(loss, has_aux=True))):
+        gradient, means = grad(f32(1, 3))
+        np.testing.assert_array_equal(gradient, [1, 3])
+        assert np.isnan(means["broken"].value())
+
+
+def test_a_traced_weight_of_zero_multiplies() -> None:
+    """A NaN that reaches the gradient reaches the loss as well, where it is seen."""
+    means = objective.reduce_all({"broken": f32(jnp.nan)})
+
+    def loss(step: jax.Array) -> jax.Array:
+        weights = objective.resolve({"broken": lambda step: 0.0 * step}, step)
+        return objective.weighted_sum(means, weights)
+
+    assert np.isnan(jax.jit(loss)(jnp.float32(1)))
+
+
 @pytest.mark.usefixtures("x64")
 def test_float64_stays_float64() -> None:
     means = objective.reduce_all({"a": jnp.asarray([1.0, 1e-12])})
