@@ -7,7 +7,7 @@ import pytest
 
 from kdtl_jax.interop import _hf_build, _hf_decoders, _hf_towers
 from kdtl_jax.interop._hf_config import Config, Limits, read
-from kdtl_jax.interop._hf_family import Contents
+from kdtl_jax.interop._hf_family import Contents, module_of
 
 CONFIGS = json.loads((Path(__file__).parent / "data" / "published_configs.json").read_text())
 BODY = Contents(None, {}, True)
@@ -24,7 +24,7 @@ def check(config: Config) -> None:
         return
     family = _hf_build.family_of(config)
     values = read(config, family.fields, family.harmless, Limits(1 << 20, 1 << 10))
-    assert family.build(values, BODY) is not None
+    assert module_of(family, values, BODY) is not None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -46,7 +46,7 @@ def test_configs_of_towers_leave_out_what_the_base_model_has() -> None:
             family = _hf_build.family_of(config)
             values = read(config, family.fields, family.harmless, Limits(1 << 20, 1 << 10))
             assert values["hidden_size"] == (width if tower == "text" else 768)
-            assert family.build(values, BODY) is not None
+            assert module_of(family, values, BODY) is not None
 
 
 @pytest.mark.parametrize(

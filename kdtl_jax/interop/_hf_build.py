@@ -113,7 +113,7 @@ def build(
                 f"(tie_word_embeddings), and the file lacks its bias {name!r}."
             )
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in tensors.items()}
-    module = family.build(values, Contents(head, shapes, is_tied))
+    module = _hf_family.module_of(family, values, Contents(head, shapes, is_tied))
     unused = [name for name in tensors if _matches(family.buffers, name)]
     unused += [name for name in copies if not naming.covers(rules, name)]
     extra = [

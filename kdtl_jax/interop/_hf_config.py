@@ -26,11 +26,15 @@ class Limits(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A key; `check(value, limits)` returns its meaning, or raises ValueError("a positive …")."""
+    """A key; `check(value, limits)` returns its meaning, or raises ValueError("a positive …").
+
+    `module` is the name of the module's field that takes this value as it is, if there is one.
+    """
 
     key: str
     check: Callable[[Any, Limits], Any]
     default: Any = REQUIRED
+    module: str = ""
 
 
 # Keys that never change the outputs of the models here: the origin of a file, settings of trainers,
@@ -72,7 +76,7 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
         known to be harmless.
     """
     out = {}
-    for key, check, default in fields:
+    for key, check, default, _ in fields:
         if key not in config and default is REQUIRED:
             raise ValueError(f"config.json has no {key!r}, so its model is not known.")
         value = config.get(key, default)
@@ -93,6 +97,11 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
             "The outputs could be wrong; remove a key if it changes nothing."
         )
     return out
+
+
+def into(**fields: Field) -> tuple[Field, ...]:
+    """Fields whose values a module takes as they are, by the names it gives them."""
+    return tuple(field._replace(module=name) for name, field in fields.items())
 
 
 def check_tokens(config: Config, rows: int | None) -> None:
@@ -210,8 +219,8 @@ def choice(key: str, *values: Any) -> Field:
 def optional(field: Field) -> Field:
     """The field with null as another value, which is the default unless the field has one."""
     default = None if field.default is REQUIRED else field.default
-    return Field(
-        field.key, lambda v, limits: None if v is None else field.check(v, limits), default
+    return field._replace(
+        check=lambda v, limits: None if v is None else field.check(v, limits), default=default
     )
 
 

@@ -1,21 +1,9 @@
 """Convolutional networks for images: ResNet, ConvNeXt."""
 
-from typing import Any
-
 from kdtl_jax import models
+from kdtl_jax.interop import _hf_config as field
 from kdtl_jax.interop import _hf_sizes
-from kdtl_jax.interop._hf_config import (
-    activation,
-    choice,
-    count,
-    counts,
-    epsilon,
-    flag,
-    number,
-    share,
-    sides,
-)
-from kdtl_jax.interop._hf_family import Contents, Family, dense, norm
+from kdtl_jax.interop._hf_family import Contents, Family, Values, dense, norm
 from kdtl_jax.interop._hf_vision import image, image_head
 from kdtl_jax.interop.naming import Rule, conv2d
 
@@ -29,7 +17,7 @@ def _conv_norm(torch: str, jax: str) -> tuple[Rule, ...]:
     )
 
 
-def _check_stages(v: dict[str, Any]) -> None:
+def _check_stages(v: Values) -> None:
     if len(v["hidden_sizes"]) != len(v["depths"]):
         raise ValueError(
             f"config.json: hidden_sizes {list(v['hidden_sizes'])} and depths {list(v['depths'])} "
@@ -37,18 +25,11 @@ def _check_stages(v: dict[str, Any]) -> None:
         )
 
 
-def _resnet(v: dict[str, Any], contents: Contents) -> models.ImageResNet:
+def _resnet(fields: Values, v: Values, contents: Contents) -> models.ImageResNet:
     _check_stages(v)
-    return models.ImageResNet(
-        stem=v["embedding_size"],
-        widths=v["hidden_sizes"],
-        depths=v["depths"],
-        is_bottleneck=v["layer_type"] == "bottleneck",
-        downsample_first=v["downsample_in_first_stage"],
-        downsample_in_first_conv=v["downsample_in_bottleneck"],
-        classes=contents.classes("image"),
-        activation=v["hidden_act"],
-    )
+    is_bottleneck = v["layer_type"] == "bottleneck"
+    classes = contents.classes("image")
+    return models.ImageResNet(**fields, is_bottleneck=is_bottleneck, classes=classes)
 
 
 _resnet_block = "encoder.stages.{s}.layers.{i}"
@@ -57,14 +38,16 @@ resnet = Family(
     "ResNetModel",
     "resnet.",
     (
-        count("embedding_size"),
-        counts("hidden_sizes"),
-        counts("depths", of_layers=True),
-        count("num_channels", 3),
-        choice("layer_type", "bottleneck", "basic"),
-        flag("downsample_in_first_stage", False),
-        flag("downsample_in_bottleneck", False),
-        activation("hidden_act", "relu"),
+        *field.into(
+            stem=field.count("embedding_size"),
+            widths=field.counts("hidden_sizes"),
+            depths=field.counts("depths", of_layers=True),
+            downsample_first=field.flag("downsample_in_first_stage", False),
+            downsample_in_first_conv=field.flag("downsample_in_bottleneck", False),
+            activation=field.activation("hidden_act", "relu"),
+        ),
+        field.count("num_channels", 3),
+        field.choice("layer_type", "bottleneck", "basic"),
     ),
     (
         *_conv_norm("embedder.embedder", "stem"),
@@ -78,23 +61,16 @@ resnet = Family(
     harmless="out_features out_indices stage_names",
     buffers=(r".*\.num_batches_tracked",),
     other_heads=(r"classifier\..*",),
+    depth=None,
     by_layers=("out_features", "out_indices", "stage_names"),
     sizes=_hf_sizes.stages,
 )
 
 
-def _convnext(v: dict[str, Any], contents: Contents) -> models.ConvNext:
+def _convnext(fields: Values, v: Values, contents: Contents) -> models.ConvNext:
     _check_stages(v)
-    return models.ConvNext(
-        widths=v["hidden_sizes"],
-        depths=v["depths"],
-        patch=v["patch_size"],
-        classes=contents.classes("image"),
-        activation=v["hidden_act"],
-        norm_epsilon=v["layer_norm_eps"],
-        has_scale=v["layer_scale_init_value"] > 0,
-        drop_path=v["drop_path_rate"],
-    )
+    has_scale = v["layer_scale_init_value"] > 0
+    return models.ConvNext(**fields, has_scale=has_scale, classes=contents.classes("image"))
 
 
 _stage = "encoder.stages.{s}"
@@ -103,15 +79,17 @@ convnext = Family(
     "ConvNextModel",
     "convnext.",
     (
-        counts("hidden_sizes"),
-        counts("depths", of_layers=True),
-        sides("patch_size", 4),
-        sides("image_size", 224),
-        count("num_channels", 3),
-        activation("hidden_act", "gelu"),
-        epsilon("layer_norm_eps", 1e-12),
-        number("layer_scale_init_value", 1e-6, zero=True),
-        share("drop_path_rate", 0.0),
+        *field.into(
+            widths=field.counts("hidden_sizes"),
+            depths=field.counts("depths", of_layers=True),
+            patch=field.sides("patch_size", 4),
+            activation=field.activation("hidden_act", "gelu"),
+            norm_epsilon=field.epsilon("layer_norm_eps", 1e-12),
+            drop_path=field.share("drop_path_rate", 0.0),
+        ),
+        field.sides("image_size", 224),
+        field.count("num_channels", 3),
+        field.number("layer_scale_init_value", 1e-6, zero=True),
     ),
     (
         *dense("embeddings.patch_embeddings", "stem", conv2d),
@@ -130,6 +108,7 @@ convnext = Family(
     heads=(image_head("ConvNextForImageClassification"),),
     harmless="num_stages out_features out_indices stage_names",
     other_heads=(r"classifier\..*",),
+    depth=None,
     by_layers=("out_features", "out_indices", "stage_names"),
     sizes=_hf_sizes.stages,
 )

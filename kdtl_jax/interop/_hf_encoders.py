@@ -6,16 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kdtl_jax import models
-from kdtl_jax.interop._hf_config import (
-    activation,
-    choice,
-    count,
-    epsilon,
-    flag,
-    layers,
-    optional,
-    share,
-)
+from kdtl_jax.interop import _hf_config as field
 from kdtl_jax.interop._hf_family import (
     OWN_BIAS,
     POOLER_PATHS,
@@ -23,6 +14,8 @@ from kdtl_jax.interop._hf_family import (
     Contents,
     Family,
     Head,
+    Values,
+    attention,
     dense,
     embedding,
     norm,
@@ -32,16 +25,9 @@ from kdtl_jax.interop.naming import Rule, linear
 _TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)  # fits any number of positions
 
 
-def tokens(values: dict[str, Any]) -> Any:
+def tokens(values: Values) -> Any:
     """An abstract batch of tokens."""
     return _TOKENS
-
-
-def _sequence_head(stem: str) -> Head:
-    """A classifier on the pooled first token."""
-    rules = dense("classifier", "head")
-    name = f"{stem}ForSequenceClassification"
-    return Head("sequence", (name,), rules, True, classes="classifier.weight")
 
 
 def token_head(stem: str) -> Head:
@@ -51,28 +37,45 @@ def token_head(stem: str) -> Head:
     return Head("token", (name,), rules, False, POOLER_PATHS, "classifier.weight")
 
 
-def _two_layer_head(stem: str) -> Head:
-    """RoBERTa's classifier, with a first layer in place of the pooler."""
-    rules = (*dense("classifier.dense", "pooler"), *dense("classifier.out_proj", "head"))
-    name, classes = f"{stem}ForSequenceClassification", "classifier.out_proj.weight"
-    return Head("sequence", (name,), rules, None, POOLER_PATHS, classes)
+def two_layer_head(
+    stem: str, first: str = "classifier.dense", last: str = "classifier.out_proj"
+) -> Head:
+    """A classifier of texts, with a first layer of its own in place of the pooler."""
+    rules = (*dense(first, "pooler"), *dense(last, "head"))
+    name = f"{stem}ForSequenceClassification"
+    return Head("sequence", (name,), rules, None, POOLER_PATHS, f"{last}.weight")
 
 
-def _language_rules(dense_name: str, norm_name: str, decoder: str, bias: str) -> tuple[Rule, ...]:
-    return (
-        *dense(dense_name, "language/dense"),
-        *norm(norm_name, "language/norm"),
-        Rule(decoder, "language/decoder/kernel", linear),
+def _language_head(
+    architectures: tuple[str, ...],
+    transform: str,
+    transform_norm: str,
+    decoder: str,
+    bias: str,
+    *,
+    has_own_bias: bool = False,
+) -> Head:
+    rules = (
+        *dense(transform, "language/dense"),
+        *norm(transform_norm, "language/norm"),
+        Rule(f"{decoder}.weight", "language/decoder/kernel", linear),
         Rule(bias, "language/bias"),
     )
+    own = (Rule(f"{decoder}.bias", OWN_BIAS),) if has_own_bias else ()
+    return Head("language", architectures, rules, optional=own)
 
 
-def _roberta_language(stem: str) -> Head:
-    rules = _language_rules(
-        "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder.weight", "lm_head.bias"
-    )
-    optional = (Rule("lm_head.decoder.bias", OWN_BIAS),)
-    return Head("language", (f"{stem}ForMaskedLM",), rules, optional=optional)
+def bert_language_head(*architectures: str) -> Head:
+    """BERT's head for masked tokens."""
+    names = ("transform.dense", "transform.LayerNorm", "decoder", "bias")
+    paths = (f"cls.predictions.{name}" for name in names)
+    return _language_head(architectures, *paths, has_own_bias=True)
+
+
+def _roberta_heads(stem: str) -> tuple[Head, ...]:
+    paths = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
+    language = _language_head((f"{stem}ForMaskedLM",), *paths, has_own_bias=True)
+    return two_layer_head(stem), token_head(stem), language
 
 
 _ROBERTA_COPIES = {
@@ -102,74 +105,60 @@ _feed_forward = (
 _bert_body = (
     *_embeddings,
     *_types,
-    *dense(f"{_layer}.attention.self.query", "layers_{i}/attention/query"),
-    *dense(f"{_layer}.attention.self.key", "layers_{i}/attention/key"),
-    *dense(f"{_layer}.attention.self.value", "layers_{i}/attention/value"),
-    *dense(f"{_layer}.attention.output.dense", "layers_{i}/attention/out"),
+    *attention(f"{_layer}.attention", "self.query", "self.key", "self.value", "output.dense"),
     *norm(f"{_layer}.attention.output.LayerNorm", "layers_{i}/attention_norm"),
     *_feed_forward,
     *dense("pooler.dense", "pooler"),
 )
 
-_SIZES = (
-    count("vocab_size"),
-    count("hidden_size"),
-    layers("num_hidden_layers"),
-    count("num_attention_heads"),
-    count("intermediate_size"),
-    count("max_position_embeddings"),
-    activation("hidden_act", "gelu"),
-    epsilon("layer_norm_eps", 1e-12),
-    share("hidden_dropout_prob", 0.1),
-    share("attention_probs_dropout_prob", 0.1),
-    flag("tie_word_embeddings", True),
+SIZES = field.into(
+    vocabulary=field.count("vocab_size"),
+    width=field.count("hidden_size"),
+    layers=field.layers("num_hidden_layers"),
+    heads=field.count("num_attention_heads"),
+    hidden=field.count("intermediate_size"),
+)
+_FIELDS = (
+    *SIZES,
+    *field.into(
+        positions=field.count("max_position_embeddings"),
+        activation=field.activation("hidden_act", "gelu"),
+        norm_epsilon=field.epsilon("layer_norm_eps", 1e-12),
+        dropout=field.share("hidden_dropout_prob", 0.1),
+        attention_dropout=field.share("attention_probs_dropout_prob", 0.1),
+    ),
+    field.flag("tie_word_embeddings", True),
 )
 _BERT_FIELDS = (
-    *_SIZES,
-    count("type_vocab_size", 2, least=0),
-    optional(share("classifier_dropout", None)),
-    choice("position_embedding_type", "absolute"),
-    choice("is_decoder", False),
-    choice("add_cross_attention", False),
+    *_FIELDS,
+    *field.into(
+        types=field.count("type_vocab_size", 2, least=0),
+        head_dropout=field.optional(field.share("classifier_dropout", None)),
+    ),
+    field.choice("position_embedding_type", "absolute"),
+    field.choice("is_decoder", False),
+    field.choice("add_cross_attention", False),
 )
 
 
-def check_heads(width: int, heads: int, key: str = "num_attention_heads") -> int:
-    """The number of heads; raises unless it divides the width."""
-    if width % heads:
-        raise ValueError(f"config.json: {key} = {heads} does not divide the width {width}.")
-    return heads
-
-
-def _bert(v: dict[str, Any], contents: Contents) -> models.Bert:
+def _bert(fields: Values, v: Values, contents: Contents) -> models.Bert:
     return models.Bert(
-        vocabulary=v["vocab_size"],
-        width=v["hidden_size"],
-        layers=v["num_hidden_layers"],
-        heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
-        hidden=v["intermediate_size"],
-        positions=v["max_position_embeddings"],
-        types=v.get("type_vocab_size", 0),
+        **{"types": 0, **fields},
         **contents.text_heads(),
         has_own_bias=contents.has_own_bias(),
         has_pooler=contents.has_pooler(),
-        activation=v["hidden_act"],
         language_activation=v["hidden_act"],
-        norm_epsilon=v["layer_norm_eps"],
-        dropout=v["hidden_dropout_prob"],
-        attention_dropout=v["attention_probs_dropout_prob"],
-        head_dropout=v.get("classifier_dropout"),
     )
 
 
-def _roberta(v: dict[str, Any], contents: Contents) -> models.Bert:
-    module = _bert(v, contents)
+def _roberta(fields: Values, v: Values, contents: Contents) -> models.Bert:
+    module = _bert(fields, v, contents)
     padding = v.get("pad_token_id", 1)
     module = module.clone(first_position=padding + 1, language_activation=models.gelu)
     return _with_two_layers(module, v, contents)
 
 
-def _with_two_layers(module: models.Bert, v: dict[str, Any], contents: Contents) -> models.Bert:
+def _with_two_layers(module: models.Bert, v: Values, contents: Contents) -> models.Bert:
     if contents.classes("sequence") is None:
         return module
     rate = v.get("classifier_dropout")
@@ -177,37 +166,21 @@ def _with_two_layers(module: models.Bert, v: dict[str, Any], contents: Contents)
     return module.clone(has_pooler=True, pooled_dropout=rate)
 
 
-def _electra(v: dict[str, Any], contents: Contents) -> models.Bert:
-    module = _bert(v, contents).clone(
-        embedding_width=v["embedding_size"],
-        pooled_activation=models.gelu,
-        language_activation=models.gelu,
-    )
+def _electra(fields: Values, v: Values, contents: Contents) -> models.Bert:
+    module = _bert(fields, v, contents)
+    module = module.clone(pooled_activation=models.gelu, language_activation=models.gelu)
     return _with_two_layers(module, v, contents)
 
 
-def _mpnet(v: dict[str, Any], contents: Contents) -> models.Bert:
-    module = _roberta({**v, "pad_token_id": 1}, contents)
-    return module.clone(relative_buckets=v["relative_attention_num_buckets"])
-
-
-def _distilbert(v: dict[str, Any], contents: Contents) -> models.Bert:
+def _distilbert(fields: Values, v: Values, contents: Contents) -> models.Bert:
     classes = contents.classes("sequence")
     return models.Bert(
-        vocabulary=v["vocab_size"],
-        width=v["dim"],
-        layers=v["n_layers"],
-        heads=check_heads(v["dim"], v["n_heads"], "n_heads"),
-        hidden=v["hidden_dim"],
-        positions=v["max_position_embeddings"],
-        types=0,
+        **fields,
         **contents.text_heads(),
+        types=0,
         has_pooler=classes is not None,
-        activation=v["activation"],
         language_activation=v["activation"],
         pooled_activation=jax.nn.relu,
-        dropout=v["dropout"],
-        attention_dropout=v["attention_dropout"],
         head_dropout=v["dropout"] if classes is None else v["seq_classif_dropout"],
     )
 
@@ -221,19 +194,15 @@ bert = Family(
     _bert,
     tokens,
     heads=(
-        _sequence_head("Bert"),
-        token_head("Bert"),
         Head(
-            "language",
-            ("BertForMaskedLM", "BertForPreTraining"),
-            _language_rules(
-                "cls.predictions.transform.dense",
-                "cls.predictions.transform.LayerNorm",
-                "cls.predictions.decoder.weight",
-                "cls.predictions.bias",
-            ),
-            optional=(Rule("cls.predictions.decoder.bias", OWN_BIAS),),
+            "sequence",
+            ("BertForSequenceClassification",),
+            dense("classifier", "head"),
+            has_pooler=True,
+            classes="classifier.weight",
         ),
+        token_head("Bert"),
+        bert_language_head("BertForMaskedLM", "BertForPreTraining"),
     ),
     copies={
         "cls.predictions.decoder.weight": "embeddings/tokens/embedding",
@@ -241,26 +210,20 @@ bert = Family(
     },
     buffers=_BUFFERS,
     other_heads=(r"(cls|qa_outputs|classifier)\..*", UNUSED_POOLER),
-    depth="num_hidden_layers",
     sides=_BERT_SIDES,
 )
 
 
 def _roberta_family(model_type: str, stem: str) -> Family:
-    return Family(
-        (model_type,),
-        f"{stem}Model",
-        "roberta.",
-        (*_BERT_FIELDS, count("pad_token_id", 1, least=0)),
-        _bert_body,
-        _roberta,
-        tokens,
-        heads=(_two_layer_head(stem), token_head(stem), _roberta_language(stem)),
+    return bert._replace(
+        model_types=(model_type,),
+        base=f"{stem}Model",
+        prefix="roberta.",
+        fields=(*_BERT_FIELDS, field.count("pad_token_id", 1, least=0)),
+        build=_roberta,
+        heads=_roberta_heads(stem),
         copies=_ROBERTA_COPIES,
-        buffers=_BUFFERS,
         other_heads=(r"(lm_head|qa_outputs|classifier)\..*", UNUSED_POOLER),
-        depth="num_hidden_layers",
-        sides=_BERT_SIDES,
     )
 
 
@@ -268,63 +231,49 @@ roberta = _roberta_family("roberta", "Roberta")
 xlm_roberta = _roberta_family("xlm-roberta", "XLMRoberta")
 camembert = _roberta_family("camembert", "Camembert")
 
-electra = Family(
-    ("electra",),
-    "ElectraModel",
-    "electra.",
-    (*_BERT_FIELDS, count("embedding_size", 128)),
-    (*_bert_body[:-2], *dense("embeddings_project", "project")),
-    _electra,
-    tokens,
+electra = bert._replace(
+    model_types=("electra",),
+    base="ElectraModel",
+    prefix="electra.",
+    fields=(*_BERT_FIELDS, *field.into(embedding_width=field.count("embedding_size", 128))),
+    body=(*_bert_body[:-2], *dense("embeddings_project", "project")),
+    build=_electra,
     heads=(
-        _two_layer_head("Electra"),
+        two_layer_head("Electra"),
         token_head("Electra"),
-        Head(
-            "language",
+        _language_head(
             ("ElectraForMaskedLM",),
-            _language_rules(
-                "generator_predictions.dense",
-                "generator_predictions.LayerNorm",
-                "generator_lm_head.weight",
-                "generator_lm_head.bias",
-            ),
+            "generator_predictions.dense",
+            "generator_predictions.LayerNorm",
+            "generator_lm_head",
+            "generator_lm_head.bias",
         ),
     ),
     copies={"generator_lm_head.weight": "embeddings/tokens/embedding"},
     harmless="summary_activation summary_last_dropout summary_type summary_use_proj",
-    buffers=_BUFFERS,
     other_heads=(
         r"(discriminator_predictions|generator_predictions|generator_lm_head)\..*",
         r"(classifier|qa_outputs|sequence_summary)\..*",
     ),
-    depth="num_hidden_layers",
-    sides=_BERT_SIDES,
 )
 
-_mpnet_attention = "encoder.layer.{i}.attention"
-mpnet = Family(
-    ("mpnet",),
-    "MPNetModel",
-    "mpnet.",
-    (*_SIZES, choice("relative_attention_num_buckets", 32)),
-    (
+mpnet = roberta._replace(
+    model_types=("mpnet",),
+    base="MPNetModel",
+    prefix="mpnet.",
+    fields=(
+        *_FIELDS,
+        *field.into(relative_buckets=field.choice("relative_attention_num_buckets", 32)),
+    ),
+    body=(
         *_embeddings,
         *embedding("encoder.relative_attention_bias", "relative"),
-        *dense(f"{_mpnet_attention}.attn.q", "layers_{i}/attention/query"),
-        *dense(f"{_mpnet_attention}.attn.k", "layers_{i}/attention/key"),
-        *dense(f"{_mpnet_attention}.attn.v", "layers_{i}/attention/value"),
-        *dense(f"{_mpnet_attention}.attn.o", "layers_{i}/attention/out"),
-        *norm(f"{_mpnet_attention}.LayerNorm", "layers_{i}/attention_norm"),
+        *attention(f"{_layer}.attention", "attn.q", "attn.k", "attn.v", "attn.o"),
+        *norm(f"{_layer}.attention.LayerNorm", "layers_{i}/attention_norm"),
         *_feed_forward,
         *dense("pooler.dense", "pooler"),
     ),
-    _mpnet,
-    tokens,
-    heads=(_two_layer_head("MPNet"), token_head("MPNet"), _roberta_language("MPNet")),
-    copies=_ROBERTA_COPIES,
-    buffers=_BUFFERS,
-    other_heads=(r"(lm_head|qa_outputs|classifier)\..*", UNUSED_POOLER),
-    depth="num_hidden_layers",
+    heads=_roberta_heads("MPNet"),
     sides=_SIDES,
 )
 
@@ -334,24 +283,23 @@ distilbert = Family(
     "DistilBertModel",
     "distilbert.",
     (
-        count("vocab_size"),
-        count("dim"),
-        layers("n_layers"),
-        count("n_heads"),
-        count("hidden_dim"),
-        count("max_position_embeddings"),
-        activation("activation", "gelu"),
-        share("dropout", 0.1),
-        share("attention_dropout", 0.1),
-        share("seq_classif_dropout", 0.2),
-        flag("tie_word_embeddings", True),
+        *field.into(
+            vocabulary=field.count("vocab_size"),
+            width=field.count("dim"),
+            layers=field.layers("n_layers"),
+            heads=field.count("n_heads"),
+            hidden=field.count("hidden_dim"),
+            positions=field.count("max_position_embeddings"),
+            activation=field.activation("activation", "gelu"),
+            dropout=field.share("dropout", 0.1),
+            attention_dropout=field.share("attention_dropout", 0.1),
+        ),
+        field.share("seq_classif_dropout", 0.2),
+        field.flag("tie_word_embeddings", True),
     ),
     (
         *_embeddings,
-        *dense(f"{_distil_layer}.attention.q_lin", "layers_{i}/attention/query"),
-        *dense(f"{_distil_layer}.attention.k_lin", "layers_{i}/attention/key"),
-        *dense(f"{_distil_layer}.attention.v_lin", "layers_{i}/attention/value"),
-        *dense(f"{_distil_layer}.attention.out_lin", "layers_{i}/attention/out"),
+        *attention(f"{_distil_layer}.attention", "q_lin", "k_lin", "v_lin", "out_lin"),
         *norm(f"{_distil_layer}.sa_layer_norm", "layers_{i}/attention_norm"),
         *dense(f"{_distil_layer}.ffn.lin1", "layers_{i}/mlp/up"),
         *dense(f"{_distil_layer}.ffn.lin2", "layers_{i}/mlp/down"),
@@ -360,22 +308,14 @@ distilbert = Family(
     _distilbert,
     tokens,
     heads=(
-        Head(
-            "sequence",
-            ("DistilBertForSequenceClassification",),
-            (*dense("pre_classifier", "pooler"), *dense("classifier", "head")),
-            classes="classifier.weight",
-        ),
+        two_layer_head("DistilBert", "pre_classifier", "classifier"),
         token_head("DistilBert"),
-        Head(
-            "language",
+        _language_head(
             ("DistilBertForMaskedLM",),
-            _language_rules(
-                "vocab_transform",
-                "vocab_layer_norm",
-                "vocab_projector.weight",
-                "vocab_projector.bias",
-            ),
+            "vocab_transform",
+            "vocab_layer_norm",
+            "vocab_projector",
+            "vocab_projector.bias",
         ),
     ),
     copies={"vocab_projector.weight": "embeddings/tokens/embedding"},

@@ -21,6 +21,7 @@ from kdtl_jax.interop.naming import Axes, Rule, linear
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the checkpoint's tensors, by torch name
 Shaped = Mapping[str, Any]  # arrays by canonical path
+Values = dict[str, Any]  # of a config's keys, or of a module's fields
 Equal = Callable[[str, str], bool]  # whether two tensors of a checkpoint hold the same numbers
 POOLER, POOLER_PATHS = "pooler.dense.weight", "pooler/.*"
 OWN_BIAS = "language/decoder/bias"  # of an output layer that is not the embedding
@@ -94,6 +95,8 @@ class Family(NamedTuple):
     counts the layers. Keys in `per_layer` hold a list with an entry per layer (`layer_kinds` gives
     `layer_types` if a config leaves it to a pattern); keys in `by_layers` only describe existing
     layers; a key in `presence` says that a tensor exists. `sizes` derives the other values.
+    `build(fields, values, contents)` gets the module's `fields` that are values of the config, and
+    all values by key.
     """
 
     model_types: tuple[str, ...]
@@ -101,17 +104,17 @@ class Family(NamedTuple):
     prefix: str
     fields: tuple[Field, ...]
     body: tuple[Rule, ...]
-    build: Callable[[dict[str, Any], Contents], nn.Module]
-    example: Callable[[dict[str, Any]], Any]
+    build: Callable[[Values, Values, Contents], nn.Module]
+    example: Callable[[Values], Any]
     heads: tuple[Head, ...] = ()
     copies: Mapping[str, str] = {}
     harmless: str = ""
     buffers: tuple[str, ...] = ()
     other_heads: tuple[str, ...] = ()
-    depth: str | None = None
+    depth: str | None = "num_hidden_layers"
     sides: Mapping[str, tuple[str, int]] = {}
     per_layer: tuple[str, ...] = ()
-    layer_kinds: Callable[[dict[str, Any]], list[str]] | None = None
+    layer_kinds: Callable[[Values], list[str]] | None = None
     by_layers: tuple[str, ...] = ()
     presence: Mapping[str, str] = {}
     sizes: Callable[[Shaped, Config], dict[str, Any]] | None = None
@@ -132,9 +135,34 @@ def norm(torch: str, jax: str) -> tuple[Rule, Rule]:
     return Rule(f"{torch}.weight", f"{jax}/scale"), Rule(f"{torch}.bias", f"{jax}/bias")
 
 
+def attention(torch: str, query: str, key: str, value: str, out: str) -> tuple[Rule, ...]:
+    """The rules of the four projections of a layer's attention."""
+    names = {"query": query, "key": key, "value": value, "out": out}
+    pairs = (
+        dense(f"{torch}.{name}", f"layers_{{i}}/attention/{part}") for part, name in names.items()
+    )
+    return tuple(rule for pair in pairs for rule in pair)
+
+
 def embedding(torch: str, jax: str) -> tuple[Rule]:
     """The rule of an embedding table."""
     return (Rule(f"{torch}.weight", f"{jax}/embedding"),)
+
+
+def module_of(family: Family, values: Values, contents: Contents) -> nn.Module:
+    """The module of a config's values and a file's contents.
+
+    Raises:
+      ValueError: if the heads do not divide the width, or the values contradict each other.
+    """
+    keys = {field.module: field.key for field in family.fields if field.module}
+    fields = {name: values[key] for name, key in keys.items()}
+    if "head_width" not in keys and fields.get("width", 0) % fields.get("heads", 1):
+        raise ValueError(
+            f"config.json: {keys['heads']} = {fields['heads']} does not divide the width "
+            f"{fields['width']}."
+        )
+    return family.build(fields, values, contents)
 
 
 def is_config_tied(family: Family, config: Config) -> bool:

@@ -1,28 +1,29 @@
 """Text encoders with relative positions: T5, ModernBERT, DeBERTa-v2."""
 
-from typing import Any
-
 from kdtl_jax import _text, models
-from kdtl_jax.interop._hf_config import (
-    activation,
-    activation_named,
-    as_given,
-    choice,
-    count,
-    epsilon,
-    flag,
-    layers,
-    number,
-    optional,
-    share,
+from kdtl_jax.interop import _hf_config as field
+from kdtl_jax.interop._hf_encoders import (
+    SIZES,
+    bert_language_head,
+    token_head,
+    tokens,
+    two_layer_head,
 )
-from kdtl_jax.interop._hf_encoders import check_heads, tokens
-from kdtl_jax.interop._hf_family import OWN_BIAS, Contents, Family, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_family import (
+    Contents,
+    Family,
+    Head,
+    Values,
+    attention,
+    dense,
+    embedding,
+    norm,
+)
 from kdtl_jax.interop._hf_rope import rope
 from kdtl_jax.interop.naming import Rule, conv1d, linear
 
 
-def _t5(v: dict[str, Any], contents: Contents) -> models.T5Encoder:
+def _t5(fields: Values, v: Values, contents: Contents) -> models.T5Encoder:
     kind = v["feed_forward_proj"]
     is_gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
     name = "gelu_new" if kind == "gated-gelu" else name
@@ -30,20 +31,8 @@ def _t5(v: dict[str, Any], contents: Contents) -> models.T5Encoder:
         raise ValueError(
             f"config.json: feed_forward_proj = {kind!r} contradicts dense_act_fn or is_gated_act."
         )
-    return models.T5Encoder(
-        vocabulary=v["vocab_size"],
-        width=v["d_model"],
-        layers=v["num_layers"],
-        heads=v["num_heads"],
-        head_width=v["d_kv"],
-        hidden=v["d_ff"],
-        buckets=v["relative_attention_num_buckets"],
-        most=v["relative_attention_max_distance"],
-        is_gated=is_gated,
-        activation=activation_named(name),
-        norm_epsilon=v["layer_norm_epsilon"],
-        dropout=v["dropout_rate"],
-    )
+    activation = field.activation_named(name)
+    return models.T5Encoder(**fields, is_gated=is_gated, activation=activation)
 
 
 _T5_KINDS = ("relu", "gelu", "silu", "gated-relu", "gated-gelu", "gated-silu")
@@ -61,20 +50,22 @@ t5 = Family(
     "T5EncoderModel",
     "transformer.",
     (
-        count("vocab_size"),
-        count("d_model"),
-        count("d_kv"),
-        count("d_ff"),
-        layers("num_layers"),
-        count("num_heads"),
-        count("relative_attention_num_buckets", 32, least=4),
-        count("relative_attention_max_distance", 128, most=1 << 20),
-        share("dropout_rate", 0.1),
-        epsilon("layer_norm_epsilon", 1e-6),
-        choice("feed_forward_proj", *_T5_KINDS),
-        as_given("dense_act_fn"),
-        as_given("is_gated_act"),
-        choice("is_decoder", False),
+        *field.into(
+            vocabulary=field.count("vocab_size"),
+            width=field.count("d_model"),
+            head_width=field.count("d_kv"),
+            hidden=field.count("d_ff"),
+            layers=field.layers("num_layers"),
+            heads=field.count("num_heads"),
+            buckets=field.count("relative_attention_num_buckets", 32, least=4),
+            most=field.count("relative_attention_max_distance", 128, most=1 << 20),
+            dropout=field.share("dropout_rate", 0.1),
+            norm_epsilon=field.epsilon("layer_norm_epsilon", 1e-6),
+        ),
+        field.choice("feed_forward_proj", *_T5_KINDS),
+        field.as_given("dense_act_fn"),
+        field.as_given("is_gated_act"),
+        field.choice("is_decoder", False),
     ),
     (
         *embedding("shared", "tokens"),
@@ -109,15 +100,13 @@ t5 = Family(
 _KINDS = ("full_attention", "sliding_attention")
 
 
-def _modern_kinds(v: dict[str, Any]) -> list[str]:
+def _modern_kinds(v: Values) -> list[str]:
     every = v["global_attn_every_n_layers"]
     return [_KINDS[i % every > 0] for i in range(v["num_hidden_layers"])]
 
 
-def _modernbert(v: dict[str, Any], contents: Contents) -> models.ModernBert:
-    depth = v["num_hidden_layers"]
-    heads = check_heads(v["hidden_size"], v["num_attention_heads"])
-    head_width = v["hidden_size"] // heads
+def _modernbert(fields: Values, v: Values, contents: Contents) -> models.ModernBert:
+    depth, head_width = fields["layers"], fields["width"] // fields["heads"]
     names, kinds = _KINDS, v["layer_types"] or _modern_kinds(v)
     if not isinstance(kinds, list) or len(kinds) != depth or any(k not in names for k in kinds):
         raise ValueError(
@@ -138,27 +127,11 @@ def _modernbert(v: dict[str, Any], contents: Contents) -> models.ModernBert:
     if any(table != models.Rope(table.frequencies) for table in ropes.values()):
         raise ValueError("config.json: rope types that scale attention are not supported.")
     return models.ModernBert(
-        vocabulary=v["vocab_size"],
-        width=v["hidden_size"],
-        layers=depth,
-        heads=heads,
-        hidden=v["intermediate_size"],
+        **fields,
+        **contents.text_heads(),
         windows=tuple(None if k == names[0] else v["local_attention"] // 2 for k in kinds),
         ropes=tuple(ropes[kind].frequencies for kind in kinds),
-        **contents.text_heads(),
         pools_mean=v["classifier_pooling"] == "mean",
-        activation=v["hidden_activation"],
-        head_activation=v["classifier_activation"],
-        norm_epsilon=v["norm_eps"],
-        norm_bias=v["norm_bias"],
-        attention_bias=v["attention_bias"],
-        mlp_bias=v["mlp_bias"],
-        head_bias=v["classifier_bias"],
-        decoder_bias=v["decoder_bias"],
-        dropout=v["embedding_dropout"],
-        attention_dropout=v["attention_dropout"],
-        mlp_dropout=v["mlp_dropout"],
-        head_dropout=v["classifier_dropout"],
     )
 
 
@@ -178,31 +151,29 @@ modernbert = Family(
     "ModernBertModel",
     "model.",
     (
-        count("vocab_size"),
-        count("hidden_size"),
-        layers("num_hidden_layers"),
-        count("num_attention_heads"),
-        count("intermediate_size"),
-        activation("hidden_activation", "gelu"),
-        activation("classifier_activation", "gelu"),
-        choice("classifier_pooling", "cls", "mean"),
-        epsilon("norm_eps", 1e-5),
-        flag("norm_bias", False),
-        flag("attention_bias", False),
-        flag("mlp_bias", False),
-        flag("classifier_bias", False),
-        flag("decoder_bias", True),
-        share("embedding_dropout", 0.0),
-        share("attention_dropout", 0.0),
-        share("mlp_dropout", 0.0),
-        share("classifier_dropout", 0.0),
-        count("local_attention", 128, most=1 << 31),
-        count("global_attn_every_n_layers", 3, most=1 << 20),
-        number("global_rope_theta", 160_000.0),
-        number("local_rope_theta", 10_000.0),
-        as_given("layer_types"),
-        as_given("rope_parameters"),
-        flag("tie_word_embeddings", True),
+        *SIZES,
+        *field.into(
+            activation=field.activation("hidden_activation", "gelu"),
+            head_activation=field.activation("classifier_activation", "gelu"),
+            norm_epsilon=field.epsilon("norm_eps", 1e-5),
+            norm_bias=field.flag("norm_bias", False),
+            attention_bias=field.flag("attention_bias", False),
+            mlp_bias=field.flag("mlp_bias", False),
+            head_bias=field.flag("classifier_bias", False),
+            decoder_bias=field.flag("decoder_bias", True),
+            dropout=field.share("embedding_dropout", 0.0),
+            attention_dropout=field.share("attention_dropout", 0.0),
+            mlp_dropout=field.share("mlp_dropout", 0.0),
+            head_dropout=field.share("classifier_dropout", 0.0),
+        ),
+        field.choice("classifier_pooling", "cls", "mean"),
+        field.count("local_attention", 128, most=1 << 31),
+        field.count("global_attn_every_n_layers", 3, most=1 << 20),
+        field.number("global_rope_theta", 160_000.0),
+        field.number("local_rope_theta", 10_000.0),
+        field.as_given("layer_types"),
+        field.as_given("rope_parameters"),
+        field.flag("tie_word_embeddings", True),
     ),
     (
         *embedding("embeddings.tok_embeddings", "tokens"),
@@ -240,7 +211,6 @@ modernbert = Family(
     harmless="max_position_embeddings layer_norm_eps position_embedding_type reference_compile "
     "repad_logits_with_grad deterministic_flash_attn sparse_prediction sparse_pred_ignore_index",
     other_heads=(r"(head|decoder|classifier|qa_outputs)\..*",),
-    depth="num_hidden_layers",
     sides={
         "vocab_size": ("tokens/embedding", 0),
         "intermediate_size": ("layers_0/mlp/down/kernel", 0),
@@ -250,7 +220,7 @@ modernbert = Family(
 )
 
 
-def _deberta(v: dict[str, Any], contents: Contents) -> models.Deberta:
+def _deberta(fields: Values, v: Values, contents: Contents) -> models.Deberta:
     kinds = v["pos_att_type"] or []
     kinds = [k.strip() for k in kinds.lower().split("|")] if isinstance(kinds, str) else kinds
     if not isinstance(kinds, list) or any(kind not in ("c2p", "p2c") for kind in kinds):
@@ -259,40 +229,21 @@ def _deberta(v: dict[str, Any], contents: Contents) -> models.Deberta:
         )
     if v["pooler_hidden_size"] not in (None, v["hidden_size"]):
         raise ValueError("config.json: pooler_hidden_size must be the hidden_size.")
-    heads = check_heads(v["hidden_size"], v["num_attention_heads"])
-    if v["attention_head_size"] not in (None, v["hidden_size"] // heads):
+    if v["attention_head_size"] not in (None, fields["width"] // fields["heads"]):
         raise ValueError("config.json: attention_head_size must be hidden_size / heads.")
     most = v["max_relative_positions"]
     most = v["max_position_embeddings"] if most < 1 else most
     span = v["position_buckets"] if v["position_buckets"] > 0 else most
     return models.Deberta(
-        vocabulary=v["vocab_size"],
-        width=v["hidden_size"],
-        layers=v["num_hidden_layers"],
-        heads=heads,
-        hidden=v["intermediate_size"],
+        **fields,
+        **contents.text_heads(),
+        has_own_bias=contents.has_own_bias(),
         positions=v["max_position_embeddings"] if v["position_biased_input"] else None,
-        types=v["type_vocab_size"],
         span=span if v["relative_attention"] else None,
-        buckets=v["position_buckets"],
         most=most,
         by_key="c2p" in kinds,
         by_query="p2c" in kinds,
-        shares_projections=v["share_att_key"],
         norms_positions=v["norm_rel_ebd"] == "layer_norm",
-        window=v["conv_kernel_size"],
-        window_activation=v["conv_act"],
-        window_groups=v["conv_groups"],
-        embedding_width=v["embedding_size"],
-        **contents.text_heads(),
-        has_own_bias=contents.has_own_bias(),
-        activation=v["hidden_act"],
-        pooled_activation=v["pooler_hidden_act"],
-        norm_epsilon=v["layer_norm_eps"],
-        dropout=v["hidden_dropout_prob"],
-        attention_dropout=v["attention_probs_dropout_prob"],
-        pooled_dropout=v["pooler_dropout"],
-        head_dropout=v["cls_dropout"],
     )
 
 
@@ -302,35 +253,33 @@ deberta = Family(
     "DebertaV2Model",
     "deberta.",
     (
-        count("vocab_size"),
-        count("hidden_size"),
-        layers("num_hidden_layers"),
-        count("num_attention_heads"),
-        count("intermediate_size"),
-        count("max_position_embeddings", 512, most=1 << 20),
-        count("type_vocab_size", 0, least=0),
-        optional(count("embedding_size")),
-        activation("hidden_act", "gelu"),
-        epsilon("layer_norm_eps", 1e-7),
-        share("hidden_dropout_prob", 0.1),
-        share("attention_probs_dropout_prob", 0.1),
-        optional(count("attention_head_size")),
-        flag("relative_attention", False),
-        flag("position_biased_input", True),
-        flag("share_att_key", False),
-        count("max_relative_positions", -1, least=-1, most=1 << 20),
-        count("position_buckets", -1, least=-1, most=1 << 20),
-        choice("norm_rel_ebd", "none", "layer_norm"),
-        as_given("pos_att_type"),
-        count("conv_kernel_size", 0, least=0),
-        activation("conv_act", "tanh"),
-        count("conv_groups", 1),
-        activation("pooler_hidden_act", "gelu"),
-        optional(count("pooler_hidden_size")),
-        share("pooler_dropout", 0.0),
-        optional(share("cls_dropout", None)),
-        choice("legacy", True),
-        flag("tie_word_embeddings", True),
+        *SIZES,
+        *field.into(
+            types=field.count("type_vocab_size", 0, least=0),
+            embedding_width=field.optional(field.count("embedding_size")),
+            activation=field.activation("hidden_act", "gelu"),
+            norm_epsilon=field.epsilon("layer_norm_eps", 1e-7),
+            dropout=field.share("hidden_dropout_prob", 0.1),
+            attention_dropout=field.share("attention_probs_dropout_prob", 0.1),
+            buckets=field.count("position_buckets", -1, least=-1, most=1 << 20),
+            shares_projections=field.flag("share_att_key", False),
+            window=field.count("conv_kernel_size", 0, least=0),
+            window_activation=field.activation("conv_act", "tanh"),
+            window_groups=field.count("conv_groups", 1),
+            pooled_activation=field.activation("pooler_hidden_act", "gelu"),
+            pooled_dropout=field.share("pooler_dropout", 0.0),
+            head_dropout=field.optional(field.share("cls_dropout", None)),
+        ),
+        field.count("max_position_embeddings", 512, most=1 << 20),
+        field.optional(field.count("attention_head_size")),
+        field.flag("relative_attention", False),
+        field.flag("position_biased_input", True),
+        field.count("max_relative_positions", -1, least=-1, most=1 << 20),
+        field.choice("norm_rel_ebd", "none", "layer_norm"),
+        field.as_given("pos_att_type"),
+        field.optional(field.count("pooler_hidden_size")),
+        field.choice("legacy", True),
+        field.flag("tie_word_embeddings", True),
     ),
     (
         *embedding("embeddings.word_embeddings", "tokens"),
@@ -342,12 +291,15 @@ deberta = Family(
         *norm("encoder.LayerNorm", "relative_norm"),
         *dense("encoder.conv.conv", "conv", conv1d),
         *norm("encoder.conv.LayerNorm", "conv_norm"),
-        *dense(f"{_layer}.attention.self.query_proj", "layers_{i}/attention/query"),
-        *dense(f"{_layer}.attention.self.key_proj", "layers_{i}/attention/key"),
-        *dense(f"{_layer}.attention.self.value_proj", "layers_{i}/attention/value"),
+        *attention(
+            f"{_layer}.attention",
+            "self.query_proj",
+            "self.key_proj",
+            "self.value_proj",
+            "output.dense",
+        ),
         *dense(f"{_layer}.attention.self.pos_key_proj", "layers_{i}/attention/place_key"),
         *dense(f"{_layer}.attention.self.pos_query_proj", "layers_{i}/attention/place_query"),
-        *dense(f"{_layer}.attention.output.dense", "layers_{i}/attention/out"),
         *norm(f"{_layer}.attention.output.LayerNorm", "layers_{i}/attention_norm"),
         *dense(f"{_layer}.intermediate.dense", "layers_{i}/mlp/up"),
         *dense(f"{_layer}.output.dense", "layers_{i}/mlp/down"),
@@ -356,29 +308,9 @@ deberta = Family(
     _deberta,
     tokens,
     heads=(
-        Head(
-            "sequence",
-            ("DebertaV2ForSequenceClassification",),
-            (*dense("pooler.dense", "pooler"), *dense("classifier", "head")),
-            classes="classifier.weight",
-        ),
-        Head(
-            "token",
-            ("DebertaV2ForTokenClassification",),
-            dense("classifier", "head"),
-            classes="classifier.weight",
-        ),
-        Head(
-            "language",
-            ("DebertaV2ForMaskedLM",),
-            (
-                *dense("cls.predictions.transform.dense", "language/dense"),
-                *norm("cls.predictions.transform.LayerNorm", "language/norm"),
-                _kernel("cls.predictions.decoder", "language/decoder"),
-                Rule("cls.predictions.bias", "language/bias"),
-            ),
-            optional=(Rule("cls.predictions.decoder.bias", OWN_BIAS),),
-        ),
+        two_layer_head("DebertaV2", "pooler.dense", "classifier"),
+        token_head("DebertaV2"),
+        bert_language_head("DebertaV2ForMaskedLM"),
     ),
     copies={
         "cls.predictions.decoder.weight": "tokens/embedding",
@@ -389,7 +321,6 @@ deberta = Family(
         r"(cls|lm_predictions|mask_predictions|qa_outputs|classifier)\..*",
         r"(deberta\.)?pooler\.dense\..*",
     ),
-    depth="num_hidden_layers",
     sides={
         "vocab_size": ("tokens/embedding", 0),
         "intermediate_size": ("layers_0/mlp/up/kernel", 1),

@@ -4,31 +4,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdtl_jax import _text, models
-from kdtl_jax.interop._hf_config import (
-    Field,
-    activation,
-    count,
-    epsilon,
-    layers,
-    optional,
-    share,
-)
-from kdtl_jax.interop._hf_encoders import check_heads, tokens
-from kdtl_jax.interop._hf_family import Contents, Family, Head, dense, embedding, norm
-from kdtl_jax.interop._hf_vision import tower_layers
-from kdtl_jax.interop.naming import Rule, linear
+from kdtl_jax.interop import _hf_config as field
+from kdtl_jax.interop._hf_encoders import tokens
+from kdtl_jax.interop._hf_family import Contents, Family, Values, dense, embedding, norm
+from kdtl_jax.interop._hf_vision import projection_head, projection_of, tower_layers
 
 
-def _fields(vocabulary: int, width: int, positions: int) -> tuple[Field, ...]:
+def _fields(
+    vocabulary: int, width: int, positions: int, activation: str, epsilon: float
+) -> tuple[field.Field, ...]:
     """Sizes of a text tower; a nested config leaves out those of the base model."""
-    return (
-        count("vocab_size", vocabulary),
-        count("hidden_size", width),
-        layers("num_hidden_layers", 12),
-        count("num_attention_heads", width // 64),
-        count("intermediate_size", 4 * width),
-        count("max_position_embeddings", positions),
-        share("attention_dropout", 0.0),
+    return field.into(
+        vocabulary=field.count("vocab_size", vocabulary),
+        width=field.count("hidden_size", width),
+        layers=field.layers("num_hidden_layers", 12),
+        heads=field.count("num_attention_heads", width // 64),
+        hidden=field.count("intermediate_size", 4 * width),
+        positions=field.count("max_position_embeddings", positions),
+        activation=field.activation("hidden_act", activation),
+        norm_epsilon=field.epsilon("layer_norm_eps", epsilon),
+        attention_dropout=field.share("attention_dropout", 0.0),
     )
 
 
@@ -46,25 +41,11 @@ _SIDES = {
 _BUFFERS = (r"(.*\.)?embeddings\.position_ids",)
 
 
-def _shared(v: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "vocabulary": v["vocab_size"],
-        "width": v["hidden_size"],
-        "layers": v["num_hidden_layers"],
-        "heads": check_heads(v["hidden_size"], v["num_attention_heads"]),
-        "hidden": v["intermediate_size"],
-        "positions": v["max_position_embeddings"],
-        "activation": v["hidden_act"],
-        "norm_epsilon": v["layer_norm_eps"],
-        "attention_dropout": v["attention_dropout"],
-    }
-
-
-def _clip(v: dict[str, Any], contents: Contents) -> models.ClipText:
-    projection = contents.shapes.get("text_projection.weight")
+def _clip(fields: Values, v: Values, contents: Contents) -> models.ClipText:
     # Files from before the end token was recorded say 2 and mean the largest token.
     end = None if v["eos_token_id"] == 2 else v["eos_token_id"]
-    return models.ClipText(**_shared(v), end=end, projection=projection[0] if projection else None)
+    projection = projection_of(contents, "text_projection")
+    return models.ClipText(**fields, end=end, projection=projection)
 
 
 clip_text = Family(
@@ -72,31 +53,22 @@ clip_text = Family(
     "CLIPTextModel",
     "text_model.",
     (
-        *_fields(49408, 512, 77),
-        activation("hidden_act", "quick_gelu"),
-        epsilon("layer_norm_eps", 1e-5),
-        count("eos_token_id", 49407, least=0, most=2**31 - 1),
+        *_fields(49408, 512, 77, "quick_gelu", 1e-5),
+        field.count("eos_token_id", 49407, least=0, most=2**31 - 1),
     ),
     _BODY,
     _clip,
     tokens,
-    heads=(
-        Head(
-            "projection",
-            ("CLIPTextModelWithProjection",),
-            (Rule("text_projection.weight", "projection/kernel", linear),),
-        ),
-    ),
+    heads=(projection_head("CLIPTextModelWithProjection", "text_projection"),),
     harmless="projection_dim dropout",
     buffers=_BUFFERS,
-    depth="num_hidden_layers",
     sides=_SIDES,
 )
 
 
-def _siglip(v: dict[str, Any], contents: Contents) -> models.SiglipText:
+def _siglip(fields: Values, v: Values, contents: Contents) -> models.SiglipText:
     projection = v["hidden_size"] if v["projection_size"] is None else v["projection_size"]
-    return models.SiglipText(**_shared(v), projection=projection)
+    return models.SiglipText(**fields, projection=projection)
 
 
 siglip_text = Family(
@@ -104,16 +76,13 @@ siglip_text = Family(
     "SiglipTextModel",
     "text_model.",
     (
-        *_fields(32000, 768, 64),
-        activation("hidden_act", "gelu_pytorch_tanh"),
-        epsilon("layer_norm_eps", 1e-6),
-        optional(count("projection_size")),
+        *_fields(32000, 768, 64, "gelu_pytorch_tanh", 1e-6),
+        field.optional(field.count("projection_size")),
     ),
     (*_BODY, *dense("head", "pooler")),
     _siglip,
     tokens,
     buffers=_BUFFERS,
-    depth="num_hidden_layers",
     sides=_SIDES,
 )
 

@@ -168,7 +168,8 @@ def student(
         }
         for name in ("num_labels", "problem_type", "finetuning_task"):  # of the source's head
             config.pop(name, None)
-        module = family.build(_values(family, config), _contents_with_head(head, classes))
+        contents = _contents_with_head(head, classes)
+        module = _hf_family.module_of(family, _values(family, config), contents)
         rules = _hf_family.rules_of(family, head, (), is_tied=True, prefix=family.prefix)
         heads = ("head", "distillation_head", "language")
         body = {name: leaf for name, leaf in source.params.items() if name not in heads}
