@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,16 @@ _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|sha
 _OUTPUT = re.compile(r"(^|\.)(\w*lm_head|decoder|vocab_projector|embed_out)\.weight$")
 _LANGUAGE = re.compile("CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|DoubleHeads")
 _CONV1D_MODELS = frozenset(("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"))
+
+
+class _Site(NamedTuple):
+    """A module that an adapter changes, with the shape of the base's weight."""
+
+    module: str
+    parts: Mapping[str, Any]
+    shape: tuple[int, ...]
+    config: Mapping[str, Any]  # the adapter's
+    base_config: Mapping[str, Any] | None
 
 
 def edits(
@@ -44,8 +54,8 @@ def edits(
                 f"{trees.nearest(name, list(base))}. Adapters belong to one architecture."
             )
         bias = f"{module}.bias"
-        shape = tuple(base[name].shape)
-        out[name], bias_edit = _module_edits(adapter, module, parts, shape, base_config)
+        site = _Site(module, parts, tuple(base[name].shape), adapter.config, base_config)
+        out[name], bias_edit = _module_edits(adapter, site)
         if bias_edit is not None:
             if bias in base:
                 out[bias] = bias_edit
@@ -83,116 +93,99 @@ def _refuse_tied_embedding(
         )
 
 
-def _module_edits(
-    adapter: Adapter,
-    module: str,
-    parts: Mapping[str, Any],
-    shape: tuple[int, ...],
-    base_config: Mapping[str, Any] | None,
-) -> tuple[Edit, Edit | None]:
+def _module_edits(adapter: Adapter, site: _Site) -> tuple[Edit, Edit | None]:
     """The edits of a module's weight and bias."""
-    config = adapter.config
+    parts, shape = site.parts, site.shape
     if "lora_embedding_A" in parts:
-        return _embedding_edit(config, module, parts, shape), None
+        return _embedding_edit(site), None
     if adapter.kind == "LORA":
-        return _lora_edits(config, module, parts, shape, base_config)
+        return _lora_edits(site)
     if adapter.kind == "IA3":
         vector = parts["ia3_l"]
         if len(shape) != 2 or vector.size == 1:
             raise not_understood(
-                f"ia3_l {list(vector.shape)} of {_text.quoted(module)} {list(shape)}",
+                f"ia3_l {list(vector.shape)} of {_text.quoted(site.module)} {list(shape)}",
                 "it does not say which side it scales; only kernels of two axes are supported",
             )
         is_input = vector.shape[0] == 1
-        sides = (vector.size, None) if not is_input else (None, vector.size)
-        flips = _is_flipped(config, module, shape, sides, base_config)
-        scale = (lambda w: jnp.ravel(_upcast(vector))[:, None]) if is_input == flips else (
-            lambda w: jnp.ravel(_upcast(vector))[None]
-        )  # fmt: skip
-        bias_edit = None if is_input else (lambda b: _upcast(b) * jnp.ravel(_upcast(vector)))
-        return lambda w: _upcast(w) * scale(w), bias_edit
+        out, fan_in = (None, vector.size) if is_input else (vector.size, None)
+        scale = jnp.ravel(_upcast(vector))
+        scale_w = scale[:, None] if is_input == _is_flipped(site, out, fan_in) else scale[None]
+        bias_edit = None if is_input else (lambda b: _upcast(b) * scale)
+        return lambda w: _upcast(w) * scale_w, bias_edit
     if adapter.kind == "VERA":
         b, d = parts["vera_lambda_b"], parts["vera_lambda_d"]
         vera_a, vera_b = adapter.shared["vera_A"], adapter.shared["vera_B"]
-        flips = _is_flipped(config, module, shape, (b.size, None), base_config)
+        flips = _is_flipped(site, b.size, None)
         fan_in = shape[0] if flips else shape[1]
-        _check_fits(module, shape[::-1] if flips else shape, (b.size, fan_in), parts)
+        _check_fits(site, (fan_in, b.size) if flips else (b.size, fan_in))
         if vera_a.shape != (d.size, vera_a.shape[1]) or vera_a.shape[1] < fan_in:
-            raise ValueError(f"{_text.quoted(module)} does not fit vera_A {list(vera_a.shape)}.")
+            raise ValueError(
+                f"{_text.quoted(site.module)} does not fit vera_A {list(vera_a.shape)}."
+            )
         scaled_b = _upcast(b)[:, None] * _upcast(vera_b[: b.size])
         delta = scaled_b @ (_upcast(d)[:, None] * _upcast(vera_a[:, :fan_in]))
         return lambda w: _upcast(w) + (delta.T if flips else delta), None
-    return _oft_edit(config, module, parts["oft_R"], shape, base_config), None
+    return _oft_edit(site), None
 
 
-def _lora_edits(
-    config: Mapping[str, Any],
-    module: str,
-    parts: Mapping[str, Any],
-    shape: tuple[int, ...],
-    base_config: Mapping[str, Any] | None,
-) -> tuple[Edit, Edit | None]:
-    a, b = parts["lora_A"], parts["lora_B"]
+def _lora_edits(site: _Site) -> tuple[Edit, Edit | None]:
+    a, b, shape = site.parts["lora_A"], site.parts["lora_B"], site.shape
     rank, out = int(a.shape[0]), int(b.shape[0])
-    flips = len(shape) == 2 and _is_flipped(config, module, shape, (out, a.shape[1]), base_config)
+    flips = len(shape) == 2 and _is_flipped(site, out, a.shape[1])
     fits = len(shape) >= 2 and b.size == out * rank and (
         shape == (a.shape[1], out) if flips else shape == (out, *a.shape[1:])
     )  # fmt: skip
     if not fits:
         raise ValueError(
-            f"the adapter of {_text.quoted(module)} does not fit: kernel {list(shape)}, lora_A "
-            f"{list(a.shape)}, lora_B {list(b.shape)}. Is it another architecture's?"
+            f"the adapter of {_text.quoted(site.module)} does not fit: kernel {list(shape)}, "
+            f"lora_A {list(a.shape)}, lora_B {list(b.shape)}. Is it another architecture's?"
         )
-    scale = scale_of(config, module, rank)
-    magnitude = parts.get("lora_magnitude_vector")
-    make = transforms.lora if magnitude is None else transforms.dora
-    in_axis, out_axis = (-2, -1) if flips else (-1, -2)
-    kind = make(alpha=scale, scaling=lambda alpha, rank: alpha, in_axis=in_axis, out_axis=out_axis)
+    scale = scale_of(site.config, site.module, rank)
     lora_a, lora_b = _upcast(a).reshape(rank, -1).T, _upcast(b).reshape(out, rank).T
-    weights: Any = transforms.LoraWeights(lora_a, lora_b)
-    if magnitude is not None:
-        weights = transforms.DoraWeights(lora_a, lora_b, jnp.ravel(_upcast(magnitude)))
+    merge = _low_rank_merge(site, lora_a, lora_b, scale, (-2, -1) if flips else (-1, -2))
 
     def edit(w: Any) -> Array:
-        matrix = _upcast(w) if flips else _upcast(w).reshape(out, -1)
-        return kind.merge({"w": matrix}, {"w": weights})["w"].reshape(shape)
+        return merge(_upcast(w) if flips else _upcast(w).reshape(out, -1)).reshape(shape)
 
-    bias_update = parts.get("lora_B.bias")
+    bias_update = site.parts.get("lora_B.bias")
     return edit, None if bias_update is None else (
         lambda bias: _upcast(bias) + scale * _upcast(bias_update)
     )
 
 
-def _embedding_edit(
-    config: Mapping[str, Any], module: str, parts: Mapping[str, Any], shape: tuple[int, ...]
-) -> Edit:
+def _embedding_edit(site: _Site) -> Edit:
     """`W + s A^T B^T` for a table `[tokens, width]`; a DoRA normalizes its columns."""
-    a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
-    _check_fits(module, shape, (a.shape[-1], b.shape[0]), parts)
-    pair = transforms.LoraWeights(_upcast(a).T, _upcast(b).T)
-    scale, magnitude = scale_of(config, module, a.shape[0]), parts.get("lora_magnitude_vector")
+    a, b = site.parts["lora_embedding_A"], site.parts["lora_embedding_B"]
+    _check_fits(site, (a.shape[-1], b.shape[0]))
+    scale = scale_of(site.config, site.module, a.shape[0])
+    merge = _low_rank_merge(site, _upcast(a).T, _upcast(b).T, scale, (-2, -1))
+    return lambda w: merge(_upcast(w))
+
+
+def _low_rank_merge(site: _Site, a: Array, b: Array, scale: float, axes: tuple[int, int]) -> Edit:
+    """Merges `a [in, r]` and `b [r, out]` into a matrix, with DoRA's magnitude if there is one.
+
+    `axes` are the matrix's axes of inputs and outputs.
+    """
+    magnitude, (in_axis, out_axis) = site.parts.get("lora_magnitude_vector"), axes
     make = transforms.lora if magnitude is None else transforms.dora
-    kind = make(alpha=scale, scaling=lambda alpha, rank: alpha, in_axis=-2, out_axis=-1)
-    weights: Any = pair
+    kind = make(alpha=scale, scaling=lambda alpha, rank: alpha, in_axis=in_axis, out_axis=out_axis)
+    weights: Any = transforms.LoraWeights(a, b)
     if magnitude is not None:
-        weights = transforms.DoraWeights(*pair, jnp.ravel(_upcast(magnitude)))
-    return lambda w: kind.merge({"w": _upcast(w)}, {"w": weights})["w"]
+        weights = transforms.DoraWeights(a, b, jnp.ravel(_upcast(magnitude)))
+    return lambda w: kind.merge({"w": w}, {"w": weights})["w"]
 
 
-def _oft_edit(
-    config: Mapping[str, Any],
-    module: str,
-    skew: Any,
-    shape: tuple[int, ...],
-    base_config: Mapping[str, Any] | None,
-) -> Edit:
+def _oft_edit(site: _Site) -> Edit:
     """`W^T <- R W^T` with R block-diagonal, by PEFT's series or its exact solution."""
+    skew, shape, config = site.parts["oft_R"], site.shape, site.config
     blocks, count = skew.shape
     size = int((1 + (1 + 8 * count) ** 0.5) / 2)
-    flips = _is_flipped(config, module, shape, (None, blocks * size), base_config)
+    flips = _is_flipped(site, None, blocks * size)
     if len(shape) != 2 or shape[0 if flips else 1] != blocks * size:
         raise ValueError(
-            f"{_text.quoted(module)}: {blocks} blocks of {size} do not rotate {list(shape)}."
+            f"{_text.quoted(site.module)}: {blocks} blocks of {size} do not rotate {list(shape)}."
         )
     upper = jnp.zeros((blocks, size, size), jnp.float32)
     upper = upper.at[:, *np.triu_indices(size, 1)].set(_upcast(skew))
@@ -238,43 +231,35 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
 
-def _is_flipped(
-    config: Mapping[str, Any],
-    module: str,
-    shape: tuple[int, ...],
-    sides: tuple[int | None, int | None],
-    base_config: Mapping[str, Any] | None,
-) -> bool:
+def _is_flipped(site: _Site, out: int | None, fan_in: int | None) -> bool:
     """Whether a kernel is `[in, out]`; the configuration's flag is that of its last module only.
 
     Raises:
       ValueError: if the kernel is square and nothing determines which side is the input.
     """
-    if len(shape) != 2:
+    if len(site.shape) != 2:
         return False
-    out, fan_in = sides
-    fits = out in (None, shape[0]) and fan_in in (None, shape[1])
-    fits_flipped = out in (None, shape[1]) and fan_in in (None, shape[0])
+    rows, columns = site.shape
+    fits = out in (None, rows) and fan_in in (None, columns)
+    fits_flipped = out in (None, columns) and fan_in in (None, rows)
     if fits != fits_flipped:
         return fits_flipped
-    is_conv1d_name = module.rpartition(".")[2] in _CONV1D
-    if base_config is not None and "model_type" in base_config:
-        return is_conv1d_name and str(base_config["model_type"]) in _CONV1D_MODELS
-    if is_conv1d_name or config.get("fan_in_fan_out"):
+    is_conv1d_name = site.module.rpartition(".")[2] in _CONV1D
+    if site.base_config is not None and "model_type" in site.base_config:
+        return is_conv1d_name and str(site.base_config["model_type"]) in _CONV1D_MODELS
+    if is_conv1d_name or site.config.get("fan_in_fan_out"):
         raise not_understood(
-            f"fan_in_fan_out of {_text.quoted(module)} {list(shape)}",
+            f"fan_in_fan_out of {_text.quoted(site.module)} {list(site.shape)}",
             "the kernel is square; the base's config.json would say which side is the input",
         )
     return False
 
 
-def _check_fits(
-    module: str, shape: tuple[int, ...], expected: tuple[int, ...], parts: Mapping[str, Any]
-) -> None:
-    if tuple(shape) != tuple(expected):
-        shapes = {part: list(value.shape) for part, value in parts.items()}
+def _check_fits(site: _Site, expected: tuple[int, ...]) -> None:
+    if site.shape != expected:
+        shapes = {part: list(value.shape) for part, value in site.parts.items()}
         raise ValueError(
-            f"{_text.quoted(module)} {list(shape)} does not fit the adapter's {shapes}."
+            f"{_text.quoted(site.module)} {list(site.shape)} does not fit the adapter's {shapes}."
         )
 
 
