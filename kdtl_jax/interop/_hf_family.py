@@ -56,14 +56,10 @@ class Contents(NamedTuple):
     shapes: Shapes  # without the file's prefix
     is_tied: bool  # whether the output layer is the embedding
 
-    def has(self, name: str) -> bool:
-        """Whether the body has a tensor."""
-        return name in self.shapes
-
     def has_pooler(self) -> bool:
         """Whether the body has a pooler, and its head, if there is one, does not leave it out."""
         replaced = self.head is not None and bool(self.head.replaces)
-        return self.has(POOLER) and not replaced
+        return POOLER in self.shapes and not replaced
 
     def classes(self, task: str) -> int | None:
         """The number of classes of a head for this task; None if the file has another or none."""

@@ -47,16 +47,6 @@ def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
     return out | {"image_size": image[0] if image[0] == image[1] else image}
 
 
-def two_class_tokens(flat: Flat, config: Config) -> dict[str, Any]:
-    """`patches` for DeiT, whose distillation token has a position too."""
-    return patches(flat, config, 2)
-
-
-def no_class_token(flat: Flat, config: Config) -> dict[str, Any]:
-    """`patches` of SigLIP."""
-    return patches(flat, config, 0)
-
-
 def dinov2(flat: Flat, config: Config) -> dict[str, Any]:
     """`patches`, and the ratio that gives the width of DINOv2's feed-forward layers."""
     out, gated = patches(flat, config), flat.get("layers_0/gated_mlp/down/kernel")

@@ -1,5 +1,6 @@
 """Vision transformers: ViT, DeiT, DINOv2, and the vision towers of CLIP and SigLIP."""
 
+import functools
 from typing import Any
 
 import jax
@@ -147,7 +148,7 @@ deit = vit._replace(
         image_head("DeiTForImageClassification"),
     ),
     other_heads=(*vit.other_heads, r"(cls|distillation)_classifier\..*"),
-    sizes=_hf_sizes.two_class_tokens,
+    sizes=functools.partial(_hf_sizes.patches, tokens=2),  # distillation's has a position too
 )
 
 
@@ -310,5 +311,5 @@ siglip_vision = Family(
     image,
     buffers=(r"(.*\.)?embeddings\.position_ids",),
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
-    sizes=_hf_sizes.no_class_token,
+    sizes=functools.partial(_hf_sizes.patches, tokens=0),
 )

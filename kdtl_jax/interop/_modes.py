@@ -25,6 +25,7 @@ EVALUATION = (
 )  # fmt: skip
 
 Flags = dict[str, bool]
+Call = Callable[[Any, Any, bool], Any]  # (module, inputs, train) -> outputs
 Way = TypeVar("Way")
 
 
@@ -92,6 +93,14 @@ def arguments(
             break
         leading.append(parameter.name)
     return [values[name] for name in leading], {n: x for n, x in values.items() if n not in leading}
+
+
+def calls(function: Callable[..., Any], train: bool, example: str) -> list[Call]:
+    """The ways to call a module whose `__call__` is `function`, one per candidate for its mode."""
+    ways = [
+        arguments(function, 2, mode_flags, example) for mode_flags in candidates(function, train)
+    ]
+    return [lambda module, x, train, a=args, k=kwargs: module(x, *a, **k) for args, kwargs in ways]
 
 
 def first_that_follows(

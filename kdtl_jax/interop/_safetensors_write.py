@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
 import numpy as np
 
 from kdtl_jax import _checks, trees
@@ -29,10 +28,8 @@ def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None =
       OSError: if the disk is full; the old file then stays as it was.
       FileNotFoundError: if the file's folder does not exist.
     """
-    path = _checks.path(path=path)
-    leaves = trees.flatten(tree)
-    specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
-    stream(path, specs, lambda name: leaves[name], metadata=metadata)
+    path, leaves = _checks.path(path=path), _arrays(tree)
+    stream(path, leaves, leaves.__getitem__, metadata=metadata)
 
 
 def stream(
@@ -82,9 +79,8 @@ def save_sharded(
     Raises:
       FileExistsError: if the folder exists and is not empty.
     """
-    leaves = trees.flatten(tree)
-    specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
-    stream_sharded(folder, specs, leaves.__getitem__, max_bytes=max_bytes, metadata=metadata)
+    leaves = _arrays(tree)
+    stream_sharded(folder, leaves, leaves.__getitem__, max_bytes=max_bytes, metadata=metadata)
 
 
 def stream_sharded(
@@ -137,14 +133,17 @@ def _size(spec: Any) -> int:
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
-def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-        raise TypeError(
-            f"{name!r} is a {type(leaf).__name__}, not an array. Save only the arrays, for "
-            "example trees.partition(tree, '.*')[0]."
-        )
-    _header.stored_dtype(name, leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def _arrays(tree: PyTree) -> dict[str, Any]:
+    """A tree's leaves by path; all are arrays that the format can store."""
+    leaves = trees.flatten(tree)
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"{name!r} is a {type(leaf).__name__}, not an array. Save only the arrays, for "
+                "example trees.partition(tree, '.*')[0]."
+            )
+        _header.stored_dtype(name, leaf.dtype)
+    return leaves
 
 
 def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], content: Any) -> None:

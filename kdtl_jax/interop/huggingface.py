@@ -168,8 +168,8 @@ def student(
         }
         for name in ("num_labels", "problem_type", "finetuning_task"):  # of the source's head
             config.pop(name, None)
-        contents = _contents_with_head(head, classes)
-        module = _hf_family.module_of(family, _values(family, config), contents)
+        values = _values(family, config)
+        module = _hf_family.module_of(family, values, _contents_with_head(head, classes))
         rules = _hf_family.rules_of(family, head, (), is_tied=True, prefix=family.prefix)
         heads = ("head", "distillation_head", "language")
         body = {name: leaf for name, leaf in source.params.items() if name not in heads}
@@ -177,7 +177,7 @@ def student(
             "pooler"
         }
         fresh_names -= body.keys()
-        target = _init_new(module, _example(family, config), selected, fresh_names, key)
+        target = _init_new(module, family.example(values), selected, fresh_names, key)
         _check_layers(source.config["model_type"], layers, selected, target)
         new_names = [name for name in target if name in fresh_names]
         # A pooler that the new model does not have is dropped.
@@ -313,10 +313,6 @@ def _contents_with_head(head: Head, classes: int) -> Contents:
 
 def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return read(config, family.fields, family.harmless, Limits(1 << 31, 1 << 20))
-
-
-def _example(family: Family, config: Mapping[str, Any]) -> Any:
-    return family.example(_values(family, config))
 
 
 def _folder(source: str | Path) -> Path:

@@ -179,20 +179,15 @@ class _Way(NamedTuple):
 def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
     if call is not None:
         return [_Way(module, call)]
-    options = _modes.candidates(type(module).__call__, train)
+    function = type(module).__call__
+    options = _modes.candidates(function, train)
     fields = _mode_fields(module)
     if options != [{}]:  # a mode must not be given twice; statistics may be frozen
         fields = [name for name in fields if getattr(module, name) is not None]
         fields = [name for name in fields if name not in STATISTICS and name not in options[0]]
     changes: dict[str, Any] = _modes.flags(fields, train)
     module = module.clone(**changes)
-    arguments = [
-        _modes.arguments(type(module).__call__, 2, mode_flags, _CALL) for mode_flags in options
-    ]
-    return [
-        _Way(module, lambda bound, inputs, train, a=args, k=kwargs: bound(inputs, *a, **k))
-        for args, kwargs in arguments
-    ]
+    return [_Way(module, call) for call in _modes.calls(function, train, _CALL)]
 
 
 def _mode_fields(module: nn.Module) -> list[str]:

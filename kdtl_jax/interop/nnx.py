@@ -110,7 +110,7 @@ def model(
                 merged, outputs, submodule_outputs, _modes_of(merged, changed), is_jitted
             )
 
-        ways = [call] if call is not None else _ways(module, train)
+        ways = [call] if call else _modes.calls(type(module).__call__, train, _CALL)
         way = _modes.first_that_follows(ways, train, lambda way: _traced_modes(run, way))
         ran = run(way)
         if call is None:
@@ -150,15 +150,6 @@ class _CallResult(NamedTuple):
     submodule_outputs: dict[str, Array]
     modes: dict[str, bool]
     is_jitted: bool  # nnx.jit replaces every array, changed or not
-
-
-def _ways(module: nnx.Module, train: bool) -> list[Call]:
-    function = type(module).__call__
-    options = _modes.candidates(function, train)
-    arguments = [_modes.arguments(function, 2, mode_flags, _CALL) for mode_flags in options]
-    return [
-        lambda module, x, train, a=args, k=kwargs: module(x, *a, **k) for args, kwargs in arguments
-    ]
 
 
 def _traced_modes(run: Callable[[Call], _CallResult], way: Call) -> dict[str, bool]:

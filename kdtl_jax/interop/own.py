@@ -275,23 +275,15 @@ def stored(state: Any) -> PyTree:
     """Converts a framework's state to a collection for files, with random keys as numbers."""
     if not jax.tree.leaves(state):
         return None
-    return {
-        "state": jax.tree.map(lambda x: jax.random.key_data(x) if _checks.is_key(x) else x, state)
-    }
+    data = jax.tree.map(lambda x: jax.random.key_data(x) if _checks.is_key(x) else x, state)
+    return {"state": data}
 
 
 def _with_state(apply: ModelFn, template: Any) -> ModelFn:
     """Wraps a model function so that its state has the form of `stored`."""
     is_stateless = not jax.tree.leaves(template)
 
-    def run(
-        params: Any,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
-    ) -> tuple[Outputs, PyTree]:
+    def run(params: Any, model_state: PyTree, inputs: Any, **mode: Any) -> tuple[Outputs, PyTree]:
         state = template
         if not is_stateless:
             state = jax.tree.map(
@@ -303,7 +295,7 @@ def _with_state(apply: ModelFn, template: Any) -> ModelFn:
                 template,
                 model_state["state"],
             )
-        outputs, updated = apply(params, state, inputs, key=key, train=train)
+        outputs, updated = apply(params, state, inputs, **mode)
         return outputs, None if is_stateless else stored(updated)
 
     return run

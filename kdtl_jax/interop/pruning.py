@@ -7,6 +7,7 @@ Layers are dropped by `decoders.student`; both together give a student of any sm
 starts from its teacher.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, models, transforms
+from kdtl_jax import _checks, models, transforms, trees
 from kdtl_jax._types import Params
 from kdtl_jax.interop import _hf_decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.models import DecoderConfig
+from kdtl_jax.transforms import Axis
 
-# Normalizations of a decoder's layer.
-NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
 KEYS = {  # names of a size in config.json, the first that the family reads
     "width": ("hidden_size", "n_embd"),
     "heads": ("num_attention_heads", "n_head"),
@@ -277,48 +277,35 @@ def _channel_importance(params: Params, layers: int) -> np.ndarray:
 
 
 def _slice_params(params: Params, wide: DecoderConfig, kept: Kept) -> Params:
-    size = wide.head_width
+    indices = {"width": kept.channels}
+    for i in range(wide.layers):
+        rows = {"heads": kept.heads, "key_heads": kept.key_heads, "hidden": kept.hidden}
+        indices |= {f"layers_{i}/{name}": row[i] for name, row in rows.items()}
+    spec = [
+        (re.escape(path), _axes(path, leaf.ndim, wide))
+        for path, leaf in trees.flatten(params).items()
+    ]
+    return transforms.select_width(params, spec, indices)
 
-    def take(leaf: Array, *axes: np.ndarray | None) -> Array:
-        for axis, index in enumerate(axes):
-            leaf = leaf if index is None else jnp.take(leaf, jnp.asarray(index), axis=axis)
-        return leaf
 
-    def columns(heads: np.ndarray) -> np.ndarray:
-        return (heads[:, None] * size + np.arange(size)).ravel()
-
-    def dense(weights: Params, rows: np.ndarray, cols: np.ndarray) -> Params:
-        out = {"kernel": take(weights["kernel"], rows, cols)}
-        return out | ({"bias": take(weights["bias"], cols)} if "bias" in weights else {})
-
-    w = kept.channels
-
-    def layer(i: int, part: Params) -> Params:
-        q, k = columns(kept.heads[i]), columns(kept.key_heads[i])
-        sides = {"query": (w, q), "key": (w, k), "value": (w, k), "out": (q, w)}
-        sides |= {"up": (w, kept.hidden[i]), "gate": (w, kept.hidden[i])}
-        sides |= {"down": (kept.hidden[i], w)}
-        out: dict[str, Any] = {}
-        for kind in ("attention", "mlp"):
-            out[kind] = {n: dense(x, *sides[n]) for n, x in part[kind].items() if n in sides}
-        for n, x in part["attention"].items():
-            if n in ("query_norm", "key_norm"):
-                index = None if wide.has_head_norms else {"query_norm": q, "key_norm": k}[n]
-                out["attention"][n] = {m: take(y, index) for m, y in x.items()}
-        norms = {n: {m: take(y, w) for m, y in part[n].items()} for n in NORMS if n in part}
-        return out | norms
-
-    out: dict[str, Any] = {}
-    for name, part in params.items():
-        if name.startswith("layers_"):
-            out[name] = layer(int(name.removeprefix("layers_")), part)
-        elif name in ("tokens", "positions"):
-            out[name] = {"embedding": take(part["embedding"], None, w)}
-        elif name == "norm":
-            out[name] = {m: take(y, w) for m, y in part.items()}
-        else:
-            out[name] = {m: take(y, w) if m == "kernel" else y for m, y in part.items()}
-    return out
+def _axes(path: str, rank: int, wide: DecoderConfig) -> tuple[str | Axis | None, ...]:
+    """The names of a leaf's axes; heads and hidden units are each layer's own."""
+    segments = path.split("/")
+    layer, part = segments[0], segments[-2]
+    hidden = f"{layer}/hidden"
+    heads, key_heads = (Axis(f"{layer}/{n}", inner=wide.head_width) for n in ("heads", "key_heads"))
+    axes = {
+        **dict.fromkeys(("tokens", "positions"), (None, "width")),
+        "head": ("width", None),
+        "query": ("width", heads),
+        **dict.fromkeys(("key", "value"), ("width", key_heads)),
+        "out": (heads, "width"),
+        **dict.fromkeys(("up", "gate"), ("width", hidden)),
+        "down": (hidden, "width"),
+        "query_norm": (None if wide.has_head_norms else heads,),
+        "key_norm": (None if wide.has_head_norms else key_heads,),
+    }.get(part, ("width",))
+    return axes[-rank:]  # a bias has a kernel's last axis
 
 
 def _norm(kernel: Array, axis: int) -> np.ndarray:
