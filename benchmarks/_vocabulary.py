@@ -169,7 +169,7 @@ def grown(kind: str, scale: Scale) -> float:
 def resident_memory(scale: Scale, has_liger: bool) -> dict[str, float]:
     """Megabytes of the losses, each in a process of its own."""
     print(f"\nMemory, {scale.classes:,} classes, {scale.tokens:,} tokens, float32")
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     forms = [("chunked", FEW), ("chunked", scale.chunk), ("dense", scale.tokens)]
     if has_liger:
         forms.append(("Liger", LIGER_CHUNKS[scale.classes]))
@@ -180,23 +180,23 @@ def resident_memory(scale: Scale, has_liger: bool) -> dict[str, float]:
         if done.returncode:
             print(f"  {name}: not measured, {done.stderr.strip().splitlines()[-1:]}")
             continue
-        found[name] = float(done.stdout.split()[-1])
-        print(f"  {name:30s} {found[name]:7.0f} MB")
-    return found
+        results[name] = float(done.stdout.split()[-1])
+        print(f"  {name:30s} {results[name]:7.0f} MB")
+    return results
 
 
 def temporaries() -> dict[str, float | None]:
     """Megabytes of temporary memory by XLA's own figure."""
     print("\nTemporary memory by XLA's figure")
-    found: dict[str, float | None] = {}
+    results: dict[str, float | None] = {}
     for kind, scale in ACCOUNTED:
         size = measure.memory(program(kind, scale)).temporaries
         megabytes = None if size is None else size / 1e6
         name = f"{kind}, {scale.classes:,} classes, {scale.tokens:,} tokens, {scale.dtype}"
         name += f", chunks of {scale.chunk}" * (kind == "chunked")
         print(f"  {name}: {'unknown' if megabytes is None else f'{megabytes:.0f} MB'}")
-        found[name] = megabytes
-    return found
+        results[name] = megabytes
+    return results
 
 
 def vocabulary(rounds: int, clock: _rounds.Clock) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def vocabulary(rounds: int, clock: _rounds.Clock) -> dict[str, Any]:
                 f"\nKL over {scale.classes:,} classes, {scale.tokens:,} tokens, {dtype}, "
                 f"chunks of {scale.chunk}"
             )
-            found = times(rounds, clock, scale._replace(dtype=dtype), has_liger)
-            results[f"{scale.classes} {dtype}"] = {"seconds": found}
+            result = times(rounds, clock, scale._replace(dtype=dtype), has_liger)
+            results[f"{scale.classes} {dtype}"] = {"seconds": result}
             gc.collect()
     results["resident megabytes"] = resident_memory(SCALES[-1], has_liger)
     results["temporary megabytes"] = temporaries()

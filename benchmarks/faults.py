@@ -63,15 +63,15 @@ def pairs(count: int, seed: int) -> list[dict[str, Any]]:
         killed = count // 6
         command += ["--stopped", str(count - killed), "--killed", str(killed), "--seed", str(seed)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = last_line(done.stdout)
+    result = last_line(done.stdout)
     for kind in ("undisturbed", "stopped", "killed"):
-        runs = [run for run in found if run["kind"] == kind]
+        runs = [run for run in result if run["kind"] == kind]
         ended, same = (sum(run[name] for run in runs) for name in ("ended", "identical"))
         print(
             f"two processes, {kind}: {ended} of {len(runs)} ended by themselves, at most "
             f"{max((run['seconds'] for run in runs), default=0):.0f} s later; {same} identical"
         )
-    return found
+    return result
 
 
 def summary(found: list[dict[str, Any]]) -> None:
@@ -122,8 +122,8 @@ def full_disk(folder: Path, is_foreseen: bool) -> None:
             step += 1
         assert 2 < step < 1000, "the file system is too small or too large for this"
         for old in range(step):
-            found = checkpoint.restore(home, states[0], step=old).state
-            assert (found["weights"] == states[old]["weights"]).all() and found["step"] == old
+            result = checkpoint.restore(home, states[0], step=old).state
+            assert (result["weights"] == states[old]["weights"]).all() and result["step"] == old
         assert checkpoint.steps(home) == list(range(step)), "nothing half-written stays"
         print(f"all {step} steps saved before it are whole, bit by bit")
     with checkpoint.open_folder(home) as checkpoints:  # keeps three: room comes back step by step
@@ -151,13 +151,13 @@ def main() -> None:
             full_disk(args.full_disk, is_foreseen)
         return
     if args.pairs is not None:
-        found = pairs(args.pairs, args.seed)
-        sys.exit(0 if all(run["ended"] and run["identical"] for run in found) else 1)
-    found = attacks(args.kills, args.terms, args.seed)
-    summary(found)
+        results = pairs(args.pairs, args.seed)
+        sys.exit(0 if all(run["ended"] and run["identical"] for run in results) else 1)
+    results = attacks(args.kills, args.terms, args.seed)
+    summary(results)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
-    sys.exit(0 if all(a["identical"] for a in found) else 1)
+        Path(args.json).write_text(json.dumps(results, indent=1))
+    sys.exit(0 if all(a["identical"] for a in results) else 1)
 
 
 if __name__ == "__main__":

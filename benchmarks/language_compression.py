@@ -92,9 +92,9 @@ def measuring(student: Any, teacher: Any, weights: Any = language.as_they_are) -
     def measure(params: Any, teacher_params: Any, inputs: Any) -> dict[str, jax.Array]:
         outputs, _ = model(params, None, inputs)
         teacher_outputs, _ = teacher_model(teacher_params, None, inputs)
-        found = language.fidelity(outputs, teacher_outputs, *language.next_tokens(inputs))
-        nats = found.nats.value() / jnp.log(2)
-        return {"bits per byte": nats, "KL(T||S)": found.forward_kl.value()}
+        result = language.fidelity(outputs, teacher_outputs, *language.next_tokens(inputs))
+        nats = result.nats.value() / jnp.log(2)
+        return {"bits per byte": nats, "KL(T||S)": result.forward_kl.value()}
 
     return measure
 
@@ -119,23 +119,23 @@ def pruned(seeds: range, steps: int) -> None:
     )
     shapes = jax.eval_shape(init, jax.random.key(0))
     rename = transforms.layer_map(r"layers_(\d+)/.*", KEPT)
-    found: dict[str, dict[str, list[float]]] = {}
+    results: dict[str, dict[str, list[float]]] = {}
     for seed in seeds:
         key, other = jax.random.split(jax.random.key(seed))
         teacher_params = teach(data, key)
         half, _ = transforms.transfer(teacher_params, shapes, rename=rename)
-        note(found, "teacher", own(teacher_params, teacher_params, held_out))
+        note(results, "teacher", own(teacher_params, teacher_params, held_out))
         for name, learn, start in (
             ("pruned, distilled", kd, half),
             ("pruned, fine-tuned", sft, half),
             ("from nothing, fine-tuned", sft, init(other)),
         ):
             note(
-                found,
+                results,
                 name,
                 measure(learn(start, data, teacher_params, key), teacher_params, held_out),
             )
-    show_paired(found)
+    show_paired(results)
 
 
 def quantized(
@@ -144,7 +144,7 @@ def quantized(
     """At 4 and 3 bits: distilled, fine-tuned, and only rounded."""
     data, held_out = split(share)
     model, teach = decoder(LAYERS), taught(steps)
-    found: dict[str, dict[str, list[float]]] = {}
+    results: dict[str, dict[str, list[float]]] = {}
     ways = {}
     for bits in depths:
         quantizer = partial(transforms.int_by_group, bits=bits, group=32)
@@ -160,11 +160,11 @@ def quantized(
         teacher_params = teach(data, key)
         for name, (learn, measure) in ways.items():
             params = learn(teacher_params, data, teacher_params, key)
-            note(found, name, measure(params, teacher_params, held_out))
+            note(results, name, measure(params, teacher_params, held_out))
             if share < 1:
                 on_learned = measure(params, teacher_params, data["inputs"])
-                note(found, f"{name}, on what was learned", on_learned)
-    show_paired(found)
+                note(results, f"{name}, on what was learned", on_learned)
+    show_paired(results)
 
 
 def converged(seeds: range, steps: int) -> None:

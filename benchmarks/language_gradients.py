@@ -68,7 +68,7 @@ def gradients(seeds: int) -> None:
     The exact loss has no variance. The loss on the student's top k and one bucket for all others
     has none either, but is a bound: its gradient is that of another function of the weights.
     """
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
     for seed in range(seeds):
         student, teacher = pair(seed)
         exact = jax.grad(losses.reverse_kl)(student, teacher)
@@ -95,13 +95,13 @@ def gradients(seeds: int) -> None:
                 jnp.linalg.norm(bucket - exact) / size
             )
         for name, value in values.items():
-            found.setdefault(name, []).append(float(value))
-    show(found, digits=4)
+            results.setdefault(name, []).append(float(value))
+    show(results, digits=4)
 
 
 def sampling(seeds: int) -> None:
     """One position: mean gradients of random-sampling KD and renormalized top-k, against KD's."""
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
     for seed in range(seeds):
         student, teacher = pair(seed)
         exact = jax.grad(losses.forward_kl)(student, teacher)
@@ -122,8 +122,8 @@ def sampling(seeds: int) -> None:
             "random sampling, 12 draws: error of the mean, relative": bias / size,
             "renormalized top-12: bias, relative": jnp.linalg.norm(top - exact) / size,
         }.items():
-            found.setdefault(name, []).append(float(value))
-    show(found, digits=4)
+            results.setdefault(name, []).append(float(value))
+    show(results, digits=4)
 
 
 if __name__ == "__main__":

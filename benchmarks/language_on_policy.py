@@ -88,17 +88,17 @@ def measuring(student: models.Decoder) -> Any:
     def measure(params: Any, data: Any, key: jax.Array) -> dict[str, jax.Array]:
         inputs: Any = data["inputs"]
         keys = jax.random.split(key, len(inputs["tokens"]))
-        found = {}
+        results = {}
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             answers = language.sample(
                 student, params, inputs["tokens"][:, :PROMPT], keys=keys, length=DIGITS + 1,
                 temperature=temperature,
             )  # fmt: skip
             is_right = jnp.all(answers.tokens == inputs["tokens"][:, PROMPT:], axis=1)
-            found[f"exact match, {name}, %"] = 100 * jnp.mean(is_right)
+            results[f"exact match, {name}, %"] = 100 * jnp.mean(is_right)
         outputs, _ = model(params, None, inputs)
         compared = language.fidelity(outputs, outputs, *language.next_tokens(inputs))
-        return {**found, "bits per byte": compared.nats.value() / jnp.log(2)}
+        return {**results, "bits per byte": compared.nats.value() / jnp.log(2)}
 
     return measure
 
@@ -110,11 +110,11 @@ def main(seeds: int, steps: int, noise: float) -> None:
     teach = learns(language.sft, large, large, 8 * steps)
     key = jax.random.key(0)
     teacher = teach(jax.jit(large.init)(key), questions(key, 8192), None, key)
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
 
     def note(name: str, measured: Any) -> None:
         for what, value in measured.items():
-            found.setdefault(f"{name}: {what}", []).append(float(value))
+            results.setdefault(f"{name}: {what}", []).append(float(value))
 
     note("teacher", measuring(large)(teacher, held_out, key))
     warm_up = learns(language.sft, small, large, steps)
@@ -127,9 +127,9 @@ def main(seeds: int, steps: int, noise: float) -> None:
         data = questions(other, 1024, noise)
         for name, learn in learners.items():
             note(name, measure(learn(start, data, teacher, key), held_out, key))
-            last = [f"{v[-1]:.3f}" for n, v in found.items() if n.startswith(f"{name}: ")]
+            last = [f"{v[-1]:.3f}" for n, v in results.items() if n.startswith(f"{name}: ")]
             print(f"seed {seed}, {name}: {', '.join(last)}", flush=True)
-    show(found, digits=3)
+    show(results, digits=3)
 
 
 if __name__ == "__main__":

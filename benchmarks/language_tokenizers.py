@@ -90,13 +90,13 @@ def rows(text: bytes, pairs: dict[bytes, int]) -> dict[str, Any]:
         made["tokens"].append(np.asarray([START, *row]))
         for name, value in (("pairs", teacher_tokens), ("groups", groups), ("first", first)):
             made[name].append(value)
-    found = {name: np.stack(values).astype(np.int32) for name, values in made.items()}
-    teacher_tokens = found.pop("pairs")
+    results = {name: np.stack(values).astype(np.int32) for name, values in made.items()}
+    teacher_tokens = results.pop("pairs")
     pieces = {
         "tokens": np.maximum(teacher_tokens, 0),
         "segments": (teacher_tokens >= 0).astype(np.int32),
     }
-    return jax.tree.map(jnp.asarray, {"inputs": {**found, "pieces": pieces}})
+    return jax.tree.map(jnp.asarray, {"inputs": {**results, "pieces": pieces}})
 
 
 def next_logits(outputs: Mapping[str, Any]) -> jax.Array:
@@ -119,8 +119,8 @@ def alm(inputs: Inputs) -> dict[str, Any]:
     task = of_text(inputs)["task"]
     chunks = language.chunk_log_probs(-task.values, batch["groups"], num_chunks=LENGTH)
     pieces = batch["pieces"]["tokens"][:, 1:]
-    told = losses.token_log_probs(batch["teacher_logits"], pieces)
-    return {"task": task, "kd": Masked(losses.alm_limit(chunks, told), in_text(inputs))}
+    message = losses.token_log_probs(batch["teacher_logits"], pieces)
+    return {"task": task, "kd": Masked(losses.alm_limit(chunks, message), in_text(inputs))}
 
 
 def uld(inputs: Inputs) -> dict[str, Any]:
@@ -158,8 +158,8 @@ def bits(model: Any, params: Any, inputs: Any) -> float:
     @partial(jax.jit, static_argnums=0)
     def nats(model: Any, params: Any, inputs: Any) -> jax.Array:
         outputs, _ = model(params, None, inputs)
-        found = language.fidelity(outputs, outputs, *language.next_tokens(inputs))
-        return found.nats.total
+        result = language.fidelity(outputs, outputs, *language.next_tokens(inputs))
+        return result.nats.total
 
     return float(nats(model, params, inputs)) / np.log(2) / (len(inputs["tokens"]) * LENGTH)
 
@@ -180,15 +180,15 @@ def main(seeds: int, steps: int) -> None:
     asked = jax.jit(lambda params, inputs: next_logits(of_pairs(params, None, inputs)[0]))
     data = {"inputs": {**few, "teacher_logits": asked(teacher, few["pieces"])}}
     learners = {name: learns(of_bytes, *method, steps) for name, method in METHODS.items()}
-    found: dict[str, list[float]] = {name: [] for name in METHODS}
+    results: dict[str, list[float]] = {name: [] for name in METHODS}
     init = jax.jit(small.init)
     for seed in range(seeds):
         key = jax.random.key(seed + 1)
         for name, learn in learners.items():
-            found[name].append(bits(of_bytes, learn(init(key), data, None, key), held_out))
-            print(f"seed {seed}, {name}: {found[name][-1]:.4f}", flush=True)
-    alone, by_alm, by_uld = (np.asarray(found[name]) for name in METHODS)
-    lines = {f"{name}: bits per byte": found[name] for name in METHODS}
+            results[name].append(bits(of_bytes, learn(init(key), data, None, key), held_out))
+            print(f"seed {seed}, {name}: {results[name][-1]:.4f}", flush=True)
+    alone, by_alm, by_uld = (np.asarray(results[name]) for name in METHODS)
+    lines = {f"{name}: bits per byte": results[name] for name in METHODS}
     lines["ALM below ULD, paired"] = (by_uld - by_alm).tolist()
     lines["ALM below fine-tuning, paired"] = (alone - by_alm).tolist()
     lines["ULD below fine-tuning, paired"] = (alone - by_uld).tolist()

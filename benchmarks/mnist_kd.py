@@ -151,7 +151,7 @@ def experiment(parts: Any, epochs: int, student_epochs: int, seeds: int) -> dict
     state, seconds = fitted(epoch, state, lambda _: arrays, epochs, jax.random.key(3))
     teacher = state.params
     measure = jax.jit(train.make_eval_step(big.apply, correct))
-    found = {
+    results = {
         "teacher": {
             "parameters": count(teacher),
             "validation": accuracy(big, measure, teacher, validation),
@@ -159,7 +159,7 @@ def experiment(parts: Any, epochs: int, student_epochs: int, seeds: int) -> dict
             "seconds_per_epoch": statistics.median(seconds[1:] or seconds),
         }
     }
-    print(f"teacher: {found['teacher']}", flush=True)
+    print(f"teacher: {results['teacher']}", flush=True)
 
     forward = jax.jit(lambda x, rows, i: big.apply(teacher, None, shifted(x, rows, i))[0]["logits"])
 
@@ -194,8 +194,8 @@ def experiment(parts: Any, epochs: int, student_epochs: int, seeds: int) -> dict
             rows["test"].append(accuracy(small, measure, student, test))
             rows["seconds"].append(statistics.median(seconds[1:] or seconds))
             print(f"{name}, seed {seed}: { ({k: v[-1] for k, v in rows.items()}) }", flush=True)
-        found[name] = {"parameters": parameters, **rows}
-    return found
+        results[name] = {"parameters": parameters, **rows}
+    return results
 
 
 def half(found: report.Interval) -> float:
@@ -323,15 +323,15 @@ def timing(train_arrays: Any, rounds: int, steps: int) -> list[dict[str, Any]]:
     print("seconds per epoch: wall, processor; times the kdtl_jax seconds of the same round")
     for name, form in ours.items():
         forms = {"kdtl_jax": form} | {who: peer[name] for who, peer in peers.items()}
-        found: dict[str, list[tuple[float, float]]] = {who: [] for who in forms}
+        results: dict[str, list[tuple[float, float]]] = {who: [] for who in forms}
         for i in range(rounds + 1):  # the first warms up
             for who, run in forms.items():
                 start = time.perf_counter(), time.process_time()
                 run()
                 spent = time.perf_counter() - start[0], time.process_time() - start[1]
-                found[who] += [(spent[0] * per_epoch, spent[1] * per_epoch)] * bool(i)
-        base = np.array(found["kdtl_jax"])
-        for who, seconds in found.items():
+                results[who] += [(spent[0] * per_epoch, spent[1] * per_epoch)] * bool(i)
+        base = np.array(results["kdtl_jax"])
+        for who, seconds in results.items():
             wall, cpu = np.median(seconds, axis=0)
             ratios = np.array(seconds) / base
             low, high = ratios.min(axis=0), ratios.max(axis=0)
@@ -341,7 +341,7 @@ def timing(train_arrays: Any, rounds: int, steps: int) -> list[dict[str, Any]]:
                 f"{np.median(ratios[:, 1]):5.2f} ({low[1]:.2f}–{high[1]:.2f})",
                 flush=True,
             )
-        rows.append({"form": name, "seconds": found})
+        rows.append({"form": name, "seconds": results})
     return rows
 
 
@@ -362,13 +362,13 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}")
     print(versions, flush=True)
     parts = read(args.path)
-    found: dict[str, Any] = {"versions": versions}
-    found["timing"] = timing(parts[0], args.rounds, args.steps) if args.rounds else []
+    results: dict[str, Any] = {"versions": versions}
+    results["timing"] = timing(parts[0], args.rounds, args.steps) if args.rounds else []
     if args.seeds:
-        found |= experiment(parts, args.epochs, args.student_epochs, args.seeds)
-        table(found)
+        results |= experiment(parts, args.epochs, args.student_epochs, args.seeds)
+        table(results)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
+        Path(args.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

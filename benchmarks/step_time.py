@@ -265,11 +265,11 @@ def torch_forms(kind: str, data: Any, steps: int) -> dict[str, Form]:
         return epoch
 
     cores = os.cpu_count() or 1
-    found = {"torch eager": make(False, cores), "torch.compile": make(True, cores)}
+    results = {"torch eager": make(False, cores), "torch.compile": make(True, cores)}
     if cores > 1:
-        found |= {"torch eager, one thread": make(False, 1)}
-        found |= {"torch.compile, one thread": make(True, 1)}
-    return found
+        results |= {"torch eager, one thread": make(False, 1)}
+        results |= {"torch.compile, one thread": make(True, 1)}
+    return results
 
 
 def table(kind: str, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:

@@ -115,10 +115,10 @@ def train_once(folder: Path, wrote_line: Callable[[], None] = lambda: None) -> s
 
 
 def digest(state: Any, metrics: Path) -> str:
-    found = hashlib.sha256(metrics.read_bytes())
+    result = hashlib.sha256(metrics.read_bytes())
     for leaf in jax.tree.leaves(state._replace(key=jax.random.key_data(state.key))):
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()
+        result.update(np.asarray(leaf).tobytes())
+    return result.hexdigest()
 
 
 class Child:
@@ -131,8 +131,8 @@ class Child:
         if self.pid == 0:
             code = 1
             try:
-                found = train_once(folder, lambda: (os.write(inside, b"-"), None)[1])
-                os.write(inside, found.encode())
+                result = train_once(folder, lambda: (os.write(inside, b"-"), None)[1])
+                os.write(inside, result.encode())
                 code = 0
             except SystemExit as error:
                 code = int(error.code or 0)
@@ -161,10 +161,10 @@ def straight(folder: Path) -> tuple[str, float]:
     child = Child(folder)
     child.wait_for_line(1)
     first = time.monotonic()
-    code, found = child.end()
-    assert code == 0 and found, f"the straight run failed ({code})"
+    code, result = child.end()
+    assert code == 0 and result, f"the straight run failed ({code})"
     lines = len(loop.read_metrics(folder / "metrics.jsonl"))
-    return found, (time.monotonic() - first) / (lines - 1)
+    return result, (time.monotonic() - first) / (lines - 1)
 
 
 def attack(folder: Path, number: int, line: int, delay: float) -> dict[str, Any]:
@@ -197,21 +197,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chain", action="store_true", help="all attacks on one run")
     args = parser.parse_args()
-    wanted, per_line = straight(args.folder / "straight")
+    expected, per_line = straight(args.folder / "straight")
     dice = random.Random(args.seed)
     plan = [signal.SIGKILL] * args.kills + [signal.SIGTERM] * args.terms
     dice.shuffle(plan)
     attacks, victim = [], args.folder / "victim"
     for number in plan:
         line = dice.randint(2, 4) if args.chain else dice.randint(1, STEPS // LOG_EVERY - 4)
-        found = attack(victim, number, line, dice.uniform(0, 1.5 * per_line))
+        result = attack(victim, number, line, dice.uniform(0, 1.5 * per_line))
         if not args.chain:
-            found["identical"] = Child(victim).end() == (0, wanted)
+            result["identical"] = Child(victim).end() == (0, expected)
             shutil.rmtree(victim)
-        attacks.append({"signal": signal.Signals(number).name} | found)
+        attacks.append({"signal": signal.Signals(number).name} | result)
         print(attacks[-1], file=sys.stderr, flush=True)
     if args.chain:
-        attacks.append({"signal": "", "identical": Child(victim).end() == (0, wanted)})
+        attacks.append({"signal": "", "identical": Child(victim).end() == (0, expected)})
     print(json.dumps({"seconds_per_line": per_line, "attacks": attacks}))
 
 

@@ -227,11 +227,11 @@ def _listed(folder: Path) -> list[str]:
 
 def moments(count: int, times: Times, dice: random.Random) -> list[float]:
     """Spread over the run, every second one over the time from the first write on."""
-    found = []
+    results = []
     for i in range(count):
         first = times.wrote if i % 2 else 0.0
-        found.append(first + (times.ended - first) * (i + dice.random()) / count)
-    return found
+        results.append(first + (times.ended - first) * (i + dice.random()) / count)
+    return results
 
 
 def attack(home: Path, case: Case, number: int, moment: float, whole: dict[str, bytes],
@@ -302,7 +302,7 @@ def main_() -> None:
     if {"cache", "predict", "evaluate", "export"} & chosen.keys():
         teacher = ["distill", *TINY, *TRAINED, "--methods", "kd", "--out", "teacher"]
         finish(base, teacher, log)
-    found = []
+    results = []
     for name, case in chosen.items():
         home, scratch = root / "home", root / "killed"
         shutil.rmtree(home, ignore_errors=True)
@@ -331,11 +331,11 @@ def main_() -> None:
                 if one["code"] != 0 or one["wrong"]:
                     break
                 moment *= 0.95
-            found.append({"command": name} | one)
-            print(found[-1], file=sys.stderr, flush=True)
+            results.append({"command": name} | one)
+            print(results[-1], file=sys.stderr, flush=True)
             if one["wrong"]:
-                scratch.rename(root / f"wrong{len(found)}")
-    print(json.dumps(found))
+                scratch.rename(root / f"wrong{len(results)}")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ def tensors() -> dict[str, dict[str, np.ndarray]]:
     shapes = {"emb/embedding": (9, 6), "fc/kernel": (6, 8), "fc/bias": (8,), "head/kernel": (8, 3)}
     shapes |= {"norm/scale": (6,), "one": (1,), "tiny/kernel": (3, 4), "same/kernel": (4, 4)}
     base = {path: rng.normal(size=shape) * 0.05 for path, shape in shapes.items()}
-    found = {"base": base}
+    results = {"base": base}
     for number, name in enumerate(MODELS):
         size = {"norm/scale": 1.0, "tiny/kernel": 1e-5, "same/kernel": 0.0}
-        found[name] = {
+        results[name] = {
             path: x + rng.normal(size=x.shape) * size.get(path, 0.02) for path, x in base.items()
         }
-        found[name]["head/kernel"] = base["head/kernel"] * (1 + 0.1 * number)
-        found[name]["fc/bias"] = base["fc/bias"] + (-1) ** number * np.linspace(0.01, 0.02, 8)
-    return {n: {p: x.astype(np.float32) for p, x in one.items()} for n, one in found.items()}
+        results[name]["head/kernel"] = base["head/kernel"] * (1 + 0.1 * number)
+        results[name]["fc/bias"] = base["fc/bias"] + (-1) ** number * np.linspace(0.01, 0.02, 8)
+    return {n: {p: x.astype(np.float32) for p, x in one.items()} for n, one in results.items()}
 
 
 def has_base(case: str) -> bool:

@@ -90,8 +90,10 @@ def child(folder: Path, steps: int, port: int, rank: int) -> None:
     with processes.signals():
         (folder / f"started{rank}").touch()
         mesh = sharding.make_mesh(data=2)
-        found = [trained(folder / name, seed, steps, mesh) for seed, name in enumerate(("a", "b"))]
-    (folder / f"digest{rank}").write_text(hashlib.sha256(b"".join(found)).hexdigest())
+        results = [
+            trained(folder / name, seed, steps, mesh) for seed, name in enumerate(("a", "b"))
+        ]
+    (folder / f"digest{rank}").write_text(hashlib.sha256(b"".join(results)).hexdigest())
 
 
 class Process:
@@ -148,8 +150,8 @@ def end(folder: Path, pair: list[Process]) -> tuple[list[int], list[str], float]
             process.send_signal(signal.SIGKILL)
             codes.append(-99)
     digests = [(folder / f"digest{rank}") for rank in range(2)]
-    found = [path.read_text() if path.exists() else "" for path in digests]
-    return codes, found, time.monotonic() - begun
+    results = [path.read_text() if path.exists() else "" for path in digests]
+    return codes, results, time.monotonic() - begun
 
 
 def disturbed(
@@ -193,28 +195,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--within", type=float, default=6, help="seconds, the latest signal")
     args = parser.parse_args()
-    dice, wanted = random.Random(args.seed), ""
+    dice, expected = random.Random(args.seed), ""
     kinds = ["stopped"] * args.stopped + ["killed"] * args.killed + ["lost"] * args.lost
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     straight: Path = args.folder / "straight"
     for _ in range(max(1, args.undisturbed)):
         codes, digests, seconds = end(straight, start(straight, args.steps))
-        wanted = wanted or digests[0]
-        same = codes == [0, 0] and digests == [wanted, wanted]
-        found.append({"kind": "undisturbed", "codes": codes, "ended": -99 not in codes,
+        expected = expected or digests[0]
+        same = codes == [0, 0] and digests == [expected, expected]
+        results.append({"kind": "undisturbed", "codes": codes, "ended": -99 not in codes,
                       "identical": same, "seconds": round(seconds, 1)})  # fmt: skip
-        print(found[-1], file=sys.stderr, flush=True)
+        print(results[-1], file=sys.stderr, flush=True)
         if not same:
             for rank in range(2):
                 print((straight / f"errors{rank}").read_text(), file=sys.stderr)
         shutil.rmtree(straight)
     for i, kind in enumerate(kinds):
         folder = args.folder / f"{kind}{i}"
-        found.append(disturbed(folder, kind, args.steps, args.within, dice, wanted))
-        print(found[-1], file=sys.stderr, flush=True)
-        if found[-1]["ended"] and found[-1]["identical"]:
+        results.append(disturbed(folder, kind, args.steps, args.within, dice, expected))
+        print(results[-1], file=sys.stderr, flush=True)
+        if results[-1]["ended"] and results[-1]["identical"]:
             shutil.rmtree(folder)
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

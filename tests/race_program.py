@@ -44,16 +44,16 @@ def pairs(known: dict[str, Case]) -> dict[str, Pair]:
     """What is started together."""
     plain = ("sweep", "distill", "transfer", "demo", "language", "sentences", "bench", "cache",
              "merge", "predict", "evaluate", "export", "shards", "average")  # fmt: skip
-    found = {name: Pair(known[name].words, known[name].words, known[name].old) for name in plain}
+    results = {name: Pair(known[name].words, known[name].words, known[name].old) for name in plain}
     mixed = ("transfer+distill", "sweep+distill", "language+demo", "predict+merge",
              "export+average", "cache+distill")  # fmt: skip
     for one, two in (names.split("+") for names in mixed):
-        found[f"{one}+{two}"] = Pair(known[one].words, known[two].words, known[one].old)
+        results[f"{one}+{two}"] = Pair(known[one].words, known[two].words, known[one].old)
     for name in ("distill", "sweep", "transfer", "language"):
         case = known[name]
-        found[f"{name} --resume"] = Pair(case.again, case.again, case.words)
-        found[f"{name} --resume+--force"] = Pair(case.again, case.words, case.words)
-    return found
+        results[f"{name} --resume"] = Pair(case.again, case.again, case.words)
+        results[f"{name} --resume+--force"] = Pair(case.again, case.words, case.words)
+    return results
 
 
 def together(folder: Path, pair: Pair, apart: float, logs: list[Path]) -> list[int]:
@@ -69,20 +69,20 @@ def race(home: Path, pair: Pair, apart: float, alone: list[dict[str, bytes]],
     """One race in a copy of the prepared folder; what was found wrong is in `wrong`."""
     shutil.copytree(home, scratch, symlinks=True)
     codes, wrong = together(scratch, pair, apart, logs), []
-    said = [log.read_text() for log in logs]
+    output = [log.read_text() for log in logs]
     if 0 not in codes:
-        wrong.append(f"both ended with {codes}: {said[0][-300:]} {said[1][-300:]}")
-    for code, text in zip(codes, said, strict=True):
+        wrong.append(f"both ended with {codes}: {output[0][-300:]} {output[1][-300:]}")
+    for code, text in zip(codes, output, strict=True):
         if code not in (0, 1, 2):
             wrong.append(f"one ended with {code}: {text[-300:]}")
         errors = [line for line in text.splitlines() if line.startswith("kdtl ")]
         if code and (len(errors) != 1 or "Traceback" in text):
             wrong.append(f"a refusal has several lines: {text[-600:]}")
     after = content(scratch)
-    wanted = [known for known, code in zip(alone, codes, strict=True) if code == 0]
+    expected = [known for known, code in zip(alone, codes, strict=True) if code == 0]
     differ = [
         [n for n in after.keys() | want.keys() if Path(n).name not in TIMED
-         and after.get(n) != want.get(n)] for want in wanted
+         and after.get(n) != want.get(n)] for want in expected
     ]  # fmt: skip
     if differ and all(differ):
         wrong.append(f"what is written is of neither: {sorted(min(differ, key=len))[:8]}")
@@ -94,7 +94,7 @@ def race(home: Path, pair: Pair, apart: float, alone: list[dict[str, bytes]],
     if not wrong:
         shutil.rmtree(scratch)
     refused = [
-        text.strip().splitlines()[-1][-160:] for c, text in zip(codes, said, strict=True) if c
+        text.strip().splitlines()[-1][-160:] for c, text in zip(codes, output, strict=True) if c
     ]
     return {"apart": round(apart, 2), "codes": codes, "refused": refused, "wrong": wrong}
 

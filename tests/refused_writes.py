@@ -31,11 +31,11 @@ def cannot_write(folder: str, states: Any, part: str, is_victim: bool) -> None:
         _Refused().result()
 
     broken = {"async_save": async_save, "finalize": finalize}[part]
-    said, start = "No space left" if is_victim else "process [01] could not", time.monotonic()
+    message, start = "No space left" if is_victim else "process [01] could not", time.monotonic()
     with contextlib.ExitStack() as stack:
         if is_victim:
             stack.enter_context(mock.patch.object(handler, part, broken))
-        with pytest.raises(OSError, match=said), checkpoint.open_folder(folder) as checkpoints:
+        with pytest.raises(OSError, match=message), checkpoint.open_folder(folder) as checkpoints:
             checkpoint.save(checkpoints, 1, states)
     assert time.monotonic() - start < 90
     assert not checkpoint.steps(folder), "neither process may take the step for whole"

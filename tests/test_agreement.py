@@ -92,8 +92,8 @@ def test_the_digits_are_read_as_a_model_reads_them() -> None:
         )
 
     turned = tuple(map(str, range(9, -1, -1)))
-    found, usual = read("classes", turned, 10), datasets.read_splits("digits")
-    np.testing.assert_array_equal(np.sort(found.train.labels), np.sort(9 - usual.train.labels))
+    actual, usual = read("classes", turned, 10), datasets.read_splits("digits")
+    np.testing.assert_array_equal(np.sort(actual.train.labels), np.sort(9 - usual.train.labels))
     assert read("numbers", ("digit",), 1).test.labels.shape == (539, 1)
     for names in (("a", "b"), ()):
         with pytest.raises(ValueError, match=r"label '0' at row 0 does not|must lie in 0\.\.1"):
@@ -110,12 +110,12 @@ def splits_of(names: tuple[str, ...], classes: int = 3) -> Splits:
 
 def test_a_sources_classes_in_another_order(capsys: Captured) -> None:
     about = About("mlp:2", 3, names=("ape", "bee", "cat"))
-    found = _data.in_classes_of("t", about, splits_of(("cat", "Ape", "bee ")))
-    assert found.train.names == about.names and found.test.labels.tolist() == [2, 0, 1]
+    actual = _data.in_classes_of("t", about, splits_of(("cat", "Ape", "bee ")))
+    assert actual.train.names == about.names and actual.test.labels.tolist() == [2, 0, 1]
     # A Hugging Face folder says names alone.
     folder = about._replace(classes=None)
-    found = _data.in_classes_of("t", folder, splits_of(("cat", "ape", "bee")))
-    assert found.validation.labels.tolist() == [2, 0, 1]
+    actual = _data.in_classes_of("t", folder, splits_of(("cat", "ape", "bee")))
+    assert actual.validation.labels.tolist() == [2, 0, 1]
     assert _data.in_classes_of("t", folder, splits_of(())).train.names == ()
     assert "note: classes 0..2 are t's ape, bee, cat" in capsys.readouterr().err
     for names in (("cat", "ape", "dog"), ()):
@@ -166,17 +166,17 @@ def test_rows_are_left_out_and_images_resized_for_a_model(tmp_path: Path) -> Non
     form = Preprocessing("classes", (), 2, (2,), ("label",), COLUMNS)
     with pytest.raises(ValueError, match="column 'v': no value"):
         datasets.read(tmp_path / "d.csv", preprocessing=form)
-    found = datasets.read(tmp_path / "d.csv", missing="drop", preprocessing=form)
-    assert len(found.labels) == 39 and found.form.leaves_out
-    assert len(datasets.read(tmp_path / "d.csv", preprocessing=found.form).labels) == 39
+    actual = datasets.read(tmp_path / "d.csv", missing="drop", preprocessing=form)
+    assert len(actual.labels) == 39 and actual.form.leaves_out
+    assert len(datasets.read(tmp_path / "d.csv", preprocessing=actual.form).labels) == 39
     for i in range(4):
         (folder := tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((6, 6), 40 * i, np.uint8)).save(folder / f"{i}.png")
     form = Preprocessing("classes", ("a", "b"), 2, (3, 3, 1), images=Images("L"))
     with pytest.raises(ValueError, match="6x6 .* 3x3 is expected"):
         datasets.read(tmp_path / "images", preprocessing=form)
-    found = datasets.read(tmp_path / "images", image_size=(3, 3), preprocessing=form)
-    assert found.inputs.shape == (4, 3, 3, 1) and found.form.images == Images("L", True)
+    actual = datasets.read(tmp_path / "images", image_size=(3, 3), preprocessing=form)
+    assert actual.inputs.shape == (4, 3, 3, 1) and actual.form.images == Images("L", True)
 
 
 def test_columns_that_a_model_does_not_read_and_inputs_without_names_are_told(
@@ -186,11 +186,11 @@ def test_columns_that_a_model_does_not_read_and_inputs_without_names_are_told(
     table(tmp_path / "d.csv", {"label": Y})
     parquet(tmp_path / "d.parquet", Y, ())
     for name in ("d.csv", "d.parquet"):
-        told = datasets.read(tmp_path / name, preprocessing=form).notices
-        assert "columns that the model does not read are left out: v" in told
+        message = datasets.read(tmp_path / name, preprocessing=form).notices
+        assert "columns that the model does not read are left out: v" in message
     np.savez(tmp_path / "d.npz", x=X[:, :1], y=Y)
-    told = datasets.read_splits(str(tmp_path / "d.npz"), preprocessing=form).train.notices
-    assert "inputs have no column names: they are taken for u in this order" in told
+    message = datasets.read_splits(str(tmp_path / "d.npz"), preprocessing=form).train.notices
+    assert "inputs have no column names: they are taken for u in this order" in message
 
 
 def test_numbers_in_other_units() -> None:
@@ -246,6 +246,6 @@ def test_what_an_export_cannot_keep_is_refused(tmp_path: Path, capsys: Captured)
         model_files.save(file, variables, About("mlp:", 2, form.scaling, (), (1,), form), {})
         shape = [] if code == 1 else ["--shape", 2]
         assert kdtl("export", file, "--out", out, *shape) == code and not out.exists()
-    said = capsys.readouterr().err
-    assert "the column 'u' lies at 1.6e+09 with a deviation of 60, which float32 rounds" in said
-    assert "--shape 2: " in said and "takes inputs [1]. Leave the flag out." in said
+    errors = capsys.readouterr().err
+    assert "the column 'u' lies at 1.6e+09 with a deviation of 60, which float32 rounds" in errors
+    assert "--shape 2: " in errors and "takes inputs [1]. Leave the flag out." in errors

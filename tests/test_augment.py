@@ -38,9 +38,9 @@ def test_example_keys_belong_to_the_example_not_to_its_batch() -> None:
 
 
 def test_flip_mirrors_columns_of_about_half_the_images() -> None:
-    found = np.asarray(flip(KEYS, IMAGES))
-    mirrored = (found == np.asarray(IMAGES)[:, :, ::-1]).all(axis=(1, 2, 3))
-    kept = (found == np.asarray(IMAGES)).all(axis=(1, 2, 3))
+    result = np.asarray(flip(KEYS, IMAGES))
+    mirrored = (result == np.asarray(IMAGES)[:, :, ::-1]).all(axis=(1, 2, 3))
+    kept = (result == np.asarray(IMAGES)).all(axis=(1, 2, 3))
     assert (mirrored ^ kept).all()
     assert 20 <= mirrored.sum() <= 44  # 64 fair coins: beyond 3 standard deviations
     np.testing.assert_array_equal(flip(KEYS, IMAGES, probability=0.0), IMAGES)
@@ -48,10 +48,10 @@ def test_flip_mirrors_columns_of_about_half_the_images() -> None:
 
 
 def test_crop_cuts_a_window_of_the_padded_image_every_offset_comes_up() -> None:
-    found = np.asarray(crop1(KEYS, IMAGES))
+    result = np.asarray(crop1(KEYS, IMAGES))
     padded = np.pad(IMAGES, ((0, 0), (1, 1), (1, 1), (0, 0)))
     seen = set()
-    for image, source in zip(found, padded, strict=True):
+    for image, source in zip(result, padded, strict=True):
         fits = [
             (top, left)
             for top in range(3)
@@ -99,8 +99,8 @@ def test_mixup_draws_its_share_from_the_beta_distribution() -> None:
     shares = jax.jit(lambda a: jax.vmap(lambda k: augment.mixup(k, x, t, alpha=a)[1][0, 0])(keys))
     for alpha in (0.2, 4.0):
         # Row 0 keeps itself half of the time; else its share is l. Var l = 1 / (4 (2 a + 1)).
-        found = np.asarray(shares(alpha))
-        mixed = found[found < 1]
+        result = np.asarray(shares(alpha))
+        mixed = result[result < 1]
         assert 0.4 < len(mixed) / 2000 < 0.55  # some l round to 1
         assert abs(mixed.mean() - 0.5) < 0.05
         assert abs(mixed.var() * 4 * (2 * alpha + 1) - 1) < 0.15

@@ -43,8 +43,8 @@ def test_learned_is_what_the_assistant_says_and_its_end() -> None:
     marked = language.chat(with_template(CASES["generation"]["template"]), MESSAGES)
     assert learned_text(marked) == "4</s>7</s>"
     # Without marks: what a reply adds to the prompt for it.
-    found = language.chat(with_template(CASES["chatml"]["template"]), MESSAGES)
-    assert learned_text(found) == " 4 <|im_end|>\n7<|im_end|>\n"
+    actual = language.chat(with_template(CASES["chatml"]["template"]), MESSAGES)
+    assert learned_text(actual) == " 4 <|im_end|>\n7<|im_end|>\n"
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_a_folder_is_the_bytes_that_were_written(tmp_path: Path) -> None:
         "chat_template": [{"name": "rag", "template": "?"}, {"name": "default", "template": "!"}],
     }
     folder = folder_with(tmp_path, about, {"bos_token_id": 7, "eos_token_id": [256, 3]})
-    found = language.tokenizer(folder)
+    actual = language.tokenizer(folder)
     text = "naïve 🙂 text\n\ttwo"
-    assert found.encode(text) == BYTES.encode(text) and found.decode(found.encode(text)) == text
-    assert found.vocabulary == dict(BYTES.vocabulary) and found.size == 257
-    assert (found.bos, found.eos, found.pad, found.chat_template) == (7, 256, 256, "!")
-    assert found.special == dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+    assert actual.encode(text) == BYTES.encode(text) and actual.decode(actual.encode(text)) == text
+    assert actual.vocabulary == dict(BYTES.vocabulary) and actual.size == 257
+    assert (actual.bos, actual.eos, actual.pad, actual.chat_template) == (7, 256, 256, "!")
+    assert actual.special == dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
     (folder / "chat_template.jinja").write_text("from a file")
     assert language.tokenizer(folder / "tokenizer.json").chat_template == "from a file"
     assert "chat_template.jinja" in decoders.TOKENIZER_FILES
@@ -163,7 +163,7 @@ def test_a_folder_is_the_bytes_that_were_written(tmp_path: Path) -> None:
         assert plain.encode("four") == list(b"four") == plain.framed("four", 9)
         assert plain.framed("four", 2) == BYTES.framed("four", 2) == list(b"fo")
     language.write_byte_tokenizer(folder)
-    assert language.tokenizer(folder).fingerprint == found.fingerprint != BYTES.fingerprint
+    assert language.tokenizer(folder).fingerprint == actual.fingerprint != BYTES.fingerprint
 
 
 @pytest.mark.parametrize(

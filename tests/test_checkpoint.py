@@ -60,27 +60,27 @@ def kept(tmp_path: Path, standard_promotion: None) -> Path:
 
 
 def test_round_trip_is_exact(kept: Path, standard_promotion: None) -> None:
-    wanted = state()._replace(step=jnp.asarray(2, jnp.int32))
-    found = checkpoint.restore(kept, state())
-    assert (found.step, found.meta, found.skipped) == (2, {"epoch": 2 / 3}, [])
-    assert jax.tree.structure(found.state) == jax.tree.structure(wanted)
-    assert raw(found.state) == raw(wanted)
-    assert jax.random.key_impl(found.state.key) == jax.random.key_impl(wanted.key)
-    assert jax.random.bits(found.state.memory["keys"][2]) == jax.random.bits(
-        wanted.memory["keys"][2]
+    expected = state()._replace(step=jnp.asarray(2, jnp.int32))
+    actual = checkpoint.restore(kept, state())
+    assert (actual.step, actual.meta, actual.skipped) == (2, {"epoch": 2 / 3}, [])
+    assert jax.tree.structure(actual.state) == jax.tree.structure(expected)
+    assert raw(actual.state) == raw(expected)
+    assert jax.random.key_impl(actual.state.key) == jax.random.key_impl(expected.key)
+    assert jax.random.bits(actual.state.memory["keys"][2]) == jax.random.bits(
+        expected.memory["keys"][2]
     )
-    abstract = checkpoint.restore(kept, jax.eval_shape(lambda: wanted), step=1)
-    assert abstract.step == 1 and raw(abstract.state)[1:] == raw(wanted)[1:]
+    abstract = checkpoint.restore(kept, jax.eval_shape(lambda: expected), step=1)
+    assert abstract.step == 1 and raw(abstract.state)[1:] == raw(expected)[1:]
 
 
 def test_host_leaves_come_back_as_they_were(tmp_path: Path) -> None:
     tree = {"numpy": np.arange(3, dtype=np.int64) * 2**40, "float": 0.1, "int": 2**40, "flag": True}
     with checkpoint.open_folder(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, 0, tree)
-    found = checkpoint.restore(tmp_path, tree).state
-    assert isinstance(found["numpy"], np.ndarray) and found["numpy"].dtype == np.int64
-    assert (found["numpy"] == tree["numpy"]).all()
-    assert {k: (type(v), v) for k, v in found.items() if k != "numpy"} == {
+    actual = checkpoint.restore(tmp_path, tree).state
+    assert isinstance(actual["numpy"], np.ndarray) and actual["numpy"].dtype == np.int64
+    assert (actual["numpy"] == tree["numpy"]).all()
+    assert {k: (type(v), v) for k, v in actual.items() if k != "numpy"} == {
         "float": (float, 0.1),
         "int": (int, 2**40),
         "flag": (bool, True),
@@ -97,8 +97,8 @@ def test_restores_onto_another_mesh(tmp_path: Path) -> None:
         checkpoint.save(checkpoints, 5, {"w": jax.device_put(values, mesh(4))})
     for placed in (mesh(2), mesh(8)):
         template = {"w": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=placed)}
-        found = checkpoint.restore(tmp_path, template).state["w"]
-        assert found.sharding == placed and (found == values).all()
+        actual = checkpoint.restore(tmp_path, template).state["w"]
+        assert actual.sharding == placed and (actual == values).all()
 
 
 def test_saved_state_may_be_donated_at_once(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_every_altered_file_is_noticed(kept: Path, standard_promotion: None) -> 
             path.write_bytes(content)
             reason = checkpoint.problem(kept, 2)
             assert reason is not None and path.name in reason
-        found = checkpoint.restore(kept, state())
-        assert (found.step, found.skipped) == (1, [(2, checkpoint.problem(kept, 2))])
+        actual = checkpoint.restore(kept, state())
+        assert (actual.step, actual.skipped) == (1, [(2, checkpoint.problem(kept, 2))])
         path.write_bytes(whole)
         path.rename(kept / "elsewhere")
         reason = checkpoint.problem(kept, 2)
@@ -159,10 +159,12 @@ def test_falls_back_and_says_why(kept: Path, damage: str, standard_promotion: No
         text = (home / "manifest.json").read_text()
         (home / "manifest.json").write_text(text.replace('"format": 3', '"format": 4'))
         says = "altered"
-    found = checkpoint.restore(kept, state())
-    assert found.step == 1 and [s for s, _ in found.skipped] == [2] and says in found.skipped[0][1]
+    actual = checkpoint.restore(kept, state())
+    assert (
+        actual.step == 1 and [s for s, _ in actual.skipped] == [2] and says in actual.skipped[0][1]
+    )
     with checkpoint.open_folder(kept) as checkpoints:  # the run goes on from there
-        checkpoint.save(checkpoints, 2, found.state)
+        checkpoint.save(checkpoints, 2, actual.state)
     assert checkpoint.restore(kept, state()).step == 2
     assert (kept / ".aside" / "2").is_dir(), "what was spoilt is set aside, not deleted"
 

@@ -97,10 +97,10 @@ def test_leaves_that_no_path_tells_apart_are_refused_not_lost(
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_values_land_by_name_in_any_order(tmp_path: Path, name: str) -> None:
-    tree, template, wanted = ORDERS[name]
-    found = checkpoint.restore(saved(tmp_path, tree), template).state
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    tree, template, expected = ORDERS[name]
+    actual = checkpoint.restore(saved(tmp_path, tree), template).state
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -109,8 +109,8 @@ def test_paths_that_look_alike_are_told_apart(tmp_path: Path) -> None:
         x: Any
 
     tree = {"a": [np.zeros(1), {"b/c": np.ones(1)}], "a/1/b": {"c": np.full(1, 2.0)}, "t": Two(Z)}
-    found = checkpoint.restore(saved(tmp_path, tree), jax.tree.map(np.zeros_like, tree)).state
-    assert found["a"][1]["b/c"] == 1 and found["a/1/b"]["c"] == 2 and found["a"][0] == 0
+    actual = checkpoint.restore(saved(tmp_path, tree), jax.tree.map(np.zeros_like, tree)).state
+    assert actual["a"][1]["b/c"] == 1 and actual["a/1/b"]["c"] == 2 and actual["a"][0] == 0
 
 
 @pytest.fixture(scope="module")
@@ -127,21 +127,21 @@ def test_parameters_alone_start_another_optimizer(trained: Path) -> None:
     other = train.init_state(zeros, optax.sgd(0.1), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"lacks 'memory/ema/.*restore a part with only="):
         checkpoint.restore(trained, other)
-    found = checkpoint.restore(trained, other, only=r"params/.*")
-    assert jax.tree.structure(found.state) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(PARAMS), strict=True):
+    actual = checkpoint.restore(trained, other, only=r"params/.*")
+    assert jax.tree.structure(actual.state) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(actual.state.params), jax.tree.leaves(PARAMS), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert found.state.key == other.key
-    assert {"key", "step", "memory/ema/w", "opt_state/0/mu/w"} <= set(found.left)
-    assert found.kept == ["step", "key"] and not any(p.startswith("params/") for p in found.left)
+    assert actual.state.key == other.key
+    assert {"key", "step", "memory/ema/w", "opt_state/0/mu/w"} <= set(actual.left)
+    assert actual.kept == ["step", "key"] and not any(p.startswith("params/") for p in actual.left)
 
 
 def test_a_part_of_the_tree_is_a_template_of_its_own(trained: Path) -> None:
     ema = checkpoint.restore(trained, {"memory": {"ema": PARAMS}}, only=r".*").state
     assert ema["memory"]["ema"]["w"][0, 0] == 3 and ema["memory"]["ema"]["head"]["bias"][0] == 15
     abstract = jax.eval_shape(lambda: {"params": {"head": PARAMS["head"]}})
-    found = checkpoint.restore(trained, abstract, only="params/.*").state
-    np.testing.assert_array_equal(found["params"]["head"]["bias"], [5, 5])
+    actual = checkpoint.restore(trained, abstract, only="params/.*").state
+    np.testing.assert_array_equal(actual["params"]["head"]["bias"], [5, 5])
     with pytest.raises(ValueError, match="the checkpoint lacks 'params/new'"):
         checkpoint.restore(trained, {"params": {"new": Z}}, only=".*")
     with pytest.raises(ValueError, match=r"'params/w' was saved as float32\[3, 2\]"):
@@ -181,9 +181,9 @@ def test_a_step_that_was_moved_is_refused(tmp_path: Path, act: str) -> None:
         with pytest.raises(FileNotFoundError, match=f"step 2: {says}.*; step 1: {says}"):
             checkpoint.restore(home, TREE, owner=owner)
         return
-    found = checkpoint.restore(home, TREE, owner=owner)
-    assert found.step == (2 if act == "copy within" else 1), "an older step is not blocked"
-    assert found.skipped[0][0] == step and says in found.skipped[0][1]
+    actual = checkpoint.restore(home, TREE, owner=owner)
+    assert actual.step == (2 if act == "copy within" else 1), "an older step is not blocked"
+    assert actual.skipped[0][0] == step and says in actual.skipped[0][1]
     with pytest.raises(FileNotFoundError, match=says):
         checkpoint.restore(home, TREE, step=step, owner=owner)
 
@@ -212,8 +212,8 @@ def test_json_of_another_shape_is_one_reason_and_blocks_nothing(tmp_path: Path, 
         _files.write_sealed(path, value)  # with a digest that holds
     else:
         path.write_text(json.dumps(value))
-    found = checkpoint.restore(tmp_path, TREE)
-    assert found.step == 1 and "manifest.json" in found.skipped[0][1]
+    actual = checkpoint.restore(tmp_path, TREE)
+    assert actual.step == 1 and "manifest.json" in actual.skipped[0][1]
 
 
 def test_a_bad_newer_step_never_blocks_an_older_one(tmp_path: Path) -> None:
@@ -226,8 +226,8 @@ def test_a_bad_newer_step_never_blocks_an_older_one(tmp_path: Path) -> None:
     (tmp_path / "5").symlink_to(tmp_path / "1")
     (tmp_path / "6").mkdir()
     (tmp_path / "6" / "manifest.json").write_text("[" * 100_000)
-    found = checkpoint.restore(tmp_path, TREE)
-    assert found.step == 2 and [s for s, _ in found.skipped] == [int("9" * 30), 6, 5, 3]
+    actual = checkpoint.restore(tmp_path, TREE)
+    assert actual.step == 2 and [s for s, _ in actual.skipped] == [int("9" * 30), 6, 5, 3]
     with checkpoint.open_folder(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, 3, TREE)
     assert checkpoint.restore(tmp_path, TREE).step == 3
@@ -243,9 +243,9 @@ def test_any_manifest_is_whole_or_one_reason(
     start = time.process_time()
     path.write_bytes(whole[:place] + put + whole[place + cut :])
     try:
-        found = checkpoint.problem(shared, 2)
+        actual = checkpoint.problem(shared, 2)
         same = path.read_bytes() == whole
-        assert (found is None) == same or json.loads(path.read_bytes()) == json.loads(whole)
+        assert (actual is None) == same or json.loads(path.read_bytes()) == json.loads(whole)
     finally:
         path.write_bytes(whole)
     assert time.process_time() - start < 2
@@ -334,6 +334,6 @@ def test_nothing_is_written_twice_for_many_leaves(tmp_path: Path) -> None:
     start = time.process_time()
     saved(tmp_path, tree)
     few = len([path for path in (tmp_path / "1").rglob("*") if path.is_file()])
-    found = checkpoint.restore(tmp_path, tree).state
-    assert all(float(found[f"layer{i}"][0]) == i for i in range(300))
+    actual = checkpoint.restore(tmp_path, tree).state
+    assert all(float(actual[f"layer{i}"][0]) == i for i in range(300))
     assert few < 40 and time.process_time() - start < 10

@@ -362,10 +362,10 @@ def test_a_map_over_chunks_is_the_map_over_all_logits() -> None:
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, None], axis=-1)
         return {"chosen": chosen[:, 0], "top": jax.lax.top_k(logits, 2)[0]}
 
-    found = losses.chunked_map(picked, hidden, Head(kernel), ids, where=where, chunk_size=4)
+    actual = losses.chunked_map(picked, hidden, Head(kernel), ids, where=where, chunk_size=4)
     logits = np.asarray(hidden) @ np.asarray(kernel)
     normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(normal, np.asarray(ids)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(found["chosen"], np.where(where, chosen, 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual["chosen"], np.where(where, chosen, 0), rtol=1e-5, atol=1e-6)
     top = np.where(where[..., None], -np.sort(-logits, axis=-1)[..., :2], 0)
-    np.testing.assert_allclose(found["top"], top, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual["top"], top, rtol=1e-5, atol=1e-6)

@@ -74,15 +74,15 @@ def test_a_classifier_is_that_of_transformers_and_comes_back(
     name: str, task: str, wanted: Any, tmp_path: Path
 ) -> None:
     source = classifiers.load(folder(tmp_path, name, task))
-    found = logits(source)
+    actual = logits(source)
     real = MASK if task == "Token" else np.ones(3, bool)
-    np.testing.assert_allclose(found[real], wanted, atol=2e-4)
+    np.testing.assert_allclose(actual[real], wanted, atol=2e-4)
     assert source.report.fraction == 1 and "score/kernel" in source.report.copied
     if task == "Sequence":
         # A mask is not needed on the right, and padding on the left changes no text.
-        np.testing.assert_allclose(logits(source, mask=None), found, atol=1e-5)
+        np.testing.assert_allclose(logits(source, mask=None), actual, atol=1e-5)
         left = np.stack([np.concatenate([row[row == 0], row[row > 0]]) for row in TOKENS])
-        np.testing.assert_allclose(logits(source, left, left > 0), found, atol=1e-5)
+        np.testing.assert_allclose(logits(source, left, left > 0), actual, atol=1e-5)
     classifiers.save(tmp_path / "out", source.params, source.rules, config=source.config)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == source.config["architectures"]

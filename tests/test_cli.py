@@ -58,9 +58,9 @@ def test_every_command_has_examples_that_parse(words: list[str], capsys: Capture
     text = helped(words, capsys)
     flags = re.findall(r"^  (--[a-z0-9-]+)(?: [^\n]*?)?(?:  +|\n +)(\S.*)", text, re.M)
     assert {"--config", "--print-config"} <= {flag for flag, _ in flags}, "and say what flags do"
-    found = examples(text)
-    assert found, "an example"
-    for argv in found:
+    actual = examples(text)
+    assert actual, "an example"
+    for argv in actual:
         assert argv[: len(words)] == words
         if "--config" not in argv:  # its file is made up
             assert main([*argv, "--print-config"]) == 0
@@ -224,8 +224,8 @@ def test_a_missing_device_is_one_sentence(
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setattr(env, "run", raising(error))
     assert main(["env"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("kdtl env: there is no cuda device") and said.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("kdtl env: there is no cuda device") and errors.count("\n") == 1
 
 
 def test_the_module_runs_as_a_program() -> None:
@@ -281,9 +281,9 @@ def test_programs_are_kept_in_the_users_cache_folder_unless_told_otherwise(tmp_p
             cwd=Path(kdtl_jax.__file__).parent.parent,
         )
         assert done.returncode == 0, done.stderr
-        found = re.search(r"(\d+) compiled, (\d+) from the compilation cache", done.stdout)
-        assert found, done.stdout
-        return int(found[1]), int(found[2])
+        match = re.search(r"(\d+) compiled, (\d+) from the compilation cache", done.stdout)
+        assert match, done.stdout
+        return int(match[1]), int(match[2])
 
     compiled, cached = programs("--no-compilation-cache")
     assert compiled >= 2 and not cached and not (tmp_path / "kdtl_jax").exists()
@@ -294,14 +294,14 @@ def test_programs_are_kept_in_the_users_cache_folder_unless_told_otherwise(tmp_p
 
 def numbers(folder: Path) -> dict[str, Any]:
     """`results.json` without wall times and what was compiled."""
-    found = json.loads((folder / "results.json").read_text())
-    for row in found["rows"]:
+    result = json.loads((folder / "results.json").read_text())
+    for row in result["rows"]:
         assert row.pop("seconds") >= 0
-    compiled = [note for note in found["notes"] if note.startswith("Programs: ")]
-    found["notes"].remove(*compiled)
-    run = found.pop("run")
+    compiled = [note for note in result["notes"] if note.startswith("Programs: ")]
+    result["notes"].remove(*compiled)
+    run = result.pop("run")
     assert run["begun"] <= run["ended"] and run["seeds"] == 2 and "--quick" in run["command"]
-    return found
+    return result
 
 
 @pytest.mark.slow

@@ -42,9 +42,9 @@ def test_step_times_leave_the_warm_up_out() -> None:
         calls.append(1)
         return jnp.zeros(())
 
-    found = measure.step_times(once, 5, warmup=2)
-    assert len(calls) == 7 and found.runs == 5
-    assert 0 < found.p10 <= found.median <= found.p90 <= found.maximum
+    actual = measure.step_times(once, 5, warmup=2)
+    assert len(calls) == 7 and actual.runs == 5
+    assert 0 < actual.p10 <= actual.median <= actual.p90 <= actual.maximum
     assert measure.throughput(once, 4, warmup=1, rounds=2) > 0 and len(calls) == 12
     assert measure.distribution([1.0, 2.0, 3.0]).median == 2.0
     with pytest.raises(ValueError, match="steps must be at least 1"):
@@ -96,13 +96,13 @@ def measured(preset: str, scale: float) -> bench.Measured:
 
 
 def test_a_terminal_of_80_columns_shows_every_digit() -> None:
-    found = [measured("mlp", 0.1), measured("resnet", 1e3), measured("vit", 2e3)]
-    found.append(measured("decoder", 1.0))
+    results = [measured("mlp", 0.1), measured("resnet", 1e3), measured("vit", 2e3)]
+    results.append(measured("decoder", 1.0))
     screen = io.StringIO()
-    Console(width=80, file=screen).print(_tables.table(*_bench_report.table(found)))
+    Console(width=80, file=screen).print(_tables.table(*_bench_report.table(results)))
     text = screen.getvalue()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
-    for row in _bench_report.rows(found):
+    for row in _bench_report.rows(results):
         assert all(cell in text for cell in row)
     assert "1,053–1,855" in text and "ms/step awaited, p10–p90" in text
 

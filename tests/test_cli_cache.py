@@ -51,15 +51,15 @@ def test_the_cache_holds_what_the_teacher_gives(
     """With --taps all, exactly what `kdtl distill --teacher-cache` asks for."""
     folder = tmp_path / "cache"
     assert _cache(folder, weights, "--taps", "all") == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     right = 100 * np.mean(np.argmax(LIVE["logits"], axis=-1) == TRAIN.labels)
-    assert f"teacher: {right:.1f}% of these examples right" in said.out
-    assert f"{len(INPUTS):,} of {len(INPUTS):,} examples" in said.err
+    assert f"teacher: {right:.1f}% of these examples right" in output.out
+    assert f"{len(INPUTS):,} of {len(INPUTS):,} examples" in output.err
     taps = sorted(networks.output_shapes(NET, INPUTS[:1]))
     expect = teacher_cache.fingerprint(VARIABLES, {"inputs": INPUTS}, taps=taps, **MADE_OF)
-    found = teacher_cache.load(teacher_cache.open_cache(folder, expect=expect))
-    assert set(found) == set(LIVE) == {"logits", "hidden_0", "dense_0"}
-    for tap, values in found.items():
+    actual = teacher_cache.load(teacher_cache.open_cache(folder, expect=expect))
+    assert set(actual) == set(LIVE) == {"logits", "hidden_0", "dense_0"}
+    for tap, values in actual.items():
         np.testing.assert_allclose(values, LIVE[tap], atol=1e-5)
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
@@ -73,9 +73,9 @@ def test_int8_and_top_k_state_their_fidelity(
     folder = tmp_path / "cache"
     more = ("--precision", "int8", "--top-k", "3", "--dtype", "float16", "--temperature", "2")
     assert _cache(folder, weights, *more) == 0
-    said = capsys.readouterr().out
-    assert f"int8 against float32 on {len(INPUTS)} examples: same class in 9" in said
-    assert "logits as the 3 most likely classes at temperature 2.0" in said
+    output = capsys.readouterr().out
+    assert f"int8 against float32 on {len(INPUTS)} examples: same class in 9" in output
+    assert "logits as the 3 most likely classes at temperature 2.0" in output
     cache = teacher_cache.open_cache(folder, expect=None)
     assert cache.plan.fingerprint.preprocessing == {"precision": "int8"}
     assert cache.plan.fingerprint.teacher == teacher_cache.digest(VARIABLES)
@@ -124,9 +124,9 @@ def test_what_does_not_fit_is_refused(
         ),
         "no such file": _cache(tmp_path / "c", tmp_path / "nowhere.safetensors"),
     }
-    said = capsys.readouterr().err
+    errors = capsys.readouterr().err
     for message, code in refused.items():
-        assert code == 1 and message in said, message
+        assert code == 1 and message in errors, message
     assert main(["cache", "--out", str(tmp_path / "d")]) == 2
     assert "--teacher-weights: name the teacher's safetensors file" in capsys.readouterr().err
     assert _cache(tmp_path / "e", weights, "--batch-size", "0") == 2
@@ -193,9 +193,9 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     # `kdtl cache` without --taps serves what reads logits alone, and nothing more is read.
     _caching.check(plain, pair, kd)
     assert _caching.taps(kd, pair) == ["logits"] and _caching.taps(hint, pair) == sorted(LIVE)
-    found = _caching.outputs(plain, pair, VARIABLES, "float32", ["logits"])
-    assert set(found) == {"logits"}
-    np.testing.assert_allclose(found["logits"], LIVE["logits"], atol=1e-5)
+    actual = _caching.outputs(plain, pair, VARIABLES, "float32", ["logits"])
+    assert set(actual) == {"logits"}
+    np.testing.assert_allclose(actual["logits"], LIVE["logits"], atol=1e-5)
     # Otherwise the message names the flag.
     assert "holds logits, but hint read" in said(plain, hint)
     assert "kdtl cache --taps all" in said(plain, hint)
@@ -213,8 +213,8 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     assert "teacher weights differ" in said(plain, kd, teacher_variables=other)
     assert "complete it with kdtl cache" in said(half, kd) and "float16" in said(half, kd)
     _caching.check(more, pair, kd)
-    found = _caching.outputs(more, pair, VARIABLES, "float32", ["logits"])
-    np.testing.assert_allclose(found["logits"], LIVE["logits"], atol=1e-5)
+    actual = _caching.outputs(more, pair, VARIABLES, "float32", ["logits"])
+    np.testing.assert_allclose(actual["logits"], LIVE["logits"], atol=1e-5)
     plan = teacher_cache.open_cache(more, expect=None).plan
     assert set(plan.fingerprint.taps or ()) == set(LIVE)
 

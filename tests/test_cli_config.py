@@ -27,8 +27,8 @@ Captured = pytest.CaptureFixture[str]
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("out: from-file\nquick: true\n")
-    found = cli.parse(["demo", "--config", str(file), "--out", "from-flag"])
-    assert (found.out, found.quick, found.force) == ("from-flag", True, False)
+    actual = cli.parse(["demo", "--config", str(file), "--out", "from-flag"])
+    assert (actual.out, actual.quick, actual.force) == ("from-flag", True, False)
 
 
 @pytest.mark.parametrize("command", ["distill", "sweep", "transfer"])
@@ -103,9 +103,9 @@ TEXTS = ["x" * 5000, "a\0b", "\udce9", "", "/dev/null:x", "x" * 300 + ".py:f", "
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_whatever_a_setting_is_given_its_parser_refuses_it_or_not(words: list[str]) -> None:
-    found = cli.find(words)
-    assert found is not None
-    for field in dataclasses.fields(found[2].Settings):
+    actual = cli.find(words)
+    assert actual is not None
+    for field in dataclasses.fields(actual[2].Settings):
         for value in (*TEXTS, *HOSTILE):
             with bounded():
                 try:
@@ -116,8 +116,8 @@ def test_whatever_a_setting_is_given_its_parser_refuses_it_or_not(words: list[st
 
 def test_dates_and_words_of_yaml_are_text_where_text_is_meant(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("label: 2024-13-45\nout: 2024-01-01\n")
-    found = cli.parse(["distill", "--config", str(tmp_path / "a.yaml")])
-    assert (found.label, found.out) == ("2024-13-45", "2024-01-01")
+    actual = cli.parse(["distill", "--config", str(tmp_path / "a.yaml")])
+    assert (actual.label, actual.out) == ("2024-13-45", "2024-01-01")
 
 
 def test_files_too_large_or_missing_are_told(tmp_path: Path, capsys: Captured) -> None:
@@ -148,11 +148,11 @@ def test_any_text_is_settings_or_one_line(config: Path, text: str) -> None:
     fields = {"out": None, "seeds": None}
     try:
         with bounded():
-            found = _parser.load(config, fields, "demo")
+            actual = _parser.load(config, fields, "demo")
     except UsageError as error:
         assert is_plain(str(error)) and len(str(error)) < 1000
     else:
-        assert found.keys() <= fields.keys()
+        assert actual.keys() <= fields.keys()
 
 
 def test_a_long_file_takes_no_long_time(config: Path) -> None:
@@ -185,12 +185,12 @@ def test_every_kind_of_field_on_the_command_line_and_in_a_file(tmp_path: Path) -
         *"f g --rule a=1 --rule b=2 --as b -s 0.25 --count 3 --names a,b".split(),
         *("--words", "kd=1", "task=2"),
     )
-    wanted = Every(("f", "g"), ("a=1", "b=2"), "b", 0.25, 3, ("a", "b"), {"kd": 1.0, "task": 2.0})
-    assert said == wanted
+    expected = Every(("f", "g"), ("a=1", "b=2"), "b", 0.25, 3, ("a", "b"), {"kd": 1.0, "task": 2.0})
+    assert said == expected
     file = tmp_path / "a.yaml"
-    file.write_text(as_yaml(wanted, "every"))
+    file.write_text(as_yaml(expected, "every"))
     assert "as: b" in file.read_text()
-    assert every("--config", str(file)) == wanted
+    assert every("--config", str(file)) == expected
     assert every("--config", str(file), "--rule", "c=3").rule == ("c=3",), "a flag replaces"
     assert every("--as", "B").as_ == "b"
     file.write_text("as: B")

@@ -40,8 +40,8 @@ def final(folder: Path, method: str) -> dict[str, np.ndarray]:
         for leaf in manifest["leaves"]
         if not leaf["dtype"].startswith("key")
     }
-    found = checkpoint.restore(home, template, only=trees.everything).state
-    return {path: np.asarray(x) for path, x in found.items()}
+    result = checkpoint.restore(home, template, only=trees.everything).state
+    return {path: np.asarray(x) for path, x in result.items()}
 
 
 def bits(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
@@ -75,9 +75,9 @@ def test_the_run_folder_is_complete(straight: Path) -> None:
 
 
 def test_results_have_the_documented_schema(straight: Path) -> None:
-    found = results(straight)
-    assert found["schema_version"] == 2
-    rows = {row["method"]: row for row in found["rows"]}
+    actual = results(straight)
+    assert actual["schema_version"] == 2
+    rows = {row["method"]: row for row in actual["rows"]}
     assert list(rows) == ["teacher", "student_alone", "kd", "hint"]
     for name, row in rows.items():
         accuracy, seeds = row["test_accuracy"], 1 if name == "teacher" else 2
@@ -90,8 +90,8 @@ def test_results_have_the_documented_schema(straight: Path) -> None:
     assert rows["teacher"]["parameters"] == 5 * 8 + 8 + 8 * 3 + 3
     assert rows["hint"]["parameters"] == 5 * 4 + 4 + 4 * 3 + 3  # the connector is thrown away
     assert rows["kd"]["settings"]["weights"] == {"task": 0.1, "kd": 0.9}
-    assert set(found["curves"]["learning"]) == {"student_alone", "kd", "hint"}
-    assert found["curves"]["learning"]["kd"]["epoch"] == [1, 2, 3, 4]
+    assert set(actual["curves"]["learning"]) == {"student_alone", "kd", "hint"}
+    assert actual["curves"]["learning"]["kd"]["epoch"] == [1, 2, 3, 4]
 
 
 def test_metrics_have_a_line_per_epoch_and_evaluation(straight: Path) -> None:
@@ -120,12 +120,12 @@ def test_students_read_back_give_the_accuracy_in_the_table(straight: Path, file:
     rows = datasets.read_splits(str(file))
     inputs = (rows.test.inputs - mean) / scale
     logits = model.apply(params, None, inputs)[0]["logits"]
-    found = {row["method"]: row for row in results(straight)["rows"]}[meta["method"]]
-    assert found["settings"]["file"] == "students/kd.safetensors"
-    validation = found["validation_accuracy"]["values"]
-    assert int(meta["seed"]) == found["settings"]["file_seed"] == np.argmax(validation)
-    wanted = found["test_accuracy"]["values"][int(meta["seed"])]
-    assert np.mean(np.argmax(logits, -1) == rows.test.labels) == pytest.approx(wanted)
+    actual = {row["method"]: row for row in results(straight)["rows"]}[meta["method"]]
+    assert actual["settings"]["file"] == "students/kd.safetensors"
+    validation = actual["validation_accuracy"]["values"]
+    assert int(meta["seed"]) == actual["settings"]["file_seed"] == np.argmax(validation)
+    expected = actual["test_accuracy"]["values"][int(meta["seed"])]
+    assert np.mean(np.argmax(logits, -1) == rows.test.labels) == pytest.approx(expected)
     assert len(x) == len(y) == 90
 
 
@@ -149,10 +149,10 @@ def test_lists_and_mappings_in_a_config_go_round(
     (tmp_path / "in.yaml").write_text(yaml.safe_dump(config))
     assert kdtl("distill", "--config", tmp_path / "in.yaml", "--print-config") == 0
     text = capsys.readouterr().out
-    found = yaml.safe_load(text)
-    assert found["loss_weights"] == {"kd.kd": 0.5, "task": 0.2}
-    assert found["layers"] == [["hidden_0", "hidden_1"]] and found["mesh"] == {"data": 2}
-    assert found["augment"] == ["crop=1", "flip"]
+    actual = yaml.safe_load(text)
+    assert actual["loss_weights"] == {"kd.kd": 0.5, "task": 0.2}
+    assert actual["layers"] == [["hidden_0", "hidden_1"]] and actual["mesh"] == {"data": 2}
+    assert actual["augment"] == ["crop=1", "flip"]
     (tmp_path / "out.yaml").write_text(text)
     assert kdtl("distill", "--config", tmp_path / "out.yaml", "--print-config") == 0
     assert capsys.readouterr().out == text
@@ -245,12 +245,12 @@ def test_every_way_to_run_gives_the_same_students(
 ) -> None:
     out = ["--out", tmp_path / "run"]
     assert kdtl("distill", "--data", file, *SHORT, *flags, *out) == 0
-    said = capsys.readouterr().err
-    assert "teacher: epoch 2 of 2, validation" in said, "the last of each is always told"
-    assert "kd: epoch 4 of 4, validation" in said
-    found = final(tmp_path / "run", "kd")
-    for path, wanted in kd_params.items():
-        np.testing.assert_allclose(found[path], wanted, atol=1e-5, err_msg=path)
+    errors = capsys.readouterr().err
+    assert "teacher: epoch 2 of 2, validation" in errors, "the last of each is always told"
+    assert "kd: epoch 4 of 4, validation" in errors
+    actual = final(tmp_path / "run", "kd")
+    for path, expected in kd_params.items():
+        np.testing.assert_allclose(actual[path], expected, atol=1e-5, err_msg=path)
     lines = loop.read_metrics(tmp_path / "run" / "metrics.jsonl")
     at = [line["step"] for line in lines if line["method"] == "kd" and "loss" in line]
     assert at == [5, 10, 15, 20]
@@ -262,9 +262,9 @@ def test_a_teacher_from_a_file_and_from_its_cache(
     given = ["--teacher-weights", straight / "teacher.safetensors"]
     given += ["--teacher-cache", tmp_path / "cache"]
     assert kdtl("distill", "--data", file, *SHORT, *given, "--out", tmp_path / "run") == 0
-    found = final(tmp_path / "run", "kd")
-    for path, wanted in kd_params.items():
-        np.testing.assert_array_equal(found[path], wanted)
+    actual = final(tmp_path / "run", "kd")
+    for path, expected in kd_params.items():
+        np.testing.assert_array_equal(actual[path], expected)
     assert (tmp_path / "cache" / "manifest.json").exists()
     assert [r["method"] for r in results(tmp_path / "run")["rows"]][0] == "teacher"
 
@@ -315,10 +315,10 @@ def test_batch_statistics_are_trained_and_saved(
     assert np.abs(stored["batch_stats/norm/mean"]).max() > 0
     again = ["--teacher-weights", folder / "teacher.safetensors", "--one-by-one"]
     assert kdtl("distill", "--data", file, *SHORT, *again, "--out", tmp_path / "again") == 0
-    for path, wanted in final(folder, "kd").items():
+    for path, expected in final(folder, "kd").items():
         if path.startswith(("params", "model_state")):
-            found = final(tmp_path / "again", "kd")[path]
-            np.testing.assert_allclose(found, wanted, atol=1e-5, err_msg=path)
+            actual = final(tmp_path / "again", "kd")[path]
+            np.testing.assert_allclose(actual, expected, atol=1e-5, err_msg=path)
 
 
 # Methods that go wrong.
@@ -351,17 +351,17 @@ def test_methods_that_break_are_reported_and_stop_nothing(
     monkeypatch.setattr(methods, "table", lambda: added)
     words = ["--methods", "broken,absent,bursts,kd", "--out", tmp_path / "run"]
     assert kdtl("distill", "--data", file, *SHORT, *words) == 1
-    said = capsys.readouterr().err
-    assert "failed: broken" in said
-    early = said.index("note: absent does not apply: needs maps")
-    assert early < said.index("s  teacher"), "before anything is trained"
-    found = results(tmp_path / "run")
-    rows = {row["method"]: row for row in found["rows"]}
+    errors = capsys.readouterr().err
+    assert "failed: broken" in errors
+    early = errors.index("note: absent does not apply: needs maps")
+    assert early < errors.index("s  teacher"), "before anything is trained"
+    result = results(tmp_path / "run")
+    rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == ["teacher", "student_alone", "bursts", "kd"]
     assert rows["bursts"]["settings"]["skipped_updates"] == [2, 2]
-    notes = "\n".join(found["notes"])
+    notes = "\n".join(result["notes"])
     assert "broken failed: term: shapes do not fit" in notes
     assert "absent does not apply: needs maps" in notes
     assert "bursts: updates that were not finite were left out" in notes
-    for path, wanted in kd_params.items():
-        np.testing.assert_array_equal(final(tmp_path / "run", "kd")[path], wanted)
+    for path, expected in kd_params.items():
+        np.testing.assert_array_equal(final(tmp_path / "run", "kd")[path], expected)

@@ -125,8 +125,8 @@ def test_a_teacher_of_other_shapes_is_named_leaf_by_leaf(
     safetensors.save(tmp_path / "teacher.safetensors", safetensors.load(teacher))  # no metadata
     given = ["--teacher-weights", tmp_path / "teacher.safetensors", "--teacher", "mlp:9"]
     assert kdtl("distill", "--data", file, *SHORT, *given, "--out", tmp_path / "run") == 1
-    said = capsys.readouterr().err
-    assert "'head/kernel' is [8, 3], expected [9, 3]" in said and "teacher.safetensors" in said
+    errors = capsys.readouterr().err
+    assert "'head/kernel' is [8, 3], expected [9, 3]" in errors and "teacher.safetensors" in errors
 
 
 @pytest.mark.parametrize(
@@ -175,14 +175,14 @@ def test_a_teacher_is_run_on_the_inputs_that_it_was_made_for(
 def test_a_teachers_file_must_be_of_this_network_and_finite(
     teacher: Path, file: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    said = ["distill", "--data", file, "--out", tmp_path / "run", "--teacher-weights"]
-    assert kdtl(*said, teacher, "--teacher", "mlp:8,8") == 2
+    messages = ["distill", "--data", file, "--out", tmp_path / "run", "--teacher-weights"]
+    assert kdtl(*messages, teacher, "--teacher", "mlp:8,8") == 2
     assert "holds the model mlp:8, not mlp:8,8" in capsys.readouterr().err
     stored = safetensors.load(teacher)
     nan = {name: x * np.float32(np.nan) for name, x in stored.items()}
     safetensors.save(tmp_path / "nan.safetensors", nan)
     for command in ("distill", "sweep"):
-        words = [command, *said[1:], tmp_path / "nan.safetensors", "--teacher", "mlp:8"]
+        words = [command, *messages[1:], tmp_path / "nan.safetensors", "--teacher", "mlp:8"]
         assert kdtl(*words) == 1
         assert "weights are not finite" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -221,8 +221,8 @@ def test_a_student_that_diverges_ranks_last_and_is_not_saved(
         evaluate = plain(experiment, *rest)
 
         def diverged(state: Any, inputs: np.ndarray) -> np.ndarray:
-            found = evaluate(state, inputs)
-            return found if len(found) == 1 else np.full_like(found, -1)
+            result = evaluate(state, inputs)
+            return result if len(result) == 1 else np.full_like(result, -1)
 
         return diverged
 

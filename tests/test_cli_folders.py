@@ -91,9 +91,11 @@ def test_of_two_runs_that_begin_at_one_instant_one_has_the_folder(
                 return str(error)
 
         with ThreadPoolExecutor(2) as pool:
-            said = sorted((task.result() for task in [pool.submit(begin) for _ in "ab"]), key=len)
-        assert "in use by" in said[1]
-        assert json.loads((folder / "env.json").read_text())["run"] == said[0]
+            message = sorted(
+                (task.result() for task in [pool.submit(begin) for _ in "ab"]), key=len
+            )
+        assert "in use by" in message[1]
+        assert json.loads((folder / "env.json").read_text())["run"] == message[0]
         assert {path.name for path in folder.iterdir()} == {".lock", *_folders.SETTINGS}
 
 
@@ -107,8 +109,8 @@ def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -
     with _folders.run_folder(settings, "demo"):
         pass
     assert mine.read_text() == "my model" and (tmp_path / "notes.txt").exists()
-    said = capsys.readouterr().out
-    assert rf"left alone in {tmp_path}/checkpoints: a\x1b[2J, other" in said
+    output = capsys.readouterr().out
+    assert rf"left alone in {tmp_path}/checkpoints: a\x1b[2J, other" in output
 
 
 @pytest.mark.parametrize(("command", "name"), [("sentences", "student"), ("language", "sft")])
@@ -146,9 +148,9 @@ def test_what_is_in_the_way_of_checkpoints_is_refused_before_any_training(
     (tmp_path / "metrics.jsonl").write_text("an earlier run's")
     words = ["--methods", "kd"] if command == "distill" else []
     assert main([command, "--quick", "--out", str(tmp_path), "--force", *words]) == 1
-    said = capsys.readouterr()
-    assert "holds other files: mine. Choose another folder." in said.err
-    assert "source" not in said.err and "epoch" not in said.err, "nothing was trained"
+    output = capsys.readouterr()
+    assert "holds other files: mine. Choose another folder." in output.err
+    assert "source" not in output.err and "epoch" not in output.err, "nothing was trained"
     assert mine.read_text() == "my model"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
 
@@ -177,6 +179,6 @@ def test_a_program_that_starts_without_output_ends_well(
 
 
 def test_long_lines_are_printed_whole_and_safely(capsys: Captured) -> None:
-    said = ", ".join(f"{i} named class {i}" for i in range(200)) + "\x1b[2J"
-    _tables.show(["is"], [["a"]], [f"a\t{said}"])
-    assert capsys.readouterr().out == f"a\t{said[:-4]}\\x1b[2J\n"
+    message = ", ".join(f"{i} named class {i}" for i in range(200)) + "\x1b[2J"
+    _tables.show(["is"], [["a"]], [f"a\t{message}"])
+    assert capsys.readouterr().out == f"a\t{message[:-4]}\\x1b[2J\n"

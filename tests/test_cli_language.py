@@ -48,13 +48,13 @@ def test_a_run_writes_students_that_open_and_what_was_measured(
     assert "eval/forward_kl" in table and {"teacher", "opd", "qad"} <= {
         line.split(",")[0] for line in table.splitlines()
     }
-    found = json.loads((out / "results.json").read_text())
-    rows = {row["name"]: row for row in found["rows"]}
+    actual = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row for row in actual["rows"]}
     assert list(rows) == ["teacher", "start", "opd", "qad"]
     assert rows["teacher"]["measures"]["forward_kl"] == pytest.approx(0, abs=1e-6)
     bits = {name: row["measures"]["bits_per_byte"] for name, row in rows.items()}
     assert bits["opd"] < bits["start"] + 0.5 and bits["qad"] < bits["start"] + 0.5, bits
-    assert list(found["samples"][0]["continuations"])[0] == "Teacher"
+    assert list(actual["samples"][0]["continuations"])[0] == "Teacher"
     assert "Side by side" in (out / "report.html").read_text()
     opened = decoders.load(out / "opd").model.config
     assert (opened.layers, opened.heads, opened.head_width) == (1, 1, 4)
@@ -72,14 +72,14 @@ def test_a_lora_is_trained_beside_the_weights_it_starts_from() -> None:
     source = _language_models.initialize(
         {"layers": 1, "width": 8, "heads": 2}, 260, 256, jax.random.key(0)
     )
-    found = _language_models.make_student(
+    result = _language_models.make_student(
         source, dtype=None, lora=2, quantize=None, key=jax.random.key(1)
     )
-    trained = trees.mask(found.start, found.trainable)
+    trained = trees.mask(result.start, result.trainable)
     assert jax.tree.leaves(trained.adapter) and all(jax.tree.leaves(trained.adapter))
     assert not any(jax.tree.leaves(trained.base))
     for ours, theirs in zip(
-        jax.tree.leaves(found.weights(found.start)), jax.tree.leaves(source.params), strict=True
+        jax.tree.leaves(result.weights(result.start)), jax.tree.leaves(source.params), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -108,11 +108,11 @@ def test_a_cache_serves_students_whose_tables_have_padding(
 
     monkeypatch.setattr(_language_training, "train_model", diverging)
     assert cli.main(words) == 0
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
-    kd, sft = found["rows"][-2:]
+    actual = json.loads((tmp_path / "out" / "results.json").read_text())
+    kd, sft = actual["rows"][-2:]
     assert kd["title"] == "Distillation on the data" and sft["title"] == "Fine-tuning (diverged)"
     assert "step 0 gave values that are not finite" in sft["trained"]["diverged"]
-    assert sft["measures"]["bits_per_byte"] is None and "sft diverged" in found["notes"][-1]
+    assert sft["measures"]["bits_per_byte"] is None and "sft diverged" in actual["notes"][-1]
     assert decoders.load(tmp_path / "out" / "kd").model.config.vocabulary == 260
 
 
@@ -176,8 +176,8 @@ def test_settings_that_make_no_sense_are_told_in_one_line(
 ):
     given = ["language", *TINY, "--data", str(text), "--out", str(tmp_path / "out"), *words]
     assert cli.main(given) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert says in said and said.startswith("kdtl language: ")
+    output = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in output and output.startswith("kdtl language: ")
 
 
 LLAMA = {
@@ -211,8 +211,8 @@ def test_a_teacher_that_cannot_answer_is_refused_before_anything_is_trained(
     words = ["--data", str(text), "--teacher", str(tmp_path / "teacher")]
     out = tmp_path / "out"
     assert cli.main(["language", *TINY, *words, "--out", str(out)]) == 2
-    *lines, said = capsys.readouterr().err.strip().splitlines()
-    assert says in said and said.startswith("kdtl language: ")
+    *lines, message = capsys.readouterr().err.strip().splitlines()
+    assert says in message and message.startswith("kdtl language: ")
     if rows == 257:
         assert (
             "the teacher was made for 8 positions (its config.json), but rows have 12" in lines[-1]

@@ -99,11 +99,11 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
     scores = room / "scores.json"
     source = f"{room}/my_model.py:Net"
     assert kdtl("evaluate", student, room / "small.npz", "--model", source, "--out", scores) == 0
-    wanted = row["test_accuracy"]["values"][row["settings"]["file_seed"]]
-    assert json.loads(scores.read_text())["accuracy"] == pytest.approx(wanted)
+    expected = row["test_accuracy"]["values"][row["settings"]["file_seed"]]
+    assert json.loads(scores.read_text())["accuracy"] == pytest.approx(expected)
     test = datasets.read_splits(str(room / "small.npz")).test
     model = model_files.load(student, model=_imports.imported(source))
-    assert np.mean(model.predict(test.inputs).argmax(-1) == test.labels) == pytest.approx(wanted)
+    assert np.mean(model.predict(test.inputs).argmax(-1) == test.labels) == pytest.approx(expected)
     capsys.readouterr()
     assert kdtl("predict", student, room / "small.npz") == 1
     assert "a model of your own. Pass it: model= here, --model" in capsys.readouterr().err
@@ -111,8 +111,8 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
     # What the files hold is part of the run.
     (room / "my_loss.py").write_text(LOSS.replace("SHARE *", "0.6 *"))
     assert kdtl(*words(room, out, "--resume")) == 1
-    said = capsys.readouterr().err
-    assert "other content of loss halves, loss squares, method twice" in said
+    errors = capsys.readouterr().err
+    assert "other content of loss halves, loss squares, method twice" in errors
     (room / "my_loss.py").write_text(LOSS)
     (room / "my_share.py").write_text("SHARE = 0.6\n")
     assert kdtl(*words(room, out, "--resume")) == 1
@@ -144,8 +144,8 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
     (room / "syntax.py").write_text("def kd(:\n")
     given = [flag, f"{room}/{text}", "--out", room / "refused"]
     assert kdtl("distill", "--data", room / "small.npz", *SHORT, *given) in (1, 2)
-    said = capsys.readouterr().err.strip()
-    assert message in said.splitlines()[-1] and said.count("kdtl distill:") == 1
+    output = capsys.readouterr().err.strip()
+    assert message in output.splitlines()[-1] and output.count("kdtl distill:") == 1
     assert not (room / "refused").exists()
 
 
@@ -224,9 +224,9 @@ def test_what_shapes_tell_is_known_before_training(
     named = name if flag == "--layers" else f"{file}:{name}"
     given = ["--data", data, *SHORT, flag, named, "--out", tmp_path / "run"]
     assert kdtl("distill", *given) in (1, 2)
-    said = capsys.readouterr().err
-    assert message in said.strip().splitlines()[-1], said
-    assert ("targets: " in said) == is_read and "teacher: epoch" not in said
+    errors = capsys.readouterr().err
+    assert message in errors.strip().splitlines()[-1], errors
+    assert ("targets: " in errors) == is_read and "teacher: epoch" not in errors
     assert not (tmp_path / "run").exists()
 
 
@@ -238,8 +238,8 @@ def test_logits_that_are_probabilities_are_told(tmp_path: Path, capsys: Captured
     for flag, other in (("--teacher", "--student"), ("--student", "--teacher")):
         words = [flag, f"{file}:Probabilities", other, f"{file}:Logarithms"]
         assert kdtl("distill", *given, *words) == 1
-        told = [x for x in capsys.readouterr().err.splitlines() if "are probabilities" in x]
-        assert len(told) == 1 and told[0].startswith(f"note: {flag} {file}:Probabilities: ")
+        output = [x for x in capsys.readouterr().err.splitlines() if "are probabilities" in x]
+        assert len(output) == 1 and output[0].startswith(f"note: {flag} {file}:Probabilities: ")
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,6 @@ def test_what_a_last_layer_says(
     net = _models.make_network(text, 2, jax.numpy.asarray(inputs[:1]))
     data = datasets.Dataset("x", inputs, inputs, 2, form=datasets.Preprocessing(kind))
     _user_code.check_logits("--teacher", text, net, data)
-    told = capsys.readouterr().err
-    assert re.search(says, told) and bool(told) == bool(says)
-    assert not says or told.startswith(f"note: --teacher {text}: ")
+    errors = capsys.readouterr().err
+    assert re.search(says, errors) and bool(errors) == bool(says)
+    assert not says or errors.startswith(f"note: --teacher {text}: ")

@@ -97,8 +97,8 @@ def test_the_guide_leads_from_files_to_predictions(
     make(data)
     distill, predict, *others = in_guide(name)
     assert kdtl(*distill, *SHORT) == 0
-    said = capsys.readouterr()
-    assert f"data: {name}: " in said.err and "\ntargets: " in said.err
+    output = capsys.readouterr()
+    assert f"data: {name}: " in output.err and "\ntargets: " in output.err
     assert kdtl(*predict) == 0
     run, student = Path(distill[distill.index("--out") + 1]), Path(predict[1])
     method = distill[distill.index("--methods") + 1]
@@ -110,8 +110,8 @@ def test_the_guide_leads_from_files_to_predictions(
     assert known is not None
     parts = datasets.read_splits(str(data), preprocessing=known)
     logits = model.predict(parts.test.inputs)
-    found = scored(logits, parts.test.labels, score)
-    assert row[f"test_{score}"]["values"] == [pytest.approx(found, abs=1e-5)]
+    actual = scored(logits, parts.test.labels, score)
+    assert row[f"test_{score}"]["values"] == [pytest.approx(actual, abs=1e-5)]
     assert f"validation_{score}" in results(run)["curves"]["learning"][method]
     with Path(predict[predict.index("--out") + 1]).open(newline="") as file:
         rows = list(csv.reader(file))
@@ -131,7 +131,7 @@ def test_the_guide_leads_from_files_to_predictions(
     for words in others or [["evaluate", student, data, "--out", "scores.json"]]:
         assert kdtl(*words) == 0
     scores = json.loads(Path("scores.json").read_text())
-    assert scores[score] == pytest.approx(found, abs=1e-5)
+    assert scores[score] == pytest.approx(actual, abs=1e-5)
     page = (run / "report.html").read_text()
     titles = {"r2": "R²", "mean_average_precision": "Mean average precision"}
     assert f"{titles.get(score, 'Accuracy')} by method" in page

@@ -101,7 +101,7 @@ def test_weights_as_they_are_kept(name: str, form: str, tmp_path: Path, capsys: 
         ocp.PyTreeCheckpointer().save(weights, kept(name, variables))
     words = ["cache", "--data", data, "--teacher", f"{file}:{name}", "--teacher-weights", weights]
     assert kdtl(*words, "--out", tmp_path / "cache") == 0
-    found = teacher_cache.load(teacher_cache.open_cache(tmp_path / "cache", expect=None))
-    np.testing.assert_allclose(found["logits"], logits, rtol=1e-5, atol=1e-5)
+    actual = teacher_cache.load(teacher_cache.open_cache(tmp_path / "cache", expect=None))
+    np.testing.assert_allclose(actual["logits"], logits, rtol=1e-5, atol=1e-5)
     right = 100 * np.mean(np.argmax(logits, axis=-1) == labels)
     assert f"teacher: {right:.1f}% of these examples right" in capsys.readouterr().out

@@ -298,10 +298,10 @@ def test_names_of_others_say_nothing_to_a_terminal(
         safetensors.save(f"{file}.safetensors", tensors, metadata=metadata)
     for words in (("inspect", A), ("inspect", A, "--values"), ("diff", A, B), ("average", A, B)):
         assert params(*words) == 0
-        said = capsys.readouterr()
-        for line in (said.out + said.err).split("\n"):
+        output = capsys.readouterr()
+        for line in (output.out + output.err).split("\n"):
             assert line.isprintable() and len(line) < 12_000
-        assert "a\\x1b[2J\\nb" in said.out
+        assert "a\\x1b[2J\\nb" in output.out
 
 
 def test_names_that_print_alike_are_two_names(

@@ -359,9 +359,9 @@ def test_what_is_not_finite_stays_within_its_tensor(words: str, value: float, ca
         safetensors.save(file, tree)
     base = [] if "slerp" in words else ["--base", BASE]
     assert params("merge", A, B, "--method", *words.split(), *base, *OUT) == 0
-    got, said = written(), capsys.readouterr().err
-    assert np.isfinite(got["other"]).all() and "other" not in said
-    assert said.count("warning: kernel of b.safetensors holds NaN or infinity") == 1
+    got, message = written(), capsys.readouterr().err
+    assert np.isfinite(got["other"]).all() and "other" not in message
+    assert message.count("warning: kernel of b.safetensors holds NaN or infinity") == 1
     if "slerp" in words:
         assert np.isnan(got["kernel"]).all()
 

@@ -30,13 +30,13 @@ def run(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_says_which_file_to_take(run: Path) -> None:
-    found = results(run)
-    rows = {row["method"]: row for row in found["rows"] if row["method"] != "teacher"}
+    actual = results(run)
+    rows = {row["method"]: row for row in actual["rows"] if row["method"] != "teacher"}
     assert {path.stem for path in (run / "students").glob("*.safetensors")} == rows.keys()
     best = max(rows.values(), key=lambda row: row["validation_accuracy"]["mean"])
-    assert found["data"]["recommended"] == best["settings"]["file"]
-    assert (run / found["data"]["recommended"]).is_file()
-    assert any("Recommended by validation: students/" in note for note in found["notes"])
+    assert actual["data"]["recommended"] == best["settings"]["file"]
+    assert (run / actual["data"]["recommended"]).is_file()
+    assert any("Recommended by validation: students/" in note for note in actual["notes"])
 
 
 @pytest.mark.parametrize("method", ["kd", "simkd", "student_alone"])
@@ -46,23 +46,23 @@ def test_the_scores_are_those_of_the_run(
     """On the run's own data its held-out test examples are scored."""
     student, out = run / "students" / f"{method}.safetensors", tmp_path / "scores.json"
     assert kdtl("evaluate", student, file, "--out", out) == 0
-    said = capsys.readouterr()
-    assert "27 test examples, of the data that the model was trained on" in said.err
+    output = capsys.readouterr()
+    assert "27 test examples, of the data that the model was trained on" in output.err
     row = next(row for row in results(run)["rows"] if row["method"] == method)
-    wanted = row["test_accuracy"]["values"][row["settings"]["file_seed"]]
-    found = json.loads(out.read_text())
-    assert found["accuracy"] == pytest.approx(wanted) and found["examples"] == 27
-    assert f"accuracy                   {100 * wanted:.2f}%" in said.out
+    expected = row["test_accuracy"]["values"][row["settings"]["file_seed"]]
+    actual = json.loads(out.read_text())
+    assert actual["accuracy"] == pytest.approx(expected) and actual["examples"] == 27
+    assert f"accuracy                   {100 * expected:.2f}%" in output.out
     # The same in Python.
     test = datasets.read_splits(str(file)).test
     named = model_files.load(student).predict(test.inputs).argmax(-1)
-    assert found["confusion"] == metrics.confusion(named, test.labels, 3).tolist()
+    assert actual["confusion"] == metrics.confusion(named, test.labels, 3).tolist()
     each = metrics.per_class(named, test.labels, 3)
-    assert [row["support"] for row in found["per_class"]] == each.support.tolist()
-    np.testing.assert_allclose([row["recall"] for row in found["per_class"]], each.recall)
-    assert found["balanced_accuracy"] == pytest.approx(each.recall.mean())
-    assert 0 <= found["calibration_error"] <= 1 and found["brier"] <= 2
-    assert sum(found["calibration"]["counts"]) == 27
+    assert [row["support"] for row in actual["per_class"]] == each.support.tolist()
+    np.testing.assert_allclose([row["recall"] for row in actual["per_class"]], each.recall)
+    assert actual["balanced_accuracy"] == pytest.approx(each.recall.mean())
+    assert 0 <= actual["calibration_error"] <= 1 and actual["brier"] <= 2
+    assert sum(actual["calibration"]["counts"]) == 27
 
 
 def test_predictions_are_in_the_order_of_the_data(
@@ -92,11 +92,11 @@ def test_predictions_are_in_the_order_of_the_data(
 def test_examples_without_an_answer_have_no_class() -> None:
     from kdtl_jax.recipes import predict
 
-    found = list(predict.class_rows(np.array([[np.nan, 0.0], [1.0, 1.0]]), ("a", "b"), False))
-    assert found == [["row", "class", "probability"], ["0", "", ""], ["1", "a", "0.5"]]
+    actual = list(predict.class_rows(np.array([[np.nan, 0.0], [1.0, 1.0]]), ("a", "b"), False))
+    assert actual == [["row", "class", "probability"], ["0", "", ""], ["1", "a", "0.5"]]
     labels = np.array([[np.nan, 1.0], [-1.0, -1.0], [1.0, 1.0]])
-    told = [row[1] for row in predict.label_rows(labels, ("a", "b"), False)]
-    assert told == ["labels", "nan", "", "a;b"]
+    messages = [row[1] for row in predict.label_rows(labels, ("a", "b"), False)]
+    assert messages == ["labels", "nan", "", "a;b"]
 
 
 def test_examples_without_an_answer_are_counted_aloud(
@@ -107,16 +107,16 @@ def test_examples_without_an_answer_are_counted_aloud(
     used = _inputs.load
 
     def with_gaps(*args: Any, **options: Any) -> Any:
-        model, found = used(*args, **options)
-        gap = np.zeros((len(found.inputs), 1), np.float32)
+        model, result = used(*args, **options)
+        gap = np.zeros((len(result.inputs), 1), np.float32)
         gap[[4, 7]] = np.nan
-        return model._replace(predict=lambda x: model.predict(x) + gap), found
+        return model._replace(predict=lambda x: model.predict(x) + gap), result
 
     monkeypatch.setattr(_inputs, "load", with_gaps)
     assert kdtl("predict", run / "students" / "kd.safetensors", file, "--part", "all") == 0
-    said = capsys.readouterr()
-    assert "answers 2 of 90 examples with numbers that are not finite, row 4 first" in said.err
-    assert said.out.splitlines()[5] == "4,,"
+    output = capsys.readouterr()
+    assert "answers 2 of 90 examples with numbers that are not finite, row 4 first" in output.err
+    assert output.out.splitlines()[5] == "4,,"
 
 
 def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -150,8 +150,8 @@ def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: C
         assert kdtl("predict", student, more) == 0  # a table's rows may be meant so
         assert "note: the model scales inputs" in capsys.readouterr().err
     safetensors.save(tmp_path / "weights.safetensors", {"w": np.ones(2)})
-    said = refused("predict", tmp_path / "weights.safetensors", more)
-    assert "does not say which model they belong to" in said
+    message = refused("predict", tmp_path / "weights.safetensors", more)
+    assert "does not say which model they belong to" in message
 
 
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:
@@ -165,11 +165,11 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     (tmp_path / "few.csv").write_text("\n".join(["a,b,kind", *lines]))
     words = ["evaluate", student, tmp_path / "few.csv", "--label", "kind"]
     assert kdtl(*words, "--out", tmp_path / "scores.json") == 0
-    found = json.loads((tmp_path / "scores.json").read_text())
-    assert found["classes"] == list(names)
-    assert [row["support"] for row in found["per_class"]] == [0, 20, 20]
+    actual = json.loads((tmp_path / "scores.json").read_text())
+    assert actual["classes"] == list(names)
+    assert [row["support"] for row in actual["per_class"]] == [0, 20, 20]
     named = np.array(names)[model_files.load(student).predict(x).argmax(-1)]
-    assert found["accuracy"] == pytest.approx(np.mean(named == y))
+    assert actual["accuracy"] == pytest.approx(np.mean(named == y))
 
 
 def stored(path: Path, form: Preprocessing) -> model_files.Model:
@@ -205,12 +205,12 @@ def test_several_labels_at_once(tmp_path: Path, capsys: Captured) -> None:
     np.savez(tmp_path / "d.npz", x=X, y=targets)
     words = [tmp_path / "m.safetensors", tmp_path / "d.npz"]
     assert kdtl("evaluate", *words, "--out", tmp_path / "s.json") == 0
-    found, logits = json.loads((tmp_path / "s.json").read_text()), model.predict(X)
+    actual, logits = json.loads((tmp_path / "s.json").read_text()), model.predict(X)
     precision = metrics.average_precision(logits, targets)
-    assert found["mean_average_precision"] == pytest.approx(precision.mean())
-    assert found["micro_f1"] == pytest.approx(metrics.micro_f1(logits > 0, targets))
-    assert found["exact"] == pytest.approx(np.mean(((logits > 0) == targets).all(1)))
-    assert [row["class"] for row in found["per_class"]] == ["a", "b", "c"]
+    assert actual["mean_average_precision"] == pytest.approx(precision.mean())
+    assert actual["micro_f1"] == pytest.approx(metrics.micro_f1(logits > 0, targets))
+    assert actual["exact"] == pytest.approx(np.mean(((logits > 0) == targets).all(1)))
+    assert [row["class"] for row in actual["per_class"]] == ["a", "b", "c"]
     capsys.readouterr()
     assert kdtl("predict", *words, "--probabilities") == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
@@ -227,20 +227,20 @@ def test_numbers_are_in_the_units_of_the_targets(tmp_path: Path, capsys: Capture
     np.savez(tmp_path / "d.npz", x=X, y=targets)
     words = [tmp_path / "m.safetensors", tmp_path / "d.npz"]
     assert kdtl("evaluate", *words, "--out", tmp_path / "s.json") == 0
-    found = json.loads((tmp_path / "s.json").read_text())
+    actual = json.loads((tmp_path / "s.json").read_text())
     plain = stored(tmp_path / "plain.safetensors", form._replace(target_scaling=None))
-    wanted = 100 + 20 * plain.predict(X).astype(np.float64)
-    np.testing.assert_allclose(model.predict(X), wanted)
-    assert found["r2"] == pytest.approx(metrics.r_squared(wanted, targets))
-    assert found["mean_absolute_error"] == pytest.approx(np.mean(np.abs(wanted - targets)))
+    expected = 100 + 20 * plain.predict(X).astype(np.float64)
+    np.testing.assert_allclose(model.predict(X), expected)
+    assert actual["r2"] == pytest.approx(metrics.r_squared(expected, targets))
+    assert actual["mean_absolute_error"] == pytest.approx(np.mean(np.abs(expected - targets)))
     capsys.readouterr()
     assert kdtl("predict", *words) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    np.testing.assert_allclose([float(row["price"]) for row in rows], wanted[:, 0], rtol=1e-6)
+    np.testing.assert_allclose([float(row["price"]) for row in rows], expected[:, 0], rtol=1e-6)
     assert kdtl("export", words[0], "--out", tmp_path / "m.stablehlo") == 0
     assert "float32 [N, 2] -> numbers [N, 1]" in capsys.readouterr().err
     run = jax.export.deserialize(bytearray((tmp_path / "m.stablehlo").read_bytes())).call
-    np.testing.assert_allclose(run(X), wanted, rtol=1e-5)
+    np.testing.assert_allclose(run(X), expected, rtol=1e-5)
 
 
 def test_categories_that_the_model_does_not_know_are_told(tmp_path: Path, capsys: Captured) -> None:
@@ -292,8 +292,8 @@ def test_a_file_that_is_there_is_replaced_with_force_alone(
         assert kdtl(*words, "--out", tmp_path / "no/where") == 1
         capsys.readouterr()
         assert kdtl(*words, "--out", out, "--force") == 0 and out.read_bytes() != b"mine"
-        said = capsys.readouterr()
-        assert all(map(str.isprintable, (said.out + said.err).split("\n")))
+        output = capsys.readouterr()
+        assert all(map(str.isprintable, (output.out + output.err).split("\n")))
         # Nor one that another command has written since this one began.
         out.unlink()
         asked = model_files.load

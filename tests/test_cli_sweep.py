@@ -94,12 +94,12 @@ def test_every_path_trains_the_same_students(pair: tuple[Any, Any, Any]) -> None
         sweeps.vmap(fit, chunk=2),
         _training.fit_one_by_one(learner, how),
     ):
-        found = program(POINTS, shared, held, held)
-        np.testing.assert_allclose(found.losses, together.losses, rtol=1e-4)
-        np.testing.assert_allclose(found.test, together.test, atol=0.04)
-        np.testing.assert_allclose(found.curve, together.curve, atol=0.04)
+        actual = program(POINTS, shared, held, held)
+        np.testing.assert_allclose(actual.losses, together.losses, rtol=1e-4)
+        np.testing.assert_allclose(actual.test, together.test, atol=0.04)
+        np.testing.assert_allclose(actual.curve, together.curve, atol=0.04)
         for a, b in zip(
-            jax.tree.leaves(found.variables), jax.tree.leaves(together.variables), strict=True
+            jax.tree.leaves(actual.variables), jax.tree.leaves(together.variables), strict=True
         ):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     assert len(np.unique(np.asarray(together.losses[:, -1]))) == 3, "every axis matters"
@@ -203,8 +203,8 @@ def check_student(run: Path, best: dict[str, Any]) -> None:
     model = model_files.load(run / best["file"])
     splits = datasets.read_splits("digits", preprocessing=model.about.preprocessing)
     named = model.predict(splits.test.inputs).argmax(axis=-1)
-    wanted = best["test_accuracy"]["values"][best["file_seed"]]
-    assert np.mean(named == splits.test.labels) == pytest.approx(wanted, abs=1e-6)
+    expected = best["test_accuracy"]["values"][best["file_seed"]]
+    assert np.mean(named == splits.test.labels) == pytest.approx(expected, abs=1e-6)
     assert model_files.about(run / "teacher.safetensors").model == "mlp:32"
     curve = record["curves"]["learning"]["kd"]
     assert len(curve["loss"]) == 4 and curve["epoch"] == [2, 4]
@@ -287,15 +287,15 @@ def test_averages_and_early_stops_are_those_of_distill(tmp_path: Path, file: Pat
     words: list[Any] = ["--data", file, *SHORT, "--seeds", "1", "--ema", "0.5", "--log", "csv"]
     words += ["--early-stopping", "1", "--epochs", "12", "--lr", "0.1"]
     assert kdtl("distill", *words, "--temperature", "2", "--out", tmp_path / "distill") == 0
-    wanted = next(r for r in results(tmp_path / "distill")["rows"] if r["method"] == "kd")
-    assert wanted["settings"]["epoch_kept"] < 11
+    expected = next(r for r in results(tmp_path / "distill")["rows"] if r["method"] == "kd")
+    assert expected["settings"]["epoch_kept"] < 11
     for path in ("together", "one-by-one"):
         out = tmp_path / path
         assert kdtl("sweep", *words, "--grid", "temperature=2", "--path", path, "--out", out) == 0
         (row,) = results(out)["rows"]
-        assert row["epochs"] == wanted["settings"]["epoch_kept"]
+        assert row["epochs"] == expected["settings"]["epoch_kept"]
         for part in ("validation_accuracy", "test_accuracy"):
-            assert row[part]["values"] == pytest.approx(wanted[part]["values"], abs=1e-6)
+            assert row[part]["values"] == pytest.approx(expected[part]["values"], abs=1e-6)
         first, second = (
             model_files.load(folder / "students" / "kd.safetensors")
             for folder in (out, tmp_path / "distill")
@@ -333,8 +333,8 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
     """It came first after the earlier rung; that score must not stand for it."""
 
     def advance(learner: Any, state: Any, point: Any, *rest: Any, **sizes: Any) -> Any:
-        found = jnp.where((point["alpha"] > 0.8) & (state.step == 1), jnp.nan, point["alpha"])
-        return state._replace(step=state.step + 1), found[None], jnp.zeros((1,))
+        result = jnp.where((point["alpha"] > 0.8) & (state.step == 1), jnp.nan, point["alpha"])
+        return state._replace(step=state.step + 1), result[None], jnp.zeros((1,))
 
     monkeypatch.setattr(_training, "advance", advance)
     learner: Any = SimpleNamespace(

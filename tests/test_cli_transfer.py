@@ -185,8 +185,8 @@ def test_what_no_source_fits_is_told_before_one_is_trained(
         (("--rename", "nothing=>x"), "'nothing'"),
     ):
         assert cli.main(arguments(data, tmp_path / "run", *more)) == 1, more
-        said = capsys.readouterr().err
-        assert says in said.splitlines()[-1] and not (tmp_path / "run").exists(), said
+        errors = capsys.readouterr().err
+        assert says in errors.splitlines()[-1] and not (tmp_path / "run").exists(), errors
 
 
 def shared(net: networks.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
@@ -230,17 +230,17 @@ def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Me
     net, (read, validation, test) = network(), shared(network())
     fit = fit_of(method, net, epochs=4, llrd=0.8)
     fitted = jax.eval_shape(fit, point_of(method), read, validation, test)
-    wanted = jax.tree.map(
+    expected = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), read["begin"].params
     )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fitted.variables.params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), wanted
+        lambda x: (x.shape, x.dtype), expected
     )
     assert fitted.curve.shape == (4,)
     learner = _targets.make_experiment(method, net, CLASSES, 4, transfer.Settings())
     state = jax.eval_shape(learner.start, point_of(method), read)
     count = trees.count(state.params, method.trainable) + trees.count(state.connectors)
-    whole = trees.count(wanted)
+    whole = trees.count(expected)
     if method.name in ("copied_head_only", "bitfit"):
         assert count < whole / 2
     elif method.needs_source_head:
@@ -302,8 +302,8 @@ def test_depths_of_the_modules_of_every_model():
     }
     tx = ways.by_depth(params, trained, 0.5)
     updates, _ = tx.update(trained, tx.init(trained), trained)
-    found = {path: float(leaf[0]) for path, leaf in trees.flatten(updates).items()}
-    assert found == {
+    actual = {path: float(leaf[0]) for path, leaf in trees.flatten(updates).items()}
+    assert actual == {
         "params/adapter/dense_0/kernel/a": 0.5,
         "params/adapter/dense_0/kernel/b": 0.5,
         "params/base/dense_0/kernel": 0.5,

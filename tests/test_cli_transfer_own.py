@@ -58,15 +58,15 @@ def test_targets_that_are_no_classes(kind: str, tmp_path: Path, capsys: Captured
     assert known is not None and known.kind == kind
     parts = datasets.read_splits(str(data), preprocessing=known)
     logits = model.predict(parts.test.inputs)
-    found = scored(logits, parts.test.labels, score)
+    actual = scored(logits, parts.test.labels, score)
     assert row[f"test_{score}"]["values"][row["settings"]["file_seed"]] == pytest.approx(
-        found, abs=1e-5
+        actual, abs=1e-5
     )
     assert set(results(run)["data"]["transferability"]) == {"logme"}
     assert f"validation_{score}" in results(run)["curves"]["learning"]["scratch"]
     assert f"eval/validation_{score}" in (run / "metrics.csv").read_text().splitlines()[0]
     assert kdtl("evaluate", student, data, "--out", tmp_path / "scores.json") == 0
-    assert json.loads((tmp_path / "scores.json").read_text())[score] == pytest.approx(found, 1e-5)
+    assert json.loads((tmp_path / "scores.json").read_text())[score] == pytest.approx(actual, 1e-5)
     capsys.readouterr()
     for more, says in (
         (["--methods", "co_tuning"], f"co_tuning need classes, but the targets are {kind}"),
@@ -98,10 +98,10 @@ def test_a_source_that_is_no_classifier(kind: str, tmp_path: Path, capsys: Captu
     # What is learned now is in the student's file, however its columns were named.
     again = ["--data", data, "--label", ", ".join(label.split(",")), *chosen[:2]]
     assert kdtl(*words, *again, "--out", tmp_path / "again") == 0
-    for run, wanted in (("run", ("kind",)), ("again", tuple(label.split(",")))):
+    for run, expected in (("run", ("kind",)), ("again", tuple(label.split(",")))):
         student = tmp_path / run / "students" / "copied_finetuned.safetensors"
         known = model_files.about(str(student)).preprocessing
-        assert known is not None and known.targets == wanted
+        assert known is not None and known.targets == expected
     of_default = [ways.BY_NAME[name] for name in ways.DEFAULT]
     left = transfer.select_methods(of_default, transfer.Settings(), _measures.CLASSES, kind)  # pyright: ignore[reportArgumentType]  # a key of KINDS
     assert [m.name for m in of_default if m not in left] == ["co_tuning", "lwf"]
@@ -119,11 +119,11 @@ def test_a_sweep_of_targets_that_are_no_classes(kind: str, tmp_path: Path) -> No
     words += ["--loss-weights", f"{term}=0.75"]
     words += ["--one-by-one"] if kind == "labels" else []
     assert kdtl("distill", *words, "--out", tmp_path / "distill") == 0
-    (found,) = results(tmp_path / "sweep")["rows"]
-    wanted = next(row for row in results(tmp_path / "distill")["rows"] if row["method"] == method)
+    (actual,) = results(tmp_path / "sweep")["rows"]
+    expected = next(row for row in results(tmp_path / "distill")["rows"] if row["method"] == method)
     for part in ("validation", "test"):
-        assert found[f"{part}_{score}"]["values"] == pytest.approx(
-            wanted[f"{part}_{score}"]["values"], abs=1e-5
+        assert actual[f"{part}_{score}"]["values"] == pytest.approx(
+            expected[f"{part}_{score}"]["values"], abs=1e-5
         )
     assert (
         f"validation {'R²' if kind == 'numbers' else 'mean average precision'}"
@@ -138,18 +138,18 @@ def test_scores_within_a_program_are_those_of_numpy(kind: str) -> None:
     measure = _measures.measure_of(datasets.Preprocessing(kind=kind))  # pyright: ignore[reportArgumentType]  # a key of KINDS
     logits = np.round(rng.normal(size=(N, 2)), 1).astype(np.float32)  # with ties
     for each in (logits, np.full_like(logits, np.nan)):
-        answers, found = measure.judge(jnp.asarray(each), jnp.asarray(targets, jnp.float32))
+        answers, actual = measure.judge(jnp.asarray(each), jnp.asarray(targets, jnp.float32))
         np.testing.assert_array_equal(answers, each)
-        np.testing.assert_allclose(found, measure.score(each, targets), rtol=1e-5)
+        np.testing.assert_allclose(actual, measure.score(each, targets), rtol=1e-5)
 
 
 def test_an_error_in_small_units_is_not_rounded_to_0() -> None:
     scaling = datasets.Standardizer(np.zeros(1), np.full(1, 1e-9))
     measure = _measures.measure_of(datasets.Preprocessing(kind="numbers", target_scaling=scaling))
     score, answers = jnp.asarray([0.5]), jnp.asarray([[[2.0], [0.0]]])
-    found = _training.Fitted(None, score[:, None], score, score, answers, score[:, None])
+    result = _training.Fitted(None, score[:, None], score, score, answers, score[:, None])
     row = _measures.row(
-        measure, "kd", "", "", {}, found, 0.0, {}, targets=np.array([[1.0], [0.0]])
+        measure, "kd", "", "", {}, result, 0.0, {}, targets=np.array([[1.0], [0.0]])
     )  # fmt: skip
     assert row.settings["mean_absolute_error"] == pytest.approx(5e-10)
 
@@ -203,10 +203,10 @@ def test_the_best_check_is_given_back() -> None:
     )  # fmt: skip
     data = {"inputs": jnp.zeros((4, 1)), "labels": jnp.zeros((4,), jnp.int32)}
     how = _training.FitOptions(5, 4, checks=5, patience=2, keep=lambda state: state.params["w"])
-    found = sweep.vmap(_training.fit(learner, how))({"seed": jnp.arange(2)}, data, data, data)
-    assert found.variables.tolist() == [2, 2] and found.epoch is not None
-    assert found.epoch.tolist() == [2, 2] and found.test.tolist() == pytest.approx([0.9, 0.9])
-    assert found.curve[0].tolist() == pytest.approx([0.3, 0.9, 0.5, 0.4, 0.9])
+    actual = sweep.vmap(_training.fit(learner, how))({"seed": jnp.arange(2)}, data, data, data)
+    assert actual.variables.tolist() == [2, 2] and actual.epoch is not None
+    assert actual.epoch.tolist() == [2, 2] and actual.test.tolist() == pytest.approx([0.9, 0.9])
+    assert actual.curve[0].tolist() == pytest.approx([0.3, 0.9, 0.5, 0.4, 0.9])
 
 
 def test_a_source_of_one_class_is_refused(tmp_path: Path, capsys: Captured) -> None:
@@ -240,9 +240,9 @@ def test_sources_from_orbax_folders(tmp_path: Path) -> None:
         params.setdefault(path.split("/")[0], {})[path.split("/")[1]] = leaf
     writer = ocp.PyTreeCheckpointer()
     writer.save(tmp_path / "a", {"params": params, "opt": {"count": np.zeros(())}})
-    found = trees.flatten(sources.opened(str(tmp_path / "a")).tree(None))
-    assert found.keys() == stored.keys()
-    np.testing.assert_array_equal(found["head/kernel"], stored["head/kernel"])
+    actual = trees.flatten(sources.opened(str(tmp_path / "a")).tree(None))
+    assert actual.keys() == stored.keys()
+    np.testing.assert_array_equal(actual["head/kernel"], stored["head/kernel"])
     writer.save(tmp_path / "b", {"params": params, "batch_stats": {"norm": {"mean": np.ones(2)}}})
     whole = trees.flatten(sources.opened(str(tmp_path / "b")).tree(None))
     assert whole.keys() == {"batch_stats/norm/mean", *(f"params/{path}" for path in stored)}

@@ -36,12 +36,12 @@ def test_a_hugging_face_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["distill", "--data", tmp_path / "d.npz", "--teacher-weights", folder, *SHORT]
     assert kdtl(*words, "--out", out) == 0
     test = datasets.read_splits(str(tmp_path / "d.npz")).test
-    found = huggingface.load(folder)
+    result = huggingface.load(folder)
     scaled = (test.inputs / 255 - np.array(mean)) / np.array(deviation)
-    logits = found.model(found.params, None, scaled.astype(np.float32))[0]["logits"]
+    logits = result.model(result.params, None, scaled.astype(np.float32))[0]["logits"]
     teacher = results(out)["rows"][0]
-    wanted = np.mean(np.argmax(logits, -1) == test.labels)
-    assert teacher["test_accuracy"]["values"] == [pytest.approx(wanted)]
+    expected = np.mean(np.argmax(logits, -1) == test.labels)
+    assert teacher["test_accuracy"]["values"] == [pytest.approx(expected)]
     file = out / "teacher.safetensors"
     assert f"Pass it: model=huggingface.load('{folder}').module" in _refusal(
         file, tmp_path / "d.npz", capsys
@@ -100,8 +100,8 @@ def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
     words = ["transfer", "--data", data, "--source-weights", tmp_path / "vit", "--seeds", 1]
     words += ["--methods", "copied_head_only", "--epochs", 1, "--lr", 0.01, "--out", out]
     assert kdtl(*words) == 0
-    found = results(out)
-    assert any("new in the target: head (5 outputs there, 3 here)" in x for x in found["notes"])
+    actual = results(out)
+    assert any("new in the target: head (5 outputs there, 3 here)" in x for x in actual["notes"])
     student, known = out / "students" / "copied_head_only.safetensors", huggingface.load(VIT)
     stored = safetensors.load(student)
     assert stored["head/kernel"].shape == (12, 3)
@@ -113,7 +113,7 @@ def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
     assert model.about.preprocessing is not None
     test = datasets.read_splits(str(data), preprocessing=model.about.preprocessing).test
     score = np.mean(model.predict(test.inputs).argmax(-1) == test.labels)
-    (row,) = found["rows"]
+    (row,) = actual["rows"]
     assert row["test_accuracy"]["values"] == [pytest.approx(score)]
     assert "Pass it" in _refusal(student, data, capsys)
     words = [student, data, "--model", f"{tmp_path / 'vit'}/", "--out", tmp_path / "scores.json"]
@@ -166,10 +166,10 @@ def test_images_of_another_size_than_the_folder_makes_are_told(
     np.savez(tmp_path / "d.npz", x=np.zeros((40, 9, 7, 3), np.uint8), y=np.arange(40) % 5)
     words = ["--data", tmp_path / "d.npz", "--teacher-weights", folder]
     assert kdtl("cache", *words, "--out", tmp_path / "out") == 1
-    told = capsys.readouterr().err
-    assert "scales inputs of shape [4]" in told
+    errors = capsys.readouterr().err
+    assert "scales inputs of shape [4]" in errors
     note = "was made for images of {}x{}; these are 9x7".format(*wanted or (0, 0))
-    assert (note in told) == (wanted is not None)
+    assert (note in errors) == (wanted is not None)
 
 
 def test_a_body_without_a_head_gets_one() -> None:
@@ -203,8 +203,8 @@ def test_an_orbax_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for folder in (alone, steps):
         source = _models.open_source(str(folder), "mlp:6", "mlp:1")
         assert source.about.model == "mlp:6"
-        found = sources.variables(source, networks.abstract(net, example))
-        jax.tree.map(np.testing.assert_array_equal, found.params, variables.params)
+        result = sources.variables(source, networks.abstract(net, example))
+        jax.tree.map(np.testing.assert_array_equal, result.params, variables.params)
     with pytest.raises(ValueError, match="alone: the file does not fit.*dense_0/kernel"):
         other = networks.network(models.mlp((7,), 3), np.zeros((1, 5), np.float32))
         sources.variables(sources.opened(str(alone)), networks.abstract(other, example))

@@ -62,12 +62,12 @@ def test_padding_enters_no_statistic_and_no_gradient(name: str, jit: bool) -> No
 
     run = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
     run = jax.jit(run) if jit else run
-    (value, (y, found)), (by_params, by_x) = run(params, garbage, where)
+    (value, (y, result)), (by_params, by_x) = run(params, garbage, where)
     (alone, (short, of_real)), (params_alone, x_alone) = run(params, real, None)
     np.testing.assert_allclose(value, alone, rtol=1e-5)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(lambda a, b: close(a[where], b), y, short)
-    jax.tree.map(close, found, of_real)
+    jax.tree.map(close, result, of_real)
     jax.tree.map(close, by_params, params_alone)
     close(by_x[where], x_alone)
     assert not by_x[~where].any()
@@ -79,11 +79,11 @@ def test_a_group_passes_the_mask_to_each_of_its_connectors() -> None:
     x = {"a": jnp.asarray([[1.0], [3.0], [jnp.nan]]), "b": jnp.ones((3, 2)).at[2].set(jnp.inf)}
     where = jnp.asarray([True, True, False])
     params = grouped.init(KEY, x)
-    y, found = grouped.measure(params, x, where=where)
+    y, actual = grouped.measure(params, x, where=where)
     np.testing.assert_allclose(y["a"][:2], [[-1], [1]], rtol=1e-4)
-    np.testing.assert_allclose(found["a"].mean, [2.0])
-    np.testing.assert_allclose(found["a"].var, [2.0])  # divisor n - 1
-    assert found["b"] == {} and bool(jnp.isfinite(y["b"]).all())
+    np.testing.assert_allclose(actual["a"].mean, [2.0])
+    np.testing.assert_allclose(actual["a"].var, [2.0])  # divisor n - 1
+    assert actual["b"] == {} and bool(jnp.isfinite(y["b"]).all())
 
 
 def test_evaluation_does_not_depend_on_the_batch_and_folds_into_convolutions() -> None:
@@ -141,7 +141,7 @@ def test_folding_takes_eps_from_the_statistics() -> None:
         first.apply(folded, x), first.evaluate(params, running, x), rtol=1e-5, atol=1e-6
     )
     eps = connectors.running_init(connector, connector.init(KEY, x), x)
-    assert [float(found.eps) for found in eps[1:]] == [0.5, 0.0]
+    assert [float(actual.eps) for actual in eps[1:]] == [0.5, 0.0]
 
 
 def test_folding_needs_a_linear_map_before() -> None:

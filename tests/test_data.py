@@ -158,10 +158,10 @@ def test_any_iterable_is_a_source() -> None:
          {"inputs": jnp.array(b), "labels": jnp.array([1])}],
     ]  # fmt: skip
     for batches in forms:
-        found = first(data.iterate(batches)(0), 3)  # starts again after the second
-        assert [x["inputs"].tolist() for x in found] == [a, b + b, a]
-        assert [x["labels"].tolist() for x in found] == [[0, 1], [1, 1], [0, 1]]
-        assert [x["weights"].tolist() for x in found] == [[1, 1], [1, 0], [1, 1]]
+        actual = first(data.iterate(batches)(0), 3)  # starts again after the second
+        assert [x["inputs"].tolist() for x in actual] == [a, b + b, a]
+        assert [x["labels"].tolist() for x in actual] == [[0, 1], [1, 1], [0, 1]]
+        assert [x["weights"].tolist() for x in actual] == [[1, 1], [1, 0], [1, 1]]
         assert rows_of(next(data.iterate(batches)(1))) == [4, 4], "resumed at step 1"
         assert len(list(data.iterate(iter(batches))(0))) == 2, "an iterator ends"
     renamed = data.iterate([{"image": a, "label": [0, 1], "id": ["x", "y"]}],
@@ -250,8 +250,8 @@ def test_ragged_batches_need_one_compilation() -> None:
         for size in (4, 3, 1, 4, 2):
             yield {"inputs": np.ones((size, 2), np.float32)}
 
-    found = [float(total(b)) for b in data.prefetch(data.iterate(ragged())(0))]
-    assert found == [4, 3, 1, 4, 2] and len(traces) == 1
+    actual = [float(total(b)) for b in data.prefetch(data.iterate(ragged())(0))]
+    assert actual == [4, 3, 1, 4, 2] and len(traces) == 1
 
 
 def test_memory_mapped_rows(tmp_path: Path) -> None:
@@ -262,10 +262,10 @@ def test_memory_mapped_rows(tmp_path: Path) -> None:
     mapped = data.open_arrays(files)
     assert all(isinstance(x, np.memmap) for x in mapped.values())
     rows = np.array([7, 3, 49, 3])
-    found = data.take_rows(mapped, rows)
+    actual = data.take_rows(mapped, rows)
     for name, array in whole.items():
-        np.testing.assert_array_equal(found[name], array[rows])
-        assert not isinstance(found[name].base, np.memmap), "rows are copied out of the file"
+        np.testing.assert_array_equal(actual[name], array[rows])
+        assert not isinstance(actual[name].base, np.memmap), "rows are copied out of the file"
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")

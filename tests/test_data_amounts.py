@@ -65,19 +65,19 @@ def test_columns_of_amounts_and_dates(tmp_path: Path) -> None:
         "day": days,
         "label": TEXT,
     }
-    found = datasets.read_splits(str(table(tmp_path / "a.csv", cells)), missing="median")
-    mean = float(np.median(found.train.inputs[:, 1]))
-    first = {price: row for part in found for price, *row in part.inputs.tolist()}
+    actual = datasets.read_splits(str(table(tmp_path / "a.csv", cells)), missing="median")
+    mean = float(np.median(actual.train.inputs[:, 1]))
+    first = {price: row for part in actual for price, *row in part.inputs.tolist()}
     march = (np.datetime64("2024-03-01") - np.datetime64("1970-01-01")).astype(int)
     assert {*first} == {1000 * i + 0.5 for i in ROWS}
     for i in ROWS:
         share = i if i != 3 else pytest.approx(mean, abs=0.5)
         assert first[1000 * i + 0.5] == [share, 500 * i, march + i % 28]
     assert "column 'price': '$1,000.50' is read as 1000.5, and others like it" in (
-        found.train.notices
+        actual.train.notices
     )
     form = datasets.preprocessing_from_json(
-        datasets.preprocessing_to_json(datasets.prepared(found)[1])
+        datasets.preprocessing_to_json(datasets.prepared(actual)[1])
     )
     assert [column.unit for column in form.columns] == ["$", "%", "", _amounts.DAYS]
     new = {"price": ["$7"], "share": ["0.5%"], "people": [999], "day": ["1970-01-31"]}
@@ -118,9 +118,9 @@ def test_amounts_as_targets(
     tmp_path: Path, cells: list[str], target: Any, values: list[float]
 ) -> None:
     file = table(tmp_path / "a.csv", columns(label=cells))
-    found = datasets.read(file, target=target)
-    assert found.kind == "numbers" and found.labels[:, 0].tolist() == values
-    assert any(note.startswith("targets: ") and " is read as " in note for note in found.notices)
+    actual = datasets.read(file, target=target)
+    assert actual.kind == "numbers" and actual.labels[:, 0].tolist() == values
+    assert any(note.startswith("targets: ") and " is read as " in note for note in actual.notices)
     several = datasets.read(table(tmp_path / "b.csv", columns(u=cells, v=ROWS)), label="u,v",
                             target="numbers")  # fmt: skip
     assert several.labels[:, 0].tolist() == values
@@ -129,13 +129,13 @@ def test_amounts_as_targets(
 def test_targets_with_a_decimal_comma(tmp_path: Path) -> None:
     lines = [f"{i % 7};{i},25" for i in ROWS]
     (tmp_path / "a.csv").write_text("\n".join(["size;label", *lines]))
-    found = datasets.read(tmp_path / "a.csv")
-    assert found.kind == "numbers" and found.labels[:, 0].tolist() == [i + 0.25 for i in ROWS]
+    actual = datasets.read(tmp_path / "a.csv")
+    assert actual.kind == "numbers" and actual.labels[:, 0].tolist() == [i + 0.25 for i in ROWS]
 
 
 def test_marked_classes_stay_classes(tmp_path: Path) -> None:
-    found = datasets.read(table(tmp_path / "a.csv", columns(label=[f"{5 * y}%" for y in Y])))
-    assert found.names == ("0%", "10%", "5%")
+    actual = datasets.read(table(tmp_path / "a.csv", columns(label=[f"{5 * y}%" for y in Y])))
+    assert actual.names == ("0%", "10%", "5%")
     with pytest.raises(ValueError, match="targets must be numbers, got '2024-01-0"):
         datasets.read(
             table(tmp_path / "b.csv", columns(label=[f"2024-01-0{1 + y}" for y in Y])),

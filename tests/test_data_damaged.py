@@ -15,9 +15,9 @@ from kdtl_jax import _columnar, datasets
 
 
 def arrow() -> bytes:
-    out, found = io.BytesIO(), image_table(slice(0, 6))
-    with pa.ipc.new_stream(out, found.schema) as writer:
-        writer.write_table(found)
+    out, result = io.BytesIO(), image_table(slice(0, 6))
+    with pa.ipc.new_stream(out, result.schema) as writer:
+        writer.write_table(result)
     return out.getvalue()
 
 
@@ -35,18 +35,18 @@ def npy() -> bytes:
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """A few bytes changed, left out or put in."""
-    found = bytearray(content)
+    result = bytearray(content)
     for _ in range(rng.randint(1, 4)):
-        at, how = rng.randrange(len(found)), rng.random()
+        at, how = rng.randrange(len(result)), rng.random()
         if how < 0.5:
-            found[at] = rng.randrange(256)
+            result[at] = rng.randrange(256)
         elif how < 0.7:
-            del found[at : at + rng.randint(1, 30)]
+            del result[at : at + rng.randint(1, 30)]
         elif how < 0.9:
-            found[at:at] = rng.randbytes(rng.randint(1, 6))
+            result[at:at] = rng.randbytes(rng.randint(1, 6))
         else:
-            found[at : at + 4] = b"\xff\xff\xff\x7f"
-    return bytes(found)
+            result[at : at + 4] = b"\xff\xff\xff\x7f"
+    return bytes(result)
 
 
 MADE = {"a.arrow": arrow, "a.parquet": parquet, "x.npy": npy, "a/1.png": lambda: png(PIXELS[0])}
@@ -68,12 +68,12 @@ def test_any_bytes_are_data_or_one_clear_error(
     for _ in range(150):
         path.write_bytes(damaged(content, rng))
         try:
-            found = datasets.read(read)
+            actual = datasets.read(read)
         except (ValueError, OSError) as error:
             refused += 1
             assert str(tmp_path) in str(error) and len(str(error)) < 1000
         else:
-            assert np.isfinite(found.inputs).all()
+            assert np.isfinite(actual.inputs).all()
     assert refused
 
 
@@ -88,12 +88,12 @@ def test_columns_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a readable parquet file"):
         datasets.read(path)
-    found = datasets.read(path, drop=["b"])
-    np.testing.assert_array_equal(found.inputs, whole.inputs[:, [0, 2]])
+    actual = datasets.read(path, drop=["b"])
+    np.testing.assert_array_equal(actual.inputs, whole.inputs[:, [0, 2]])
     # A model's own columns, with targets and without.
-    for same in (datasets.read(path, preprocessing=found.form).inputs,
-                 datasets.read_inputs(path, found.form)):  # fmt: skip
-        np.testing.assert_array_equal(same, found.inputs)
+    for same in (datasets.read(path, preprocessing=actual.form).inputs,
+                 datasets.read_inputs(path, actual.form)):  # fmt: skip
+        np.testing.assert_array_equal(same, actual.inputs)
     with pytest.raises(ValueError, match="has no column 'd'. Nearest: "):
         datasets.read(path, drop=["d"])
 
@@ -126,8 +126,8 @@ def test_a_table_that_unpacks_to_thousands_of_times_its_size(
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         with make(path, table.schema, options=options) as writer:
             writer.write_table(table, max_chunksize=rows // 2)
-    said = "1,000,000 rows of 2 columns, " if kind == "parquet" else "bytes, unpacked,"
-    with pytest.raises(ValueError, match=f"{said}.* in .* bytes"):
+    message = "1,000,000 rows of 2 columns, " if kind == "parquet" else "bytes, unpacked,"
+    with pytest.raises(ValueError, match=f"{message}.* in .* bytes"):
         datasets.read(path)
 
 

@@ -42,8 +42,8 @@ def test_rows_of_tables(
     monkeypatch.setattr(_csv, "MAX_ROW_LENGTH", 2**18)  # sixteen times less, in as much less time
     path = tmp_path / f"a.{end}"
     path.write_text(TABLES[name](mark))
-    said = "a row has more than 262,144 characters|field larger than field limit"
-    with bounded(0.5, megabytes=12), pytest.raises(ValueError, match=said) as raised:
+    message = "a row has more than 262,144 characters|field larger than field limit"
+    with bounded(0.5, megabytes=12), pytest.raises(ValueError, match=message) as raised:
         datasets.read(path)
     assert str(raised.value).startswith(str(path)) and len(str(raised.value)) < 400
 

@@ -174,19 +174,19 @@ def test_texts_that_share_are_counted_by_their_pages(
     path, ways = tmp_path / "a.parquet", {"a.list.element": "DELTA_BYTE_ARRAY"}
     common: dict[str, Any] = {"compression": codec, "data_page_version": version}
     small: dict[str, Any] = {"dictionary_pagesize_limit": 2000, "write_batch_size": 100}
-    found = []
+    actual = []
     for options in (small, {"use_dictionary": False, "column_encoding": ways}):
         pq.write_table(pa.table({"a": texts}), path, data_page_size=1000, **common, **options)
         [column] = _columnar.chunks(pq.ParquetFile(path).metadata, ["a"])
         with path.open("rb") as file:
-            found.append(_pages.shared_texts(pa, file, column, in_lists=True))
+            actual.append(_pages.shared_texts(pa, file, column, in_lists=True))
             stored = sum(page.unpacked for page in _pages.pages(file, column))
             assert sum(page.values for page in _pages.pages(file, column)) == 3042
     # What did not fit the dictionary is stored as it is, and shares nothing.
-    assert found[0].longest == 700 and 40 * 700 < found[0].total < 1000 * 700
+    assert actual[0].longest == 700 and 40 * 700 < actual[0].total < 1000 * 700
     # Every page begins anew.
-    assert found[1].total - stored == pytest.approx(sum(_shared_by(texts)), rel=0.02)
-    assert found[1].longest == stored
+    assert actual[1].total - stored == pytest.approx(sum(_shared_by(texts)), rel=0.02)
+    assert actual[1].longest == stored
 
 
 def test_a_dictionary_that_cannot_be_unpacked_alone_counts_whole(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_what_is_counted_is_what_is_unpacked(tmp_path: Path) -> None:
         pq.write_table(table, path, data_page_version=version, data_page_size=1000)
         about = pq.ParquetFile(path).metadata
         stored = list(_columnar.chunks(about, table.column_names))
-        said = sum(column.total_uncompressed_size for column in stored)
-        assert 0.8 * said < _columnar.parquet_bytes(path, stored) <= said
+        message = sum(column.total_uncompressed_size for column in stored)
+        assert 0.8 * message < _columnar.parquet_bytes(path, stored) <= message
     read = datasets.read(path, one_hot=True)
     assert read.inputs.shape == (5000, 3)
 

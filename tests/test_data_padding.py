@@ -62,12 +62,12 @@ def test_batch_statistics_are_those_of_the_real_rows(
     step = train.make_step(model, terms, {"task": 1.0}, tx)
     start = {"mean": jnp.zeros(2), "rows": jnp.zeros((), jnp.int32)}
     state = train.init_state({"w": jnp.ones(2)}, tx, key=jax.random.key(0), model_state=start)
-    found = loop.run(step, state, make(short), steps=STEPS, log_every=2).state.model_state
+    actual = loop.run(step, state, make(short), steps=STEPS, log_every=2).state.model_state
     each, mean = batches(short), np.zeros(2)
     for i in range(STEPS):
         mean = 0.9 * mean + 0.1 * each[i % len(each)][0].mean(axis=0)
-    np.testing.assert_allclose(found["mean"], mean, rtol=1e-5)
-    assert int(found["rows"]) == BATCH
+    np.testing.assert_allclose(actual["mean"], mean, rtol=1e-5)
+    assert int(actual["rows"]) == BATCH
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -86,25 +86,25 @@ def test_one_row_alone_is_filled_up_and_said(make: str) -> None:
         return train.init_state({"w": jnp.ones(2)}, tx, key=jax.random.key(0), model_state=start)
 
     with pytest.warns(UserWarning, match="A last batch of one row"):
-        found = loop.run(step, begin(), source, steps=3).state
+        actual = loop.run(step, begin(), source, steps=3).state
     others = [0, 1, 2] if make == "resident" else [5, 6, 7]
     mean = np.zeros(2)
     for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [8, *others]):
         mean = 0.9 * mean + 0.1 * INPUTS[rows].mean(axis=0)
-    np.testing.assert_allclose(found.model_state["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(actual.model_state["mean"], mean, rtol=1e-5)
     if make == "iterated":  # a run that is resumed at that batch makes the same one
         two = loop.run(step, begin(), source, steps=2).state
         with pytest.warns(UserWarning, match="A last batch of one row"):
             again = loop.run(step, two, source, steps=3).state
-        np.testing.assert_array_equal(again.params["w"], found.params["w"])
+        np.testing.assert_array_equal(again.params["w"], actual.params["w"])
 
 
 def test_unpad_gives_back_what_pad_filled_up() -> None:
     short = {"inputs": INPUTS[:3], "nested": {"x": np.arange(3)}}
-    found = data.unpad(data.pad(short, BATCH))
-    assert found.keys() == short.keys()
-    np.testing.assert_array_equal(found["inputs"], short["inputs"])
-    np.testing.assert_array_equal(found["nested"]["x"], [0, 1, 2])
+    actual = data.unpad(data.pad(short, BATCH))
+    assert actual.keys() == short.keys()
+    np.testing.assert_array_equal(actual["inputs"], short["inputs"])
+    np.testing.assert_array_equal(actual["nested"]["x"], [0, 1, 2])
     weighted = data.pad(short | {"weights": np.array([1, 0.5, 1])}, BATCH)
     assert data.unpad(weighted)["weights"].tolist() == [1, 0.5, 1, 0], "these are the user's own"
     stacked = {"inputs": INPUTS[None, :3], "weights": np.array([[1, 1, 0]])}

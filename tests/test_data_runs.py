@@ -42,10 +42,10 @@ def test_a_stack_of_runs_is_each_run(rows: np.ndarray | None, drop_remainder: bo
             alone = data.resident(ARRAYS, 3, key=KEYS[run], rows=own, augment=views)
             for whole, single in ((stack, one), (plain, alone)):
                 for many, few in zip(batches(whole, epoch), batches(single, epoch), strict=True):
-                    for got, wanted in zip(
+                    for got, expected in zip(
                         jax.tree.leaves(many), jax.tree.leaves(few), strict=True
                     ):
-                        np.testing.assert_array_equal(got[run], wanted)
+                        np.testing.assert_array_equal(got[run], expected)
 
 
 def test_an_epoch_shows_every_row_of_a_run_once() -> None:

@@ -88,13 +88,13 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_other_shapes_are_refused_before_they_are_read(
     tmp_path: Path, make: Callable[[Path], Path]
 ) -> None:
-    data, said = str(make(tmp_path)), r"its examples are .*, but the model takes \[7\]"
+    data, message = str(make(tmp_path)), r"its examples are .*, but the model takes \[7\]"
     if make is csv:
-        said = r"a table, but the model takes \[7\]"
+        message = r"a table, but the model takes \[7\]"
     with bounded(0.5, megabytes=30):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             datasets.read_inputs(data, FORM)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             datasets.read_splits(data, label="y" if make is csv else "label", preprocessing=FORM)
 
 

@@ -37,17 +37,17 @@ def test_several_labels_at_once(tmp_path: Path, form: str) -> None:
         lists = [tags.split("|") if tags else [] for tags in TAGS]
         path, label = tmp_path / "a.parquet", "tags"
         pq.write_table(pa.table(columns(tags=lists)), path)
-    found = datasets.read(path, label=label)
-    assert found.kind == "labels" and found.labels.dtype == np.float32
-    wanted = HOT if form != "cells" else np.column_stack([HOT, HOT.sum(1) == 0])
-    np.testing.assert_array_equal(found.labels, wanted)
+    actual = datasets.read(path, label=label)
+    assert actual.kind == "labels" and actual.labels.dtype == np.float32
+    expected = HOT if form != "cells" else np.column_stack([HOT, HOT.sum(1) == 0])
+    np.testing.assert_array_equal(actual.labels, expected)
     names = {"cells": (*NAMES, "none"), "array": ("0", "1", "2")}
-    assert found.class_names() == names.get(form, NAMES)
+    assert actual.class_names() == names.get(form, NAMES)
     split, form_ = datasets.prepared(datasets.read_splits(str(path), label=label))
-    assert (form_.kind, form_.outputs) == ("labels", wanted.shape[1])
+    assert (form_.kind, form_.outputs) == ("labels", expected.shape[1])
     assert [len(part.labels) for part in split] == [30, 12, 18]
     with pytest.raises(ValueError, match="targets are labels: there is no number per class"):
-        datasets.per_class(found, 2)
+        datasets.per_class(actual, 2)
 
 
 @pytest.mark.parametrize("mark", ["|", ";", ", "])
@@ -56,14 +56,14 @@ def test_an_empty_cell_of_labels_is_an_example_without_any(tmp_path: Path, mark:
     path = table(tmp_path / "a.tsv", cells, "\t")
     with pytest.raises(ValueError, match="empty one means none, use --target labels"):
         datasets.read(path, label="tags")
-    found = datasets.read(path, label="tags", target="labels")
-    np.testing.assert_array_equal(found.labels, HOT)
-    assert found.names == NAMES
+    actual = datasets.read(path, label="tags", target="labels")
+    np.testing.assert_array_equal(actual.labels, HOT)
+    assert actual.names == NAMES
     # Another part, read as the model of the first one reads it; its labels hold no mark.
     few = table(tmp_path / "b.csv", columns(tags=[NAMES[i % 3] for i in range(N)]))
-    again = datasets.read(few, label="tags", preprocessing=found.form)
+    again = datasets.read(few, label="tags", preprocessing=actual.form)
     np.testing.assert_array_equal(again.labels, np.eye(3)[np.arange(N) % 3])
-    whole = datasets.read(path, label="tags", preprocessing=found.form)
+    whole = datasets.read(path, label="tags", preprocessing=actual.form)
     np.testing.assert_array_equal(whole.labels, HOT)
 
 
@@ -81,19 +81,22 @@ def test_rows_are_left_out_with_their_lists_of_labels(tmp_path: Path) -> None:
     pq.write_table(pa.table(cells), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="row 4, column 'b': no value"):
         datasets.read(tmp_path / "a.parquet", label="tags")
-    found = datasets.read(tmp_path / "a.parquet", label="tags", missing="drop")
-    np.testing.assert_array_equal(found.labels, np.delete(HOT, 4, axis=0))
-    np.testing.assert_array_equal(found.inputs, np.delete(X, 4, axis=0).astype(np.float32))
-    assert "1 of 60 rows have missing values: left out" in found.notices
+    actual = datasets.read(tmp_path / "a.parquet", label="tags", missing="drop")
+    np.testing.assert_array_equal(actual.labels, np.delete(HOT, 4, axis=0))
+    np.testing.assert_array_equal(actual.inputs, np.delete(X, 4, axis=0).astype(np.float32))
+    assert "1 of 60 rows have missing values: left out" in actual.notices
 
 
 def test_one_hot_columns_are_one_class_each(tmp_path: Path) -> None:
     flags = {name: (Y == i).astype(int) for i, name in enumerate(NAMES)}
     path = table(tmp_path / "a.csv", columns(**flags))
-    found = datasets.read(path, label=",".join(NAMES))
-    assert (found.kind, found.names) == ("classes", NAMES) and found.labels.tolist() == Y.tolist()
-    found = datasets.read(path, label=",".join(NAMES), target="labels")
-    assert found.kind == "labels" and found.labels.shape == (N, 3)
+    actual = datasets.read(path, label=",".join(NAMES))
+    assert (actual.kind, actual.names) == (
+        "classes",
+        NAMES,
+    ) and actual.labels.tolist() == Y.tolist()
+    actual = datasets.read(path, label=",".join(NAMES), target="labels")
+    assert actual.kind == "labels" and actual.labels.shape == (N, 3)
 
 
 @pytest.mark.parametrize("form", [int, bool, "yes", "true"])
@@ -119,11 +122,11 @@ def test_one_column_of_answers_is_one_label(form: Any, tmp_path: Path) -> None:
 
 def test_numbers(tmp_path: Path) -> None:
     path = table(tmp_path / "a.csv", columns(price=PRICE, size=2 * PRICE + 1))
-    found = datasets.read(path, label="price", drop=("size",))
-    assert (found.kind, found.names, found.labels.shape) == ("numbers", ("price",), (N, 1))
-    np.testing.assert_allclose(found.labels[:, 0], PRICE)
-    found = datasets.read(path, label="price,size")
-    assert found.names == ("price", "size") and found.labels.dtype == np.float64
+    actual = datasets.read(path, label="price", drop=("size",))
+    assert (actual.kind, actual.names, actual.labels.shape) == ("numbers", ("price",), (N, 1))
+    np.testing.assert_allclose(actual.labels[:, 0], PRICE)
+    actual = datasets.read(path, label="price,size")
+    assert actual.names == ("price", "size") and actual.labels.dtype == np.float64
     split, form = datasets.prepared(datasets.read_splits(str(path), label="price,size"))
     assert split.train.labels.dtype == np.float32
     np.testing.assert_allclose(split.train.labels.mean(0), 0, atol=1e-6)
@@ -178,8 +181,8 @@ def test_later_data_are_read_in_the_models_way(tmp_path: Path) -> None:
     few = table(
         tmp_path / "few.csv", {"kind": ["cat", "bee"], "c": [1, 2], "b": [3, 4], "a": [5, 6]}
     )
-    found = datasets.read(few, preprocessing=form)
-    assert found.labels.tolist() == [2, 1] and found.inputs.tolist() == [[5, 3, 1], [6, 4, 2]]
+    actual = datasets.read(few, preprocessing=form)
+    assert actual.labels.tolist() == [2, 1] and actual.inputs.tolist() == [[5, 3, 1], [6, 4, 2]]
     table(few, {"kind": ["cat", "dog"], "c": [1, 2], "b": [3, 4], "a": [5, 6]})
     with pytest.raises(ValueError, match="label 'dog' at row 1 does not occur"):
         datasets.read(few, preprocessing=form)
@@ -201,9 +204,9 @@ def test_the_description_goes_to_text_and_back() -> None:
         back = datasets.preprocessing_from_json(datasets.preprocessing_to_json(one))
         assert datasets.preprocessing_to_json(back) == datasets.preprocessing_to_json(one)
     assert back.scaling is None
-    found = datasets.preprocessing_from_json(datasets.preprocessing_to_json(whole)).scaling
-    assert found is not None and found.mean.dtype == np.float32
-    np.testing.assert_array_equal(found.mean, third)
+    actual = datasets.preprocessing_from_json(datasets.preprocessing_to_json(whole)).scaling
+    assert actual is not None and actual.mean.dtype == np.float32
+    np.testing.assert_array_equal(actual.mean, third)
     for text in (
         "",
         "[]",
@@ -234,21 +237,21 @@ def test_what_looks_wrong_is_said() -> None:
     first = np.zeros((N, 3, 6, 7), np.uint8) + np.arange(N, dtype=np.uint8)[:, None, None, None]
     assert "look like channels first" in datasets.warnings(split_of(first, Y))[0]
     steps = np.random.default_rng(0).normal(size=(N, 9, 4))  # [N, T, C]
-    [said] = datasets.warnings(split_of(steps[..., None], Y))
-    assert "inputs 9 x 4 are taken for gray images. If each is a sequence" in said
+    [message] = datasets.warnings(split_of(steps[..., None], Y))
+    assert "inputs 9 x 4 are taken for gray images. If each is a sequence" in message
     assert not datasets.warnings(split_of(steps[:, :8, :, None], Y))
     index = np.column_stack([np.arange(N), X, np.ones(N)])
-    said = "\n".join(datasets.warnings(split_of(index, Y)))
-    assert "'number 0' rises from row to row: is it an index?" in said
-    assert "'number 4': the same in every training example" in said
+    message = "\n".join(datasets.warnings(split_of(index, Y)))
+    assert "'number 0' rises from row to row: is it an index?" in message
+    assert "'number 4': the same in every training example" in message
     z = (X - X.mean(0)) / X.std(0)
     whole = split_of(z, Y, validation=0.0, test=0.0)
     assert "inputs are already standardized" in datasets.warnings(whole)[-1]
     rare = np.zeros(400, int)
     rare[:3] = 1
     many = np.random.default_rng(0).normal(size=(400, 2)) + 5
-    said = datasets.warnings(split_of(many, rare, test=0.3))
-    assert said == ["99.5% of the training examples are '0': accuracy says little"]
+    message = datasets.warnings(split_of(many, rare, test=0.3))
+    assert message == ["99.5% of the training examples are '0': accuracy says little"]
     parts = split_of(X, Y)
     twice = parts._replace(test=parts.train)
     assert "36 of 36 test examples are also in the training part" in datasets.warnings(twice)[0]
@@ -281,8 +284,8 @@ def test_lists_in_arrow_columns(
         with pytest.raises(ValueError, match=words):
             read()
         return
-    wanted = [[0, 1, 0, 1], [1, 0, 1, 0]] if target == "labels" else cells[:2]
-    np.testing.assert_array_equal(read().labels[:2], wanted)
+    expected = [[0, 1, 0, 1], [1, 0, 1, 0]] if target == "labels" else cells[:2]
+    np.testing.assert_array_equal(read().labels[:2], expected)
 
 
 @pytest.mark.parametrize(

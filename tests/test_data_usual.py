@@ -89,9 +89,9 @@ def test_a_table_that_names_its_images(tmp_path: Path) -> None:
         form = whole.form._replace(names=whole.names, outputs=3)
         again = datasets.read_splits(str(path), preprocessing=form, validation=0, test=0)
         np.testing.assert_array_equal(again.train.inputs, whole.inputs)
-        found = datasets.read_unlabeled(path, form)
-        np.testing.assert_array_equal(found.inputs, whole.inputs)
-        assert found.files[1].endswith("01.png")
+        actual = datasets.read_unlabeled(path, form)
+        np.testing.assert_array_equal(actual.inputs, whole.inputs)
+        assert actual.files[1].endswith("01.png")
     assert datasets.files_of(str(file)) == (file, folder / "images"), "both make a run's identity"
     (folder / "images" / "07.png").unlink()
     with pytest.raises(ValueError, match="row 9: there is no file .*07.png"):
@@ -110,8 +110,8 @@ def test_a_table_beside_folders_of_classes(tmp_path: Path, inside: str) -> None:
     assert whole.names == NAMES and whole.inputs.shape == (N, 4, 4, 1)
     assert any("name none of them, left out: stats.csv" in note for note in whole.notices)
     form = whole.form._replace(names=NAMES, outputs=3)
-    found = datasets.read_unlabeled(tmp_path, form)
-    np.testing.assert_array_equal(found.inputs, whole.inputs)
+    actual = datasets.read_unlabeled(tmp_path, form)
+    np.testing.assert_array_equal(actual.inputs, whole.inputs)
     again = datasets.read_splits(str(tmp_path), preprocessing=form, validation=0, test=0).train
     np.testing.assert_array_equal(again.labels, whole.labels)
     asked = datasets.read_splits(str(tmp_path), label="kind", drop=["label"]).train
@@ -129,17 +129,17 @@ def test_text_in_other_encodings(tmp_path: Path, encoding: str) -> None:
     text = table(tmp_path / "a.csv", cells).read_text()
     file = tmp_path / "A.CSV"
     file.write_bytes(text.encode(encoding))
-    found = datasets.read(file)
-    assert found.names == ("é0", "é1", "é2") and found.form.columns[-1].name == "größe"
-    assert any("Windows-1252" in note for note in found.notices) == (encoding == "latin-1")
+    actual = datasets.read(file)
+    assert actual.names == ("é0", "é1", "é2") and actual.form.columns[-1].name == "größe"
+    assert any("Windows-1252" in note for note in actual.notices) == (encoding == "latin-1")
 
 
 def test_words_for_a_missing_number_are_text_elsewhere(tmp_path: Path) -> None:
     words = ["-", "None", "#N/A", "nil"]
     cells = columns(d=[*words, *range(N - 4)], label=["none" if y else "mild" for y in Y])
-    found = datasets.read(table(tmp_path / "a.csv", cells), missing="mean")
-    assert found.inputs[:4, 3].tolist() == [np.mean(range(N - 4))] * 4
-    assert found.names == ("mild", "none")
+    actual = datasets.read(table(tmp_path / "a.csv", cells), missing="mean")
+    assert actual.inputs[:4, 3].tolist() == [np.mean(range(N - 4))] * 4
+    assert actual.names == ("mild", "none")
 
 
 @pytest.mark.parametrize(
@@ -153,17 +153,19 @@ def test_words_for_a_missing_number_are_text_elsewhere(tmp_path: Path) -> None:
 def test_cells_of_labels(
     tmp_path: Path, cells: dict[str, list[str]], label: str, names: tuple[str, ...], first: object
 ) -> None:
-    found = datasets.read(table(tmp_path / "a.csv", columns(**cells)), label=label)
-    assert found.names == names and found.labels[0].tolist() == first
-    assert found.kind == ("classes" if names == ("-1", "1") else "labels")
+    actual = datasets.read(table(tmp_path / "a.csv", columns(**cells)), label=label)
+    assert actual.names == names and actual.labels[0].tolist() == first
+    assert actual.kind == ("classes" if names == ("-1", "1") else "labels")
 
 
 def test_booleans_keep_their_names_in_every_file(tmp_path: Path) -> None:
     flags = [y == 0 for y in Y]
     pq.write_table(pa.table(columns(label=flags)), tmp_path / "A.PARQUET")
     for file in (tmp_path / "A.PARQUET", table(tmp_path / "a.csv", columns(label=flags))):
-        found = datasets.read(file)
-        assert found.names == ("False", "True") and found.labels.tolist() == [int(x) for x in flags]
+        actual = datasets.read(file)
+        assert actual.names == ("False", "True") and actual.labels.tolist() == [
+            int(x) for x in flags
+        ]
 
 
 @pytest.mark.parametrize(
@@ -188,9 +190,9 @@ def test_names_of_rows_are_told(tmp_path: Path) -> None:
     file = table(tmp_path / "a.csv", {"a": Y, "label": TEXT})
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], *(f"{i},{row}" for i, row in enumerate(lines[1:]))]))
-    found = datasets.read(file)
-    assert found.inputs.shape == (N, 1)
-    assert any("taken for row names, as written by R" in note for note in found.notices)
+    actual = datasets.read(file)
+    assert actual.inputs.shape == (N, 1)
+    assert any("taken for row names, as written by R" in note for note in actual.notices)
 
 
 def test_columns_of_labels_that_are_text_are_named(tmp_path: Path) -> None:
@@ -201,8 +203,8 @@ def test_columns_of_labels_that_are_text_are_named(tmp_path: Path) -> None:
 
 def test_a_column_that_is_the_label_is_told(tmp_path: Path) -> None:
     file = table(tmp_path / "a.csv", columns(code=10 - Y, flag=Y == 0, label=TEXT))
-    [told] = [x for x in datasets.summary(datasets.read_splits(str(file))) if "one class" in x]
-    assert re.search("'?code'?: each of its values stands for one class", told), told
+    [message] = [x for x in datasets.summary(datasets.read_splits(str(file))) if "one class" in x]
+    assert re.search("'?code'?: each of its values stands for one class", message), message
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "latin-1"])
@@ -212,12 +214,12 @@ def test_a_gzipped_table_is_read(tmp_path: Path, encoding: str) -> None:
     packed = tmp_path / "b" / "A.CSV.gz"
     packed.parent.mkdir()
     packed.write_bytes(gzip.compress(plain.read_bytes()))
-    wanted = datasets.read(plain)
+    expected = datasets.read(plain)
     for path in (packed, packed.parent):
-        found = datasets.read(path)
-        np.testing.assert_array_equal(found.inputs, wanted.inputs)
-        assert found.names == wanted.names and found.notices == wanted.notices
-        assert found.labels.tolist() == wanted.labels.tolist()
+        actual = datasets.read(path)
+        np.testing.assert_array_equal(actual.inputs, expected.inputs)
+        assert actual.names == expected.names and actual.notices == expected.notices
+        assert actual.labels.tolist() == expected.labels.tolist()
 
 
 def test_a_gzipped_table_that_is_damaged_or_too_large(

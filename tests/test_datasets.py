@@ -24,13 +24,13 @@ def idx(array: np.ndarray, kind: int = 0x08) -> bytes:
 
 
 def test_the_digits_ship_with_the_package() -> None:
-    found = datasets.digits()
-    assert (found.inputs.shape, found.inputs.dtype) == ((1797, 8, 8, 1), np.float32)
-    assert (found.labels.shape, found.labels.dtype, found.classes) == ((1797,), np.int32, 10)
+    actual = datasets.digits()
+    assert (actual.inputs.shape, actual.inputs.dtype) == ((1797, 8, 8, 1), np.float32)
+    assert (actual.labels.shape, actual.labels.dtype, actual.classes) == ((1797,), np.int32, 10)
     # Published with the data: the number of images of each digit, values 0..16.
-    assert np.bincount(found.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert (found.inputs.min(), found.inputs.max()) == (0, 16)
-    assert float(found.inputs.sum(dtype=np.float64)) == 561718
+    assert np.bincount(actual.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert (actual.inputs.min(), actual.inputs.max()) == (0, 16)
+    assert float(actual.inputs.sum(dtype=np.float64)) == 561718
 
 
 def test_datasets_print_their_shapes() -> None:
@@ -108,10 +108,10 @@ def test_idx_pairs(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     # Whatever the name says: the first bytes tell whether a file is packed.
     (tmp_path / "images-idx3-ubyte").write_bytes(pack(idx(IMAGES)))
     (tmp_path / "labels-idx1-ubyte.gz").write_bytes(pack(idx(LABELS)))
-    found = datasets.read(tmp_path / "images-idx3-ubyte", tmp_path / "labels-idx1-ubyte.gz")
-    np.testing.assert_array_equal(found.inputs, IMAGES[..., None])
-    np.testing.assert_array_equal(found.labels, LABELS)
-    assert (found.inputs.dtype, found.labels.dtype, found.classes) == (np.float32, np.int32, 3)
+    actual = datasets.read(tmp_path / "images-idx3-ubyte", tmp_path / "labels-idx1-ubyte.gz")
+    np.testing.assert_array_equal(actual.inputs, IMAGES[..., None])
+    np.testing.assert_array_equal(actual.labels, LABELS)
+    assert (actual.inputs.dtype, actual.labels.dtype, actual.classes) == (np.float32, np.int32, 3)
 
 
 @pytest.mark.parametrize(
@@ -121,23 +121,23 @@ def test_idx_pairs(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
 def test_every_idx_type(tmp_path: Path, kind: int, dtype: str) -> None:
     array = np.array([[1, 2, 3], [100, 0, 5]], dtype) * (-1 if dtype != "u1" else 1)
     (tmp_path / "x").write_bytes(idx(array, kind))
-    found = datasets.read_idx_array(tmp_path / "x")
-    assert found.dtype == np.dtype(dtype)
-    np.testing.assert_array_equal(found, array)
+    actual = datasets.read_idx_array(tmp_path / "x")
+    assert actual.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(actual, array)
 
 
 def test_npz_and_csv(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", x_train=IMAGES, y_train=LABELS, images=IMAGES + 1)
-    found = datasets.read(tmp_path / "a.npz")
-    assert found.inputs.shape == (6, 4, 3, 1) and found.classes == 3
+    actual = datasets.read(tmp_path / "a.npz")
+    assert actual.inputs.shape == (6, 4, 3, 1) and actual.classes == 3
     other = datasets.read(tmp_path / "a.npz", inputs="images", label="y_train", classes=9)
     assert other.classes == 9
     np.testing.assert_array_equal(other.inputs[..., 0], (IMAGES + 1).astype(np.float32))
     text = "\ufeffsize, kind ,weight\n1,cat,2.5\n-3e2,ant,0\n\n4,cat,1\n"  # as spreadsheets do
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
-    found = datasets.read(tmp_path / "a.csv", label="kind")
-    np.testing.assert_array_equal(found.inputs, np.array([[1, 2.5], [-300, 0], [4, 1]]))
-    assert found.labels.tolist() == [1, 0, 1] and found.classes == 2
+    actual = datasets.read(tmp_path / "a.csv", label="kind")
+    np.testing.assert_array_equal(actual.inputs, np.array([[1, 2.5], [-300, 0], [4, 1]]))
+    assert actual.labels.tolist() == [1, 0, 1] and actual.classes == 2
     (tmp_path / "b.csv").write_text("label,a\n10,1\n2,0\n")
     assert datasets.read(tmp_path / "b.csv").labels.tolist() == [1, 0], "codes are numbered by size"
 

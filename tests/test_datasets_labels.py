@@ -41,10 +41,10 @@ SAME = {
 
 @pytest.mark.parametrize("form", SAME)
 def test_every_form_of_label_gives_the_same_classes(form: str) -> None:
-    found = datasets.checked("data", X, SAME[form])
-    assert (found.labels.dtype, found.classes) == (np.int32, 3)
-    assert found.labels.tolist() == Y.tolist()
-    assert len(found.class_names()) == 3
+    actual = datasets.checked("data", X, SAME[form])
+    assert (actual.labels.dtype, actual.classes) == (np.int32, 3)
+    assert actual.labels.tolist() == Y.tolist()
+    assert len(actual.class_names()) == 3
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ def test_every_form_of_label_gives_the_same_classes(form: str) -> None:
     ],
 )
 def test_names_are_kept_and_numbering_is_told(form: str, names: tuple[str, ...]) -> None:
-    found = datasets.checked("data", X, SAME[form])
-    assert found.class_names() == names
-    assert found.subset(ROWS[:2]).class_names() == names
+    actual = datasets.checked("data", X, SAME[form])
+    assert actual.class_names() == names
+    assert actual.subset(ROWS[:2]).class_names() == names
     if form == "plain":
-        assert found.notices == ()
+        assert actual.notices == ()
     else:
         listed = ", ".join(names)
-        assert found.notices == (f"labels {listed} are numbered 0..2 in this order",)
+        assert actual.notices == (f"labels {listed} are numbered 0..2 in this order",)
 
 
 def test_names_of_classes_do_not_control_the_terminal() -> None:
@@ -83,8 +83,8 @@ def test_names_of_classes_do_not_control_the_terminal() -> None:
             "d", X, np.full(60, "d\x1b[2J"), like=named
         ),
     }
-    for said, call in refused.items():
-        with pytest.raises(ValueError, match=said.replace(r"\x", r"\\x")) as raised:
+    for message, call in refused.items():
+        with pytest.raises(ValueError, match=message.replace(r"\x", r"\\x")) as raised:
             call()
         assert str(raised.value).isprintable()
 
@@ -128,9 +128,9 @@ def test_splits_of_an_npz_share_names_and_unpack_nothing_else(tmp_path: Path) ->
     np.savez(path, x_train=X, y_train=SAME["text"], **test)
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("notes.npy", b"no array at all")  # fails if it is ever read
-    found = datasets.read_splits(str(path), validation=0.2)
-    assert found.test.labels.tolist() == [2, 0, 2]
-    assert found.train.class_names() == found.test.class_names() == ("ant", "bee", "cat")
+    actual = datasets.read_splits(str(path), validation=0.2)
+    assert actual.test.labels.tolist() == [2, 0, 2]
+    assert actual.train.class_names() == actual.test.class_names() == ("ant", "bee", "cat")
 
 
 def test_a_second_label_column_is_refused(tmp_path: Path) -> None:
@@ -141,20 +141,20 @@ def test_a_second_label_column_is_refused(tmp_path: Path) -> None:
 
 def test_large_whole_numbers_in_a_csv_stay_apart(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"label,a\n{2**53},1\n{2**53 + 1},2\n4294967296,3\n")
-    found = datasets.read(tmp_path / "a.csv")
-    assert found.labels.tolist() == [1, 2, 0] and found.names[2] == str(2**53 + 1)
+    actual = datasets.read(tmp_path / "a.csv")
+    assert actual.labels.tolist() == [1, 2, 0] and actual.names[2] == str(2**53 + 1)
 
 
 def test_standardizing_has_no_scale_of_its_own() -> None:
     """Units of a billionth, and seconds since 1970, are standardized as any others."""
     rng = np.random.default_rng(0)
     plain = rng.normal(size=(60, 2))
-    wanted = (plain - plain.mean(0)) / plain.std(0)
+    expected = (plain - plain.mean(0)) / plain.std(0)
     for unit, origin in ((1e-9, 0.0), (1e9, 0.0), (30.0, 1.7e9)):
         data = datasets.checked("data", plain * unit + origin, Y)
-        found = datasets.standardizer(data).apply(data).inputs
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        actual = datasets.standardizer(data).apply(data).inputs
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
     constant = datasets.checked("data", np.full((60, 1), 0.1), Y)
     assert datasets.standardizer(constant).apply(constant).inputs.tolist() == [[0.0]] * 60
 
@@ -219,19 +219,19 @@ def test_any_bytes_are_data_or_one_clear_error(
     (folder / "labels").write_bytes(idx((6,), bytes([0, 1, 2, 0, 1, 2])))
     start = time.process_time()
     try:
-        found = datasets.read(folder / name, folder / "labels")
+        actual = datasets.read(folder / name, folder / "labels")
     except (ValueError, OSError) as error:
         assert name in str(error) and len(str(error)) < 1000
     else:
-        assert len(found.inputs) == len(found.labels) and np.isfinite(found.inputs).all()
+        assert len(actual.inputs) == len(actual.labels) and np.isfinite(actual.inputs).all()
     assert time.process_time() - start < 2
 
 
 def test_codes_with_leading_zeros_keep_their_names_and_number_classes_that_have_none() -> None:
     codes = np.array(["007", "08", "1"])[Y]
-    found = datasets.checked("data", X, codes)
-    assert found.names == ("007", "08", "1")
-    np.testing.assert_array_equal(datasets.checked("new", X, codes, like=found).labels, Y)
+    actual = datasets.checked("data", X, codes)
+    assert actual.names == ("007", "08", "1")
+    np.testing.assert_array_equal(datasets.checked("new", X, codes, like=actual).labels, Y)
     plain = datasets.checked("data", X, Y)
     padded = datasets.checked("new", X, np.array(["00", "01", "02"])[Y], like=plain)
     np.testing.assert_array_equal(padded.labels, Y)
@@ -242,7 +242,7 @@ def test_bytes_of_a_column_are_text_where_they_are(tmp_path: Path) -> None:
     for name, cells in kinds.items():
         table = pa.table({"x": X[:, 0], "label": pa.array([cells[y] for y in Y], pa.binary())})
         pq.write_table(table, tmp_path / f"{name}.parquet")
-    found = datasets.read_splits(str(tmp_path / "text.parquet"))
-    assert found.train.names == ("ant", "bee", "cat")
+    actual = datasets.read_splits(str(tmp_path / "text.parquet"))
+    assert actual.train.names == ("ant", "bee", "cat")
     with pytest.raises(ValueError, match="<binary>"):
         datasets.read_splits(str(tmp_path / "other.parquet"))

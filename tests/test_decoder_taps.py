@@ -41,8 +41,8 @@ def test_logits_hidden_states_and_attention_are_those_of_transformers(family: st
     outputs = run(source.params, {"tokens": tokens})
     if mask is not None:
         masked = run(source.params, {"tokens": tokens, "segments": jnp.asarray(mask, jnp.int32)})
-        found = np.asarray(masked["logits"])[mask]
-        np.testing.assert_allclose(found, known.pop("masked_logits")[mask], atol=1e-5)
+        actual = np.asarray(masked["logits"])[mask]
+        np.testing.assert_allclose(actual, known.pop("masked_logits")[mask], atol=1e-5)
     for name, value in known.items():
         scale = max(1.0, float(np.abs(value).max()))
         ours = outputs[WHERE.get(name, name)]
@@ -67,11 +67,11 @@ def test_attention_of_grouped_soft_capped_windowed_and_stacked_layers():
     )
     near = np.abs(np.subtract.outer(np.arange(6), np.arange(6))) < 3
     for name, where in zip(names, (visible, visible & near), strict=True):
-        found = np.asarray(probs[name])
-        assert found.shape == (2, 4, 6, 6)
-        np.testing.assert_allclose(found[:, :, :5].sum(-1), 1, rtol=1e-6)
-        assert not found[:, :, :5][~np.broadcast_to(where[:, None, :5], (2, 4, 5, 6))].any()
-        assert (found[:, :, :5][np.broadcast_to(where[:, None, :5], (2, 4, 5, 6))] > 0).all()
+        actual = np.asarray(probs[name])
+        assert actual.shape == (2, 4, 6, 6)
+        np.testing.assert_allclose(actual[:, :, :5].sum(-1), 1, rtol=1e-6)
+        assert not actual[:, :, :5][~np.broadcast_to(where[:, None, :5], (2, 4, 5, 6))].any()
+        assert (actual[:, :, :5][np.broadcast_to(where[:, None, :5], (2, 4, 5, 6))] > 0).all()
     weights = params["layers_0"]["attention"]
     x = params["tokens"]["embedding"][tokens]
     y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + config.norm.epsilon)
@@ -83,8 +83,8 @@ def test_attention_of_grouped_soft_capped_windowed_and_stacked_layers():
     _, hidden = jax.jit(partial(model.tap, ("layers_0",)))(silent, tokens, None, segments)
     np.testing.assert_allclose(hidden["layers_0"][:, :5], want[:, :5], atol=1e-6)
     stacked = transforms.stack_layers(params, r"layers_(\d+)/.*")
-    for name, found in run(stacked, tokens, None, segments)[1].items():
-        np.testing.assert_allclose(found, probs[name], atol=1e-6)
+    for name, actual in run(stacked, tokens, None, segments)[1].items():
+        np.testing.assert_allclose(actual, probs[name], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

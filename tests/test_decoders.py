@@ -55,11 +55,11 @@ def compiled(name: str) -> Any:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_transformers(name: str):
     known = recorded(name)
-    for tokens, wanted in (
+    for tokens, expected in (
         (known["tokens"], known["logits"]),
         (known["tokens"][:, :12], known["short"]),
     ):
-        np.testing.assert_allclose(logits(name, tokens), wanted, atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(logits(name, tokens), expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -124,9 +124,9 @@ def test_stacked_layers_give_the_numbers_of_separate_ones(name: str):
 
 def test_rotary_frequencies_are_rounded_as_transformers_rounds_them():
     """Where one rounding of `10000 ** (-2 i / 64)` gives another float32: bits from torch 2.13."""
-    found = np.asarray(_hf_rope.frequencies(10_000.0, 64), np.float32)
+    actual = np.asarray(_hf_rope.frequencies(10_000.0, 64), np.float32)
     bits = {5: 1047712803, 9: 1033475085, 12: 1023510243, 20: 995049016, 28: 967166816}
-    assert {i: int(found[i].view(np.uint32)) for i in bits} == bits
+    assert {i: int(actual[i].view(np.uint32)) for i in bits} == bits
 
 
 def test_taps_are_what_runs_along_the_layers():
@@ -149,8 +149,8 @@ def test_taps_are_what_runs_along_the_layers():
     )
     stacked = transforms.stack_layers(params, r"layers_(\d+)/.*")
     chosen = (names[-1], names[0], names[1])
-    for path, found in run(chosen, stacked, tokens)[1].items():
-        close(found, taps[path], err_msg=path)
+    for path, result in run(chosen, stacked, tokens)[1].items():
+        close(result, taps[path], err_msg=path)
     with pytest.raises(ValueError, match=r"the taps \['tokens', .*, got \['layers_99'\]"):
         source.model.tap(["layers_99"], params, tokens)
 
@@ -178,9 +178,9 @@ def test_padding_changes_no_number(name: str, side: str):
     padded = np.pad(tokens, amounts, constant_values=7)
     segments = jnp.asarray(np.pad(np.ones((1, 10), np.int32), amounts))
     real = slice(3, 13) if side == "left" else slice(0, 10)
-    found = logits(name, padded, segments=segments)
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(found[:, real], alone, atol=3e-6, rtol=1e-5)
+    actual = logits(name, padded, segments=segments)
+    assert np.isfinite(actual).all()
+    np.testing.assert_allclose(actual[:, real], alone, atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*KINDS, "gpt2"])
@@ -189,17 +189,17 @@ def test_packed_texts_do_not_see_each_other(name: str):
     first, second = tokens[:1, :18], tokens[1:, :5]  # Phi-3's rotary table is another from 17 on
     packed = np.concatenate([first, second], axis=1)
     segments = jnp.asarray([[1] * 18 + [2] * 5])
-    found = logits(name, packed, segments=segments)
+    actual = logits(name, packed, segments=segments)
     alone = np.concatenate([logits(name, first), logits(name, second)], axis=1)
-    np.testing.assert_allclose(found, alone, atol=3e-6, rtol=1e-5)
+    np.testing.assert_allclose(actual, alone, atol=3e-6, rtol=1e-5)
 
 
 def test_positions_count_real_tokens_of_each_segment():
     segments = jnp.asarray([[0, 0, 1, 1, 1, 2, 2], [1, 1, 0, 0, 1, 1, 0], [3, 3, 3, 1, 1, 1, 0]])
-    found = models.segment_positions(segments)
-    at = np.where(np.asarray(segments) > 0, found, -1)
-    wanted = [[-1, -1, 0, 1, 2, 0, 1], [0, 1, -1, -1, 2, 3, -1], [0, 1, 2, 0, 1, 2, -1]]
-    np.testing.assert_array_equal(at, wanted)
+    result = models.segment_positions(segments)
+    at = np.where(np.asarray(segments) > 0, result, -1)
+    expected = [[-1, -1, 0, 1, 2, 0, 1], [0, 1, -1, -1, 2, 3, -1], [0, 1, 2, 0, 1, 2, -1]]
+    np.testing.assert_array_equal(at, expected)
 
 
 def test_rematerialized_gradients_are_the_same():
@@ -222,9 +222,9 @@ def test_half_precision_stays_near_and_keeps_its_dtype():
     source, known = loaded("qwen3"), recorded("qwen3")
     half = models.decoder(source.model.config, dtype=jnp.bfloat16)
     hidden, _ = jax.jit(half.apply)(source.params, jnp.asarray(known["tokens"]))
-    found = losses.head_logits(hidden, half.head(source.params))
-    assert hidden.dtype == jnp.bfloat16 and found.dtype == jnp.float32
-    assert 0 < np.abs(found - known["logits"]).max() < 0.05 * np.abs(known["logits"]).max()
+    actual = losses.head_logits(hidden, half.head(source.params))
+    assert hidden.dtype == jnp.bfloat16 and actual.dtype == jnp.float32
+    assert 0 < np.abs(actual - known["logits"]).max() < 0.05 * np.abs(known["logits"]).max()
 
 
 def test_a_student_of_some_layers_is_a_folder_of_its_own(tmp_path: Path):
@@ -235,8 +235,8 @@ def test_a_student_of_some_layers_is_a_folder_of_its_own(tmp_path: Path):
     again = decoders.load(tmp_path)
     assert again.model.config == small.model.config
     hidden, _ = again.model.apply(again.params, jnp.asarray(tokens))
-    wanted, _ = small.model.apply(small.params, jnp.asarray(tokens))
-    np.testing.assert_array_equal(hidden, wanted)
+    expected, _ = small.model.apply(small.params, jnp.asarray(tokens))
+    np.testing.assert_array_equal(hidden, expected)
     with pytest.raises(ValueError, match="layers must lie in 0..3"):
         decoders.student(source, layers=(4,))
 
@@ -328,7 +328,7 @@ def test_windows_of_smollm3_without_layer_types_are_those_of_layers_that_do_not_
 def test_an_odd_number_of_rotating_channels_is_rounded_up_to_pairs():
     """transformers: `arange(0, int(partial * width), 2)`; phi3's table was one pair short."""
     config = {"model_type": "phi3", "partial_rotary_factor": 0.5, "rope_theta": 1000.0}
-    found = _hf_rope.rope(config, 6).frequencies
-    np.testing.assert_allclose(found, [1, 1000 ** (-2 / 3)], rtol=1e-6)
+    actual = _hf_rope.rope(config, 6).frequencies
+    np.testing.assert_allclose(actual, [1, 1000 ** (-2 / 3)], rtol=1e-6)
     with pytest.raises(ValueError, match="5 channels cannot rotate in pairs"):
         _hf_rope.rope({"model_type": "llama"}, 5)

@@ -38,5 +38,5 @@ def test_placed_decoders_give_the_logits_of_one_device(data: int, fsdp: int, ten
     batch = sharding.place_batch({"tokens": tokens}, mesh)
     # A sum over devices is taken in another order.
     atol, rtol = (1e-6, 1e-6) if tensor == 1 else (1e-5, 1e-5)
-    found, whole = logits(params, batch["tokens"]), logits(source.params, tokens)
-    np.testing.assert_allclose(found, whole, atol=atol, rtol=rtol)
+    actual, whole = logits(params, batch["tokens"]), logits(source.params, tokens)
+    np.testing.assert_allclose(actual, whole, atol=atol, rtol=rtol)

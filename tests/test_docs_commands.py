@@ -19,8 +19,8 @@ def shown(text: str) -> list[str]:
     joined = re.sub(r"\\\n\s*", "", text)
     lines = re.findall(r"^(?:    )?(?:\S*/)?(kdtl [^`\n]*)$", joined, re.MULTILINE)
     spans = re.findall(r"(?<!`)`(kdtl [a-z][^`]*)`(?!`)", joined)
-    found = [line.partition(" #")[0].strip() for line in lines + spans]
-    return [command for command in found if not re.search(r"\b(?:COMMAND|ACTION)\b", command)]
+    results = [line.partition(" #")[0].strip() for line in lines + spans]
+    return [command for command in results if not re.search(r"\b(?:COMMAND|ACTION)\b", command)]
 
 
 def understood(command: str) -> str | None:
@@ -30,9 +30,9 @@ def understood(command: str) -> str | None:
         place = words.index("--config")
         del words[place : place + 2]
     try:
-        found = cli.find(words)
-        if found is not None:
-            _parser.parse(*found)
+        result = cli.find(words)
+        if result is not None:
+            _parser.parse(*result)
     except UsageError as error:
         return f"{command}: {error}"
     return None
@@ -40,7 +40,7 @@ def understood(command: str) -> str | None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_commands_of_a_page_are_understood(path: Path) -> None:
-    wrong = [said for command in shown(path.read_text()) if (said := understood(command))]
+    wrong = [message for command in shown(path.read_text()) if (message := understood(command))]
     assert not wrong, "\n".join(wrong)
 
 

@@ -31,8 +31,8 @@ COMMAND = re.compile(r"(?:python (benchmarks/\w+\.py)|(?:^|[`\s/])kdtl ((?:param
 
 def numbers(text: str) -> list[str]:
     """Numbers as they stand, `1,409` as `1409`, `33%`; none of names such as `float32`."""
-    found = re.findall(rf"(?<![\w.,/-]){NUMBER}(?![\w/]|\.\d)%?", text)
-    return [number.replace(",", "") for number in found]
+    matches = re.findall(rf"(?<![\w.,/-]){NUMBER}(?![\w/]|\.\d)%?", text)
+    return [number.replace(",", "") for number in matches]
 
 
 def is_recorded(number: str, record: set[float]) -> bool:
@@ -44,7 +44,7 @@ def is_recorded(number: str, record: set[float]) -> bool:
 
 def record(text: str) -> set[float]:
     """All numbers that the records of the commands in a text have."""
-    found: set[float] = set()
+    results: set[float] = set()
     for script, command in COMMAND.findall(text):
         if script:
             header = ast.get_docstring(ast.parse((ROOT / script).read_text())) or ""
@@ -54,9 +54,9 @@ def record(text: str) -> set[float]:
                 drawn = (DOCS / "_static" / "demo-light.svg").read_text()
                 header += " ".join(re.findall(r">([\d.]+)<", drawn))
         # `-0.0086`, `.0010`, `2048x2048` and `12-10` are numbers too.
-        said = re.findall(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+", header)
-        found |= {float(number.replace(",", "")) for number in said}
-    return found
+        matches = re.findall(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+", header)
+        results |= {float(number.replace(",", "")) for number in matches}
+    return results
 
 
 def _recipe(command: str) -> str:
@@ -81,11 +81,11 @@ def unrecorded(text: str) -> list[str]:
     """Measured paragraphs of a text without a command, or with numbers that its record lacks."""
     wrong = []
     for part, around in passages(text):
-        said = re.sub(r"`[^`]*`", "", DEFINED.sub("", part))
-        if not MEASURED.search(said):
+        message = re.sub(r"`[^`]*`", "", DEFINED.sub("", part))
+        if not MEASURED.search(message):
             continue
         known = record(part) or record(around)
-        kept = re.sub(r"\b(?:jax|torch|numpy|transformers|Python) [\d.]+\d", "", said)
+        kept = re.sub(r"\b(?:jax|torch|numpy|transformers|Python) [\d.]+\d", "", message)
         missing = [number for number in numbers(kept) if not is_recorded(number, known)]
         if not known:
             wrong.append(f"no command beside: {part.strip()[:100]!r}")
@@ -110,9 +110,9 @@ def test_measured_figures_of_docstrings_name_their_command() -> None:
             text = ast.get_docstring(node) or ""
             if getattr(node, "name", "").startswith("_") or COMMAND.search(text):
                 continue
-            said = re.sub(r"`[^`]*`", "", DEFINED.sub("", text))
-            if found := MEASURED.search(said):
-                wrong.append(f"{path.relative_to(ROOT)} {getattr(node, 'name', '')}: {found[0]!r}")
+            message = re.sub(r"`[^`]*`", "", DEFINED.sub("", text))
+            if match := MEASURED.search(message):
+                wrong.append(f"{path.relative_to(ROOT)} {getattr(node, 'name', '')}: {match[0]!r}")
     assert not wrong, "\n".join(wrong)
 
 

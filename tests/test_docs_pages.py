@@ -85,11 +85,11 @@ def bad_links(page: str, text: str, pages: dict[str, str]) -> list[str]:
         if re.match(r"https?:|mailto:", place):
             continue
         path = DOCS / page if not place else DOCS / page / ".." / place
-        found = (DOCS / place[1:] if place.startswith("/") else path).resolve()
-        inside = str(found.relative_to(DOCS)) if found.is_relative_to(DOCS) else ""
+        result = (DOCS / place[1:] if place.startswith("/") else path).resolve()
+        inside = str(result.relative_to(DOCS)) if result.is_relative_to(DOCS) else ""
         target = text if not place else pages.get(inside)
-        if target is None and found.exists() and inside.split("/")[0] not in GENERATED:
-            target = found.read_text() if found.suffix == ".md" else ""
+        if target is None and result.exists() and inside.split("/")[0] not in GENERATED:
+            target = result.read_text() if result.suffix == ".md" else ""
         if target is None or (anchor and anchor not in anchors(target)):
             bad.append(f"{page}: {link or document}")
     return bad
@@ -111,14 +111,14 @@ def test_links_that_lead_nowhere_are_found() -> None:
 
 def imported(text: str) -> dict[str, str]:
     """The modules of a page's Python by the names that it gives them."""
-    found = {}
+    results = {}
     for block in blocks(text, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 inside = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
                 for alias in node.names:
-                    found[alias.asname or alias.name] = inside + alias.name
-    return found
+                    results[alias.asname or alias.name] = inside + alias.name
+    return results
 
 
 def unknown_names(text: str, public: set[str]) -> list[str]:
@@ -169,7 +169,7 @@ def unmade_figures(text: str) -> list[str]:
 
 def test_every_figure_names_its_command(pages: dict[str, str]) -> None:
     texts = {**pages, "../README.md": README.read_text()}
-    missing = {page: found for page, text in texts.items() if (found := unmade_figures(text))}
+    missing = {page: result for page, text in texts.items() if (result := unmade_figures(text))}
     assert not missing
 
 

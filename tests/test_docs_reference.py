@@ -38,8 +38,8 @@ def described(reference: ModuleType) -> Iterator[tuple[str, ast.AST, str, str]]:
             yield entry.name, node, text, above
             for member in node.body if isinstance(node, ast.ClassDef) else []:
                 if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
-                    said = ast.get_docstring(member) or ""
-                    yield f"{entry.name}.{member.name}", member, said, f"{above}\n{text}"
+                    message = ast.get_docstring(member) or ""
+                    yield f"{entry.name}.{member.name}", member, message, f"{above}\n{text}"
 
 
 def refuses(node: ast.AST) -> bool:
@@ -59,11 +59,11 @@ def data_of(node: Any) -> list[str]:
     """Parameters that are arrays of data."""
     arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
     return [
-        found.arg
-        for found in arguments
-        if found.annotation is not None
-        and ARRAYS.search(ast.unparse(found.annotation).replace("| Array", ""))
-        and found.arg not in NOT_DATA
+        result.arg
+        for result in arguments
+        if result.annotation is not None
+        and ARRAYS.search(ast.unparse(result.annotation).replace("| Array", ""))
+        and result.arg not in NOT_DATA
     ]
 
 
@@ -80,7 +80,7 @@ def lacking(name: str, node: ast.AST, text: str, above: str) -> str | None:
 
 
 def test_every_entry_says_what_it_is_its_shapes_and_its_errors(reference: ModuleType) -> None:
-    missing = [said for found in described(reference) if (said := lacking(*found))]
+    missing = [message for result in described(reference) if (message := lacking(*result))]
     assert not missing, "\n".join(missing)
 
 
@@ -99,5 +99,5 @@ def test_every_entry_says_what_it_is_its_shapes_and_its_errors(reference: Module
 def test_what_an_entry_lacks_is_found(source: str, missing: str | None) -> None:
     node = ast.parse(source).body[0]
     assert isinstance(node, ast.FunctionDef)
-    said = lacking("f", node, ast.get_docstring(node) or "", "")
-    assert said is None if missing is None else missing in (said or "")
+    message = lacking("f", node, ast.get_docstring(node) or "", "")
+    assert message is None if missing is None else missing in (message or "")

@@ -24,8 +24,8 @@ def wrong_years(places: Iterator[tuple[str, str]]) -> list[str]:
     """Numbers with several years, or with one that a paper of that month cannot have."""
     years = defaultdict(lambda: defaultdict(list))
     for place, text in places:
-        for found in (*DATED.finditer(text), *LISTED.finditer(text)):
-            years[found["number"]][found["year"]].append(place)
+        for result in (*DATED.finditer(text), *LISTED.finditer(text)):
+            years[result["number"]][result["year"]].append(place)
     faults = []
     for number, places_of in sorted(years.items()):
         submitted = 2000 + int(number[:2])
@@ -38,8 +38,8 @@ def wrong_authors(places: Iterator[tuple[str, str]]) -> list[str]:
     """Numbers with several first authors."""
     authors = defaultdict(set)
     for _, text in places:
-        for found in FIRST_AUTHOR.finditer(text):
-            authors[found["number"]].add(found["author"])
+        for result in FIRST_AUTHOR.finditer(text):
+            authors[result["number"]].add(result["author"])
     return [f"{number}: {names}" for number, names in sorted(authors.items()) if len(names) > 1]
 
 

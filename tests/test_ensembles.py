@@ -145,17 +145,17 @@ def test_a_teacher_without_a_share_excludes_nothing() -> None:
     """One teacher per example; the other one lacks a class there, so that its KL is infinite."""
     teachers = logits()[:2].at[0, 2:, 1].set(-jnp.inf)
     own, student = jnp.asarray([[1.0, 1, 0, 0], [0, 0, 1, 1]]), logits(1)[0]
-    wanted = jnp.concatenate([teachers[0, :2], teachers[1, 2:]])
-    np.testing.assert_allclose(ensembles.mean_logits(teachers, weights=own), wanted, rtol=1e-6)
+    expected = jnp.concatenate([teachers[0, :2], teachers[1, 2:]])
+    np.testing.assert_allclose(ensembles.mean_logits(teachers, weights=own), expected, rtol=1e-6)
     gated = ensembles.gated_logits(teachers, 300 * own.T)  # shares below the smallest number
-    np.testing.assert_allclose(gated, wanted, rtol=1e-6)
+    np.testing.assert_allclose(gated, expected, rtol=1e-6)
 
     def summed(student: jax.Array) -> jax.Array:
         return jnp.sum(ensembles.over_teachers(losses.reverse_kl, weights=own)(student, teachers))
 
     value, slope = jax.value_and_grad(summed)(student)
-    np.testing.assert_allclose(value, jnp.sum(losses.reverse_kl(student, wanted)), rtol=1e-5)
-    want = jax.grad(lambda s: jnp.sum(losses.reverse_kl(s, wanted)))(student)
+    np.testing.assert_allclose(value, jnp.sum(losses.reverse_kl(student, expected)), rtol=1e-5)
+    want = jax.grad(lambda s: jnp.sum(losses.reverse_kl(s, expected)))(student)
     np.testing.assert_allclose(slope, want, atol=1e-6)
 
 

@@ -50,8 +50,8 @@ TEACHER = np.array([[0, 0, 1, 2]])
 
 
 def test_confusions_are_counted_over_seeds() -> None:
-    found = _evidence.confusion_counts(split().labels, NAMED, 3)
-    assert found.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 1]]
+    actual = _evidence.confusion_counts(split().labels, NAMED, 3)
+    assert actual.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def test_differing_examples_are_shown_as_rows_or_pictures() -> None:

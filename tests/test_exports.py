@@ -30,28 +30,28 @@ def tensors_of(model: decoders.PretrainedDecoder) -> dict[str, Any]:
 
 def abstract(config: dict[str, Any]) -> decoders.PretrainedDecoder:
     """A decoder without numbers."""
-    found: list[Any] = []
+    results: list[Any] = []
 
     def made(key: jax.Array) -> Any:
         source = decoders.initialized(config, key)
-        found.append(source)
+        results.append(source)
         return source.params
 
     shapes = jax.eval_shape(made, jax.random.key(0))
-    return found[0]._replace(params=shapes)
+    return results[0]._replace(params=shapes)
 
 
 def test_layers_out_of_their_pattern_are_listed():
     assert windows(GEMMA) == (4, None, 4, None)
     tensors = tensors_of(abstract(GEMMA))
     kept = {name: x for name, x in tensors.items() if ".2." not in name and ".3." not in name}
-    found = decoders.described(GEMMA, kept, layers=(1, 3))
-    assert windows(found) == (None, None) and found["layer_types"] == ["full_attention"] * 2
+    actual = decoders.described(GEMMA, kept, layers=(1, 3))
+    assert windows(actual) == (None, None) and actual["layer_types"] == ["full_attention"] * 2
     with pytest.raises(ValueError, match="2 layers are written, and the 4 .* differ in their"):
         decoders.described(GEMMA, kept)
     smol = SMALL | {"model_type": "smollm3", "no_rope_layer_interval": 2}
-    found = decoders.described(smol, kept_of(smol), layers=(1, 2))
-    assert found["no_rope_layers"] == [0, 1]
+    actual = decoders.described(smol, kept_of(smol), layers=(1, 2))
+    assert actual["no_rope_layers"] == [0, 1]
     mistral = SMALL | {"model_type": "mistral", "sliding_window": 4}
     assert "layer_types" not in decoders.described(mistral, kept_of(mistral), layers=(3, 1))
 
@@ -75,9 +75,9 @@ def test_sizes_are_those_of_the_tensors():
                 shape[axis] = length
         return jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
 
-    found = decoders.described(llama, {name: resized(name, x) for name, x in shapes.items()})
-    assert (found["intermediate_size"], found["vocab_size"]) == (5, 23)
-    assert found["torch_dtype"] == "float16" and found["tie_word_embeddings"] is True
+    actual = decoders.described(llama, {name: resized(name, x) for name, x in shapes.items()})
+    assert (actual["intermediate_size"], actual["vocab_size"]) == (5, 23)
+    assert actual["torch_dtype"] == "float16" and actual["tie_word_embeddings"] is True
     short = {name: x for name, x in shapes.items() if ".3." not in name}
     assert decoders.described(llama, short)["num_hidden_layers"] == 3
     uneven = {**shapes, "model.layers.1.mlp.up_proj.weight": jax.ShapeDtypeStruct((5, 16), "f4")}
@@ -125,10 +125,10 @@ def test_a_pruned_t5_says_its_heads_and_hidden_units():
             return x[:, :1]
         return x[:3] if ".wi." in name else x[:, :3] if ".wo." in name else x
 
-    found = huggingface.described(
+    actual = huggingface.described(
         source.config, {name: pruned(name, np.asarray(x)) for name, x in tensors.items()}
     )
-    assert (found["num_heads"], found["d_ff"], found["d_kv"]) == (1, 3, width)
+    assert (actual["num_heads"], actual["d_ff"], actual["d_kv"]) == (1, 3, width)
 
 
 def test_a_new_head_says_nothing_of_the_old_ones_problem():
@@ -152,11 +152,11 @@ def test_slices_of_folders_say_what_they_are(tmp_path: Path, capsys: Any):
     bare.mkdir()
     (bare / "config.json").write_text(json.dumps(plain))
     (bare / "model.safetensors").write_bytes((Path(folder) / "model.safetensors").read_bytes())
-    found = sliced(tmp_path / "odd", str(bare), *layers, "3,1")
-    assert windows(found) == tuple(windows(plain)[i] for i in (3, 1)) == (None, None)
+    actual = sliced(tmp_path / "odd", str(bare), *layers, "3,1")
+    assert windows(actual) == tuple(windows(plain)[i] for i in (3, 1)) == (None, None)
     rows = ("--take", r"model\.embed_tokens\.weight@0=first:30")
-    found = sliced(tmp_path / "rows", folder, *rows)
-    assert found["vocab_size"] == 30 and decoders.load(tmp_path / "rows").report.missing == ()
+    actual = sliced(tmp_path / "rows", folder, *rows)
+    assert actual["vocab_size"] == 30 and decoders.load(tmp_path / "rows").report.missing == ()
     assert main(["params", "slice", folder, *layers, "0,1", "--where", "glob:model.layers.*",
                  "--write", str(tmp_path / "part")]) == 0  # fmt: skip
     assert "no config.json was written: " in capsys.readouterr().err
@@ -203,5 +203,5 @@ def test_a_slice_keeps_the_class_of_a_head_that_is_not_built_here(tmp_path: Path
     config = {**source.config, "architectures": ["ModernBertForQuestionAnswering"]}
     (folder / "config.json").write_text(json.dumps(config))
     keep = ("--layers", r"model\.layers\.(\d+)\..*", "--keep", "0")
-    found = sliced(tmp_path / "first", str(folder), *keep)  # alone without a norm of attention
-    assert found["architectures"] == config["architectures"] and found["num_hidden_layers"] == 1
+    actual = sliced(tmp_path / "first", str(folder), *keep)  # alone without a norm of attention
+    assert actual["architectures"] == config["architectures"] and actual["num_hidden_layers"] == 1

@@ -44,10 +44,10 @@ def test_two_processes_end_together_and_identical(tmp_path: Path) -> None:
     counts = ["--undisturbed", "1", "--stopped", "2", "--killed", "1", "--steps", "30"]
     done = subprocess.run([*command, *counts], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])  # Gloo writes to stdout too
-    assert len(found) == 4
-    for run in found:
-        assert run["ended"] and run["identical"], found
+    actual = json.loads(done.stdout.splitlines()[-1])  # Gloo writes to stdout too
+    assert len(actual) == 4
+    for run in actual:
+        assert run["ended"] and run["identical"], actual
         if run["kind"] == "stopped":
             assert set(run["codes"]) <= {143, 0}, "both stop, or both were done"
 
@@ -63,9 +63,9 @@ def test_commands_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     counts = ["--kills", "2", "--stops", "2", "--only", "scale,cache"]
     done = subprocess.run([*command, *counts], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 8 and not [attack for attack in found if attack["wrong"]], found
-    assert any(attack["code"] for attack in found), "nothing was killed before its end"
+    actual = json.loads(done.stdout.splitlines()[-1])
+    assert len(actual) == 8 and not [attack for attack in actual if attack["wrong"]], actual
+    assert any(attack["code"] for attack in actual), "nothing was killed before its end"
 
 
 SIGNALED = """

@@ -104,7 +104,7 @@ def test_a_framework_s_own_tree_keeps_its_paths(kept: Any, tmp_path: Path) -> No
     again, _ = _stored_results.load_or_run(
         opened(tmp_path), "kd", lambda: pytest.fail("it ran again")
     )
-    wanted, found = trees.flatten(first.kept), trees.flatten(again.kept)
-    assert sorted(found) == sorted(wanted) and len(found) > 0
-    for path, leaf in wanted.items():
-        assert np.asarray(leaf).tobytes() == found[path].tobytes()
+    expected, actual = trees.flatten(first.kept), trees.flatten(again.kept)
+    assert sorted(actual) == sorted(expected) and len(actual) > 0
+    for path, leaf in expected.items():
+        assert np.asarray(leaf).tobytes() == actual[path].tobytes()

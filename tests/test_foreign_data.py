@@ -41,12 +41,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed = folder / "gz/train-images-idx3-ubyte"
     packed.with_suffix(".gz").write_bytes(gzip.compress(packed.read_bytes()))
     packed.unlink()
-    found = pa.table(columns(label=np.array(NAMES)[CLASSES]))
-    pq.write_table(found, folder / "a.parquet")
-    with pa.ipc.new_stream(folder / "a.arrow", found.schema) as writer:
-        writer.write_table(found)
-    with pa.ipc.new_file(folder / "a.feather", found.schema) as writer:
-        writer.write_table(found)
+    result = pa.table(columns(label=np.array(NAMES)[CLASSES]))
+    pq.write_table(result, folder / "a.parquet")
+    with pa.ipc.new_stream(folder / "a.arrow", result.schema) as writer:
+        writer.write_table(result)
+    with pa.ipc.new_file(folder / "a.feather", result.schema) as writer:
+        writer.write_table(result)
     (folder / "npy").mkdir()
     np.save(folder / "npy/x.npy", PIXELS)
     np.save(folder / "npy/y.npy", CLASSES)
@@ -76,8 +76,8 @@ def test_any_data_set(data: Path, name: str, edit: tuple[int, bytes, int]) -> No
     path.write_bytes(edited(whole, edit))
     try:
         with read_or_refused():
-            found = datasets.read_splits(str(named))
-            for part in found:
+            result = datasets.read_splits(str(named))
+            for part in result:
                 assert len(part.inputs) == len(part.labels) and np.isfinite(part.inputs).all()
                 assert 0 <= part.labels.min() <= part.labels.max() < part.classes
     finally:
@@ -181,11 +181,11 @@ def test_images_that_unpack_to_gigabytes(tmp_path: Path, name: str) -> None:
     for size in (None, (4, 4)):
         with bounded():
             try:
-                found = datasets.read_splits(str(folder), image_size=size)
+                actual = datasets.read_splits(str(folder), image_size=size)
             except ValueError as error:
                 assert "bomb.png" in str(error) and is_plain(str(error))
             else:
-                assert name in ("text", "profile") and found.train.inputs.shape[1:] == (4, 4, 1)
+                assert name in ("text", "profile") and actual.train.inputs.shape[1:] == (4, 4, 1)
 
 
 def test_headers_of_arrays_that_are_gigabytes(tmp_path: Path) -> None:

@@ -81,13 +81,13 @@ def test_any_bytes_of_a_step(saved: Path, number: int, edit: tuple[int, bytes, i
     path.write_bytes(edited(whole, edit) if whole else edit[1])
     try:
         with bounded():
-            found = checkpoint.restore(saved, TREE)
+            actual = checkpoint.restore(saved, TREE)
         same = path.read_bytes() == whole
         if path.name == "manifest.json" and not same:  # its seal is of the values
             with contextlib.suppress(ValueError):
                 same = json.loads(path.read_bytes()) == json.loads(whole)
-        assert found.step == (2 if same else 1)
-        np.testing.assert_array_equal(found.state["a"], TREE["a"])
+        assert actual.step == (2 if same else 1)
+        np.testing.assert_array_equal(actual.state["a"], TREE["a"])
     finally:
         path.write_bytes(whole)
 
@@ -118,9 +118,9 @@ def test_any_manifest_with_a_seal(saved: Path, changes: dict[str, Any], inside: 
     try:
         _files.write_sealed(path, manifest)
         with read_or_refused():
-            found = checkpoint.restore(saved, TREE)
-            np.testing.assert_array_equal(found.state["a"], TREE["a"])
-            assert found.step in (1, 2)
+            actual = checkpoint.restore(saved, TREE)
+            np.testing.assert_array_equal(actual.state["a"], TREE["a"])
+            assert actual.step in (1, 2)
             assert checkpoint.best(saved, "x") in (1, 2)
     finally:
         path.write_bytes(whole)
@@ -132,12 +132,12 @@ def test_any_manifest_with_a_seal(saved: Path, changes: dict[str, Any], inside: 
 def folders(
     tmp_path_factory: pytest.TempPathFactory, kind: str, names: tuple[str, ...]
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
-    found = {}
+    results = {}
     for name in names:
         folder = tmp_path_factory.mktemp(kind) / name
         shutil.copytree(FOLDERS / kind / name, folder)
-        found[name] = folder, json.loads((folder / "config.json").read_text())
-    return found
+        results[name] = folder, json.loads((folder / "config.json").read_text())
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +227,10 @@ def test_any_tokenizer(tokens: Path, name: str, edit: Any, picks: list[Any]) -> 
     if edit is not None:
         path.write_bytes(edited(whole, edit))
     else:
-        found = json.loads(whole)
-        keys = sorted(found)
+        result = json.loads(whole)
+        keys = sorted(result)
         changes = {keys[number % len(keys)]: value for number, value in picks}
-        path.write_text(json.dumps(changed(found, changes)))
+        path.write_text(json.dumps(changed(result, changes)))
     try:
         with read_or_refused():
             made = language.tokenizer(tokens)

@@ -69,12 +69,12 @@ def test_any_metadata_of_a_model(model: Path, changes: dict[str, Any], inner: An
     with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate is in no file
         safetensors.save(model / "x.safetensors", safetensors.load(whole), metadata=known)
         with read_or_refused():
-            found = model_files.load(model / "x.safetensors")
+            actual = model_files.load(model / "x.safetensors")
             read = _inputs.read_examples(
-                str(model / "d.csv"), found, part=None, label=None, with_labels=True
+                str(model / "d.csv"), actual, part=None, label=None, with_labels=True
             )
-            assert found.predict(read.inputs[:2]).shape == (2, found.about.classes)
-            assert len(_inputs.class_names(found)) == found.about.classes
+            assert actual.predict(read.inputs[:2]).shape == (2, actual.about.classes)
+            assert len(_inputs.class_names(actual)) == actual.about.classes
             assert read.labels is not None and len(read.labels) == len(read.inputs)
 
 
@@ -134,8 +134,8 @@ def test_any_bytes_of_an_orbax_folder(
     path.write_bytes(edited(whole, edit))
     try:
         with read_or_refused():
-            found = safetensors.fill(TREE, sources.from_orbax(str(orbax), TREE))
-            assert found["dense"]["kernel"].shape == (3, 2)
+            actual = safetensors.fill(TREE, sources.from_orbax(str(orbax), TREE))
+            assert actual["dense"]["kernel"].shape == (3, 2)
     finally:
         path.write_bytes(whole)
 
@@ -221,12 +221,12 @@ def test_any_result_of_a_finished_method(
     tmp_path_factory: pytest.TempPathFactory, edit: tuple[int, bytes, int]
 ) -> None:
     """It is the result, or the method runs again."""
-    folder, wanted = tmp_path_factory.mktemp("run"), (np.arange(20.0), {"a": [1, None, "x"]})
+    folder, expected = tmp_path_factory.mktemp("run"), (np.arange(20.0), {"a": [1, None, "x"]})
     kept = _stored_results.open_store(folder, "r", resume=True, kinds=())
-    _stored_results.load_or_run(kept, "kd", lambda: wanted)
+    _stored_results.load_or_run(kept, "kd", lambda: expected)
     path = folder / "finished/kd.npz"
     path.write_bytes(edited(path.read_bytes(), edit))
     with bounded():
-        (found, more), _ = _stored_results.load_or_run(kept, "kd", lambda: wanted)
-    np.testing.assert_array_equal(found, wanted[0])
-    assert more == wanted[1]
+        (actual, more), _ = _stored_results.load_or_run(kept, "kd", lambda: expected)
+    np.testing.assert_array_equal(actual, expected[0])
+    assert more == expected[1]

@@ -45,17 +45,17 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def put(path: Path, number: int, new: Any, name: str | None) -> None:
     """Puts a value, or a name, somewhere into a sealed record, and seals it again."""
-    found = json.loads(path.read_bytes())
-    del found["digest"]
-    *before, last = sorted(places(found), key=repr)[number % len([*places(found)])]
-    inside = found
+    result = json.loads(path.read_bytes())
+    del result["digest"]
+    *before, last = sorted(places(result), key=repr)[number % len([*places(result)])]
+    inside = result
     for key in before:
         inside = inside[key]
     if name is None or isinstance(inside, list):
         inside[last] = new
     else:
         inside[name] = inside.pop(last)
-    _files.write_sealed(path, json.loads(json.dumps(found)))
+    _files.write_sealed(path, json.loads(json.dumps(result)))
 
 
 HOSTILE_NAMES = st.none() | st.sampled_from(
@@ -94,9 +94,9 @@ def test_any_sealed_cache(cache: Path, file: str, number: int, new: Any, name: s
     put(cache / file, number, new, name)
     try:
         with read_or_refused():
-            found = tc.open_cache(cache, expect=expected())
+            actual = tc.open_cache(cache, expect=expected())
             np.testing.assert_allclose(
-                tc.rows(found, ROWS)["logits"], LIVE["logits"][ROWS], atol=1e-5
+                tc.rows(actual, ROWS)["logits"], LIVE["logits"][ROWS], atol=1e-5
             )
     finally:
         (cache / file).write_bytes(whole)
@@ -130,6 +130,6 @@ def test_any_text_of_sentences(
     whole = b"one sentence of words\r\nanother \x0c sentence\x85\n" * 3
     path.write_bytes(edited(whole + text, edit))
     with read_or_refused():
-        found = sentences.read_lines(path)
-        assert len({*found}) == len(found) and all(len(line) >= 15 for line in found)
-        assert not any("\n" in line or "\r" in line for line in found)
+        actual = sentences.read_lines(path)
+        assert len({*actual}) == len(actual) and all(len(line) >= 15 for line in actual)
+        assert not any("\n" in line or "\r" in line for line in actual)

@@ -322,11 +322,14 @@ def test_hostile_hyperparameters_end_in_a_clear_error(value: Any, tmp_path: Path
         try:
             gguf.load(_changed(tmp_path, "llama", **changes))
         except ValueError as error:
-            said = str(error)
-            by_leaf = said.startswith("source and target do not match.")
-            assert by_leaf or (len(said.splitlines()) == 1 and len(said) < 500), (key, said)
+            message = str(error)
+            by_leaf = message.startswith("source and target do not match.")
+            assert by_leaf or (len(message.splitlines()) == 1 and len(message) < 500), (
+                key,
+                message,
+            )
             unclear = "zip|reshape|math domain|broadcast|unsupported operand"
-            assert not re.search(unclear, said), (key, said)
+            assert not re.search(unclear, message), (key, message)
 
 
 def test_factors_of_the_frequencies_come_in_pairs_and_fit(tmp_path: Path) -> None:

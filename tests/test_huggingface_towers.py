@@ -24,12 +24,12 @@ def test_a_tower_gives_its_features_and_is_saved_alone(
     folder = DATA / f"{kind}_whole"
     arrays = dict(np.load(folder / "expected.npz"))
     source = huggingface.load(folder, tower=tower)
-    given, wanted = ("images", "image") if tower == "vision" else ("tokens", "text")
+    given, expected = ("images", "image") if tower == "vision" else ("tokens", "text")
 
     def compare(model: huggingface.Pretrained) -> None:
         outputs, _ = jax.jit(model.model)(model.params, None, jnp.asarray(arrays[given]))
         name = OUTPUT.get(kind, {}).get(tower, "pooled")
-        np.testing.assert_allclose(outputs[name], arrays[wanted], atol=3e-6)
+        np.testing.assert_allclose(outputs[name], arrays[expected], atol=3e-6)
 
     compare(source)
     other = {"vision": "text", "text": "vision"}[tower]

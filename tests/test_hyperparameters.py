@@ -93,8 +93,8 @@ def test_arrays_and_complex_numbers_are_refused(name: str) -> None:
 def test_sampling_options_are_one_number_or_one_per_example(option: str) -> None:
     logits = jax.random.normal(KEY, (3, 3, 5))  # as many examples as positions
     each = np.asarray([0.3, 0.6, 0.9], np.float32)
-    found = language.sampling_log_probs(logits, **{option: jnp.asarray(each)})
-    for row, value, got in zip(logits, each, found, strict=True):
+    result = language.sampling_log_probs(logits, **{option: jnp.asarray(each)})
+    for row, value, got in zip(logits, each, result, strict=True):
         want = language.sampling_log_probs(row, **{option: jnp.asarray(value)})
         np.testing.assert_allclose(got, want, rtol=1e-5)
     for shape in ((1,), (3, 1), (5,)):

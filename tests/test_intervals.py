@@ -23,9 +23,9 @@ def row(method: str, examples: Any = None, values: Any = None, **more: Any) -> R
 
 
 def verdict(baseline: Row, other: Row, **options: Any) -> report.Versus:
-    found = report.compared([baseline, other], {"students": baseline.method}, **options)[1].versus
-    assert found is not None
-    return found
+    result = report.compared([baseline, other], {"students": baseline.method}, **options)[1].versus
+    assert result is not None
+    return result
 
 
 def by_seed(baseline: list[float], values: list[float]) -> report.Versus:
@@ -53,19 +53,19 @@ def studies(
 @pytest.mark.parametrize("size", [2, 3, 5, 30])
 def test_intervals_are_students(size: int) -> None:
     values = np.random.default_rng(size).normal(3, 2, size)
-    found = report.interval(values)
+    actual = report.interval(values)
     expected = scipy.stats.t.interval(
         0.95, size - 1, loc=values.mean(), scale=scipy.stats.sem(values)
     )
-    assert found.low is not None and found.high is not None
-    np.testing.assert_allclose([found.low, found.high], expected)
-    assert found.values == tuple(values)
+    assert actual.low is not None and actual.high is not None
+    np.testing.assert_allclose([actual.low, actual.high], expected)
+    assert actual.values == tuple(values)
 
 
 def test_intervals_cover_the_mean_as_often_as_they_claim() -> None:
     draws = np.random.default_rng(0).normal(size=(2000, 4))
-    found = [report.interval(draw) for draw in draws]
-    covered = np.mean([(x.low or 0) <= 0 <= (x.high or 0) for x in found])
+    results = [report.interval(draw) for draw in draws]
+    covered = np.mean([(x.low or 0) <= 0 <= (x.high or 0) for x in results])
     assert abs(covered - 0.95) < 0.015  # three standard deviations of 2000 trials
 
 
@@ -94,13 +94,13 @@ def test_one_value_has_no_interval_and_none_is_an_error() -> None:
 )
 def test_verdicts_are_of_paired_differences(values: list[float], expected: str) -> None:
     baseline = [0.80, 0.82, 0.81]
-    found = by_seed(baseline, values)
-    assert (found.baseline, found.verdict) == ("alone", expected)
+    actual = by_seed(baseline, values)
+    assert (actual.baseline, actual.verdict) == ("alone", expected)
     difference = report.interval(np.subtract(values, baseline))
-    assert found.difference == difference
+    assert actual.difference == difference
     if difference.low != difference.high:
         paired: Any = scipy.stats.ttest_rel(values, baseline)
-        assert found.p_value == pytest.approx(paired.pvalue)
+        assert actual.p_value == pytest.approx(paired.pvalue)
 
 
 def test_pairing_finds_what_spread_over_seeds_would_hide() -> None:
@@ -112,8 +112,8 @@ def test_pairing_finds_what_spread_over_seeds_would_hide() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_fewer_than_three_seeds_are_not_tested(seeds: int) -> None:
-    found = by_seed([0.1] * seeds, [0.9] * seeds)
-    assert found.verdict == "not tested" and math.isnan(found.p_value)
+    actual = by_seed([0.1] * seeds, [0.9] * seeds)
+    assert actual.verdict == "not tested" and math.isnan(actual.p_value)
     rights = np.repeat([[0] * 50, [1] * 50], seeds, axis=0).reshape(2, seeds, 50)
     assert verdict(row("alone", rights[0]), row("kd", rights[1])).verdict == "not tested"
 
@@ -168,10 +168,10 @@ def test_shares_and_differences_are_covered_as_often_as_claimed(seeds: int, coun
     covered = np.mean((low <= true) & (true <= high))
     assert 0.925 <= covered <= 0.985
     both = ours - theirs  # nothing to find
-    found = spread(both)
-    varied = found.variance > 0  # else all differences are 0
-    t = np.abs(both.mean(axis=(1, 2))) / np.sqrt(np.where(varied, found.variance, np.inf))
-    wrong = np.mean(2 * scipy.stats.t.sf(t, found.df) <= 0.05)
+    result = spread(both)
+    varied = result.variance > 0  # else all differences are 0
+    t = np.abs(both.mean(axis=(1, 2))) / np.sqrt(np.where(varied, result.variance, np.inf))
+    wrong = np.mean(2 * scipy.stats.t.sf(t, result.df) <= 0.05)
     assert 0.02 <= wrong <= 0.08
     # What seeds alone would claim: the test set is one draw, and they do not see it.
     alone = spread(ours.mean(axis=2, keepdims=True))
@@ -189,9 +189,9 @@ def test_tables_of_equal_methods_rarely_claim_a_difference(
     ease = ease + rng.normal(0, spread_of_seeds, (tables, 4, seeds, 1))
     right = rng.random(ease.shape) < 1 / (1 + np.exp(-ease))
     difference = right[:, 1:].astype(float) - right[:, :1]
-    found = spread(difference)
-    t = np.abs(difference.mean((-2, -1))) / np.sqrt(found.variance)
-    smallest = (2 * scipy.stats.t.sf(t, found.df)).min(axis=1)
+    result = spread(difference)
+    t = np.abs(difference.mean((-2, -1))) / np.sqrt(result.variance)
+    smallest = (2 * scipy.stats.t.sf(t, result.df)).min(axis=1)
     assert np.mean(smallest * 3 <= 0.05) <= 0.06
 
 
@@ -211,11 +211,11 @@ def test_many_methods_of_few_seeds_rarely_claim_a_difference(
     right = (ease + rng.logistic(0, chance, shape) > 0).astype(float)
     wrong = 0
     for baseline, *others in right:
-        found = [
+        actual = [
             report.difference(each.mean(1), baseline.mean(1), each, baseline) for each in others
         ]
-        wrong += min(report.holm([p for _, p in found])) <= 0.05
-        assert all(((x.low or 0) > 0 or (x.high or 0) < 0) == (p <= 0.05) for x, p in found)
+        wrong += min(report.holm([p for _, p in actual])) <= 0.05
+        assert all(((x.low or 0) > 0 or (x.high or 0) < 0) == (p <= 0.05) for x, p in actual)
     assert wrong / tables <= 0.085  # two standard deviations of 150 tables above 0.05
 
 
@@ -225,31 +225,31 @@ def test_a_test_set_too_small_for_a_claim_is_seen() -> None:
     more = rights.copy()
     more[:, 30] = 1
     assert by_seed(list(rights.mean(1)), list(more.mean(1) + 1e-9 * np.arange(5))).p_value < 1e-3
-    found = verdict(row("alone", rights), row("kd", more))
-    assert found.verdict == "no clear difference" and found.p_value > 0.3
+    actual = verdict(row("alone", rights), row("kd", more))
+    assert actual.verdict == "no clear difference" and actual.p_value > 0.3
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.99, 0.02])
 @pytest.mark.parametrize("seeds", [2, 3, 10])
 def test_intervals_of_shares_stay_within_0_and_1(share: float, seeds: int) -> None:
     rights = RNG.random((seeds, 50)) < share
-    found = report.interval(rights.mean(axis=1), rights, is_share=True)
-    assert found.low is not None and found.high is not None
-    assert 0 <= found.low <= found.mean <= found.high <= 1
-    assert found.high - found.low > 0.02, "a perfect score on 50 examples is not certain"
+    actual = report.interval(rights.mean(axis=1), rights, is_share=True)
+    assert actual.low is not None and actual.high is not None
+    assert 0 <= actual.low <= actual.mean <= actual.high <= 1
+    assert actual.high - actual.low > 0.02, "a perfect score on 50 examples is not certain"
     alone = report.interval([share] * seeds, is_share=True)
     assert alone.low is not None and alone.high is not None and 0 <= alone.low <= alone.high <= 1
 
 
 def test_differences_of_shares_stay_within_their_range() -> None:
-    found = by_seed([0.0, 0.1, 0.9], [1.0, 1.0, 1.0]).difference
-    assert found.low is not None and found.high == 1.0 and found.low >= -1
+    actual = by_seed([0.0, 0.1, 0.9], [1.0, 1.0, 1.0]).difference
+    assert actual.low is not None and actual.high == 1.0 and actual.low >= -1
 
 
 def test_all_examples_turned_around_is_decided_by_their_number() -> None:
     nothing, everything = np.zeros((3, 4)), np.ones((3, 4))
-    found = verdict(row("alone", nothing), row("kd", everything))
-    assert found.p_value == 2**-3 and found.verdict == "no clear difference"
+    actual = verdict(row("alone", nothing), row("kd", everything))
+    assert actual.p_value == 2**-3 and actual.verdict == "no clear difference"
     assert verdict(row("alone", nothing), row("kd", nothing)).p_value == 1
     wide = verdict(row("alone", np.zeros((3, 40))), row("kd", np.ones((3, 40))))
     assert wide.verdict == "better"
@@ -269,9 +269,9 @@ def test_many_comparisons_are_corrected() -> None:
     baseline, values = [0.80, 0.82, 0.81], [0.85, 0.88, 0.86]  # p = 0.004
     rows = [row("alone", values=baseline), row("kd", values=values)]
     others = [row(f"m{i}", values=[0.81, 0.80, 0.82]) for i in range(14)]
-    found = report.compared([*rows, *others], {"students": "alone"})[1].versus
-    assert found is not None and found.verdict == "no clear difference"
-    assert found.p_adjusted == pytest.approx(15 * found.p_value)
+    actual = report.compared([*rows, *others], {"students": "alone"})[1].versus
+    assert actual is not None and actual.verdict == "no clear difference"
+    assert actual.p_adjusted == pytest.approx(15 * actual.p_value)
     few = report.compared(rows, {"students": "alone"})[1].versus
     assert few is not None and few.verdict == "better"
 

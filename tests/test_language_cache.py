@@ -44,10 +44,10 @@ def stepped(is_cached: bool) -> Any:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_cached_teacher_gives_the_live_ones_gradient(form: str, tmp_path: Path):
-    found = written(tmp_path, form=form)
+    result = written(tmp_path, form=form)
     given = batch()
     state = train.init_state(STUDENT, TX, key=jax.random.key(0))
-    rows = teacher_cache.rows(found, np.arange(4))
+    rows = teacher_cache.rows(result, np.arange(4))
     ours, metrics = stepped(True)(state, {**given, "teacher": rows})
     live, expected = stepped(False)(state, given, TEACHER)
     change, wanted = (
@@ -103,8 +103,8 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path):
     assert not drawn["counts"].any(), "draws from NaN are no tokens"
     student = {"hidden": jnp.ones((4, 8, 12)), "head": losses.Head(jnp.eye(12))}
     inputs = {"inputs": {"tokens": jnp.ones((4, 8), int)}}
-    found: Any = language.stored_divergence()(Inputs(student, drawn, inputs, {}))
-    assert jnp.isnan(found["kd"].value())
+    actual: Any = language.stored_divergence()(Inputs(student, drawn, inputs, {}))
+    assert jnp.isnan(actual["kd"].value())
 
 
 def test_divergences_compare_the_top_and_the_rest_and_counts_have_none():
@@ -114,8 +114,8 @@ def test_divergences_compare_the_top_and_the_rest_and_counts_have_none():
     cut = losses.top_k_targets(2 * logits, k=12)
     inputs = Inputs(student, cut._asdict(), {"inputs": {"tokens": jnp.ones((1, 4), int)}}, {})
     expected = losses.reverse_kl(logits, 2 * logits)[:, :3].mean()
-    found: Any = terms(inputs)
-    np.testing.assert_allclose(found["kd"].value(), expected, rtol=1e-4)
+    actual: Any = terms(inputs)
+    np.testing.assert_allclose(actual["kd"].value(), expected, rtol=1e-4)
     counts = {"indices": jnp.zeros((1, 4, 2), int), "counts": jnp.ones((1, 4, 2), int)}
     for stored, says in ((counts, "one loss"), ({}, "no stored teacher")):
         with pytest.raises(ValueError, match=says):

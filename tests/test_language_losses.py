@@ -26,8 +26,8 @@ def expected_gradient(loss: Any) -> jax.Array:
     def one(z: jax.Array, token: jax.Array) -> jax.Array:
         return loss(jax.nn.log_softmax(z)[token][None], jnp.log(Q[token])[None])[0]
 
-    found = jax.jit(jax.vmap(jax.grad(one), (None, 0)))(jnp.log(P), jnp.arange(3))
-    return jnp.sum(P[:, None] * found, axis=0)
+    result = jax.jit(jax.vmap(jax.grad(one), (None, 0)))(jnp.log(P), jnp.arange(3))
+    return jnp.sum(P[:, None] * result, axis=0)
 
 
 def test_expected_gradients_of_sampled_losses() -> None:
@@ -50,8 +50,8 @@ def test_expected_gradients_of_sampled_losses() -> None:
         own = jax.nn.log_softmax(z)[y][None]
         return losses.sampled_reverse_kl(own, jnp.log(Q[y])[None], jnp.log(sampler[y])[None])[0]
 
-    found = sum(sampler[y] * jax.grad(one)(jnp.log(P), y) for y in range(3))
-    close(found, OF_REVERSE_KL)
+    result = sum(sampler[y] * jax.grad(one)(jnp.log(P), y) for y in range(3))
+    close(result, OF_REVERSE_KL)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def test_top_k_with_a_sampled_tail_is_the_reverse_kl_on_average(
 def test_a_class_that_the_teacher_excludes_is_infinitely_far() -> None:
     none = jnp.asarray([-jnp.inf])
     at_one = losses.TopK(jnp.asarray([1]), none, jnp.zeros(()))
-    told = (jnp.asarray(0), jnp.log(Q[0]), jnp.log(P[0]))
+    message = (jnp.asarray(0), jnp.log(Q[0]), jnp.log(P[0]))
     loss = losses.top_k_reverse_kl_sampled_tail
-    value, gradient = jax.value_and_grad(loss)(jnp.log(P), at_one, *told)
+    value, gradient = jax.value_and_grad(loss)(jnp.log(P), at_one, *message)
     assert value == np.inf
     assert np.isfinite(gradient).all()
     own = jnp.asarray([0.0, -jnp.inf, 0.0])  # the student excludes it too
-    assert np.isfinite(loss(own, at_one, *told))
+    assert np.isfinite(loss(own, at_one, *message))
 
 
 def test_a_tail_keeps_the_gradient_that_clamping_kills() -> None:
@@ -221,13 +221,13 @@ def test_random_sampling_is_unbiased_where_renormalized_top_k_is_not() -> None:
     close(top, [-0.2917, -0.0417, 0.3333])
     for exponent in (1.0, 0.5):
         q = jax.nn.softmax(exponent * teacher)
-        found = 0.0
+        result = 0.0
         for draws in itertools.product(range(3), repeat=2):
             ids = jnp.asarray(draws)
             targets = losses.random_sampling_targets(teacher, ids, exponent=exponent)
             gradient = jax.grad(losses.random_sampling_cross_entropy)(uniform, targets)
-            found += q[draws[0]] * q[draws[1]] * gradient
-        close(found, full, atol=1e-6)
+            result += q[draws[0]] * q[draws[1]] * gradient
+        close(result, full, atol=1e-6)
     drawn = losses.random_sampling_draws(jax.random.key(0), teacher[None], num_draws=4000)
     close(np.bincount(np.asarray(drawn[0])) / 4000, P, atol=0.03)
 
@@ -239,12 +239,12 @@ def test_chunks_of_text_across_tokenizers() -> None:
     close(losses.alm_limit(student, teacher, eps=1e-9), 0.9014)
     # A teacher that is certain of what the student finds impossible; two that nearly agree.
     own = jnp.asarray([-33.0, -100.0, -2.0002])
-    told = jnp.asarray([0.0, 0.0, -2.0])
-    value, gradient = jax.value_and_grad(lambda s: jnp.sum(losses.alm_limit(s, told)))(own)
-    close(losses.alm_limit(own, told)[:2], [33, 100], atol=1e-4)
+    message = jnp.asarray([0.0, 0.0, -2.0])
+    value, gradient = jax.value_and_grad(lambda s: jnp.sum(losses.alm_limit(s, message)))(own)
+    close(losses.alm_limit(own, message)[:2], [33, 100], atol=1e-4)
     x, y = np.float64(own[2]) - 1e-6, -2 - 1e-6
     exact = y - x + y * np.log(x / y)
-    np.testing.assert_allclose(losses.alm_limit(own, told)[2], exact, rtol=1e-5)
+    np.testing.assert_allclose(losses.alm_limit(own, message)[2], exact, rtol=1e-5)
     assert np.isfinite(value) and np.isfinite(gradient).all()
     groups = jnp.asarray([[-1, 0, 0, 1, 2]])
     own = jnp.asarray([[-9.0, -1.0, -2.0, -3.0, -4.0]])

@@ -121,11 +121,11 @@ def prompts(rows: int = 4) -> dict[str, Any]:
     given = batch(rows)["inputs"]
     segments = np.ones((rows, 8), np.int32)
     segments[0, 0] = 0
-    told = {"tokens": given["tokens"][:, :5], "segments": np.ones((rows, 5), np.int32)}
+    message = {"tokens": given["tokens"][:, :5], "segments": np.ones((rows, 5), np.int32)}
     learned = np.arange(8) >= 3
     learned = np.broadcast_to(learned, segments.shape)
     inputs = {"tokens": given["tokens"], "segments": segments, "learned": learned}
-    return {"inputs": {**inputs, "privileged": told}}
+    return {"inputs": {**inputs, "privileged": message}}
 
 
 SETUP = language.Setup(DECODER, TX, prompt=3, stop_tokens=(2,), chunk_size=16)
@@ -185,12 +185,12 @@ def test_padding_of_the_tables_is_neither_sampled_nor_compared(name: str):
         share=1.0,
     )
     plain = METHODS[name].build(SETUP._replace(share=1.0)) if name == "gkd" else learner(name)
-    wanted, _ = jax.jit(plain.step)(begun(), prompts(), TEACHER)
+    expected, _ = jax.jit(plain.step)(begun(), prompts(), TEACHER)
     state = train.init_state(padded(STUDENT, 16), TX, key=jax.random.key(0))
     step = jax.jit(METHODS[name].build(setup).step)
     new, metrics = step(state, prompts(), padded(TEACHER, 13))
     assert all(np.isfinite(x) for x in train.values(metrics).values())
-    same(new.params, padded(wanted.params, 16), rtol=1e-6, atol=1e-6)
+    same(new.params, padded(expected.params, 16), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match=r"vocabulary must lie in 1..12, the rows of a table"):
         METHODS[name].build(SETUP._replace(vocabulary=13))
 
@@ -199,18 +199,18 @@ def test_who_samples_and_who_teaches():
     """At temperature 0 what is sampled is known, and a step is one on data that hold it."""
     given = prompts()
     draw = jax.jit(language.rollout(DECODER, prompt=3, stop_tokens=(2,), temperature=0.0))
-    own, told = (
+    own, message = (
         {"inputs": draw(p, given["inputs"], jax.random.key(9))} for p in (STUDENT, TEACHER)
     )
-    assert np.any(own["inputs"]["tokens"] != told["inputs"]["tokens"])
+    assert np.any(own["inputs"]["tokens"] != message["inputs"]["tokens"])
     close = partial(same, rtol=1e-6, atol=1e-6)
 
-    wanted, _ = learner("sft")[0](begun(), told, None)
-    close(learner("seqkd", 0.0)[0](begun(), given, TEACHER)[0].params, wanted.params)
+    expected, _ = learner("sft")[0](begun(), message, None)
+    close(learner("seqkd", 0.0)[0](begun(), given, TEACHER)[0].params, expected.params)
 
     reverse = language.kd(SETUP._replace(divergence=losses.reverse_kl))
-    wanted, _ = jax.jit(reverse.step)(begun(), own, TEACHER)
-    close(learner("opd", 0.0)[0](begun(), given, TEACHER)[0].params, wanted.params)
+    expected, _ = jax.jit(reverse.step)(begun(), own, TEACHER)
+    close(learner("opd", 0.0)[0](begun(), given, TEACHER)[0].params, expected.params)
 
     terms = language.divergence(losses.reverse_kl, chunk_size=16)
     by_hand = jax.jit(
@@ -230,18 +230,18 @@ def test_who_samples_and_who_teaches():
 def test_a_rollout_keeps_the_prompt_and_learns_what_it_sampled():
     given = prompts()["inputs"]
     draw = language.rollout(DECODER, prompt=3, stop_tokens=(2,))
-    found = jax.jit(draw)(STUDENT, given, jax.random.key(3))
-    np.testing.assert_array_equal(found["tokens"][:, :3], given["tokens"][:, :3])
-    np.testing.assert_array_equal(found["segments"][:, :3], given["segments"][:, :3])
-    np.testing.assert_array_equal(found["learned"], (found["segments"] > 0) & (np.arange(8) >= 3))
+    actual = jax.jit(draw)(STUDENT, given, jax.random.key(3))
+    np.testing.assert_array_equal(actual["tokens"][:, :3], given["tokens"][:, :3])
+    np.testing.assert_array_equal(actual["segments"][:, :3], given["segments"][:, :3])
+    np.testing.assert_array_equal(actual["learned"], (actual["segments"] > 0) & (np.arange(8) >= 3))
     # The sampler's log-probabilities are the model's own at temperature 1.
-    inputs = jax.tree.map(np.asarray, dict(found))
+    inputs = jax.tree.map(np.asarray, dict(actual))
     logits = dense(inputs, STUDENT)
-    own = losses.token_log_probs(logits[:, :-1], found["tokens"][:, 1:])
-    where = np.asarray(found["learned"])[:, 1:]
+    own = losses.token_log_probs(logits[:, :-1], actual["tokens"][:, 1:])
+    where = np.asarray(actual["learned"])[:, 1:]
     # Logits reach 12, with digits of 1e-6, and a cache multiplies in another order.
     np.testing.assert_allclose(
-        np.where(where, own, 0), np.where(where, found["log_probs"][:, 1:], 0), atol=1e-5
+        np.where(where, own, 0), np.where(where, actual["log_probs"][:, 1:], 0), atol=1e-5
     )
 
 
@@ -260,16 +260,18 @@ def test_a_row_of_padding_alone_is_not_learned():
 
 def test_the_last_text_of_a_prompt_is_continued_as_if_it_stood_alone():
     given, draw = prompts()["inputs"], jax.jit(language.rollout(DECODER, prompt=3))
-    told = given["privileged"]["tokens"]
+    message = given["privileged"]["tokens"]
     several, one = (np.broadcast_to(row, (4, 8)) for row in ([1, 2, 2] + [2] * 5, [0] + [1] * 7))
-    found, alone = (
+    actual, alone = (
         draw(
-            STUDENT, {**given, "segments": s, "privileged": {"tokens": told, "segments": own}}, KEY
+            STUDENT,
+            {**given, "segments": s, "privileged": {"tokens": message, "segments": own}},
+            KEY,
         )
         for s, own in ((several, several[:, [0, 0, 1, 1, 1]]), (one, one[:, [0, 0, 1, 1, 1]]))
     )
-    same(found, alone)
-    assert found["privileged"]["segments"].tolist() == [[0, 0, 1, 1, 1]] * 4
+    same(actual, alone)
+    assert actual["privileged"]["segments"].tolist() == [[0, 0, 1, 1, 1]] * 4
 
 
 def test_gkd_learns_from_the_data_in_the_other_steps():
@@ -277,12 +279,12 @@ def test_gkd_learns_from_the_data_in_the_other_steps():
     setup, given = SETUP._replace(task=1.0), prompts()
     _, where = language.next_tokens(given["inputs"])
     kd = language.kd(setup._replace(divergence=partial(losses.jsd_gkd, beta=0.5)))
-    wanted, _ = jax.jit(kd.step)(begun(), given, TEACHER)
+    expected, _ = jax.jit(kd.step)(begun(), given, TEACHER)
     data, sampled = (
         jax.jit(language.gkd(setup._replace(share=share)).step)(begun(), given, TEACHER)
         for share in (0.0, 1.0)
     )
-    same(data[0].params, wanted.params, atol=1e-7)
+    same(data[0].params, expected.params, atol=1e-7)
     assert data[1]["task"].weight == np.sum(where) and sampled[1]["task"].weight == 0
     assert sampled[1]["kd"].weight > 0 and np.isfinite(train.values(sampled[1])["loss"])
     with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 1.5"):
@@ -320,8 +322,8 @@ def test_a_student_learns_from_the_layers_of_its_teacher():
     )
     gap = np.square(np.asarray(ours, np.float64) - theirs).mean(-1)
     real = inputs["segments"] > 0
-    wanted = np.mean(np.where(real, gap, 0).sum(1) / real.sum(1))
-    np.testing.assert_allclose(train.values(metrics)["hidden"], wanted, rtol=1e-6)
+    expected = np.mean(np.where(real, gap, 0).sum(1) / real.sum(1))
+    np.testing.assert_allclose(train.values(metrics)["hidden"], expected, rtol=1e-6)
     assert np.any(jax.tree.leaves(new.params)[0] != jax.tree.leaves(STUDENT)[0])
     outputs, _ = jax.eval_shape(model, STUDENT, None, inputs)
     assert sorted(outputs) == ["head", "hidden", "layers_0", "tokens"]
@@ -346,11 +348,11 @@ def test_returns_are_means_of_later_rewards():
         for i, place in enumerate(places[:-1]):
             returns[row, place] = gap[row, places[i + 1 :]].mean()
     weight = jnp.asarray(returns / np.sum(where), jnp.float32)
-    wanted = jax.jit(jax.grad(lambda p: -jnp.sum(weight * log_p(p))))(STUDENT)
+    expected = jax.jit(jax.grad(lambda p: -jnp.sum(weight * log_p(p))))(STUDENT)
     step = train.make_step(
         MODEL, language.policy_gradient(chunk_size=7), {"long": 1.0}, TX, teacher=MODEL
     )
     state = train.init_state(STUDENT, TX, key=jax.random.key(0))
     new = jax.jit(step)(state, {"inputs": drawn}, TEACHER)[0]
-    for a, b, g in zip(*map(jax.tree.leaves, (new.params, STUDENT, wanted)), strict=True):
+    for a, b, g in zip(*map(jax.tree.leaves, (new.params, STUDENT, expected)), strict=True):
         np.testing.assert_allclose(a, b - 0.1 * g, atol=1e-5)  # of logits up to 12

@@ -39,8 +39,10 @@ def test_half_precision_heads_do_not_round_the_logits() -> None:
     odds = (np.exp(z - z.max(-1, keepdims=True)) for z in (s @ w_s, t @ w_t))
     q, p = (x / x.sum(-1, keepdims=True) for x in odds)
     apart = q - p
-    for found, exact in zip(by(ours, x["s"], x["w_s"]), (apart @ w_s.T, s.T @ apart), strict=True):
-        assert np.linalg.norm(np.asarray(found, np.float64) - exact) < 0.004 * np.linalg.norm(exact)
+    for actual, exact in zip(by(ours, x["s"], x["w_s"]), (apart @ w_s.T, s.T @ apart), strict=True):
+        assert np.linalg.norm(np.asarray(actual, np.float64) - exact) < 0.004 * np.linalg.norm(
+            exact
+        )
     wrong = np.asarray(by(rounded, x["s"], x["w_s"])[0], np.float64)
     assert np.linalg.norm(wrong - apart @ w_s.T) > 0.02 * np.linalg.norm(apart @ w_s.T)
     # A logit of 80.25 is 80 in bfloat16: the most likely token loses 1 - exp(-1/4) of its odds.
@@ -96,13 +98,13 @@ def test_a_teacher_on_a_shared_base_does_not_turn_off_the_students_dropout() -> 
     weights = {"student": 1.0, "teacher": 1.0}
     own = r"adapter/.*"
     step = jax.jit(train.make_step(student, terms, weights, tx, teacher=teacher, trainable=own))
-    found = []
+    actual = []
     for seed in range(2):
         state = train.init_state(params, tx, key=jax.random.key(seed), trainable=own)
         metrics = step(state, {"inputs": jnp.ones((1, 64))}, base)[1]
-        found.append({name: float(metrics[name].value()) for name in weights})
-    assert found[0]["teacher"] == found[1]["teacher"] == 64
-    assert found[0]["student"] != found[1]["student"] and 64 not in (x["student"] for x in found)
+        actual.append({name: float(metrics[name].value()) for name in weights})
+    assert actual[0]["teacher"] == actual[1]["teacher"] == 64
+    assert actual[0]["student"] != actual[1]["student"] and 64 not in (x["student"] for x in actual)
     assert set(seen) == {True, False}
 
 
@@ -160,8 +162,8 @@ def test_no_cross_entropy_and_no_sampling_temperature_enters_a_divergence() -> N
     p, q = probabilities(logits(student), logits(teacher))
     middle = (p + q) / 2
     exact = np.mean(np.sum(p * np.log(p / middle) + q * np.log(q / middle), -1) / 2)
-    found, _ = run(teacher)
-    assert found == pytest.approx(exact, rel=1e-5) and exact > 0.1
+    actual, _ = run(teacher)
+    assert actual == pytest.approx(exact, rel=1e-5) and exact > 0.1
     nothing, unchanged = run(student)
     assert nothing == pytest.approx(0, abs=1e-7)
     jax.tree.map(
@@ -190,16 +192,16 @@ def test_an_answer_of_one_token_is_learned_where_it_is_predicted(answer: int) ->
     onehot = np.eye(7)[token]
     apart = np.log(p) - np.log(q)
     sampler = jnp.zeros((1, 6)).at[0, answer].set(float(np.log(p[token])))
-    wanted = {
+    expected = {
         language.cross_entropy(): p - onehot,
         language.divergence(losses.forward_kl): p - q,
         language.divergence(losses.reverse_kl): p * (apart - np.sum(p * apart)),
         language.sampled_reverse_kl(): apart[token] * (onehot - p),
     }
     slope = jax.jit(jax.grad(total, 1, has_aux=True), static_argnums=0)
-    for term, exact in wanted.items():
-        found, weight = slope(term, hidden, sampler)
-        gradient = np.array(found)
+    for term, exact in expected.items():
+        result, weight = slope(term, hidden, sampler)
+        gradient = np.array(result)
         assert weight == 1
         np.testing.assert_allclose(gradient[0, answer - 1], exact, rtol=1e-4, atol=1e-6)
         assert np.abs(exact).max() > 0.1

@@ -42,8 +42,8 @@ def text_of(document: language.Document) -> tuple[str, str]:
 
 
 def documents(*values: dict[str, Any]) -> list[language.Document]:
-    found = [language.Record(f"line {i}", value) for i, value in enumerate(values, 1)]
-    return list(language.documents(found, CHATTY))
+    results = [language.Record(f"line {i}", value) for i, value in enumerate(values, 1)]
+    return list(language.documents(results, CHATTY))
 
 
 def test_a_broken_line_is_named_by_its_number(tmp_path: Path):
@@ -111,9 +111,9 @@ def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
         _language_text.pieces(rows).tolist() == [[*b"abcde", 256]]
         and text.teacher_context == "its answer"
     )
-    [told] = language.after_prompts(documents({"prompt": "a", "completion": "b"} | HINT), 6, 2)
-    assert told.privileged is not None and told.is_cut
-    assert BYTES.decode(told.privileged[0]) == "3456 a"
+    [message] = language.after_prompts(documents({"prompt": "a", "completion": "b"} | HINT), 6, 2)
+    assert message.privileged is not None and message.is_cut
+    assert BYTES.decode(message.privileged[0]) == "3456 a"
 
 
 def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):
@@ -129,8 +129,8 @@ def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):
 def test_what_is_told_before_a_row_is_of_the_same_document():
     rows = list(language.concatenated(documents({"text": "abcdefg"}, {"text": "hi"}), 4, prompt=2))
     assert [bytes(row.tokens.tolist()[:3]) for row in rows] == [b"abc", b"efg"]
-    told = [tuple(x.tolist() for x in row.privileged or ()) for row in rows]
-    assert told == [([0, 0, *b"ab"], [0, 0, 1, 1]), ([*b"cdef"], [1, 1, 1, 1])]
+    messages = [tuple(x.tolist() for x in row.privileged or ()) for row in rows]
+    assert messages == [([0, 0, *b"ab"], [0, 0, 1, 1]), ([*b"cdef"], [1, 1, 1, 1])]
 
 
 def test_conversations_learn_what_the_assistant_says_and_only_the_completion_where_there_is_one():
@@ -140,14 +140,14 @@ def test_conversations_learn_what_the_assistant_says_and_only_the_completion_whe
         said("user", "so?"),
         said("assistant", "5"),
     ]
-    whole, answer, told = documents(
+    whole, answer, message = documents(
         {"messages": talk},
         {"prompt": talk[:3], "completion": talk[3:]},
         {"messages": talk[:2], "privileged": "psst"},
     )
     assert text_of(whole) == ("<user>2+2?;<assistant>4;<user>so?;<assistant>5;", "4;5;")
     assert text_of(answer) == (text_of(whole)[0], "5;")
-    assert BYTES.decode(answer.privileged) == "5;" and BYTES.decode(told.privileged) == "psst"
+    assert BYTES.decode(answer.privileged) == "5;" and BYTES.decode(message.privileged) == "psst"
     [row] = language.after_prompts([whole], 60, 50)
     assert BYTES.decode(row.tokens[row.learned]) == "5;"
     for value, says in (
@@ -201,11 +201,11 @@ def test_long_texts_come_in_pieces_at_line_ends(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("kdtl_jax.language._records.CHUNK_BYTES", 7)
     file = tmp_path / "a.txt"
     file.write_text("ab\ncd\nefghé\nij\n" + "é" * 20, encoding="utf-8")
-    found = list(language.records(file))
-    assert "".join(r.value["text"] for r in found) == file.read_text(encoding="utf-8")
-    assert found[0].value["text"] == "ab\ncd\nefghé\n" and len(found) > 3
-    assert [r.begins for r in found] == [True] + [False] * (len(found) - 1)
-    assert [r.ends for r in found] == [False] * (len(found) - 1) + [True]
+    actual = list(language.records(file))
+    assert "".join(r.value["text"] for r in actual) == file.read_text(encoding="utf-8")
+    assert actual[0].value["text"] == "ab\ncd\nefghé\n" and len(actual) > 3
+    assert [r.begins for r in actual] == [True] + [False] * (len(actual) - 1)
+    assert [r.ends for r in actual] == [False] * (len(actual) - 1) + [True]
     file.write_bytes(b"ab\xff")
     with pytest.raises(ValueError, match="from byte 0 on is not UTF-8"):
         list(language.records(file))
@@ -215,10 +215,10 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path):
     file = tmp_path / "a.parquet"
     talks = [[said("user", f"{i}?"), said("assistant", str(i))] for i in range(7)]
     parquet.write_table(arrow.table({"messages": talks, "id": range(7)}), file, row_group_size=2)
-    found = list(language.records(file, (0.5, 1)))
-    places = [record.place.rsplit(": ")[1] for record in found]
+    actual = list(language.records(file, (0.5, 1)))
+    places = [record.place.rsplit(": ")[1] for record in actual]
     assert places == ["row 4", "row 5", "row 6", "row 7"]
-    assert [text_of(d)[1] for d in language.documents(found, CHATTY)] == ["3;", "4;", "5;", "6;"]
+    assert [text_of(d)[1] for d in language.documents(actual, CHATTY)] == ["3;", "4;", "5;", "6;"]
     parquet.write_table(arrow.table({"words": ["a"]}), file)
     with pytest.raises(ValueError, match="its columns are 'words', but neither 'text'"):
         list(language.records(file))
@@ -270,22 +270,22 @@ def test_rows_in_memory_take_little_more_than_their_numbers(
     text = language.document(np.arange(16_000) % 50)
     want = [*language.concatenated([text], 8, prompt=2)]
     tracemalloc.start()
-    found = language.batch(language.concatenated([text], 8, prompt=2))
+    actual = language.batch(language.concatenated([text], 8, prompt=2))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8 * sum(x.nbytes for x in jax.tree.leaves(found))
-    assert found["tokens"].shape == (2000, 8) and found["learned"].dtype == np.bool_
+    assert peak < 8 * sum(x.nbytes for x in jax.tree.leaves(actual))
+    assert actual["tokens"].shape == (2000, 8) and actual["learned"].dtype == np.bool_
     for i in (0, 99, 100, 1999):
         for name in ("tokens", "segments", "learned"):
-            np.testing.assert_array_equal(found[name][i], getattr(want[i], name))
-        told = found["privileged"]["tokens"][i], found["privileged"]["segments"][i]
-        np.testing.assert_array_equal(told, want[i].privileged)
+            np.testing.assert_array_equal(actual[name][i], getattr(want[i], name))
+        message = actual["privileged"]["tokens"][i], actual["privileged"]["segments"][i]
+        np.testing.assert_array_equal(message, want[i].privileged)
 
 
 def test_masks_of_completions_are_by_position():
     tokens = jnp.asarray([[7, 2, 2, 2]])
-    found = language.completion_mask(tokens, padding=2, ends=(2,))
-    assert found.tolist() == [[True, True, False, False]]
+    actual = language.completion_mask(tokens, padding=2, ends=(2,))
+    assert actual.tolist() == [[True, True, False, False]]
     assert language.completion_mask(tokens, padding=None).all()
     zero = language.completion_mask(jnp.asarray([[5, 6, 0, 0]]), padding=0, ends=(2,))
     assert zero.tolist() == [[True, True, False, False]], "0 is a padding as any other"

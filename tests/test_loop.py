@@ -87,10 +87,10 @@ def test_equals_plain_steps() -> None:
         rows = data.epoch_rows(source, jnp.int32(i // 6))[i % 6]
         state, metrics = step(state, train.take(arrays(), rows))
         losses.append(float(metrics["loss"].total))
-    for found, wanted in zip(
+    for actual, expected in zip(
         jax.tree.leaves(result.state.params), jax.tree.leaves(state.params), strict=True
     ):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     assert (result.step, result.stopped, result.path) == (20, "finished", "scan")
     assert [line["step"] for line in lines] == [10, 20]
     np.testing.assert_allclose(lines[1]["loss"], np.mean(losses[10:]), rtol=1e-5)
@@ -150,12 +150,12 @@ def test_resume_is_exact(make: Callable[[], Any], tmp_path: Path) -> None:
                 )  # fmt: skip
         return bits(result.state)
 
-    wanted = go(tmp_path / "straight")
+    expected = go(tmp_path / "straight")
     for stop_at in (6, 15, 24, 36):
         with pytest.raises(SystemExit) as caught:
             go(tmp_path / "cut", stop_at)
         assert caught.value.code == 143
-    assert go(tmp_path / "cut") == wanted
+    assert go(tmp_path / "cut") == expected
     assert (tmp_path / "cut/m").read_bytes() == (tmp_path / "straight/m").read_bytes()
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut/m").open()]
     assert steps == [6, 12, 15, 18, 24, 30, 30, 36, 40]
@@ -205,16 +205,16 @@ def test_a_signal_breaks_off_an_evaluation_and_the_resumed_run_repeats_it() -> N
 
 def test_outside_the_main_thread_nothing_is_caught() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    found: list[Any] = []
+    actual: list[Any] = []
 
     def work() -> None:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            found.append(loop.run(STEP, fresh(), resident(), steps=3).step)
+            actual.append(loop.run(STEP, fresh(), resident(), steps=3).step)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [3] and signal.getsignal(signal.SIGTERM) is before
+    assert actual == [3] and signal.getsignal(signal.SIGTERM) is before
 
 
 def breaking(at: int) -> train.Step:

@@ -70,8 +70,8 @@ def test_a_metrics_file_is_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
         loop.metrics_file(path, resume_at=10) as log,
     ):
         log({"step": 15, "loss": 0.25})
-    found = loop.read_metrics(path)
-    assert found == [
+    actual = loop.read_metrics(path)
+    assert actual == [
         {"step": 5, "loss": 0.5}, {"step": 10, "loss": None}, {"step": 15, "loss": 0.25}
     ]  # fmt: skip
 
@@ -84,8 +84,8 @@ def test_any_value_makes_a_line_of_strict_json(tmp_path: Path) -> None:
            "name": os.fsdecode(b"caf\xe9"), "type": np.dtype("f4")}  # fmt: skip
     with loop.metrics_file(tmp_path / "m") as log:
         log(odd)
-    found = json.loads((tmp_path / "m").read_text(), parse_constant=refuse)
-    assert found["seeds"] == [None, 1.0] and found["array"] == [None, 2.0] and found["step"] == 1
+    actual = json.loads((tmp_path / "m").read_text(), parse_constant=refuse)
+    assert actual["seeds"] == [None, 1.0] and actual["array"] == [None, 2.0] and actual["step"] == 1
 
 
 @settings(max_examples=30)
@@ -223,9 +223,9 @@ def test_signals_outside_a_loop_end_one_process_and_are_shared_within() -> None:
             assert inner is outer
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    with processes.signals() as found, found.polled():
+    with processes.signals() as actual, actual.polled():
         os.kill(os.getpid(), signal.SIGINT)
-        assert found.asked() and found.number == signal.SIGINT
+        assert actual.asked() and actual.number == signal.SIGINT
 
 
 def test_processes_meet_before_they_connect(monkeypatch: pytest.MonkeyPatch) -> None:

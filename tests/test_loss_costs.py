@@ -347,11 +347,11 @@ class Cost(NamedTuple):
 
 def cost(loss: Callable[..., Array], args: tuple[Any, ...]) -> Cost:
     program = jax.jit(loss).lower(*args).compile()
-    found: Any = program.cost_analysis()
+    result: Any = program.cost_analysis()
     shapes = [match.split(",") for match in GUARD.findall(str(program.as_text()))]
     guards = sum(math.prod(int(n) for n in shape if n) for shape in shapes)
-    transcendentals = found.get("transcendentals", 0.0)
-    return Cost(found["flops"] - guards + transcendentals, transcendentals, guards)
+    transcendentals = result.get("transcendentals", 0.0)
+    return Cost(result["flops"] - guards + transcendentals, transcendentals, guards)
 
 
 @pytest.mark.parametrize("name", EQUATIONS)

@@ -120,9 +120,9 @@ def test_a_run_logs_saves_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
             checkpoint.save(folder, step, state, meta)
 
         loop.run(STEP, start(STATISTICS), source, steps=3, save=save)
-    found = checkpoint.restore(tmp_path, start(STATISTICS))
+    result = checkpoint.restore(tmp_path, start(STATISTICS))
     again = loop.run(
-        STEP, found.state, source, steps=5, meta=found.meta, log=lines.append, log_every=5
+        STEP, result.state, source, steps=5, meta=result.meta, log=lines.append, log_every=5
     )
     for a, b in zip(
         jax.tree.leaves((again.state.params, again.state.memory)),

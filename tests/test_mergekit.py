@@ -18,10 +18,10 @@ STORED = np.load(Path(__file__).with_name("data") / "mergekit.npz")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("models")
+    result = tmp_path_factory.mktemp("models")
     for name, tensors in cases.tensors().items():
-        safetensors.save(found / f"{name}.safetensors", tensors)
-    return found
+        safetensors.save(result / f"{name}.safetensors", tensors)
+    return result
 
 
 @pytest.mark.parametrize("case", cases.CASES)
@@ -41,9 +41,9 @@ def test_mergekits_numbers(case: str, folder: Path, monkeypatch: pytest.MonkeyPa
         recipe["base_model"] = "base.safetensors" if cases.has_base(case) else "a.safetensors"
     Path("recipe.yaml").write_text(json.dumps(recipe))
     assert params("merge", "--recipe", "recipe.yaml", *OUT, "--force") == 0
-    found, wanted = written(), [name for name in STORED if name.startswith(f"{case}|")]
-    assert wanted  # mergekit refuses some tensors, of no case all
-    for name in wanted:
+    actual, expected = written(), [name for name in STORED if name.startswith(f"{case}|")]
+    assert expected  # mergekit refuses some tensors, of no case all
+    for name in expected:
         want, path = STORED[name], name.removeprefix(f"{case}|")
         size = float(np.abs(want).max())
-        np.testing.assert_allclose(found[path], want, rtol=0, atol=1e-6 * size, err_msg=path)
+        np.testing.assert_allclose(actual[path], want, rtol=0, atol=1e-6 * size, err_msg=path)

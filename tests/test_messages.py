@@ -156,7 +156,7 @@ def test_messages_name_only_what_exists():
     root, missing = Path(kdtl_jax.__path__[0]), []
     modules = {room: importlib.import_module(f"kdtl_jax.{room}") for room in ROOMS}
     below = {
-        room: {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))}
+        room: {result.name for result in pkgutil.iter_modules(getattr(module, "__path__", []))}
         for room, module in modules.items()
     }
     for file in root.rglob("*.py"):

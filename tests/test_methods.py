@@ -82,13 +82,13 @@ def unstated_weights(entry: Entry, method: Method) -> list[str]:
     doc, missing = " ".join((entry.build.__doc__ or "").split()), []
     for term, weight in method.weights.items():
         ends = [weight(jnp.int32(step)) for step in (0, STEPS)] if callable(weight) else [weight]
-        said = re.findall(rf"\b{term} ([\d.e-]*\d)(?: / (\d+))?", doc, re.IGNORECASE)
+        matches = re.findall(rf"\b{term} ([\d.e-]*\d)(?: / (\d+))?", doc, re.IGNORECASE)
         # Divergences share the sentence of their module.
         if "ask" not in doc and entry.build.__module__.endswith("_classes"):
-            said = [("0.5", "")]
+            matches = [("0.5", "")]
         top = pytest.approx(max(map(float, ends)))
-        if not any(float(value) / float(over or 1) == top for value, over in said):
-            missing.append(f"{entry.name}: {term} {top}, in the docstring {said}")
+        if not any(float(value) / float(over or 1) == top for value, over in matches):
+            missing.append(f"{entry.name}: {term} {top}, in the docstring {matches}")
     return missing
 
 
@@ -255,20 +255,20 @@ def test_regressions_are_taught() -> None:
     near, far = (jnp.square(z - y).mean(axis=1) for z in (s, t))
     assert 0 < jnp.sum(near > far) < BATCH
     small = jnp.minimum(gap, 0.2)
-    wanted: dict[str, tuple[str, Array]] = {
+    expected: dict[str, tuple[str, Array]] = {
         "logit_mse": ("mse", (gap**2).mean(axis=1)),
         "logit_l1": ("l1", gap.mean(axis=1)),
         "logit_huber": ("huber", (small**2 / 2 + 0.2 * (gap - small)).mean(axis=1)),
         "bounded_regression": ("bounded", jnp.where(near > far, near, 0)),
     }
-    for name, (term, values) in wanted.items():
+    for name, (term, values) in expected.items():
         check(pair, NAMED[name])
         more = {"delta": 0.2} if name == "logit_huber" else {}
         terms = terms_of(pair, NAMED[name].build(pair.setup, **more))
         assert jnp.allclose(terms[term], values, atol=1e-6)
         assert jnp.allclose(terms["task"], near, atol=1e-6)
     of_numbers = {e.name for e in TABLE if e.needs == "logits" and not e.applies(pair.setup)}
-    assert of_numbers == wanted.keys()
+    assert of_numbers == expected.keys()
 
 
 def test_weights_are_overridden_as_any_dict_is(mlps: Pair) -> None:

@@ -162,9 +162,9 @@ def test_heads_and_derivatives_of_every_framework(made: Callable[[int], Made]) -
     )
     assert setup.teacher_head is not None and setup.student_head is not None
     outputs, _ = teacher(*frozen, INPUTS)
-    found = outputs["f2"] @ setup.teacher_head.kernel
-    found = found if setup.teacher_head.bias is None else found + setup.teacher_head.bias
-    np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
+    actual = outputs["f2"] @ setup.teacher_head.kernel
+    actual = actual if setup.teacher_head.bias is None else actual + setup.teacher_head.bias
+    np.testing.assert_allclose(actual, outputs["logits"], rtol=1e-5, atol=1e-6)
     assert setup.student_head(variables.params).kernel.shape == (4, 3)
     # Derivatives run the networks once more, with whatever model state they have.
     jacobian = methods.jacobian(setup)

@@ -32,7 +32,7 @@ def outcome(pair: Pair, method: Method, connectors: Any, memory: Any, batch: dic
         params, glue = trained
         student = pair.model(params, batch["inputs"])
         key = jax.random.key(5, impl=KEYS)
-        found = method.terms(
+        result = method.terms(
             Inputs(
                 student,
                 batch["teacher"],
@@ -44,7 +44,7 @@ def outcome(pair: Pair, method: Method, connectors: Any, memory: Any, batch: dic
                 key=key,
             )
         )
-        named, after = found if isinstance(found, tuple) else (found, memory)
+        named, after = result if isinstance(result, tuple) else (result, memory)
         means = objective.reduce_all(named, batch.get("weights"))
         values = {name: mean.value() for name, mean in means.items()}
         return sum(values.values(), jnp.float32(0)), (values, after)
@@ -89,9 +89,9 @@ def equal(found: Any, wanted: Any, *, atol: float = 2e-5) -> None:
 def test_padding_gives_the_numbers_of_the_real_rows(name: str) -> None:
     pair = mlps()
     real = {**pair.batch, "teacher": dict(pair.teacher)}
-    [wanted] = outcomes(pair, NAMED[name], real)
-    [found] = outcomes(pair, NAMED[name], padded(pair, 0))
-    equal(found, wanted, atol=2e-5 * max(1, max(abs(float(v)) for v in wanted[0].values())))
+    [expected] = outcomes(pair, NAMED[name], real)
+    [result] = outcomes(pair, NAMED[name], padded(pair, 0))
+    equal(result, expected, atol=2e-5 * max(1, max(abs(float(v)) for v in expected[0].values())))
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -105,9 +105,9 @@ def test_what_padding_holds_does_not_matter(name: str) -> None:
 def test_padding_of_maps_gives_the_numbers_of_the_real_rows(name: str) -> None:
     pair = cnns()
     real = {**pair.batch, "teacher": dict(pair.teacher)}
-    [wanted] = outcomes(pair, NAMED[name], real)
-    [found] = outcomes(pair, NAMED[name], padded(pair, 0))
-    equal(found, wanted)
+    [expected] = outcomes(pair, NAMED[name], real)
+    [result] = outcomes(pair, NAMED[name], padded(pair, 0))
+    equal(result, expected)
 
 
 def test_simkd_predicts_each_example_by_itself() -> None:

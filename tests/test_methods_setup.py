@@ -64,10 +64,10 @@ def test_a_head_on_the_inputs_shows_no_features() -> None:
     assert setup.pairs == () and setup.last == ("logits", "f1")
     assert setup.student_head is None
     assert methods.table()[0].applies(setup) is None
-    said = (
+    message = (
         "needs 1 matched layers, but this pair of models has 0 (the student returns logits alone: "
     )
-    assert said in str(refusal(methods.hint, setup))
+    assert message in str(refusal(methods.hint, setup))
     setup = made(params(2, 3), params(2, 3))
     assert "the student and the teacher return logits alone" in str(refusal(methods.hint, setup))
 
@@ -119,8 +119,8 @@ def test_shapes_do_where_no_weights_are_read() -> None:
     assert setup.teacher_head is None and setup.models is None
     key = jax.random.key(0)
     got = jax.eval_shape(methods.hint(setup).connectors, key)
-    wanted = jax.eval_shape(methods.hint(made(student, teacher)).connectors, key)
-    assert got == wanted
+    expected = jax.eval_shape(methods.hint(made(student, teacher)).connectors, key)
+    assert got == expected
     assert "the teacher's classifier" in str(refusal(methods.simkd, setup))
 
 
@@ -133,9 +133,9 @@ def test_the_teacher_may_be_traced() -> None:
         x = jnp.ones((4, 2))
         outputs = network(student, None, x)[0], network(teacher, None, x)[0]
         batch = {"inputs": x, "labels": jnp.arange(4) % 3}
-        found = methods.wkd_l(setup).terms(Inputs(*outputs, batch, step=jnp.int32(0), key=KEY))
-        assert not isinstance(found, tuple)
-        return jnp.asarray(found["transport"])
+        actual = methods.wkd_l(setup).terms(Inputs(*outputs, batch, step=jnp.int32(0), key=KEY))
+        assert not isinstance(actual, tuple)
+        return jnp.asarray(actual["transport"])
 
     two = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), teacher)
     assert jax.vmap(cost)(two).shape == (2, 4)
@@ -162,8 +162,8 @@ def found_in(model: Any) -> Layout:
 
 
 def test_features_are_found_by_depth_and_shape() -> None:
-    found = found_in(computing(f9=(2, 8, 8, 3), f10=(2, 4), logits=(2, 3)))
-    assert found.features == ("f9", "f10") and found.last == "f10" and found.attention == ()
+    actual = found_in(computing(f9=(2, 8, 8, 3), f10=(2, 4), logits=(2, 3)))
+    assert actual.features == ("f9", "f10") and actual.last == "f10" and actual.attention == ()
     pooled = found_in(computing(block_1=(2, 4, 4, 8), pooled=(2, 8), logits=(2, 3)))
     assert pooled.features == ("block_1",) and pooled.last == "pooled"
     parts = {f"layer_{i}/attn/{part}": (2, 5, 4) for i in (9, 10) for part in ("query", "key")}
@@ -262,16 +262,16 @@ def test_one_logit_needs_a_sigmoid_task() -> None:
         made(one, one)
     setup = made(one, one, exclusive=False)
     outputs: Outputs = {"logits": jnp.array([[0.0], [2.0]])}
-    found = setup.task(Inputs(outputs, {}, {"labels": jnp.array([1, 0])}))
-    assert not isinstance(found, tuple)
-    np.testing.assert_allclose(found["task"], np.log1p(np.exp([0.0, 2.0])), rtol=1e-6)
+    actual = setup.task(Inputs(outputs, {}, {"labels": jnp.array([1, 0])}))
+    assert not isinstance(actual, tuple)
+    np.testing.assert_allclose(actual["task"], np.log1p(np.exp([0.0, 2.0])), rtol=1e-6)
 
 
 def test_the_task_of_many_labels_is_their_mean() -> None:
     outputs: Outputs = {"logits": jnp.array([[0.0, 2.0]])}
     labels = jnp.array([[1.0, 0.0]])
-    found = methods.multi_label(Inputs(outputs, {}, {"labels": labels}))["task"]
-    np.testing.assert_allclose(found, [(np.log(2) + np.log1p(np.exp(2.0))) / 2], rtol=1e-6)
+    actual = methods.multi_label(Inputs(outputs, {}, {"labels": labels}))["task"]
+    np.testing.assert_allclose(actual, [(np.log(2) + np.log1p(np.exp(2.0))) / 2], rtol=1e-6)
 
 
 def test_many_labels_are_shares_of_the_logits_shape() -> None:
@@ -287,14 +287,14 @@ def test_many_labels_are_shares_of_the_logits_shape() -> None:
     ignored = jnp.array([[1, 0, 1], [1, -100, 0]])
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 1\]"):
         task(ignored)
-    found = jax.jit(task)(ignored)
-    assert np.isfinite(found[0]) and np.isnan(found[1])
-    np.testing.assert_allclose(task(ignored, weights=jnp.array([1.0, 0.0])), [found[0], 0])
+    actual = jax.jit(task)(ignored)
+    assert np.isfinite(actual[0]) and np.isnan(actual[1])
+    np.testing.assert_allclose(task(ignored, weights=jnp.array([1.0, 0.0])), [actual[0], 0])
 
 
 def test_numbers_are_learned_by_their_squared_error() -> None:
     outputs, targets = jnp.array([[1.0, 2.0], [0.0, 4.0]]), np.array([[0.0, 2.0], [0.0, 1.0]])
-    found = methods.regression(Inputs({"logits": outputs}, {}, {"labels": targets}))["task"]
-    np.testing.assert_allclose(found, [0.5, 4.5])
+    actual = methods.regression(Inputs({"logits": outputs}, {}, {"labels": targets}))["task"]
+    np.testing.assert_allclose(actual, [0.5, 4.5])
     with pytest.raises(ValueError, match="one shape"):
         methods.regression(Inputs({"logits": outputs}, {}, {"labels": targets[:, 0]}))

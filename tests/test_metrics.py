@@ -18,11 +18,11 @@ def test_classes_one_by_one() -> None:
     assert metrics.confusion(NAMED, LABELS, 4).tolist() == [
         [2, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0],
     ]  # fmt: skip
-    found = metrics.per_class(NAMED, LABELS, 4)
-    np.testing.assert_allclose(found.precision, [1, 1 / 3, np.nan, np.nan])
-    np.testing.assert_allclose(found.recall, [2 / 3, 1 / 2, 0, np.nan])
-    np.testing.assert_allclose(found.f1, [4 / 5, 2 / 5, 0, np.nan])
-    assert found.support.tolist() == [3, 2, 1, 0]
+    actual = metrics.per_class(NAMED, LABELS, 4)
+    np.testing.assert_allclose(actual.precision, [1, 1 / 3, np.nan, np.nan])
+    np.testing.assert_allclose(actual.recall, [2 / 3, 1 / 2, 0, np.nan])
+    np.testing.assert_allclose(actual.f1, [4 / 5, 2 / 5, 0, np.nan])
+    assert actual.support.tolist() == [3, 2, 1, 0]
     answers = NAMED != -1
     assert metrics.accuracy(NAMED[answers], LABELS[answers]) == 3 / 5
     assert metrics.balanced_accuracy([0, 0, 1, 1, 2, 1], LABELS, 4) == pytest.approx(
@@ -45,11 +45,11 @@ def test_probabilities() -> None:
     assert metrics.brier(p, labels) == pytest.approx(
         np.mean([0.1**2 * 2, 0.8**2 * 2, 0.45**2 * 2, 0.5])
     )
-    found = metrics.calibration(p, labels, bins=5)
-    assert found.counts.tolist() == [0, 0, 2, 1, 1]  # an edge belongs to the bin below it
-    np.testing.assert_allclose(found.accuracy, [np.nan, np.nan, 1, 0, 1])
-    np.testing.assert_allclose(found.confidence, [np.nan, np.nan, 0.525, 0.8, 0.9])
-    assert found.error == pytest.approx((2 * 0.475 + 0.8 + 0.1) / 4)
+    actual = metrics.calibration(p, labels, bins=5)
+    assert actual.counts.tolist() == [0, 0, 2, 1, 1]  # an edge belongs to the bin below it
+    np.testing.assert_allclose(actual.accuracy, [np.nan, np.nan, 1, 0, 1])
+    np.testing.assert_allclose(actual.confidence, [np.nan, np.nan, 0.525, 0.8, 0.9])
+    assert actual.error == pytest.approx((2 * 0.475 + 0.8 + 0.1) / 4)
     assert metrics.negative_log_likelihood([[1.0, 0.0]], [1]) == np.inf
     assert np.isnan(metrics.calibration([[np.nan, 1.0]], [1]).error)
 
@@ -67,9 +67,9 @@ def test_labels_are_classes(labels: list[float]) -> None:
 def test_several_labels_at_once() -> None:
     ranking = np.array([[3.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
     targets = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]])
-    found = metrics.average_precision(ranking, targets)
+    actual = metrics.average_precision(ranking, targets)
     # Of equal scores (rows 0 and 1 of the second label) all or none are taken.
-    np.testing.assert_allclose(found, [(1 + 2 / 3) / 2, (1 + 2 / 3) / 2, np.nan])
+    np.testing.assert_allclose(actual, [(1 + 2 / 3) / 2, (1 + 2 / 3) / 2, np.nan])
     named = (ranking > 0.5).astype(int)
     each = metrics.per_label(named, targets)
     np.testing.assert_allclose(each.precision, [2 / 3, 2 / 3, np.nan])
@@ -89,9 +89,9 @@ def test_numbers() -> None:
     assert metrics.r_squared([1.0, 1.0], [2.0, 2.0]) == -np.inf
     with pytest.raises(ValueError, match="one shape"):
         metrics.mean_absolute_error(np.ones((2, 2)), np.ones(2))
-    for found, wanted in (([], []), ([1], [1, 2]), (1, [1])):
+    for result, expected in (([], []), ([1], [1, 2]), (1, [1])):
         with pytest.raises(ValueError, match="same examples"):
-            metrics.accuracy(found, wanted)
+            metrics.accuracy(result, expected)
 
 
 @pytest.mark.parametrize(
@@ -121,18 +121,18 @@ def test_what_would_broadcast_or_count_as_something_else_is_refused(
 
 def test_labels_of_an_example_without_an_answer_leave_no_score_of_all() -> None:
     logits = np.array([[1.0, -1.0], [np.nan, -1.0]])
-    found = evaluate.score_labels(logits, np.array([[1, 0], [0, 0]]), ["a", "b"])
-    assert found["not_finite"] == 1
+    actual = evaluate.score_labels(logits, np.array([[1, 0], [0, 0]]), ["a", "b"])
+    assert actual["not_finite"] == 1
     for name in ("exact", "mean_average_precision", "micro_f1", "macro_f1"):
-        assert np.isnan(found[name])
+        assert np.isnan(actual[name])
 
 
 def test_a_class_without_an_answer_leaves_no_score_of_all() -> None:
     logits = np.array([[1.0, -1.0], [np.nan, -1.0], [-np.inf, 2.0]])
-    found = evaluate.score_classes(logits, np.array([0, 1, 1]), ["a", "b"])
-    assert found["not_finite"] == 1
+    actual = evaluate.score_classes(logits, np.array([0, 1, 1]), ["a", "b"])
+    assert actual["not_finite"] == 1
     for name in ("accuracy", "balanced_accuracy", "macro_f1", "negative_log_likelihood", "brier"):
-        assert np.isnan(found[name]), name
+        assert np.isnan(actual[name]), name
     known = evaluate.score_classes(logits[[0, 2]], np.array([0, 1]), ["a", "b"])
     assert known["macro_f1"] == known["accuracy"] == 1
 

@@ -40,14 +40,14 @@ def test_a_loaded_model_scales_its_inputs(file: Path) -> None:
     model, (net, variables) = model_files.load(file), made()
     assert model.about._replace(scaling=None) == ABOUT._replace(scaling=None)
     assert model.metadata["method"] == "kd" and model.metadata["seed"] == "3"
-    wanted = net.apply(*variables, (X - SCALING.mean) / SCALING.scale)[0]["logits"]
-    found = model.predict(X)
-    assert found.shape == (21, 3) and found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(model.outputs)(X), wanted, rtol=1e-5, atol=1e-6)
+    expected = net.apply(*variables, (X - SCALING.mean) / SCALING.scale)[0]["logits"]
+    actual = model.predict(X)
+    assert actual.shape == (21, 3) and actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(model.outputs)(X), expected, rtol=1e-5, atol=1e-6)
     # Neither the number of rows nor their neighbors change a row.
     for rows in (X[:1], X[:7], X[:0]):
-        np.testing.assert_allclose(model.predict(rows), found[: len(rows)], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(model.predict(rows), actual[: len(rows)], rtol=1e-6, atol=1e-6)
     whole = networks.in_batches(lambda x: jnp.asarray(x[:, :3]), X, 3, batch=8)
     np.testing.assert_array_equal(whole, X[:, :3])
 
@@ -60,11 +60,11 @@ def test_inputs_of_float64_are_scaled_in_it(tmp_path: Path) -> None:
     about = ABOUT._replace(scaling=wide, preprocessing=form)
     model_files.save(tmp_path / "x.safetensors", made()[1], about, {})
     net, variables = made()
-    wanted = net.apply(*variables, X)[0]["logits"]
-    found = model_files.load(tmp_path / "x.safetensors").predict(
+    expected = net.apply(*variables, X)[0]["logits"]
+    actual = model_files.load(tmp_path / "x.safetensors").predict(
         X.astype(np.float64) * 100 + offset
     )
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_other_inputs_are_refused(file: Path) -> None:
@@ -100,17 +100,17 @@ def test_simkd_predicts_through_its_connectors(tmp_path: Path) -> None:
     memory = jax.tree.map(
         lambda v: v + jnp.asarray(0.25, v.dtype), method.memory(jax.random.key(2))
     )
-    wanted = method.predict(connectors, memory, student.apply(*own, x)[0])
+    expected = method.predict(connectors, memory, student.apply(*own, x)[0])
     parts = Connected("simkd", setup, connectors, memory)
     path = tmp_path / "simkd.safetensors"
     about = About("cnn:4", 3, None, (), (6, 6, 1))
     model_files.save(path, own, about, {}, parts)
     loaded = model_files.load(path)
-    np.testing.assert_allclose(loaded.predict(x), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loaded.predict(x), expected, rtol=1e-5, atol=1e-6)
     # It can be exported for batches of any size.
     (rows,) = jax.export.symbolic_shape("n")
-    found = jax.eval_shape(loaded.outputs, jax.ShapeDtypeStruct((rows, 6, 6, 1), jnp.float32))
-    assert found.shape == (rows, 3)
+    actual = jax.eval_shape(loaded.outputs, jax.ShapeDtypeStruct((rows, 6, 6, 1), jnp.float32))
+    assert actual.shape == (rows, 3)
 
 
 @pytest.mark.parametrize(

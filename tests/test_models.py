@@ -92,7 +92,7 @@ def shapes(tree: Any) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_have_their_names_and_shapes(name: str) -> None:
-    module, inputs, wanted = CASES[name]
+    module, inputs, expected = CASES[name]
     init, apply = linen.model(module)
     variables = jax.eval_shape(init, KEY, inputs)
 
@@ -101,7 +101,7 @@ def test_outputs_have_their_names_and_shapes(name: str) -> None:
         return evaluated, apply(variables.params, variables.model_state, x, key=KEY, train=True)
 
     (outputs, kept), (trained, updated) = jax.eval_shape(both, variables, inputs)
-    assert {k: v.shape for k, v in outputs.items()} == wanted
+    assert {k: v.shape for k, v in outputs.items()} == expected
     assert all(v.dtype == jnp.float32 for v in outputs.values())
     assert shapes(trained) == shapes(outputs)
     assert shapes(updated) == shapes(kept) == shapes(variables.model_state)

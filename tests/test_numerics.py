@@ -232,21 +232,21 @@ def test_derivatives_of_log1mexp_from_both_ends_of_single_precision() -> None:
     x = np.asarray([-1e4, -100.0, -20.0, -1.0, -1e-3, 0.0])
     log1mexp = _numerics.log1mexp
     twice = [jax.grad(jax.grad(log1mexp)), jax.jacfwd(jax.grad(log1mexp))]
-    found = jax.jit(jax.vmap(lambda x: jnp.stack([jax.grad(log1mexp)(x), *(d(x) for d in twice)])))
+    result = jax.jit(jax.vmap(lambda x: jnp.stack([jax.grad(log1mexp)(x), *(d(x) for d in twice)])))
     p = np.exp(x[:-1])
     want = np.stack([-p / (1 - p), -p / (1 - p) ** 2, -p / (1 - p) ** 2], axis=1)
-    got = np.asarray(found(jnp.asarray(x, jnp.float32)))
+    got = np.asarray(result(jnp.asarray(x, jnp.float32)))
     np.testing.assert_allclose(got[:-1], want, rtol=1e-5, atol=1e-37)
     assert np.isfinite(got[-1]).all()
 
 
 def test_normalize_of_half_precision_has_unit_length() -> None:
     x = jnp.asarray([[300.0, 400.0], [0.0, 0.0], [3e-4, 4e-4], [-6e4, 0.0]], jnp.float16)
-    found, slope = jax.jit(jax.value_and_grad(lambda x: jnp.sum(_numerics.normalize(x)[:2, 0])))(x)
+    actual, slope = jax.jit(jax.value_and_grad(lambda x: jnp.sum(_numerics.normalize(x)[:2, 0])))(x)
     want = [[0.6, 0.8], [0, 0], [0.6, 0.8], [-1, 0]]
     np.testing.assert_allclose(_numerics.normalize(x), want, rtol=1e-3)
     assert _numerics.normalize(x).dtype == jnp.float16
-    assert np.isfinite(found) and np.isfinite(slope).all() and not np.asarray(slope[1]).any()
+    assert np.isfinite(actual) and np.isfinite(slope).all() and not np.asarray(slope[1]).any()
 
 
 def test_square_root_has_gradient_zero_at_zero() -> None:
@@ -324,11 +324,11 @@ def test_kl_is_the_same_on_either_side_of_few_classes(classes: int) -> None:
     @jax.jit
     def all_of(p: jax.Array, q: jax.Array) -> list[list[jax.Array]]:
         """Value and both gradients by each function."""
-        found = []
+        results = []
         for kl in (plain, _softmax.kl_from_logits, jax.vmap(_softmax.kl_from_logits)):
             value, pull = jax.vjp(kl, p, q)
-            found.append([value, *pull(jnp.ones_like(value))])
-        return found
+            results.append([value, *pull(jnp.ones_like(value))])
+        return results
 
     want, *each = all_of(p, q)
     for got in each:

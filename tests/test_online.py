@@ -171,9 +171,9 @@ def test_padded_labels_may_be_anything_without_jit_too() -> None:
         lambda y, where: online.one_terms(logits, scores, y, where=where),
         lambda y, where: online.self_teaching_terms(list(logits), y, where=where),
     ):
-        found, wanted = terms(odd, where), terms(LABELS, None)
-        for name, values in wanted.items():
-            np.testing.assert_array_equal(found[name][:2], values[:2])
+        actual, expected = terms(odd, where), terms(LABELS, None)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(actual[name][:2], values[:2])
         with pytest.raises(ValueError, match="labels must lie in"):
             terms(odd, None)
     with pytest.raises(ValueError, match="softmax over one class"):

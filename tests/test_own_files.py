@@ -133,8 +133,10 @@ def test_a_called_function_finds_what_an_import_statement_names(tmp_path: Path) 
     # Each file's own, in turns: the other's is in sys.modules under the same name.
     assert [call() for call in [*calls, *calls]] == [1, 2, 1, 2]
     path = tmp_path / "a/own_called.py"
-    said = rf"{path}, line 10: ImportError: no import statement names own_computed\.py.*at the top"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        rf"{path}, line 10: ImportError: no import statement names own_computed\.py.*at the top"
+    )
+    with pytest.raises(ValueError, match=message):
         _user_code.entries(_user_code.Terms(loss=(f"{path}:loss",)))
     anything: Any = None
     (method,) = _user_code.entries(_user_code.Terms(method=(f"{path}:method",))).values()

@@ -70,8 +70,8 @@ def test_the_state_that_equinox_keeps_apart_goes_through_a_file(tmp_path: Path) 
     outputs, _ = model.apply(model.params, state, X)
     about, path = About("my.py:Net", 3, shape=(5,)), tmp_path / "own.safetensors"
     model_files.save(path, Variables(model.params, state), about, {"method": "kd"})
-    found = model_files.load(path, model=with_statistics).predict(X)
-    np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
+    actual = model_files.load(path, model=with_statistics).predict(X)
+    np.testing.assert_allclose(actual, outputs["logits"], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="must say the model and its classes, got model=None"):
         model_files.save(path, Variables(model.params, state), About(), {})
 
@@ -133,8 +133,8 @@ def test_every_form_starts_runs_and_goes_through_a_file(form: str, tmp_path: Pat
     model_files.save(path, Variables(*first), About("my.py:Net", 3, None, (), (5,)), {})
     with pytest.raises(ValueError, match=r"belongs to my.py:Net, a model of your own"):
         model_files.load(path)
-    found = model_files.load(path, model=FORMS[form]).predict(X)
-    np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
+    actual = model_files.load(path, model=FORMS[form]).predict(X)
+    np.testing.assert_allclose(actual, outputs["logits"], rtol=1e-5, atol=1e-6)
 
 
 def haiku_with_a_mode(x: Any, is_training: bool = False) -> Any:
@@ -233,8 +233,8 @@ def test_an_equinox_module_that_maps_over_the_batch_itself() -> None:
     module = OfBatches(3, jax.random.key(0))
     model, params, _ = from_equinox.model(module)
     for rows in (X, X[:5], X[:1]):  # five rows are as many as inputs
-        wanted = rows @ np.asarray(module.out.weight).T + np.asarray(module.out.bias)
-        np.testing.assert_allclose(model(params, None, rows)[0]["logits"], wanted, rtol=1e-5)
+        expected = rows @ np.asarray(module.out.weight).T + np.asarray(module.out.bias)
+        np.testing.assert_allclose(model(params, None, rows)[0]["logits"], expected, rtol=1e-5)
     trained, _ = model(params, None, X, key=jax.random.key(1), train=True)
     assert set(np.unique(trained["features/hidden"] / X).round(5)) == {0, 2}
     with pytest.raises(ValueError, match="matmul"):  # neither examples nor batches
@@ -273,15 +273,15 @@ def test_an_equinox_module_with_state_that_maps_over_the_batch_itself(tmp_path: 
     module, fresh = batches_with_state(3, jax.random.key(0))  # the same by hand
     module = from_equinox.with_params(module, params)
     _, trained = module(X, fresh, key=jax.random.key(2))
-    wanted, _ = eqx.nn.inference_mode(module)(X, trained)
-    assert not np.allclose(wanted, module.out.bias), "it depends on the inputs"
+    expected, _ = eqx.nn.inference_mode(module)(X, trained)
+    assert not np.allclose(expected, module.out.bias), "it depends on the inputs"
     for rows in (X, X[:5], X[:1]):
         logits = net.apply(params, state, rows)[0]["logits"]
-        np.testing.assert_allclose(logits, wanted[: len(rows)], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits, expected[: len(rows)], rtol=1e-4, atol=1e-5)
     about, path = About("my.py:Net", 3, shape=(5,)), tmp_path / "own.safetensors"
     model_files.save(path, Variables(params, state), about, {"method": "kd"})
-    found = model_files.load(path, model=batches_with_state).predict(X)
-    np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
+    actual = model_files.load(path, model=batches_with_state).predict(X)
+    np.testing.assert_allclose(actual, outputs["logits"], rtol=1e-5, atol=1e-6)
 
 
 def alone(params: Any, x: Any) -> Any:

@@ -30,8 +30,8 @@ def test_files_that_are_no_python_are_there() -> None:
 
 def test_the_package_holds_modules_and_four_other_files() -> None:
     package = Path(str(resources.files("kdtl_jax")))
-    found = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
-    others = {str(path) for path in found if path.suffix not in (".py", ".pyc")}
+    results = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+    others = {str(path) for path in results if path.suffix not in (".py", ".pyc")}
     assert others == {
         "py.typed",
         "datasets/digits.npz",

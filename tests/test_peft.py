@@ -148,11 +148,11 @@ def test_tensors_are_understood_or_refused(tmp_path: Path, changes: Any, says: s
 
 
 def test_adapters_of_another_architecture(tmp_path: Path) -> None:
-    found = peft.load(write(tmp_path / "a", part("lora", "adapter"), config("lora")))
+    result = peft.load(write(tmp_path / "a", part("lora", "adapter"), config("lora")))
     with pytest.raises(ValueError, match="'q.weight' is not in the base; nearest"):
-        peft.merge({name: x for name, x in BASE.items() if name != "q.weight"}, found)
+        peft.merge({name: x for name, x in BASE.items() if name != "q.weight"}, result)
     with pytest.raises(ValueError, match="does not fit"):
-        peft.merge(BASE | {"q.weight": np.ones((5, 6), np.float32)}, found)
+        peft.merge(BASE | {"q.weight": np.ones((5, 6), np.float32)}, result)
 
 
 def test_square_kernels_are_told_by_the_bases_configuration(tmp_path: Path) -> None:
@@ -166,14 +166,14 @@ def test_square_kernels_are_told_by_the_bases_configuration(tmp_path: Path) -> N
             for m in ("c_proj", "query")
             for p, x in (("A", a), ("B", b))
         }
-        told = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": flag}
-        found = peft.load(write(tmp_path / str(flag), tensors, told))
+        message = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": flag}
+        result = peft.load(write(tmp_path / str(flag), tensors, message))
         base = {"h.0.c_proj.weight": kernel, "h.0.query.weight": kernel}
-        got = peft.merge(base, found, {"model_type": "gpt2"})
+        got = peft.merge(base, result, {"model_type": "gpt2"})
         np.testing.assert_allclose(got["h.0.c_proj.weight"], (b @ a).T, rtol=1e-6)
         np.testing.assert_allclose(got["h.0.query.weight"], b @ a, rtol=1e-6)
         with pytest.raises(ValueError, match="fan_in_fan_out of"):
-            peft.merge(base, found)
+            peft.merge(base, result)
 
 
 @settings(
@@ -216,10 +216,10 @@ def test_the_dora_of_a_table_normalizes_its_columns(tmp_path: Path) -> None:
         f"{name}magnitude_vector": magnitude,
     }
     says = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "use_dora": True}
-    found = peft.load(write(tmp_path / "a", tensors, says))
+    actual = peft.load(write(tmp_path / "a", tensors, says))
     whole = table + 3 * (b @ a).T
     want = magnitude.ravel() / np.linalg.norm(whole, axis=0) * whole
-    np.testing.assert_allclose(peft.merge({"emb.weight": table}, found)["emb.weight"], want, 1e-5)
+    np.testing.assert_allclose(peft.merge({"emb.weight": table}, actual)["emb.weight"], want, 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 3, 3), (5, 1)])
@@ -245,15 +245,15 @@ def test_an_embedding_that_is_the_output_layer_too_is_not_adapted_alone(
         tensors = {f"{start}.lora_embedding_{p}": x for p, x in ab.items()}
     else:
         tensors, says = {f"{start}.weight": table + 1}, says | {"modules_to_save": ["embed_tokens"]}
-    found = peft.load(write(tmp_path / "a", tensors, says))
+    actual = peft.load(write(tmp_path / "a", tensors, says))
     base = {"model.embed_tokens.weight": table}
     of = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
     with pytest.raises(ValueError, match="the base's output layer is the same tensor"):
-        peft.merge(base, found, of)
+        peft.merge(base, actual, of)
     for config in (
         of | {"tie_word_embeddings": False},
         of | {"architectures": ["BertForSequenceClassification"]},
     ):
-        assert (peft.merge(base, found, config)["model.embed_tokens.weight"] != table).all()
-    whole = peft.merge(base | {"lm_head.weight": table}, found, of)
+        assert (peft.merge(base, actual, config)["model.embed_tokens.weight"] != table).all()
+    whole = peft.merge(base | {"lm_head.weight": table}, actual, of)
     assert whole["lm_head.weight"] is table

@@ -43,12 +43,12 @@ def points(path: ET.Element) -> np.ndarray:
 
 def marks(chart: plots.Chart) -> dict[str, Mark]:
     """Everything with a title, in the order it is drawn."""
-    found = {}
+    results = {}
     for group in ET.fromstring(chart.svg).iter("g"):
         if len(group) and group[0].tag == "title":
             path = group[1]
-            found[group[0].text or ""] = Mark(points(path), path.attrib["style"])
-    return found
+            results[group[0].text or ""] = Mark(points(path), path.attrib["style"])
+    return results
 
 
 def numbers(chart: plots.Chart, anchor: str, axis: str) -> dict[float, float]:
@@ -63,17 +63,17 @@ def numbers(chart: plots.Chart, anchor: str, axis: str) -> dict[float, float]:
 
 def test_dots_and_whiskers_stand_where_their_values_are() -> None:
     chart = plots.dots([plots.Bar("a", 0.5, 0.3, 0.6), plots.Bar("b", 0.9)], axis="accuracy")
-    found = marks(chart)
-    assert list(found) == ["a: 50.0% (30.0 to 60.0)", "b: 90.0%"]
+    actual = marks(chart)
+    assert list(actual) == ["a: 50.0% (30.0 to 60.0)", "b: 90.0%"]
     ticks = numbers(chart, "middle", "x")
     (low, x_low), (high, x_high) = min(ticks.items()), max(ticks.items())
     per_point = (x_high - x_low) / (high - low)
-    places = [mark.center[0] for mark in found.values()]
+    places = [mark.center[0] for mark in actual.values()]
     np.testing.assert_allclose(places, [x_low + per_point * (v - low) for v in (50, 90)], atol=0.2)
     paths = [p for p in ET.fromstring(chart.svg).iter("path") if "width: 3" in p.attrib["style"]]
-    found = [points(path)[:, 0] for path in paths]
+    actual = [points(path)[:, 0] for path in paths]
     ends = [x_low + per_point * (v - low) for v in (30, 60, 90, 90)]  # without an interval a point
-    np.testing.assert_allclose([end(x) for x in found for end in (min, max)], ends, atol=0.2)
+    np.testing.assert_allclose([end(x) for x in actual for end in (min, max)], ends, atol=0.2)
 
 
 def test_labels_stand_beside_their_rows_and_never_over_the_drawing() -> None:
@@ -185,13 +185,13 @@ def test_spans_and_roofline_show_every_program() -> None:
         "vit: 25 ms (20 to 90)",
     ]
     worked = [plots.Worked("mlp", 2.0, 1e9), plots.Worked("vit", 64.0, 9e10)]
-    found = marks(plots.roofline(worked, flops=1e11, bytes=1e10))
-    assert list(found) == [
+    actual = marks(plots.roofline(worked, flops=1e11, bytes=1e10))
+    assert list(actual) == [
         "100 GFLOP/s, 10 GB/s",
         "mlp: 1 GFLOP/s at 2 FLOP/B",
         "vit: 90 GFLOP/s at 64 FLOP/B",
     ]
-    roof, *programs = found.values()
+    roof, *programs = actual.values()
     corner, dots = roof.points[1], [mark.center for mark in programs]
     assert dots[0][0] < corner[0] < dots[1][0], "the ridge is at 10 FLOP/B"
     assert all(y > corner[1] for _, y in dots), "both below the roof"

@@ -265,8 +265,8 @@ def test_only_selected_matrices_are_quantized_and_their_bytes_fall_to_a_quarter(
 def test_fidelity_in_any_unit_of_what_is_no_model_and_of_one_class() -> None:
     reference, changed = jnp.asarray([[3.0, 4.0]]), jnp.asarray([[3.0, 3.0]])
     for scale in (1e-30, 1.0, 1e30):
-        found = precision.fidelity(scale * changed, scale * reference)
-        np.testing.assert_allclose(found.relative_error, 0.2, rtol=1e-5)
+        actual = precision.fidelity(scale * changed, scale * reference)
+        np.testing.assert_allclose(actual.relative_error, 0.2, rtol=1e-5)
     broken = precision.fidelity(jnp.full((1, 2), jnp.nan), jnp.asarray([[2.0, 1.0]]))
     assert all(bool(jnp.isnan(number)) for number in broken)
     with pytest.raises(ValueError, match="softmax over one class"):
@@ -276,24 +276,24 @@ def test_fidelity_in_any_unit_of_what_is_no_model_and_of_one_class() -> None:
 def test_fidelity_against_hand_computed_values() -> None:
     reference = jnp.log(jnp.asarray([[0.5, 0.5], [0.8, 0.2], [0.25, 0.75]]))
     logits = jnp.log(jnp.asarray([[0.5, 0.5], [0.2, 0.8], [0.25, 0.75]]))
-    found = precision.fidelity(logits, reference)
-    np.testing.assert_allclose(found.agreement, 2 / 3, rtol=1e-6)
-    np.testing.assert_allclose(found.kl, 0.6 * np.log(4) / 3, rtol=1e-5)
-    np.testing.assert_allclose(found.largest_error, np.log(4), rtol=1e-6)
+    actual = precision.fidelity(logits, reference)
+    np.testing.assert_allclose(actual.agreement, 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(actual.kl, 0.6 * np.log(4) / 3, rtol=1e-5)
+    np.testing.assert_allclose(actual.largest_error, np.log(4), rtol=1e-6)
     norm = np.linalg.norm(np.asarray(reference))
-    np.testing.assert_allclose(found.relative_error, np.sqrt(2) * np.log(4) / norm, rtol=1e-6)
+    np.testing.assert_allclose(actual.relative_error, np.sqrt(2) * np.log(4) / norm, rtol=1e-6)
 
 
 def _digits_teacher() -> tuple[Any, np.ndarray, np.ndarray]:
     """Random features and a least-squares head: a fair classifier of digits without training."""
-    found = digits()
-    x = found.inputs.reshape(len(found.inputs), -1) / 16 - 0.5
+    result = digits()
+    x = result.inputs.reshape(len(result.inputs), -1) / 16 - 0.5
     rng = np.random.default_rng(0)
     into = (rng.normal(size=(64, 256)) / 4).astype(np.float32)
     hidden = np.tanh(x @ into)
-    head = np.linalg.lstsq(hidden, np.eye(10)[found.labels] * 10, rcond=None)[0]
+    head = np.linalg.lstsq(hidden, np.eye(10)[result.labels] * 10, rcond=None)[0]
     params = {"in": {"kernel": jnp.asarray(into)}, "out": {"kernel": jnp.float32(head)}}
-    return params, x.astype(np.float32), found.labels
+    return params, x.astype(np.float32), result.labels
 
 
 def test_int8_and_bfloat16_teachers_of_digits_are_the_same_teacher() -> None:
@@ -303,8 +303,8 @@ def test_int8_and_bfloat16_teachers_of_digits_are_the_same_teacher() -> None:
     half = jax.jit(precision.compute_in(_model, jnp.bfloat16))(params, None, x)[0]["logits"]
     assert np.mean(np.argmax(full, axis=-1) == labels) > 0.95
     for logits, agreement, kl in ((int8, 0.995, 2e-3), (half, 0.998, 2e-4)):
-        found = precision.fidelity(logits, full)
-        assert agreement < found.agreement <= 1 and 0 < found.kl < kl
+        actual = precision.fidelity(logits, full)
+        assert agreement < actual.agreement <= 1 and 0 < actual.kl < kl
         accuracy = np.mean(np.argmax(logits, axis=-1) == labels)
         assert abs(accuracy - np.mean(np.argmax(full, axis=-1) == labels)) < 0.003
 

@@ -10,10 +10,10 @@ from documents import README, ROOT, blocks
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    found = blocks(README.read_text(), "python")
-    assert found, "the README has no Python example"
+    actual = blocks(README.read_text(), "python")
+    assert actual, "the README has no Python example"
     namespace: dict[str, object] = {"__name__": "readme"}
-    for number, block in enumerate(found):
+    for number, block in enumerate(actual):
         exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
     assert capsys.readouterr().out
 
@@ -26,8 +26,8 @@ def test_the_setup_commands_are_complete_lines() -> None:
 
 def numbers(text: str) -> set[str]:
     """Numbers as text, `1,409` as `1409`; none of names such as `float32`."""
-    found = re.findall(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\d,]*\d)", text)
-    return {number.replace(",", "") for number in found}
+    matches = re.findall(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\d,]*\d)", text)
+    return {number.replace(",", "") for number in matches}
 
 
 def test_measured_numbers_stand_in_the_headers_of_their_scripts() -> None:
@@ -36,6 +36,6 @@ def test_measured_numbers_stand_in_the_headers_of_their_scripts() -> None:
         r"^- (.*?):\s+`python (\S+\.py)", section.partition("\n## ")[0], re.S | re.M
     )
     assert len(bullets) == section.partition("\n## ")[0].count("\n- ") > 0
-    for said, script in bullets:
+    for message, script in bullets:
         header = numbers(ast.get_docstring(ast.parse((ROOT / script).read_text())) or "")
-        assert numbers(said) <= header, f"{script}: {sorted(numbers(said) - header)}"
+        assert numbers(message) <= header, f"{script}: {sorted(numbers(message) - header)}"

@@ -89,16 +89,16 @@ def test_anything_else_lists_the_forms(text: str, reason: str) -> None:
 )
 def test_every_named_tap_exists(text: str, features: list[str], last: str) -> None:
     net = described(text)
-    found = networks.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
+    actual = networks.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
     assert list(net.layout.features) == features and net.layout.last == last
     named = [*features, last, *net.layout.before_activation, *net.layout.before_activation.values()]
     named += [f"{path}/probs" for path in net.layout.attention]
-    assert set(named) <= found.keys()
-    assert found["logits"].shape == (2, 3)
+    assert set(named) <= actual.keys()
+    assert actual["logits"].shape == (2, 3)
     if last != "logits":
-        assert len(found[last].shape) == 2
+        assert len(actual[last].shape) == 2
     for after, before in net.layout.before_activation.items():
-        assert found[after].shape == found[before].shape
+        assert actual[after].shape == actual[before].shape
 
 
 @pytest.mark.parametrize("text", ["mlp:6,5", "cnn:4,6"])
@@ -129,8 +129,8 @@ def test_foreign_modules_are_read_by_their_outputs() -> None:
 
 def test_half_precision_gives_float32_outputs() -> None:
     net = networks.network(_models.module("mlp:6", 3), EXAMPLE, dtype=jnp.bfloat16)
-    found = networks.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
-    assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.float32)}
+    actual = networks.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
+    assert {x.dtype for x in actual.values()} == {jnp.dtype(jnp.float32)}
 
 
 def loaded(path: str, net: Network) -> Variables:
@@ -195,8 +195,8 @@ def teacher(tmp_path: Path) -> str:
 def read(path: str, splits: Splits, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Any:
     monkeypatch.setattr(_data, "read_splits", lambda *args, **kwargs: splits)
     source = _models.open_source(path, given.get("text"), "mlp:1")
-    found, form = _data.read_data(Data(), source)
-    return source.about.model, found, form.scaling
+    result, form = _data.read_data(Data(), source)
+    return source.about.model, result, form.scaling
 
 
 def test_a_file_says_what_its_model_is(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,9 @@ def after(tx: optax.GradientTransformation, steps: int = 3) -> Any:
 
 def test_the_defaults_are_adam_along_a_cosine_to_the_bit() -> None:
     fall = optax.cosine_decay_schedule(1.0, 5)
-    wanted = after(optax.adam(lambda count: 0.01 * fall(count)))
-    found = after(_optimizers.optimizer(TrainingSettings(), 0.01, 0.0, 5))
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    expected = after(optax.adam(lambda count: 0.01 * fall(count)))
+    result = after(_optimizers.optimizer(TrainingSettings(), 0.01, 0.0, 5))
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
 @pytest.mark.parametrize("name", list(_optimizers.RATES))
@@ -56,8 +56,8 @@ def test_every_optimizer_is_optaxs_with_weight_decay_and_clipping(name: str) -> 
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (plain, decayed)), strict=True))
     same = {"lion": optax.lion, "lamb": optax.lamb, "adamw": optax.adamw, "nadamw": optax.nadamw}
     if name in same:
-        wanted = after(same[name](0.01, weight_decay=0.1))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), decayed, wanted)
+        expected = after(same[name](0.01, weight_decay=0.1))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), decayed, expected)
     # A clipped gradient is one of norm 1 / 100.
     if name == "sgd":
         norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(GRADIENT)))
@@ -74,8 +74,8 @@ def test_schedules_rise_and_fall() -> None:
 
     np.testing.assert_allclose(values("constant", 0.3), [1 / 3, 2 / 3, *[1] * 9], rtol=1e-6)
     np.testing.assert_allclose(values("linear", 0.0), 1 - np.arange(11) / 10, rtol=1e-6)
-    found = values("linear", 0.5)
-    np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, 1, 1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
+    actual = values("linear", 0.5)
+    np.testing.assert_allclose(actual, [0.2, 0.4, 0.6, 0.8, 1, 1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
     halves = values("cosine", 0.5)
     np.testing.assert_allclose(halves[5:], (1 + np.cos(np.pi * np.arange(6) / 5)) / 2, atol=1e-6)
     assert values("cosine", 0.05)[0] == 1  # less than a step is no rise
@@ -90,14 +90,14 @@ def test_labels_are_smoothed_and_classes_weighted() -> None:
     assert _measures.cross_entropy_of(TrainingSettings(), labels, 3) is _measures.cross_entropy
     smooth: Any = replace(TrainingSettings(), label_smoothing=0.3)
     targets = 0.7 * np.eye(3)[labels] + 0.1
-    found = _measures.cross_entropy_of(smooth, labels, 3)(inputs)
-    assert isinstance(found, dict)
-    np.testing.assert_allclose(found["task"], -(targets * log_p).sum(-1), rtol=1e-5)
+    actual = _measures.cross_entropy_of(smooth, labels, 3)(inputs)
+    assert isinstance(actual, dict)
+    np.testing.assert_allclose(actual["task"], -(targets * log_p).sum(-1), rtol=1e-5)
     even: Any = replace(TrainingSettings(), class_weights="balanced")
-    found = _measures.cross_entropy_of(even, labels, 3)(inputs)
-    assert isinstance(found, dict)
+    actual = _measures.cross_entropy_of(even, labels, 3)(inputs)
+    assert isinstance(actual, dict)
     weights = np.array([4 / (2 * 3), 4 / 2])[labels]
-    np.testing.assert_allclose(found["task"], -weights * log_p[np.arange(4), labels], rtol=1e-5)
+    np.testing.assert_allclose(actual["task"], -weights * log_p[np.arange(4), labels], rtol=1e-5)
     np.testing.assert_allclose(_measures.balanced_weights(labels, 3), [2 / 3, 2, 0])
 
 
@@ -110,8 +110,8 @@ def test_an_average_of_the_weights_is_kept_beside_the_optimizer() -> None:
         params = optax.apply_updates(params, updates)
         d = min(0.3, (1 + n) / (10 + n))
         mean = jax.tree.map(lambda m, p, d=d: d * m + (1 - d) * p, mean, params)
-    found = _optimizers.with_averages(state._replace(params=params, opt_state=opt_state))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found.params, mean)
+    result = _optimizers.with_averages(state._replace(params=params, opt_state=opt_state))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result.params, mean)
     plain = train.init_state(PARAMS, optax.sgd(0.1), key=jax.random.key(0))
     assert _optimizers.with_averages(plain) is plain
 
@@ -125,7 +125,7 @@ def test_early_stopping_gives_back_the_best_epoch(
     flags += ["--ema", 0.5, "--warmup", 0.1, "--clip", 1, "--label-smoothing", 0.1]
     words = ["distill", "--data", data, *flags, "--class-weights", "balanced", "--out", out]
     assert kdtl(*words) == 0
-    said = capsys.readouterr().err
+    errors = capsys.readouterr().err
     rows = {row["method"]: row for row in results(out)["rows"]}
     for name in ("student_alone", "hint"):
         curve = results(out)["curves"]["learning"][name]
@@ -133,7 +133,7 @@ def test_early_stopping_gives_back_the_best_epoch(
         assert curve["epoch"] == list(range(1, len(values) + 1)) and len(values) < 30
         assert kept == 1 + int(np.argmax(values)) == len(values) - 2
         after = f"{name}: stopped after epoch {len(values)}, the weights of {kept} are kept"
-        assert after in said
+        assert after in errors
         assert rows[name]["validation_accuracy"]["mean"] == pytest.approx(max(values))
         saved = checkpoint.steps(out / "checkpoints" / name)
         assert saved == [5 * kept, 5 * len(values)]

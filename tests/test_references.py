@@ -53,21 +53,21 @@ def references(text: str) -> Iterator[str]:
 
 def identifiers() -> set[str]:
     """Every name that the package's code uses or defines, its files, and words of its strings."""
-    found = {part for path in FILES for part in path.relative_to(PACKAGE).with_suffix("").parts}
+    results = {part for path in FILES for part in path.relative_to(PACKAGE).with_suffix("").parts}
     for path in FILES:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             for field in ("id", "attr", "name", "arg"):
                 value = getattr(node, field, None)
                 if isinstance(value, str):
-                    found |= set(value.split("."))
+                    results |= set(value.split("."))
             if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and node.body:
                 first: Any = node.body[0]
                 if ast.get_docstring(node):
                     first.value = ast.Constant(None)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found |= set(re.findall(r"\w+", node.value))
-    return found
+                results |= set(re.findall(r"\w+", node.value))
+    return results
 
 
 def exists(name: str) -> bool:

@@ -22,16 +22,16 @@ NASTY = "<script>alert('a')</script> & \"b\""
 
 
 def row(method: str, values: list[float], **more: Any) -> Row:
-    found = report.interval(values, is_share=True)
-    base = Row(method, "distillation", method.upper(), 1234, found, found, 1.25, {"rate": 0.1})
+    result = report.interval(values, is_share=True)
+    base = Row(method, "distillation", method.upper(), 1234, result, result, 1.25, {"rate": 0.1})
     return base._replace(**more)
 
 
 def against(baseline: list[float], values: list[float]) -> report.Versus:
     rows = [row("alone", baseline), row("kd", values)]
-    found = report.compared(rows, {"distillation": "alone"})[1].versus
-    assert found is not None
-    return found
+    result = report.compared(rows, {"distillation": "alone"})[1].versus
+    assert result is not None
+    return result
 
 
 def results(**more: Any) -> Results:
@@ -59,8 +59,8 @@ def results(**more: Any) -> Results:
 
 
 def test_what_is_not_finite_is_shown_as_such() -> None:
-    found = report.interval([0.9, math.nan, 0.8])
-    assert math.isnan(found.mean) and report.percent(found) == "nan"
+    actual = report.interval([0.9, math.nan, 0.8])
+    assert math.isnan(actual.mean) and report.percent(actual) == "nan"
     assert math.isnan(report.interval([math.inf]).mean), "an infinite score is no score"
     assert against([0.8, 0.8, 0.8], [0.9, math.nan, 0.9]).verdict == "not finite"
 
@@ -74,13 +74,13 @@ def test_rows_are_compared_within_their_family() -> None:
 
 
 def test_the_file_is_as_documented() -> None:
-    found = json.loads(json.dumps(report.to_json(results()), allow_nan=False))
-    assert found.keys() == {
+    actual = json.loads(json.dumps(report.to_json(results()), allow_nan=False))
+    assert actual.keys() == {
         "schema_version", "task", "data", "rows", "curves", "notes", "run", "environment"
     }  # fmt: skip
-    assert found["schema_version"] == report.SCHEMA_VERSION == 2
-    alone, kd, _ = found["rows"]
-    for entry in found["rows"]:
+    assert actual["schema_version"] == report.SCHEMA_VERSION == 2
+    alone, kd, _ = actual["rows"]
+    for entry in actual["rows"]:
         assert entry.keys() == {
             "method", "family", "label", "parameters", "seeds", "test_accuracy",
             "validation_accuracy", "agreement", "versus", "seconds", "settings",
@@ -92,8 +92,11 @@ def test_the_file_is_as_documented() -> None:
     assert 0.8 < low < kd["test_accuracy"]["mean"] < high < 1
     assert kd["versus"]["difference"]["mean"] == pytest.approx(0.1)
     assert alone["versus"] is alone["agreement"] is None
-    assert found["curves"] == {"learning": dict(results().learning), "alpha": dict(results().alpha)}
-    assert {"python", "jax", "flax", "optax", "backend", "devices"} <= found["environment"].keys()
+    assert actual["curves"] == {
+        "learning": dict(results().learning),
+        "alpha": dict(results().alpha),
+    }
+    assert {"python", "jax", "flax", "optax", "backend", "devices"} <= actual["environment"].keys()
 
 
 def test_the_file_is_written_whatever_the_scores_and_names(tmp_path: Path) -> None:

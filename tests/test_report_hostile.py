@@ -125,8 +125,8 @@ def any_chart(draw: Any) -> Callable[[], plots.Chart]:
         bars = rows_of(draw, plots.Bar, 3)
         return lambda: plots.dots(bars, axis=label, percent=percent)
     if kind == "spans":
-        found = rows_of(draw, plots.Span, 3)
-        return lambda: plots.spans(found, unit=label, axis=label)
+        result = rows_of(draw, plots.Span, 3)
+        return lambda: plots.spans(result, unit=label, axis=label)
     if kind == "roofline":
         worked = rows_of(draw, plots.Worked, 2)
         tops = [draw(st.floats(1e-3, 1e18)) for _ in range(2)]  # measured
@@ -160,11 +160,13 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)  # as data s
 @settings(max_examples=8, phases=FOUND)
 def test_any_classes_and_examples(found: list[str], inputs: list[float]) -> None:
     x = np.asarray(inputs * 4, np.float32).reshape(8, 2, 2, 1)
-    said = np.array([[0, 1, 2, -1, 0, 1, 2, -1]])
+    message = np.array([[0, 1, 2, -1, 0, 1, 2, -1]])
     labels = np.arange(8, dtype=np.int32) % 3
     for inputs_of in (x, x.reshape(8, 4)):
         test = Dataset("any", inputs_of, labels, 3, names=tuple(found))
-        sections = _evidence.sections(test, _evidence.Predictions(found[0], said), said[:, ::-1])
+        sections = _evidence.sections(
+            test, _evidence.Predictions(found[0], message), message[:, ::-1]
+        )
         with bounded(4):
             harmless(report.page(found[1], sections))
 

@@ -256,7 +256,7 @@ def test_taking_maps_no_file(tmp_path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (10**12, limit[1]))
     try:
-        found = np.concatenate(list(weights.take(tensor, {0: np.array([3, 1]), 1: np.array([2])})))
+        actual = np.concatenate(list(weights.take(tensor, {0: np.array([3, 1]), 1: np.array([2])})))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
-    np.testing.assert_array_equal(found, [11, 5])
+    np.testing.assert_array_equal(actual, [11, 5])

@@ -72,21 +72,21 @@ def filtered(
 def test_the_distribution_is_the_one_described(how: dict[str, Any]):
     z = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32) * 2
     z[0, :3] = z[0].max()  # ties
-    found = language.sampling_log_probs(jnp.asarray(z), **how)
-    wanted = np.stack([filtered(row, **how) for row in z])
-    np.testing.assert_array_equal(np.isinf(found), np.isinf(wanted))
-    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    actual = language.sampling_log_probs(jnp.asarray(z), **how)
+    expected = np.stack([filtered(row, **how) for row in z])
+    np.testing.assert_array_equal(np.isinf(actual), np.isinf(expected))
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
 def test_rows_may_be_sampled_in_their_own_way():
     z = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8)).astype(np.float32))
     t, k, p = (0.5, 1.0, 2.0), (2, 8, 5), (1.0, 0.6, 0.9)
-    found = language.sampling_log_probs(
+    actual = language.sampling_log_probs(
         z, temperature=jnp.asarray(t), top_k=jnp.asarray(k), top_p=jnp.asarray(p)
     )
     for i in range(3):
         alone = language.sampling_log_probs(z[i], temperature=t[i], top_k=k[i], top_p=p[i])
-        np.testing.assert_allclose(found[i], alone, atol=1e-6)
+        np.testing.assert_allclose(actual[i], alone, atol=1e-6)
 
 
 def test_a_temperature_of_zero_takes_the_largest():
@@ -130,8 +130,8 @@ def test_log_probs_are_those_of_a_pass_over_the_whole_text():
         real = np.flatnonzero(rows.segments[b])
         for before, here in zip(real, real[1:], strict=False):
             if rows.is_sampled[b, here]:
-                wanted = table[b, before, rows.tokens[b, here]]
-                np.testing.assert_allclose(samples.log_probs[b, here - 4], wanted, atol=2e-5)
+                expected = table[b, before, rows.tokens[b, here]]
+                np.testing.assert_allclose(samples.log_probs[b, here - 4], expected, atol=2e-5)
                 compared += 1
     assert compared == int(samples.mask.sum()) > 3
 

@@ -141,5 +141,5 @@ def test_permutations_are_found_for_weights_in_any_unit() -> None:
     for scale in (1e-9, 1.0, 1e9):
         mine = {"a": scale * first, "b": scale * second}
         other = {"a": scale * first[:, order], "b": scale * second[order]}
-        found = transforms.match_permutations(mine, other, axes)
-        np.testing.assert_array_equal(order[found["hidden"]], np.arange(6))
+        actual = transforms.match_permutations(mine, other, axes)
+        np.testing.assert_array_equal(order[actual["hidden"]], np.arange(6))

@@ -27,8 +27,8 @@ INF, NAN = math.inf, math.nan
     ],
 )
 def test_logits_that_are_not_finite_are_no_class(logits: list[float], wanted: int) -> None:
-    found = jax.jit(scores.predicted)(jnp.asarray([logits, [0.0, 0.0, 9.0]]))
-    assert found.dtype == jnp.int32 and found.tolist() == [wanted, 2]
+    actual = jax.jit(scores.predicted)(jnp.asarray([logits, [0.0, 0.0, 9.0]]))
+    assert actual.dtype == jnp.int32 and actual.tolist() == [wanted, 2]
     assert scores.predicted(jnp.asarray(logits, jnp.bfloat16)).tolist() == wanted
 
 
@@ -123,11 +123,11 @@ def test_arrays_beside_the_one_that_is_named_are_its_content(tmp_path: Path) -> 
     for name in ("x_train", "y_train", "x_test", "y_test", "notes"):
         np.save(tmp_path / f"{name}.npy", np.arange(4))
     named = str(tmp_path / "x_train.npy")
-    found = datasets.files_of(named)
-    assert [path.stem for path in found] == ["x_test", "x_train", "y_test", "y_train"]
-    before = record.made_from({"data": found}).files
+    actual = datasets.files_of(named)
+    assert [path.stem for path in actual] == ["x_test", "x_train", "y_test", "y_train"]
+    before = record.made_from({"data": actual}).files
     np.save(tmp_path / "y_train.npy", np.arange(4)[::-1])
-    assert record.made_from({"data": found}).files != before
+    assert record.made_from({"data": actual}).files != before
     # Any other data are what they are called.
     for other in ("digits", str(tmp_path), str(tmp_path / "data.csv"), str(tmp_path / "no.npy")):
         assert datasets.files_of(other) == (Path(other),)
@@ -139,8 +139,8 @@ def test_other_versions_are_told(tmp_path: Path) -> None:
     made = record.made_from({})
     record.keep(tmp_path, made)
     newer = made._replace(versions=made.versions | {"jax": "9.9", "extra": "1"})
-    found = record.compare(tmp_path, newer)
-    assert [line.split(":")[0] for line in found] == [
+    actual = record.compare(tmp_path, newer)
+    assert [line.split(":")[0] for line in actual] == [
         "extra was absent, is 1",
         f"jax was {made.versions['jax']}, is 9.9",
     ]

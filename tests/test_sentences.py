@@ -97,9 +97,9 @@ def test_fidelity_by_hand(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_array_equal(same.agreement, 1)
     moved = angles + np.array([0.0, 0.0, -0.65, 0.0])  # line 2 comes to 0.35: 0-1, 1-2, 3-2
     student = np.stack([np.cos(moved), np.sin(moved)], axis=1)
-    found = sentences.fidelity(student, teacher)
-    np.testing.assert_allclose(found.cosine, np.cos([0, 0, 0.65, 0]), atol=1e-12)
-    np.testing.assert_array_equal(found.agreement, [1, 0, 0, 1])
+    actual = sentences.fidelity(student, teacher)
+    np.testing.assert_allclose(actual.cosine, np.cos([0, 0, 0.65, 0]), atol=1e-12)
+    np.testing.assert_array_equal(actual.agreement, [1, 0, 0, 1])
     student[1] = np.nan
     assert np.isnan(sentences.fidelity(student, teacher).agreement).all()
 
@@ -183,13 +183,13 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
     step = train.make_step(model, terms, {"mse": 1.0}, training.optimizer(settings), teacher=model)
 
     def distilled(folder: str, *, resume: bool = False, start: float = 0.0) -> Any:
-        told: list[str] = []
+        messages: list[str] = []
         where = tmp_path / folder
         own = dataclasses.replace(settings, resume=resume)
         return training.distill_student(
             step, {"w": jnp.full(9, start)}, {"w": jnp.arange(9.0)}, lines, jax.random.key(0),
             lambda params: float(params["w"].sum()),
-            training.Run(where, "run", "kind_0", own, told.append, lambda done, total: None),
+            training.Run(where, "run", "kind_0", own, messages.append, lambda done, total: None),
         )  # fmt: skip
 
     params, curve, _, how = distilled("whole")
@@ -210,9 +210,9 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
         patch.setattr(checkpoint, "save", stopping)
         distilled("run")
     assert saved[:2] == [2, 4] and 8 not in saved
-    again, found, *_ = distilled("run", resume=True)
+    again, actual, *_ = distilled("run", resume=True)
     np.testing.assert_array_equal(again["w"], params["w"])
-    assert found == curve and curve["epoch"] == [4.0, 8.0]
+    assert actual == curve and curve["epoch"] == [4.0, 8.0]
     assert curve["validation_accuracy"][0] != curve["validation_accuracy"][1]
 
 

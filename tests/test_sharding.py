@@ -367,8 +367,8 @@ def test_two_processes_give_the_one_device_result(tmp_path: Path, one_device: An
     errors = [worker.communicate(timeout=600)[1].decode() for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
     with np.load(out) as stored:
-        found = jax.tree.unflatten(jax.tree.structure(one_device), list(stored.values()))
-    assert_close(found, one_device)
+        actual = jax.tree.unflatten(jax.tree.structure(one_device), list(stored.values()))
+    assert_close(actual, one_device)
     saved = checkpoint.restore(tmp_path / "two", _start())
     assert (saved.step, saved.meta) == (12, {"by": 2})
     assert_close(learned(_run(None, steps=8, states=saved.state)), one_device)

@@ -212,9 +212,9 @@ def test_one_message_for_every_other_slip() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             slip()
-    with pytest.raises(KeyError) as found:
+    with pytest.raises(KeyError) as actual:
         step_of(LINEAR)(state, {"inputs": BATCH["inputs"]})
-    assert found.value.__notes__[0] == "The batch has ['inputs'], the model returns ['logits']."
+    assert actual.value.__notes__[0] == "The batch has ['inputs'], the model returns ['logits']."
     assert repr(stratified(data)) == (
         "Splits('', inputs float32[3], 2 classes: train 2, validation 1, test 1)"
     )

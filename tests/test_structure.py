@@ -110,7 +110,7 @@ def test_the_lower_floors_need_little() -> None:
     low = [path for path in FILES if FLOOR.get(unit(path), 0) <= LIGHT_FLOOR]
     allowed = LIGHT | {"kdtl_jax"} | set(sys.stdlib_module_names)
     needed = {shown(path): {name.split(".")[0] for name in imported(path)} for path in low}
-    assert {name: found - allowed for name, found in needed.items() if found - allowed} == {}
+    assert {name: actual - allowed for name, actual in needed.items() if actual - allowed} == {}
 
 
 def test_files_are_short() -> None:

@@ -48,22 +48,22 @@ def test_outputs_come_back_in_the_stored_precision(
     taps = ("logits", "block/hidden")
     write(tmp_path, taps=taps, dtype=dtype)
     cache = tc.open_cache(tmp_path, expect=expected(taps=taps, dtype=dtype))
-    found, stored = tc.rows(cache, ROWS), tc.rows(cache, ROWS, stored_precision=True)
+    actual, stored = tc.rows(cache, ROWS), tc.rows(cache, ROWS, stored_precision=True)
     everything = tc.load(cache)
-    assert set(found) == set(taps)
+    assert set(actual) == set(taps)
     assert [
         path.stat().st_size // _shards.row_bytes(cache.plan.columns)
         for path in sorted(tmp_path.glob("*.bin"))
     ] == [20, 20, 10]
     for tap in taps:
         want = LIVE[tap][ROWS]
-        assert found[tap].dtype == np.float32 and stored[tap].dtype == dtype
-        np.testing.assert_array_equal(found[tap], np.asarray(stored[tap], np.float32))
-        np.testing.assert_array_equal(found[tap], everything[tap][ROWS])
+        assert actual[tap].dtype == np.float32 and stored[tap].dtype == dtype
+        np.testing.assert_array_equal(actual[tap], np.asarray(stored[tap], np.float32))
+        np.testing.assert_array_equal(actual[tap], everything[tap][ROWS])
         bound = 1e-6 if digits is None else np.abs(want) * 2.0**-digits + 1e-6
-        assert np.all(np.abs(found[tap] - want) <= bound)
+        assert np.all(np.abs(actual[tap] - want) <= bound)
         if digits is not None:  # and half precision was really stored
-            assert np.any(np.abs(found[tap] - want) > 1e-5)
+            assert np.any(np.abs(actual[tap] - want) > 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
@@ -124,11 +124,11 @@ def test_sequences_and_integer_outputs(tmp_path: Path) -> None:
     options: dict[str, Any] = {"taps": ("logits", "best"), "top_k": 3, "dtype": jnp.float16}
     tc.write(tmp_path, model, table, arrays, batch_size=4, **options)
     cache = tc.open_cache(tmp_path, expect=tc.fingerprint(table, arrays, **options))
-    found = tc.rows(cache, np.array([9, 2]))
+    actual = tc.rows(cache, np.array([9, 2]))
     want = losses.top_k_targets(jnp.asarray(table[tokens[[9, 2]]]), k=3)
-    np.testing.assert_array_equal(found["logits"].indices, want.indices)
-    assert found["logits"].log_tail.shape == (2, 4) and found["best"].dtype == np.int32
-    np.testing.assert_array_equal(found["best"], want.indices[..., 0])
+    np.testing.assert_array_equal(actual["logits"].indices, want.indices)
+    assert actual["logits"].log_tail.shape == (2, 4) and actual["best"].dtype == np.int32
+    np.testing.assert_array_equal(actual["best"], want.indices[..., 0])
 
 
 MISMATCHES: dict[str, tuple[Any, str]] = {

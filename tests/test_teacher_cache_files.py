@@ -211,9 +211,9 @@ def test_any_number_of_shards_and_taps_opens_few_files(
     assert len(list(tmp_path.iterdir())) == 2 * 300 + 3
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     cache = tc.open_cache(tmp_path, expect=tc.fingerprint(PARAMS, arrays, **options))
-    found, whole = tc.rows(cache, np.arange(299, -1, -1)), tc.load(cache)
+    actual, whole = tc.rows(cache, np.arange(299, -1, -1)), tc.load(cache)
     for i, tap in enumerate(taps):
-        np.testing.assert_array_equal(found[tap][::-1], arrays["inputs"] + i)
+        np.testing.assert_array_equal(actual[tap][::-1], arrays["inputs"] + i)
         np.testing.assert_array_equal(whole[tap], arrays["inputs"] + i)
     assert tc.verify(tmp_path) == []
     if before:

@@ -94,9 +94,9 @@ def test_tunixs_loss_is_a_sum_and_a_weight(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, name, module)
     tokens = batch()["inputs"]["tokens"]
     mask = np.random.default_rng(1).random(tokens.shape) < 0.7
-    found = trainers().tunix_loss(Tiny(TEACHER))(Tiny(STUDENT), tokens, mask, None, None)
+    result = trainers().tunix_loss(Tiny(TEACHER))(Tiny(STUDENT), tokens, mask, None, None)
     values = losses.forward_kl(*(Tiny(p)(tokens, None)[0] for p in (STUDENT, TEACHER)))
-    kd = found.primary_loss
+    kd = result.primary_loss
     np.testing.assert_allclose(kd.unreduced_sum, jnp.sum(values[:, :-1] * mask[:, 1:]), rtol=1e-5)
     assert float(kd.denominator) == mask[:, 1:].sum()
 
@@ -106,21 +106,21 @@ def test_tunix_itself_learns_from_the_loss():
     trainer = pytest.importorskip("tunix.sft.peft_trainer", reason="Tunix is not installed")
     config = trainer.TrainingConfig(eval_every_n_steps=100, max_steps=8)
     model = Tiny(STUDENT)
-    found = trainer.PeftTrainer(model, optax.adam(1e-2), config)
-    found = found.with_loss_fn(trainers().tunix_loss(Tiny(TEACHER)))
+    result = trainer.PeftTrainer(model, optax.adam(1e-2), config)
+    result = result.with_loss_fn(trainers().tunix_loss(Tiny(TEACHER)))
     tokens = jnp.asarray(batch()["inputs"]["tokens"])
     given = {"input_tokens": tokens, "input_mask": jnp.ones(tokens.shape)}
     given |= {"positions": None, "attention_mask": None}
-    found = found.with_gen_model_input_fn(
+    result = result.with_gen_model_input_fn(
         lambda x: {**x, "positions": None, "attention_mask": None}
     )
 
     def away() -> float:
-        told, own = Tiny(TEACHER)(tokens, None)[0], model(tokens, None)[0]
-        return float(losses.forward_kl(own, told)[:, :-1].mean())
+        message, own = Tiny(TEACHER)(tokens, None)[0], model(tokens, None)[0]
+        return float(losses.forward_kl(own, message)[:, :-1].mean())
 
     before = away()
-    found.train([given] * 8, None)
+    result.train([given] * 8, None)
     assert away() < before
 
 
@@ -148,7 +148,7 @@ def test_plain_loops_of_nnx_and_equinox_learn():
             return losses.head_logits(hidden, DECODER.head(self.params))[0]
 
     model, tx = Row(STUDENT), optax.adam(1e-2)
-    opt_state, told = tx.init(eqx.filter(model, eqx.is_inexact_array)), Row(TEACHER)
+    opt_state, message = tx.init(eqx.filter(model, eqx.is_inexact_array)), Row(TEACHER)
     for expect in values:
-        model, opt_state, value = module.equinox_step(model, told, opt_state, tx, inputs)
+        model, opt_state, value = module.equinox_step(model, message, opt_state, tx, inputs)
         np.testing.assert_allclose(value, expect, rtol=1e-4)

@@ -209,10 +209,10 @@ def test_weight_matching_finds_the_permutation(seed: int) -> None:
     order = {"heads": rng.permutation(HEADS), "mlp": rng.permutation(MLP)}
     shuffled = jax.jit(lambda p: transforms.permute_units(p, spec, order))(params)
     noisy = jax.tree.map(lambda x: np.asarray(x) + 0.01 * np.sign(x), shuffled)
-    found = transforms.match_permutations(params, noisy, spec)
+    actual = transforms.match_permutations(params, noisy, spec)
     for name, perm in order.items():
-        np.testing.assert_array_equal(perm[found[name]], np.arange(len(perm)))
-    aligned = jax.jit(lambda p: transforms.permute_units(p, spec, found))(shuffled)
+        np.testing.assert_array_equal(perm[actual[name]], np.arange(len(perm)))
+    aligned = jax.jit(lambda p: transforms.permute_units(p, spec, actual))(shuffled)
     jax.tree.map(np.testing.assert_array_equal, aligned, params)
 
 
@@ -229,8 +229,8 @@ def test_weight_matching_in_a_deep_chain_improves_the_inner_product() -> None:
 
     spec = [("a", (None, "x")), ("b", ("x", "y")), ("c", ("y", None)), ("r", ("x", "x"))]
     one, two = chain(), chain()
-    found = transforms.match_permutations(one, two, spec)
-    aligned = transforms.permute_units(two, spec, found)
+    result = transforms.match_permutations(one, two, spec)
+    aligned = transforms.permute_units(two, spec, result)
     before, after = (sum(float(np.vdot(one[k], p[k])) for k in one) for p in (two, aligned))
     assert after > before + 1
 

@@ -120,12 +120,12 @@ AROUND = {
 def test_packed_formats_are_known_by_their_names(name: str) -> None:
     codes, others = FORMATS[name]
     separator = "/" if name == "nested" else "."
-    found = {f"fc{separator}{k}": v for k, v in codes.items()}
-    flat = AROUND | found | {f"fc{separator}{k}": v for k, v in others.items()}
-    assert transforms.quantized(flat) == found.keys()
+    actual = {f"fc{separator}{k}": v for k, v in codes.items()}
+    flat = AROUND | actual | {f"fc{separator}{k}": v for k, v in others.items()}
+    assert transforms.quantized(flat) == actual.keys()
     with pytest.raises(ValueError, match="Dequantize"):
         transforms.scale(flat, 2.0)
-    for path in found:  # the scales alone, too
+    for path in actual:  # the scales alone, too
         with pytest.raises(ValueError, match="Dequantize"):
             transforms.scale(flat, 2.0, where=re.escape(path))
     np.testing.assert_array_equal(transforms.scale(flat, 2.0, where="norm/scale")["norm/scale"], 2)

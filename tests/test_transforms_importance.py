@@ -120,12 +120,12 @@ def test_importance_by_activation_of_padded_rows_and_positions_in_any_unit() -> 
     x = jnp.asarray(np.random.default_rng(4).normal(size=(3, 4, 6)), jnp.float32)
     score = transforms.importance_by_activation
     rows = jnp.arange(3) < 2
-    found = score(x.at[2].set(jnp.nan), where=rows, inner=2)
-    np.testing.assert_allclose(found, score(x[:2], inner=2), rtol=1e-6)
+    actual = score(x.at[2].set(jnp.nan), where=rows, inner=2)
+    np.testing.assert_allclose(actual, score(x[:2], inner=2), rtol=1e-6)
     positions = jnp.asarray([[True, True, False, False], [True] * 4, [False] * 4])
-    found = score(jnp.where(positions[..., None], x, jnp.inf), where=positions)
+    actual = score(jnp.where(positions[..., None], x, jnp.inf), where=positions)
     alone = score(x[1:2], previous=score(x[:1, :2]))
-    np.testing.assert_allclose(found, alone, rtol=1e-5)
+    np.testing.assert_allclose(actual, alone, rtol=1e-5)
     for scale in (1e-30, 1e30):
         got = score(scale * x, previous=scale * score(x))
         np.testing.assert_allclose(got / scale, score(x, previous=score(x)), rtol=1e-5)

@@ -189,6 +189,6 @@ def test_a_square_weight_for_a_kernel_is_not_taken_for_granted():
     np.testing.assert_array_equal(filled(lambda leaf, shape, path: None), weight)
     # A leaf that fits one way alone shows how the others stand.
     more = source | {"head.weight": np.ones((3, 2), np.float32)}
-    wanted = target | {"head": {"kernel": np.zeros((3, 2), np.float32)}}
-    params, _ = transforms.transfer(more, wanted, rename=rename)
+    expected = target | {"head": {"kernel": np.zeros((3, 2), np.float32)}}
+    params, _ = transforms.transfer(more, expected, rename=rename)
     np.testing.assert_array_equal(params["fc"]["kernel"], weight)

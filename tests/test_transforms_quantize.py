@@ -28,12 +28,12 @@ def test_rounded_once_is_rounded_and_gradients_pass(name: str) -> None:
     def rounded(params: Any) -> Any:
         return transforms.fake_quantize(params, quantizer, where=".*kernel")
 
-    found = rounded(params)["layer"]
-    assert np.any(found["kernel"] != weight)
-    np.testing.assert_array_equal(found["bias"], 1)
-    np.testing.assert_array_equal(quantizer(found["kernel"]), found["kernel"])
+    actual = rounded(params)["layer"]
+    assert np.any(actual["kernel"] != weight)
+    np.testing.assert_array_equal(actual["bias"], 1)
+    np.testing.assert_array_equal(quantizer(actual["kernel"]), actual["kernel"])
     gradient = jax.grad(lambda k: jnp.sum(jnp.square(quantizer(k))))(weight)
-    np.testing.assert_array_equal(gradient, 2 * found["kernel"])
+    np.testing.assert_array_equal(gradient, 2 * actual["kernel"])
     half = quantizer(weight.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_array_equal(quantizer(jnp.zeros((20, 3))), 0)
@@ -43,8 +43,8 @@ def test_scales_are_of_the_inputs_of_one_channel() -> None:
     weight = jnp.asarray([[127.0, 1.0], [-0.6, 0.3]])
     np.testing.assert_allclose(transforms.int_per_channel(weight), [[127, 1], [-1, 38 / 127]])
     amax = jnp.asarray([[1.0, 2.0]])
-    found, pull = jax.vjp(lambda w: transforms.int_per_channel(w, amax=amax), weight)
-    assert found[0, 0] == 1
+    actual, pull = jax.vjp(lambda w: transforms.int_per_channel(w, amax=amax), weight)
+    assert actual[0, 0] == 1
     np.testing.assert_array_equal(pull(jnp.ones_like(weight))[0], [[0, 1], [1, 1]])
 
 

@@ -94,12 +94,12 @@ def test_padding_by_minus_infinity_changes_no_value_and_no_gradient() -> None:
     others = {n: [None if is_float(x) else x for x in args] for n, args in examples.items()}
     slopes, values = jax.jit(partial(outcomes, ROWS))(floats, others)
     cases = {name: with_padding(name, case) for name, case in ROWS.items()}
-    found = jax.jit(partial(outcomes, cases))(jax.tree.map(padded, floats), others)
+    actual = jax.jit(partial(outcomes, cases))(jax.tree.map(padded, floats), others)
     for name in ROWS:
         np.testing.assert_allclose(
-            found[1][name], values[name], rtol=1e-9, atol=1e-12, err_msg=name
+            actual[1][name], values[name], rtol=1e-9, atol=1e-12, err_msg=name
         )
-        for wide, slope in zip(found[0][name], slopes[name], strict=True):
+        for wide, slope in zip(actual[0][name], slopes[name], strict=True):
             if slope is None:
                 continue
             size = slope.shape[-1]

@@ -72,11 +72,11 @@ def test_the_target_starts_as_the_source():
 def test_a_hundred_epochs_of_fine_tuning_reduce_the_loss(
     example: Callable[[], Example], left: float
 ):
-    found = example()
-    curve = np.asarray(found.losses)
+    result = example()
+    curve = np.asarray(result.losses)
     assert np.all(np.isfinite(curve)) and curve[-1] < left * curve[0]
     assert np.all(np.diff(curve) < 0)  # full-batch gradient descent at a small rate
-    tuned, start = trees.flatten(found.tuned), trees.flatten(found.start)
+    tuned, start = trees.flatten(result.tuned), trees.flatten(result.start)
     assert all(not np.array_equal(tuned[path], start[path]) for path in start)
 
 

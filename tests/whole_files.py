@@ -19,7 +19,7 @@ TIMED = {"results.json", "report.html", "env.json", "bench.json"}
 
 def content(folder: Path) -> Files:
     """The bytes of every file but locks, marks, unfinished files, and what a run resumes from."""
-    found = {}
+    results = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)
         ours = name.parts[0] in (RUN, f"{RUN}.safetensors")
@@ -29,8 +29,8 @@ def content(folder: Path) -> Files:
         kept = ours and {"checkpoints", "finished"} & {*name.parts} and "mine" not in name.parts
         if not hidden and not kept:
             kept = ours and "finished" in name.parts
-            found[name.as_posix()] = _arrays(path) if kept else path.read_bytes()
-    return found
+            results[name.as_posix()] = _arrays(path) if kept else path.read_bytes()
+    return results
 
 
 def _arrays(path: Path) -> bytes:
