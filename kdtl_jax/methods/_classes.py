@@ -13,17 +13,15 @@ from jax import Array
 from kdtl_jax import _softmax, connectors, losses
 from kdtl_jax._types import Scalar
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._logits import Logits, logits, of_logits
+from kdtl_jax.methods._logits import Logits, logits, of_logits, of_pair
 from kdtl_jax.methods._method import Method, exclusive_classes, method
 from kdtl_jax.methods._setup import Setup
 from kdtl_jax.objective import Inputs
 
 
 def _half(setup: Setup, name: str, divergence: Callable[..., Array], temperature: Scalar) -> Method:
-    def terms(x: Logits) -> dict[str, Array]:
-        return {name: divergence(x.student, x.teacher, temperature=temperature)}
-
-    return of_logits(setup, terms, {"task": 0.5, name: 0.5})
+    loss = partial(divergence, temperature=temperature)
+    return of_pair(setup, name, loss, task=0.5, weight=0.5)
 
 
 def forward_kl(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
@@ -221,8 +219,4 @@ def hard_kd(setup: Setup) -> Method:
 
     Touvron et al., 2021 (2012.12877). Task 0.5, hard 0.5, as in the paper.
     """
-
-    def terms(x: Logits) -> dict[str, Array]:
-        return {"hard": losses.hard_kd(x.student, x.teacher)}
-
-    return of_logits(setup, terms, {"task": 0.5, "hard": 0.5})
+    return of_pair(setup, "hard", losses.hard_kd, task=0.5, weight=0.5)

@@ -59,11 +59,7 @@ def ridge_hint(setup: Setup) -> Method:
     Nothing besides the student is trained; task 1, hint 1.
     """
     layers = _layers.layers(setup, _layers.deepest(setup))
-
-    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
-        return losses.ridge_hint(student, teacher, where=where)
-
-    return pairwise(setup, "hint", loss, layers, {"task": 1.0, "hint": 1.0})
+    return pairwise(setup, "hint", losses.ridge_hint, layers, {"task": 1.0, "hint": 1.0})
 
 
 def vid(setup: Setup) -> Method:
@@ -116,10 +112,7 @@ def pkd(setup: Setup) -> Method:
     """
     layers = _layers.layers(setup, _layers.every(setup))
     weights = {"task": 1.0, "pkd": 1.0}
-
-    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
-        return losses.pkd_pearson(student, teacher, where=where)
-
+    loss = losses.pkd_pearson
     return pairwise(setup, "pkd", loss, layers, weights, connector=connectors.conv1x1)
 
 
@@ -314,7 +307,7 @@ def ofd(setup: Setup) -> Method:
             "the tap of the same layer before its ReLU"
         )
 
-    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+    def loss(student: Array, teacher: Array, *, where: Array | None) -> Array:
         return losses.partial_l2(student, teacher, margin=_mean_below_zero(teacher, where))
 
     layers = _layers.layers(setup, [setup.before_activation[pair] for pair in setup.pairs])

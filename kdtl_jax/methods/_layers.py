@@ -20,8 +20,8 @@ from kdtl_jax.objective import Inputs
 
 View = Callable[[Array, Array], tuple[Array, Array]]
 Features = list[tuple[Array, Array]]  # of the student and the teacher, layer by layer
-# (student features, teacher features, real examples or None for all) -> [B]
-PairLoss = Callable[[Array, Array, Array | None], Array]
+# (student features, teacher features, *, where=real examples or None for all) -> [B]
+PairLoss = Callable[..., Array]
 
 
 class Layers(NamedTuple):
@@ -160,26 +160,18 @@ def pairwise(
       connector: made from the teacher's number of channels; None compares the features directly.
       layer_weights: w; 1 each by default.
     """
-    if connector is None:
+    glue = [] if connector is None else [connector(x.shape[-1]) for x in layers.teacher]
 
-        def direct(inputs: Inputs) -> dict[str, Array]:
-            features = layers.read(inputs.student, inputs.teacher)
-            return {term: total(loss, features, inputs.real, layer_weights)}
-
-        return method(setup, direct, weights)
-    layer_connectors = [connector(teacher.shape[-1]) for teacher in layers.teacher]
-
-    def connected(inputs: Inputs) -> dict[str, Array]:
+    def terms(inputs: Inputs) -> dict[str, Array]:
         where, features = inputs.real, layers.read(inputs.student, inputs.teacher)
-        features = connect(layer_connectors, inputs.connectors, features, where)
+        if glue:
+            features = connect(glue, inputs.connectors, features, where)
         return {term: total(loss, features, where, layer_weights)}
 
-    return method(
-        setup,
-        connected,
-        weights,
-        connectors=lambda key: init_each(layer_connectors, layers.student, key),
-    )
+    def init(key: Array) -> Params:
+        return init_each(glue, layers.student, key) if glue else {}
+
+    return method(setup, terms, weights, connectors=init)
 
 
 def connect(
@@ -196,7 +188,7 @@ def connect(
 
 def by_example(loss: Callable[[Array, Array], Array]) -> PairLoss:
     """Adapts a loss whose values depend on one example each; the objective applies the mask."""
-    return lambda student, teacher, where: loss(student, teacher)
+    return lambda student, teacher, *, where: loss(student, teacher)
 
 
 def total(
@@ -206,7 +198,7 @@ def total(
     weights: Sequence[float] | None = None,
 ) -> Array:
     """`sum_i w_i loss(student_i, teacher_i)`, `[B]`."""
-    values = [loss(student, teacher, where) for student, teacher in features]
+    values = [loss(student, teacher, where=where) for student, teacher in features]
     if weights is not None:
         values = [weight * value for weight, value in zip(weights, values, strict=True)]
     return sum(values[1:], values[0])

@@ -6,6 +6,7 @@ except `binary_kd` and the regressions: `logit_mse`, `logit_l1`, `logit_huber` a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -51,6 +52,26 @@ def of_logits(
     return method(setup, lambda inputs: terms(logits(inputs)), weights)
 
 
+def of_pair(
+    setup: Setup, name: str, loss: Callable[..., Array], *, task: float, weight: float
+) -> Method:
+    """A method of one term `loss(student logits, teacher logits)` on exclusive classes."""
+    return of_logits(
+        setup, lambda x: {name: loss(x.student, x.teacher)}, {"task": task, name: weight}
+    )
+
+
+def of_outputs(
+    setup: Setup, name: str, loss: Callable[..., Array], *, task: float, weight: float
+) -> Method:
+    """`of_pair` for any outputs called logits: of softmax or sigmoid heads, or regression."""
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        return {name: loss(inputs.student["logits"], inputs.teacher["logits"])}
+
+    return method(setup, terms, {"task": task, name: weight})
+
+
 def logits(inputs: Inputs) -> Logits:
     """The logits of both models, the labels and the mask of a batch."""
     labels, where = inputs.batch["labels"], inputs.real
@@ -65,11 +86,8 @@ def kd(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
     Hinton, Vinyals and Dean, 2015 (1503.02531). Task 0.1, kd 0.9: mdistiller and the scripts of
     RepDistiller.
     """
-
-    def terms(x: Logits) -> dict[str, Array]:
-        return {"kd": losses.kd_kl(x.student, x.teacher, temperature=temperature)}
-
-    return of_logits(setup, terms, {"task": 0.1, "kd": 0.9})
+    loss = partial(losses.kd_kl, temperature=temperature)
+    return of_pair(setup, "kd", loss, task=0.1, weight=0.9)
 
 
 def logit_std(setup: Setup, *, temperature: Scalar = 2.0) -> Method:
@@ -80,11 +98,10 @@ def logit_std(setup: Setup, *, temperature: Scalar = 2.0) -> Method:
     deviation.
     """
 
-    def terms(x: Logits) -> dict[str, Array]:
-        student, teacher = (losses.standardize_logits(z) for z in (x.student, x.teacher))
-        return {"kd": losses.kd_kl(student, teacher, temperature=temperature)}
+    def loss(*sides: Array) -> Array:
+        return losses.kd_kl(*map(losses.standardize_logits, sides), temperature=temperature)
 
-    return of_logits(setup, terms, {"task": 0.1, "kd": 9.0})
+    return of_pair(setup, "kd", loss, task=0.1, weight=9.0)
 
 
 def dkd(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
@@ -159,11 +176,8 @@ def ttm(setup: Setup, *, temperature: Scalar = 10.0) -> Method:
 
     Zheng and Yang, 2024 (2402.11148). Task 1, ttm 45 at gamma = 1 / T = 0.1: the authors' README.
     """
-
-    def terms(x: Logits) -> dict[str, Array]:
-        return {"ttm": losses.ttm(x.student, x.teacher, gamma=1 / temperature)}
-
-    return of_logits(setup, terms, {"task": 1.0, "ttm": 45.0})
+    loss = partial(losses.ttm, gamma=1 / temperature)
+    return of_pair(setup, "ttm", loss, task=1.0, weight=45.0)
 
 
 def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
@@ -172,11 +186,8 @@ def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
     Zheng and Yang, 2024 (2402.11148). Task 1, wttm 4 at gamma = 1 / T = 0.2: the authors' README,
     combined with CRD.
     """
-
-    def terms(x: Logits) -> dict[str, Array]:
-        return {"wttm": losses.wttm(x.student, x.teacher, gamma=1 / temperature)}
-
-    return of_logits(setup, terms, {"task": 1.0, "wttm": 4.0})
+    loss = partial(losses.wttm, gamma=1 / temperature)
+    return of_pair(setup, "wttm", loss, task=1.0, weight=4.0)
 
 
 def logit_mse(setup: Setup) -> Method:
@@ -184,11 +195,7 @@ def logit_mse(setup: Setup) -> Method:
 
     Ba and Caruana, 2014 (1312.6184). It also works for sigmoid heads and regression.
     """
-
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        return {"mse": losses.mse(inputs.student["logits"], inputs.teacher["logits"])}
-
-    return method(setup, terms, {"task": 0.0, "mse": 1.0})
+    return of_outputs(setup, "mse", losses.mse, task=0.0, weight=1.0)
 
 
 def logit_l1(setup: Setup) -> Method:
@@ -197,11 +204,7 @@ def logit_l1(setup: Setup) -> Method:
     He et al., FAKD, ICIP 2020. Task 0.5, l1 0.5: the authors' scripts, whose task is L1 too. It
     works for regression and for logits.
     """
-
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        return {"l1": losses.mae(inputs.student["logits"], inputs.teacher["logits"])}
-
-    return method(setup, terms, {"task": 0.5, "l1": 0.5})
+    return of_outputs(setup, "l1", losses.mae, task=0.5, weight=0.5)
 
 
 def logit_huber(setup: Setup, *, delta: Scalar = 1.0) -> Method:
@@ -210,12 +213,7 @@ def logit_huber(setup: Setup, *, delta: Scalar = 1.0) -> Method:
     Huber, 1964. Task 0.5, huber 0.5, as `logit_l1`. `delta` is in units of the outputs: standard
     deviations of the targets if these are standardized, as in `kdtl`.
     """
-
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        sides = inputs.student["logits"], inputs.teacher["logits"]
-        return {"huber": losses.huber(*sides, delta=delta)}
-
-    return method(setup, terms, {"task": 0.5, "huber": 0.5})
+    return of_outputs(setup, "huber", partial(losses.huber, delta=delta), task=0.5, weight=0.5)
 
 
 def bounded_regression(setup: Setup, *, margin: Scalar = 0.0) -> Method:
@@ -303,17 +301,19 @@ def wkd_l(setup: Setup, *, temperature: Scalar = 8.0) -> Method:
     return of_logits(setup, terms, weights)
 
 
+def _ranking(setup: Setup, name: str, ranking: Callable[..., Array]) -> Method:
+    def loss(student: Array, teacher: Array) -> Array:
+        return ranking(student, losses.top_k_targets(teacher, k=min(RANKED, setup.classes)))
+
+    return of_pair(setup, name, loss, task=1.0, weight=1.0)
+
+
 def hinge_ranking(setup: Setup) -> Method:
     """The teacher's order among its 32 most likely classes, with hinges at the teacher's own gaps.
 
     DistillKit, 2024. Task 1, hinge 1.
     """
-
-    def terms(x: Logits) -> dict[str, Array]:
-        targets = losses.top_k_targets(x.teacher, k=min(RANKED, setup.classes))
-        return {"hinge": losses.hinge_ranking(x.student, targets)}
-
-    return of_logits(setup, terms, {"task": 1.0, "hinge": 1.0})
+    return _ranking(setup, "hinge", losses.hinge_ranking)
 
 
 def logistic_ranking(setup: Setup) -> Method:
@@ -321,12 +321,7 @@ def logistic_ranking(setup: Setup) -> Method:
 
     Burges et al., ICML 2005; DistillKit, 2024. Task 1, logistic 1.
     """
-
-    def terms(x: Logits) -> dict[str, Array]:
-        targets = losses.top_k_targets(x.teacher, k=min(RANKED, setup.classes))
-        return {"logistic": losses.logistic_ranking(x.student, targets)}
-
-    return of_logits(setup, terms, {"task": 1.0, "logistic": 1.0})
+    return _ranking(setup, "logistic", losses.logistic_ranking)
 
 
 def binary_kd(
@@ -344,13 +339,8 @@ def binary_kd(
     if setup.task is regression:
         raise ValueError("needs sigmoid heads, but the outputs are numbers")
 
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        values = losses.binary_kl(
-            inputs.student["logits"],
-            inputs.teacher["logits"],
-            temperature=temperature,
-            class_weights=class_weights,
-        )
-        return {"kd": values / setup.classes}
+    def loss(*sides: Array) -> Array:
+        values = losses.binary_kl(*sides, temperature=temperature, class_weights=class_weights)
+        return values / setup.classes
 
-    return method(setup, terms, {"task": 1.0, "kd": 1.0})
+    return of_outputs(setup, "kd", loss, task=1.0, weight=1.0)

@@ -25,11 +25,7 @@ def sp(setup: Setup) -> Method:
     RepDistiller.
     """
     layers = _layers.layers(setup, _layers.deepest(setup), _layers.unchanged)
-
-    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
-        return losses.sp(student, teacher, where=where)
-
-    return pairwise(setup, "sp", loss, layers, {"task": 1.0, "sp": 3000.0})
+    return pairwise(setup, "sp", losses.sp, layers, {"task": 1.0, "sp": 3000.0})
 
 
 def rkd(setup: Setup) -> Method:
@@ -59,7 +55,7 @@ def pkt(setup: Setup) -> Method:
     RepDistiller, which averages over pairs of examples.
     """
 
-    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+    def loss(student: Array, teacher: Array, *, where: Array | None) -> Array:
         values = losses.pkt(student, teacher, where=where)
         return values / count(values, where)
 
@@ -76,11 +72,7 @@ def cc(setup: Setup) -> Method:
     """
     check_setup(setup)
     layers = _layers.layers(setup, [setup.last], _layers.unchanged)
-
-    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
-        return losses.cc(student, teacher, where=where)
-
-    return pairwise(setup, "cc", loss, layers, {"task": 1.0, "cc": 0.003})
+    return pairwise(setup, "cc", losses.cc, layers, {"task": 1.0, "cc": 0.003})
 
 
 def itrd(setup: Setup) -> Method:
@@ -203,11 +195,8 @@ def info_nce(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         student, teacher = _embed(setup, inputs)
-        return {
-            "info_nce": losses.info_nce(
-                student, teacher, temperature=temperature, where=inputs.real
-            )
-        }
+        options = {"temperature": temperature, "where": inputs.real}
+        return {"info_nce": losses.info_nce(student, teacher, **options)}
 
     return method(
         setup, terms, {"task": 1.0, "info_nce": 0.8}, connectors=partial(_init_embeddings, setup)
@@ -224,13 +213,10 @@ def dcd(setup: Setup) -> Method:
     def terms(inputs: Inputs) -> dict[str, Array]:
         student, teacher = _embed(setup, inputs)
         temperature = 1 / jnp.minimum(jnp.exp(inputs.connectors["tau"]), 10)
+        options = {"temperature": temperature, "where": inputs.real}
         return {
-            "info_nce": losses.info_nce(
-                student, teacher, temperature=temperature, where=inputs.real
-            ),
-            "invariance": losses.dcd_invariance(
-                student, teacher, temperature=temperature, where=inputs.real
-            ),
+            "info_nce": losses.info_nce(student, teacher, **options),
+            "invariance": losses.dcd_invariance(student, teacher, **options),
         }
 
     def init(key: Array) -> Params:

@@ -4,7 +4,7 @@ Attention modules are matched by `Setup.attention`; their taps are `path/probs`,
 `path/key` and `path/value`, as the library's encoders name them. All need tokens `[B, L, D]`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
@@ -69,14 +69,8 @@ def hidden_mse(setup: Setup) -> Method:
     """
     layers = _layers.layers(setup, _token_layers(setup), _layers.unchanged)
     weights = {"task": 1.0, "hidden": 1.0}
-    return pairwise(
-        setup,
-        "hidden",
-        by_example(losses.last_axis_mse),
-        layers,
-        weights,
-        connector=connectors.linear,
-    )
+    loss = by_example(losses.last_axis_mse)
+    return pairwise(setup, "hidden", loss, layers, weights, connector=connectors.linear)
 
 
 def hidden_cosine(setup: Setup) -> Method:
@@ -116,13 +110,7 @@ def attention_kl(setup: Setup) -> Method:
     pairs = _same_heads(setup)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        values = [
-            losses.attention_kl(
-                _log_probs(inputs.student[f"{s}/probs"]), _log_probs(inputs.teacher[f"{t}/probs"])
-            )
-            for s, t in pairs
-        ]
-        return {"attention": sum(values[1:], values[0])}
+        return {"attention": _over_layers(losses.attention_kl, _log_probs, pairs, inputs)}
 
     return method(setup, terms, {"task": 1.0, "attention": 1.0})
 
@@ -135,7 +123,7 @@ def attention_mse(setup: Setup) -> Method:
     pairs = _same_heads(setup, "query", "key")
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        return {"attention": _scores_mse(pairs, inputs)}
+        return {"attention": _over_layers(losses.attention_mse, _scores, pairs, inputs)}
 
     return method(setup, terms, {"task": 1.0, "attention": 1.0})
 
@@ -157,7 +145,8 @@ def tinybert(setup: Setup) -> Method:
             )
             for s, t in layers
         ]
-        return {"attention": _scores_mse(pairs, inputs), "hidden": sum(hidden[1:], hidden[0])}
+        attention = _over_layers(losses.attention_mse, _scores, pairs, inputs)
+        return {"attention": attention, "hidden": sum(hidden[1:], hidden[0])}
 
     def init(key: Array) -> Params:
         return shared.init(key, setup.student[student_tap])
@@ -172,8 +161,7 @@ def minilm(setup: Setup) -> Method:
     Wang et al., MiniLM, 2020 (2002.10957). There are 12 relation heads, or the most that divide
     both widths. Task 1, attention 1, value 1, as in the paper.
     """
-    student_path, teacher_path = _last_attention(setup)
-    heads = _relation_heads(setup)
+    student_path, teacher_path, heads = _last_attention(setup)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         student = _parts(inputs.student, student_path)
@@ -197,8 +185,7 @@ def minilm_v2(setup: Setup) -> Method:
     Wang et al., MiniLMv2, 2021 (2012.15828). There are 12 relation heads, or the most that divide
     both widths. Task 1, relations 1, as in the paper.
     """
-    student_path, teacher_path = _last_attention(setup)
-    heads = _relation_heads(setup)
+    student_path, teacher_path, heads = _last_attention(setup)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         values = losses.minilm_v2(
@@ -211,8 +198,11 @@ def minilm_v2(setup: Setup) -> Method:
     return method(setup, terms, {"task": 1.0, "relations": 1.0})
 
 
-def _last_attention(setup: Setup) -> Pair:
-    """The last matched attention module, with the same number of tokens on both sides."""
+def _last_attention(setup: Setup) -> tuple[str, str, int]:
+    """The last matched attention module, of equally many tokens, and its number of relation heads.
+
+    These are the most, at most 12, that divide both widths.
+    """
     student_path, teacher_path = _attention(setup, "query", "key", "value")[-1]
     student = setup.student[f"{student_path}/query"].shape
     teacher = setup.teacher[f"{teacher_path}/query"].shape
@@ -220,34 +210,30 @@ def _last_attention(setup: Setup) -> Pair:
         raise ValueError(
             f"needs equally many tokens on both sides, got {student[1]} and {teacher[1]}"
         )
-    return student_path, teacher_path
-
-
-def _relation_heads(setup: Setup) -> int:
-    """The most heads, at most 12, that divide both widths."""
-    student_path, teacher_path = setup.attention[-1]
-    widths = (
-        setup.student[f"{student_path}/query"].shape[-1],
-        setup.teacher[f"{teacher_path}/query"].shape[-1],
-    )
-    return next(n for n in range(RELATION_HEADS, 0, -1) if all(w % n == 0 for w in widths))
+    widths = student[-1], teacher[-1]
+    heads = next(n for n in range(RELATION_HEADS, 0, -1) if all(w % n == 0 for w in widths))
+    return student_path, teacher_path, heads
 
 
 def _parts(outputs: Outputs, path: str) -> dict[str, Array]:
     return {part: outputs[f"{path}/{part}"] for part in ("query", "key", "value")}
 
 
-def _log_probs(probs: Array) -> Array:
-    """Scores whose softmax is `probs`."""
-    return jnp.log(jnp.maximum(probs, jnp.finfo(probs.dtype).tiny))
-
-
-def _scores_mse(pairs: Sequence[Pair], inputs: Inputs) -> Array:
-    values = [
-        losses.attention_mse(_scores(inputs.student, s), _scores(inputs.teacher, t))
-        for s, t in pairs
-    ]
+def _over_layers(
+    loss: Callable[[Array, Array], Array],
+    read: Callable[[Outputs, str], Array],
+    pairs: Sequence[Pair],
+    inputs: Inputs,
+) -> Array:
+    """The sum over matched modules of a loss of what `read(outputs, path)` returns."""
+    values = [loss(read(inputs.student, s), read(inputs.teacher, t)) for s, t in pairs]
     return sum(values[1:], values[0])
+
+
+def _log_probs(outputs: Outputs, path: str) -> Array:
+    """Scores whose softmax is the module's attention."""
+    probs = outputs[f"{path}/probs"]
+    return jnp.log(jnp.maximum(probs, jnp.finfo(probs.dtype).tiny))
 
 
 def _scores(outputs: Outputs, path: str) -> Array:

@@ -163,6 +163,44 @@ def rewrite(
     return jax.tree.unflatten(jax.tree.structure(params), out)
 
 
+def over_matrices(
+    change: Callable[[str, Array, Any], Array], in_axis: AxisSpec, out_axis: AxisSpec
+) -> Callable[[Params, AdapterWeights], Params]:
+    """`apply` that makes each matrix `change(path, matrix, its weights)`."""
+
+    def edit(path: str, leaf: Any, weights: Any) -> Array:
+        view = matrix_view(path, leaf, in_axis, out_axis)
+        return view.restore(change(path, view.matrix, weights))
+
+    return lambda params, weights: rewrite(params, weights, edit)
+
+
+def per_matrix(
+    start: Callable[[str, Array], Any],
+    change: Callable[[str, Array, Any], Array],
+    join: Callable[[Sequence[Any], Sequence[Scalar]], Any],
+    in_axis: AxisSpec,
+    out_axis: AxisSpec,
+) -> Adapter:
+    """An adapter of weights `start(path, matrix)`, combined by `join(members' weights, shares)`."""
+
+    def init(
+        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
+    ) -> AdaptedParams:
+        leaves = selected_matrices(params, where)
+        views = {path: matrix_view(path, leaf, in_axis, out_axis) for path, leaf in leaves.items()}
+        return AdaptedParams(params, {path: start(path, v.matrix) for path, v in views.items()})
+
+    def combine(
+        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
+    ) -> AdapterWeights:
+        shares = check_members(members, weights)
+        return {path: join([member[path] for member in members], shares) for path in members[0]}
+
+    apply = over_matrices(change, in_axis, out_axis)
+    return Adapter(init, apply, apply, combine)
+
+
 def check_fits(path: str, expected: Mapping[str, tuple[int, ...]], **arrays: Array) -> None:
     """Raises ValueError unless every array has its expected shape."""
     for name, array in arrays.items():
@@ -190,5 +228,5 @@ def check_members(
 
 def weighted_sum(weights: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     """`sum_i w_i x_i`; equal shapes."""
-    terms = [_numerics.scalar(w, x) * x for w, x in zip(weights, arrays, strict=True)]
-    return sum(terms[1:], terms[0])
+    pairs = zip(weights, arrays, strict=True)
+    return _leaves.total([_numerics.scalar(w, x) * x for w, x in pairs])

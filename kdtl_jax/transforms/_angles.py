@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Array, Scalar
-from kdtl_jax.transforms import _blocks
+from kdtl_jax.transforms import _blocks, _leaves
 from kdtl_jax.transforms._blocks import Read
 
 # Directions cancel below this share of their length: the remainder is amplified rounding error.
@@ -72,7 +72,7 @@ def multi_slerp_shares(angles: Angles, weights: Sequence[Scalar] | None = None) 
         for a, row in zip(weights, angles.cosines, strict=True)
         for b, cosine in zip(weights, row, strict=True)
     ]
-    mean = _numerics.safe_sqrt(_total(pairs))
+    mean = _numerics.safe_sqrt(_leaves.total(pairs))
     cancels = mean <= _CANCELED
     length = weighted_sum(angles.lengths, weights) / jnp.where(cancels, 1, mean)
     return [
@@ -84,7 +84,8 @@ def multi_slerp_shares(angles: Angles, weights: Sequence[Scalar] | None = None) 
 def model_stock_shares(angles: Angles, *, floor: Scalar = 0.0) -> list[Array]:
     """The shares of N task vectors in `model_stock`."""
     count = len(angles.lengths)
-    cosine = _total([_floored_cosine(angles, i, j, floor) for i in range(count) for j in range(i)])
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    cosine = _leaves.total([_floored_cosine(angles, *pair, floor) for pair in pairs])
     cosine = cosine / (count * (count - 1) / 2)
     denominator = 1 + (count - 1) * cosine
     canceled = jnp.abs(denominator) < _CANCELED
@@ -153,16 +154,12 @@ def _tops(read: Read, axis: int | None) -> list[Array]:
 def _normalized(weights: Sequence[Scalar] | None, lengths: Sequence[Array]) -> list[Array]:
     weights = [1.0] * len(lengths) if weights is None else weights
     shares = [_numerics.cast(w, lengths[0]) for w in weights]
-    return [share / _total(shares) for share in shares]
+    return [share / _leaves.total(shares) for share in shares]
 
 
 def weighted_sum(vectors: Sequence[Array], shares: Sequence[Array]) -> Array:
     """`sum_i share_i v_i` of vectors of one shape, and of that shape."""
-    return _total([share * vector for share, vector in zip(shares, vectors, strict=True)])
-
-
-def _total(terms: Sequence[Array]) -> Array:
-    return sum(terms[1:], terms[0])
+    return _leaves.total([share * vector for share, vector in zip(shares, vectors, strict=True)])
 
 
 # All callers share one program per kind of piece, so sums over pieces are equal bit for bit.

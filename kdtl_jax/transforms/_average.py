@@ -51,8 +51,7 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
-        terms = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
-        return sum(terms[1:], terms[0])
+        return _leaves.weighted_sum(by_leaf[i], leaves)
 
     return _leaves.combine_leaves(formula, trees_by_name, [by_leaf])
 
@@ -72,9 +71,8 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
 
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
         _leaves.nonzero_total(path, by_leaf[i])
-        terms = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
         shares = [_numerics.cast(w, leaves[0]) for w in by_leaf[i]]
-        return sum(terms[1:], terms[0]) / sum(shares[1:], shares[0])
+        return _leaves.weighted_sum(by_leaf[i], leaves) / _leaves.total(shares)
 
     return _leaves.combine_leaves(formula, trees_by_name, [by_leaf])
 

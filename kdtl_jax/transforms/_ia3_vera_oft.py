@@ -5,7 +5,7 @@ ValueError if a selected leaf lacks them.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,15 +15,7 @@ import numpy as np
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
 from kdtl_jax.transforms import _adapters, _leaves
-from kdtl_jax.transforms._adapters import (
-    AdaptedParams,
-    Adapter,
-    AdapterWeights,
-    AxisSpec,
-    MatrixView,
-)
-
-Apply = Callable[[Params, AdapterWeights], Params]
+from kdtl_jax.transforms._adapters import Adapter, AdapterWeights, AxisSpec
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -64,29 +56,22 @@ def ia3_output(
       Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper, 2022
       (2205.05638).
     """
+    kernels = _scaling_adapter(in_axis, out_axis, -1)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
-        flat, edits = trees.flatten(params), {}
+        flat, factors = trees.flatten(params), {}
         for path, scale in weights.items():
-            edits[path] = (scale.vector, True)
             stem = re.sub(r"[^/.]*$", "", path)
-            for bias_path in (stem + name for name in bias):
-                if bias_path in flat and bias_path not in weights:
-                    edits[bias_path] = (scale.vector, False)
+            beside = {stem + name for name in bias}
+            factors |= {p: scale.vector for p in beside if p in flat and p not in weights}
 
-        def edit(path: str, leaf: PyTree, scaling: tuple[Array, bool]) -> Array:
-            vector, is_kernel = scaling
-            if not is_kernel:
-                upcast = _leaves.widen(leaf)
-                return upcast * vector.reshape(upcast.shape).astype(upcast.dtype)
-            kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
-            shape = (*kernel.matrix.shape[:-2], kernel.matrix.shape[-1])
-            _adapters.check_fits(path, {"vector": shape}, vector=vector)
-            return kernel.restore(kernel.matrix * vector[..., None, :].astype(kernel.matrix.dtype))
+        def multiply(path: str, leaf: PyTree, vector: Array) -> Array:
+            upcast = _leaves.widen(leaf)
+            return upcast * vector.reshape(upcast.shape).astype(upcast.dtype)
 
-        return _adapters.rewrite(params, edits, edit)
+        return _adapters.rewrite(kernels.apply(params, weights), factors, multiply)
 
-    return _scaling_adapter(apply, in_axis, out_axis, -1)
+    return kernels._replace(apply=apply, merge=apply)
 
 
 def ia3_input(*, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
@@ -94,18 +79,7 @@ def ia3_input(*, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
 
     Otherwise as `ia3_output`; biases are not changed.
     """
-
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, scale: ScaleWeights) -> Array:
-            kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
-            shape = kernel.matrix.shape[:-1]
-            _adapters.check_fits(path, {"vector": shape}, vector=scale.vector)
-            vector = scale.vector.astype(kernel.matrix.dtype)
-            return kernel.restore(kernel.matrix * vector[..., :, None])
-
-        return _adapters.rewrite(params, weights, edit)
-
-    return _scaling_adapter(apply, in_axis, out_axis, -2)
+    return _scaling_adapter(in_axis, out_axis, -2)
 
 
 def vera(
@@ -134,56 +108,30 @@ def vera(
       `sqrt(6 / r)` of B as in PEFT, with each layer's own `in`.
     """
 
-    def view(path: str, leaf: PyTree) -> MatrixView:
-        return _adapters.matrix_view(path, leaf, in_axis, out_axis)
+    def initial(path: str, matrix: Array) -> VeraWeights:
+        *lead, _, fan_out = matrix.shape
+        d = jnp.full((1, *lead, rank), start, matrix.dtype)
+        return VeraWeights(d, jnp.zeros((1, *lead, fan_out), matrix.dtype))
 
-    def init(
-        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> AdaptedParams:
-        weights = {}
-        for path, leaf in _adapters.selected_matrices(params, where).items():
-            *lead, _, fan_out = view(path, leaf).matrix.shape
-            dtype = _leaves.widen(leaf).dtype
-            d = jnp.full((1, *lead, rank), start, dtype)
-            weights[path] = VeraWeights(d, jnp.zeros((1, *lead, fan_out), dtype))
-        return AdaptedParams(params, weights)
+    def add(path: str, matrix: Array, weights: VeraWeights) -> Array:
+        *lead, fan_in, fan_out = matrix.shape
+        terms, dtype = weights.d.shape[0], matrix.dtype
+        expected = {"d": (terms, *lead, rank), "b": (terms, *lead, fan_out)}
+        _adapters.check_fits(path, expected, d=weights.d, b=weights.b)
+        key_a, key_b = jax.random.split(projections)
+        a = _rows(key_a, fan_in, rank, (6 / fan_in) ** 0.5, dtype)
+        b = _rows(key_b, fan_out, rank, (6 / rank) ** 0.5, dtype).T
+        stacked_a = a.reshape(*(1,) * (weights.d.ndim - 1), *a.shape)
+        scaled = stacked_a * weights.d[..., None, :].astype(dtype)
+        product = jnp.matmul(scaled, b, precision=_HIGHEST)
+        return matrix + jnp.sum(product * weights.b[..., None, :].astype(dtype), axis=0)
 
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, vera_weights: VeraWeights) -> Array:
-            kernel = view(path, leaf)
-            *lead, fan_in, fan_out = kernel.matrix.shape
-            terms, dtype = vera_weights.d.shape[0], kernel.matrix.dtype
-            expected = {"d": (terms, *lead, rank), "b": (terms, *lead, fan_out)}
-            _adapters.check_fits(path, expected, d=vera_weights.d, b=vera_weights.b)
-            key_a, key_b = jax.random.split(projections)
-            a = _rows(key_a, fan_in, rank, (6 / fan_in) ** 0.5, dtype)
-            b = _rows(key_b, fan_out, rank, (6 / rank) ** 0.5, dtype).T
-            stacked_a = a.reshape(*(1,) * (vera_weights.d.ndim - 1), *a.shape)
-            scaled = stacked_a * vera_weights.d[..., None, :].astype(dtype)
-            product = jnp.matmul(scaled, b, precision=_HIGHEST)
-            delta = jnp.sum(product * vera_weights.b[..., None, :].astype(dtype), axis=0)
-            return kernel.restore(kernel.matrix + delta)
+    def join(members: Sequence[VeraWeights], shares: Sequence[Scalar]) -> VeraWeights:
+        pairs = zip(shares, members, strict=True)
+        scaled = [_numerics.scalar(share, member.b) * member.b for share, member in pairs]
+        return VeraWeights(jnp.concatenate([m.d for m in members]), jnp.concatenate(scaled))
 
-        return _adapters.rewrite(params, weights, edit)
-
-    def combine(
-        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
-    ) -> AdapterWeights:
-        shares = _adapters.check_members(members, weights)
-        return {
-            path: VeraWeights(
-                jnp.concatenate([member[path].d for member in members]),
-                jnp.concatenate(
-                    [
-                        _numerics.scalar(share, member[path].b) * member[path].b
-                        for share, member in zip(shares, members, strict=True)
-                    ]
-                ),
-            )
-            for path in members[0]
-        }
-
-    return Adapter(init, apply, apply, combine)
+    return _adapters.per_matrix(initial, add, join, in_axis, out_axis)
 
 
 def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
@@ -210,81 +158,56 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
     size = block_size * (block_size - 1) // 2
     rows, columns = np.triu_indices(block_size, 1)
 
-    def view(path: str, leaf: PyTree) -> MatrixView:
-        kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
-        if kernel.matrix.shape[-2] % block_size:
+    def blocks_of(path: str, matrix: Array) -> int:
+        blocks, remainder = divmod(matrix.shape[-2], block_size)
+        if remainder:
             raise ValueError(
-                f"the {kernel.matrix.shape[-2]} inputs of {path!r} are not a multiple of "
+                f"the {matrix.shape[-2]} inputs of {path!r} are not a multiple of "
                 f"block_size={block_size}."
             )
-        return kernel
+        return blocks
 
-    def init(
-        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> AdaptedParams:
-        weights = {}
-        for path, leaf in _adapters.selected_matrices(params, where).items():
-            *lead, fan_in, _ = view(path, leaf).matrix.shape
-            shape = (*lead, fan_in // block_size, size)
-            weights[path] = RotationWeights(jnp.zeros(shape, _leaves.widen(leaf).dtype))
-        return AdaptedParams(params, weights)
+    def initial(path: str, matrix: Array) -> RotationWeights:
+        shape = (*matrix.shape[:-2], blocks_of(path, matrix), size)
+        return RotationWeights(jnp.zeros(shape, matrix.dtype))
 
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, rotation_weights: RotationWeights) -> Array:
-            kernel = view(path, leaf)
-            *lead, fan_in, fan_out = kernel.matrix.shape
-            blocks = fan_in // block_size
-            _adapters.check_fits(path, {"skew": (*lead, blocks, size)}, skew=rotation_weights.skew)
-            dtype = kernel.matrix.dtype
-            upper = jnp.zeros((*lead, blocks, block_size, block_size), dtype)
-            upper = upper.at[..., rows, columns].set(rotation_weights.skew.astype(dtype))
-            skew = upper - jnp.swapaxes(upper, -1, -2)
-            eye = jnp.broadcast_to(jnp.eye(block_size, dtype=dtype), skew.shape)
-            # The two factors commute, so their order does not matter.
-            rotation = jnp.linalg.solve(eye - skew, eye + skew)
-            inputs = kernel.matrix.reshape(*lead, blocks, block_size, fan_out)
-            rotated = jnp.matmul(rotation, inputs, precision=_HIGHEST)
-            return kernel.restore(rotated.reshape(kernel.matrix.shape))
+    def rotate(path: str, matrix: Array, weights: RotationWeights) -> Array:
+        *lead, _, fan_out = matrix.shape
+        blocks, dtype = blocks_of(path, matrix), matrix.dtype
+        _adapters.check_fits(path, {"skew": (*lead, blocks, size)}, skew=weights.skew)
+        upper = jnp.zeros((*lead, blocks, block_size, block_size), dtype)
+        upper = upper.at[..., rows, columns].set(weights.skew.astype(dtype))
+        skew = upper - jnp.swapaxes(upper, -1, -2)
+        eye = jnp.broadcast_to(jnp.eye(block_size, dtype=dtype), skew.shape)
+        # The two factors commute, so their order does not matter.
+        rotation = jnp.linalg.solve(eye - skew, eye + skew)
+        inputs = matrix.reshape(*lead, blocks, block_size, fan_out)
+        return jnp.matmul(rotation, inputs, precision=_HIGHEST).reshape(matrix.shape)
 
-        return _adapters.rewrite(params, weights, edit)
+    def join(members: Sequence[RotationWeights], shares: Sequence[Scalar]) -> RotationWeights:
+        return RotationWeights(_adapters.weighted_sum(shares, [m.skew for m in members]))
 
-    def combine(
-        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
-    ) -> AdapterWeights:
-        shares = _adapters.check_members(members, weights)
-        return {
-            path: RotationWeights(_adapters.weighted_sum(shares, [m[path].skew for m in members]))
-            for path in members[0]
-        }
-
-    return Adapter(init, apply, apply, combine)
+    return _adapters.per_matrix(initial, rotate, join, in_axis, out_axis)
 
 
-def _scaling_adapter(apply: Apply, in_axis: AxisSpec, out_axis: AxisSpec, side: int) -> Adapter:
+def _scaling_adapter(in_axis: AxisSpec, out_axis: AxisSpec, side: int) -> Adapter:
     """An adapter of factors along one side of the matrix (-1 outputs, -2 inputs)."""
 
-    def init(
-        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> AdaptedParams:
-        weights = {}
-        for path, leaf in _adapters.selected_matrices(params, where).items():
-            matrix = _adapters.matrix_view(path, leaf, in_axis, out_axis).matrix
-            shape = (*matrix.shape[:-2], matrix.shape[side])
-            weights[path] = ScaleWeights(jnp.ones(shape, matrix.dtype))
-        return AdaptedParams(params, weights)
+    def shape_of(matrix: Array) -> tuple[int, ...]:
+        return (*matrix.shape[:-2], matrix.shape[side])
 
-    def combine(
-        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
-    ) -> AdapterWeights:
-        shares = _adapters.check_members(members, weights)
-        return {
-            path: ScaleWeights(
-                1 + _adapters.weighted_sum(shares, [member[path].vector - 1 for member in members])
-            )
-            for path in members[0]
-        }
+    def initial(path: str, matrix: Array) -> ScaleWeights:
+        return ScaleWeights(jnp.ones(shape_of(matrix), matrix.dtype))
 
-    return Adapter(init, apply, apply, combine)
+    def multiply(path: str, matrix: Array, weights: ScaleWeights) -> Array:
+        _adapters.check_fits(path, {"vector": shape_of(matrix)}, vector=weights.vector)
+        other_side = -3 - side
+        return matrix * jnp.expand_dims(weights.vector, other_side).astype(matrix.dtype)
+
+    def join(members: Sequence[ScaleWeights], shares: Sequence[Scalar]) -> ScaleWeights:
+        return ScaleWeights(1 + _adapters.weighted_sum(shares, [m.vector - 1 for m in members]))
+
+    return _adapters.per_matrix(initial, multiply, join, in_axis, out_axis)
 
 
 def _rows(key: Array, count: int, width: int, bound: float, dtype: jnp.dtype) -> Array:

@@ -217,6 +217,16 @@ def scaled(weight: Any, leaf: Array) -> Array:
     return _numerics.cast(weight, leaf) * leaf
 
 
+def total(terms: Sequence[Array]) -> Array:
+    """The sum of one or more arrays, in order."""
+    return sum(terms[1:], terms[0])
+
+
+def weighted_sum(weights: Sequence[Any], leaves: Sequence[Array]) -> Array:
+    """`sum_i w_i x_i` of leaves of one dtype, which the weights are cast to."""
+    return total([scaled(w, x) for w, x in zip(weights, leaves, strict=True)])
+
+
 def equal_paths(tree: PyTree) -> dict[str, str]:
     """`{path: first path with an equal leaf}`, for ties that are stored twice.
 

@@ -10,13 +10,7 @@ import jax.numpy as jnp
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
 from kdtl_jax.transforms import _adapters, _blocks, _leaves
-from kdtl_jax.transforms._adapters import (
-    AdaptedParams,
-    Adapter,
-    AdapterWeights,
-    AxisSpec,
-    MatrixView,
-)
+from kdtl_jax.transforms._adapters import AdaptedParams, Adapter, AdapterWeights, AxisSpec
 from kdtl_jax.transforms._lora_starts import Start, kaiming_start
 
 Scaling = Callable[[Scalar, int], Scalar]  # (alpha, rank) -> factor of a b
@@ -86,24 +80,23 @@ def lora(
     _checks.scalar(alpha=alpha)
     _checks.finite(alpha=alpha)
 
-    def view(path: str, leaf: PyTree) -> MatrixView:
-        return _adapters.matrix_view(path, leaf, in_axis, out_axis)
+    def matrix(path: str, leaf: PyTree) -> Array:
+        return _adapters.matrix_view(path, leaf, in_axis, out_axis).matrix
 
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
     ) -> AdaptedParams:
         leaves = _adapters.selected_matrices(params, where)
-        pairs = _start_weights(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
-        base = _adapters.rewrite(params, pairs, _subtract(view, scaling, alpha))
+        pairs = _start_weights(key, leaves, matrix, rank, scaling(alpha, rank), start, gradients)
+        base = _adapters.over_matrices(subtract, in_axis, out_axis)(params, pairs)
         weights = {path: _cast_weights(pair, leaves[path]) for path, pair in pairs.items()}
         return AdaptedParams(base, weights)
 
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, pair: LoraWeights) -> Array:
-            kernel = view(path, leaf)
-            return kernel.restore(kernel.matrix + _product(path, kernel, pair, scaling, alpha))
+    def add(path: str, matrix: Array, pair: LoraWeights) -> Array:
+        return matrix + _product(path, matrix, pair, scaling, alpha)
 
-        return _adapters.rewrite(params, weights, edit)
+    def subtract(path: str, matrix: Array, pair: LoraWeights) -> Array:
+        return matrix - _product(path, matrix, pair, scaling, alpha)
 
     def combine(
         members: Sequence[AdapterWeights],
@@ -117,6 +110,7 @@ def lora(
             for path in members[0]
         }
 
+    apply = _adapters.over_matrices(add, in_axis, out_axis)
     return Adapter(init, apply, apply, combine)
 
 
@@ -146,9 +140,6 @@ def dora(
         rank, alpha, scaling=scaling, start=start, in_axis=in_axis, out_axis=out_axis
     )
 
-    def view(path: str, leaf: PyTree) -> MatrixView:
-        return _adapters.matrix_view(path, leaf, in_axis, out_axis)
-
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
     ) -> AdaptedParams:
@@ -156,23 +147,19 @@ def dora(
         weights = {}
         for path, leaf in _adapters.selected_matrices(params, where).items():
             # At the start V is the kernel itself, no matter which part of it the adapter holds.
-            length = _numerics.safe_norm(view(path, leaf).matrix, axis=-2)
+            matrix = _adapters.matrix_view(path, leaf, in_axis, out_axis).matrix
+            length = _numerics.safe_norm(matrix, axis=-2)
             weights[path] = _cast_weights(DoraWeights(pairs[path].a, pairs[path].b, length), leaf)
         return AdaptedParams(base, weights)
 
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, pair: DoraWeights) -> Array:
-            kernel = view(path, leaf)
-            shape = (*kernel.matrix.shape[:-2], kernel.matrix.shape[-1])
-            _adapters.check_fits(path, {"magnitude": shape}, magnitude=pair.magnitude)
-            direction = kernel.matrix + _product(
-                path, kernel, LoraWeights(pair.a, pair.b), scaling, alpha
-            )
-            norm = jax.lax.stop_gradient(_numerics.safe_norm(direction, axis=-2))
-            ratio = pair.magnitude.astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
-            return kernel.restore(ratio[..., None, :] * direction)
-
-        return _adapters.rewrite(params, weights, edit)
+    def add(path: str, matrix: Array, weights: DoraWeights) -> Array:
+        shape = (*matrix.shape[:-2], matrix.shape[-1])
+        _adapters.check_fits(path, {"magnitude": shape}, magnitude=weights.magnitude)
+        pair = LoraWeights(weights.a, weights.b)
+        direction = matrix + _product(path, matrix, pair, scaling, alpha)
+        norm = jax.lax.stop_gradient(_numerics.safe_norm(direction, axis=-2))
+        ratio = weights.magnitude.astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
+        return ratio[..., None, :] * direction
 
     def combine(
         members: Sequence[AdapterWeights],
@@ -191,13 +178,14 @@ def dora(
             )
         return out
 
+    apply = _adapters.over_matrices(add, in_axis, out_axis)
     return Adapter(init, apply, apply, combine)
 
 
 def _start_weights(
     key: Array,
     leaves: dict[str, PyTree],
-    view: Callable[[str, PyTree], MatrixView],
+    matrix: Callable[[str, PyTree], Array],
     rank: int,
     scale: Scalar,
     start: Start,
@@ -209,13 +197,11 @@ def _start_weights(
         _checks.same_leaves(params=leaves, gradients=selected_gradients)
     pairs = {}
     for path, leaf in leaves.items():
-        kernel = view(path, leaf).matrix
-        kernel_gradient = None if grads is None else view(path, grads[path]).matrix
-        leaf_key = _blocks.fold_path(key, path)
+        kernel = matrix(path, leaf)
+        gradient = None if grads is None else matrix(path, grads[path])
+        factor = _numerics.scalar(scale, kernel, "scale")
         pairs[path] = LoraWeights(
-            *start(
-                leaf_key, kernel, rank, _numerics.scalar(scale, kernel, "scale"), kernel_gradient
-            )
+            *start(_blocks.fold_path(key, path), kernel, rank, factor, gradient)
         )
     return pairs
 
@@ -226,25 +212,13 @@ def _cast_weights(weights: NamedTuple, leaf: PyTree) -> NamedTuple:
     return jax.tree.map(lambda x: x.astype(dtype), weights)
 
 
-def _subtract(
-    view: Callable[[str, PyTree], MatrixView], scaling: Scaling, alpha: Scalar
-) -> Callable[[str, PyTree, LoraWeights], Array]:
-    def edit(path: str, leaf: PyTree, pair: LoraWeights) -> Array:
-        kernel = view(path, leaf)
-        return kernel.restore(kernel.matrix - _product(path, kernel, pair, scaling, alpha))
-
-    return edit
-
-
-def _product(
-    path: str, kernel: MatrixView, pair: LoraWeights, scaling: Scaling, alpha: Scalar
-) -> Array:
+def _product(path: str, matrix: Array, pair: LoraWeights, scaling: Scaling, alpha: Scalar) -> Array:
     """`s a b`, scaled for the rank of the weights."""
-    *lead, fan_in, fan_out = kernel.matrix.shape
+    *lead, fan_in, fan_out = matrix.shape
     rank = pair.a.shape[-1]
     expected = {"a": (*lead, fan_in, rank), "b": (*lead, rank, fan_out)}
     _adapters.check_fits(path, expected, a=pair.a, b=pair.b)
-    dtype = kernel.matrix.dtype
+    dtype = matrix.dtype
     a, b = pair.a.astype(dtype), pair.b.astype(dtype)
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return _numerics.scalar(scaling(alpha, rank), product) * product

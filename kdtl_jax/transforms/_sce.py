@@ -72,7 +72,7 @@ def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Sele
         size += pieces[0].size
         sums = [a + b for a, b in zip(sums, squares, strict=True)] if sums else squares
     energies = [square_sum / size for square_sum in sums]
-    total_energy = sum(energies[1:], energies[0])
+    total_energy = _leaves.total(energies)
     is_above_floor = total_energy > _numerics.scalar(floor, total_energy, "floor")
     divisor = jnp.where(is_above_floor, total_energy, 1)
     shares = [jnp.where(is_above_floor, energy / divisor, 1 / len(energies)) for energy in energies]
@@ -88,13 +88,13 @@ def sce_piece(pieces: Sequence[Array], selection: Selection, number: int) -> Arr
 @jax.jit
 def _merge(pieces: Sequence[Array], mask: Array | None, weights: Sequence[Array]) -> Array:
     start, deltas = pieces[0], _deltas(pieces, mask)
-    total = sum(deltas[1:], deltas[0])
+    total = _leaves.total(deltas)
     sign = jnp.where(total >= 0, 1, -1).astype(start.dtype)
     agreement = [(jnp.sign(delta) == sign).astype(start.dtype) for delta in deltas]
     shares = [agree * share for agree, share in zip(agreement, weights, strict=True)]
-    weight = sum(shares[1:], shares[0])
+    weight = _leaves.total(shares)
     terms = [share * delta for share, delta in zip(shares, deltas, strict=True)]
-    return start + sum(terms[1:], terms[0]) / jnp.where(weight != 0, weight, 1)
+    return start + _leaves.total(terms) / jnp.where(weight != 0, weight, 1)
 
 
 def _most_varying(read: Read, top: Scalar) -> _ranking.Cut:

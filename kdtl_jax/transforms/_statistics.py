@@ -56,7 +56,7 @@ def fisher_merge(
             _leaves.scaled(w, jnp.maximum(fisher, least))
             for w, fisher in zip(by_leaf[i], leaves[count:], strict=True)
         ]
-        total = sum(informations[1:], informations[0])
+        total = _leaves.total(informations)
         has_information = total != 0
         plain_weights = [_leaves.scaled(w, jnp.ones_like(total)) for w in by_leaf[i]]
         shares = [
@@ -64,9 +64,8 @@ def fisher_merge(
             for f, w in zip(informations, plain_weights, strict=True)
         ]
         terms = [f * x for f, x in zip(shares, leaves[:count], strict=True)]
-        return sum(terms[1:], terms[0]) / jnp.where(
-            has_information, total, sum(plain_weights[1:], plain_weights[0])
-        )
+        divisor = jnp.where(has_information, total, _leaves.total(plain_weights))
+        return _leaves.total(terms) / divisor
 
     return _leaves.combine_leaves(formula, trees_by_name, [by_leaf])
 
@@ -104,7 +103,7 @@ def regmean(
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         if path not in grams[0]:
-            return sum(leaves[1:], leaves[0]) / len(leaves)
+            return _leaves.total(leaves) / len(leaves)
         leaf_grams = [jnp.asarray(gram[path], leaves[0].dtype) for gram in grams]
         reads = [
             [functools.partial(_rows, x) for x in matrices] for matrices in (leaves, leaf_grams)
@@ -139,7 +138,7 @@ def regmean_kernel(
     shrinkage = _numerics.scalar(shrink, diagonals[0], "shrink")
     ridge_scale = _numerics.scalar(ridge, diagonals[0], "ridge")
     means = [jnp.mean(diagonal, axis=-1, keepdims=True) for diagonal in diagonals]
-    constant = ridge_scale * (sum(means[1:], means[0]) / len(means))
+    constant = ridge_scale * (_leaves.total(means) / len(means))
     diagonal_terms = [(1 - shrinkage) * diagonal + constant for diagonal in diagonals]
     shape = diagonals[0].shape
     is_on_host = not isinstance(diagonals[0], Tracer) and jax.default_backend() == "cpu"
@@ -175,7 +174,15 @@ def check_grams(grams: Sequence[Mapping[str, Any]], flat: Mapping[str, Any]) -> 
     """
     _checks.same_leaves(**{f"grams[{i}]": gram for i, gram in enumerate(grams)})
     for path, gram in grams[0].items():
-        _check_gram(path, gram, flat)
+        if path not in flat:
+            nearest = trees.nearest(path, list(flat))
+            raise ValueError(f"the models have no leaf {path!r}; nearest paths: {nearest}.")
+        kernel = flat[path]
+        if kernel.ndim < 2 or gram.shape != (*kernel.shape[:-1], kernel.shape[-2]):
+            raise ValueError(
+                f"{path!r} must be a kernel [..., in, out] with a Gram matrix [..., in, in], "
+                f"got {_checks.described(kernel=kernel, gram=gram)}."
+            )
 
 
 def _rows(matrix: Array) -> Iterator[Array]:
@@ -264,16 +271,3 @@ def _diagonal_from(rows: Array, start: int) -> Array:
     row_index = start + jnp.arange(rows.shape[-2], dtype=jnp.int32)
     index = jnp.broadcast_to(row_index[:, None], (*rows.shape[:-1], 1))
     return jnp.take_along_axis(rows, index, axis=-1)[..., 0]
-
-
-def _check_gram(path: str, gram: Any, flat: Mapping[str, Any]) -> None:
-    if path not in flat:
-        nearest = trees.nearest(path, list(flat))
-        raise ValueError(f"the models have no leaf {path!r}; nearest paths: {nearest}.")
-    kernel = flat[path]
-    expected = (*kernel.shape[:-2], kernel.shape[-2], kernel.shape[-2]) if kernel.ndim > 1 else None
-    if gram.shape != expected:
-        raise ValueError(
-            f"{path!r} must be a kernel [..., in, out] with a Gram matrix [..., in, in], "
-            f"got {_checks.described(kernel=kernel, gram=gram)}."
-        )

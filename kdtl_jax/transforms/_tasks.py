@@ -63,8 +63,8 @@ def apply_task_vectors(
     def formula(i: int, path: str, start: Array, *taus: Array) -> Array:
         if scales[i] is None:
             return start
-        terms = [_leaves.scaled(w, tau) for w, tau in zip(by_leaf[i], taus, strict=True)]
-        return start + _numerics.cast(scales[i], start) * sum(terms[1:], terms[0])
+        total = _leaves.weighted_sum(by_leaf[i], taus)
+        return start + _numerics.cast(scales[i], start) * total
 
     trees_by_name = {"base": base} | _leaves.name_members("task_vectors", task_vectors)
     return _leaves.combine_leaves(formula, trees_by_name, [scales, by_leaf])

@@ -85,7 +85,7 @@ def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None
     fallback = majority
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        sign = jnp.sign(_total(leaves))
+        sign = jnp.sign(_leaves.total(leaves))
         return jnp.where(sign == 0, _numerics.scalar(fallback, sign), sign)
 
     trees_by_name = _leaves.name_members("task_vectors", task_vectors)
@@ -99,7 +99,10 @@ def sign_balance(task_vectors: Sequence[PyTree]) -> Scalar:
     """
     trees_by_name = _leaves.name_members("task_vectors", task_vectors)
     counts = _leaves.combine_leaves(
-        lambda i, path, *leaves: _balance(_total(leaves)), trees_by_name, [], keep_dtype=False
+        lambda i, path, *leaves: _balance(_leaves.total(leaves)),
+        trees_by_name,
+        [],
+        keep_dtype=False,
     )
     inexact, _ = trees.partition(counts, trees.everything)
     distinct = {id(leaf): leaf for leaf in jax.tree.leaves(inexact)}
@@ -132,7 +135,7 @@ def disjoint_merge(
         # NaN agrees, so that it stays visible: it also spoils the election.
         agreement = [((jnp.sign(x) == elected) & (x != 0)) | jnp.isnan(x) for x in leaves]
         terms = zip(by_leaf[i], leaves, agreement, strict=True)
-        total = _total([jnp.where(agree, _leaves.scaled(w, x), 0) for w, x, agree in terms])
+        total = _leaves.total([jnp.where(agree, _leaves.scaled(w, x), 0) for w, x, agree in terms])
         count = (divisor or agreeing_count)(jnp.stack(agreement)).astype(total.dtype)
         return total / jnp.where(count == 0, 1, count)
 
@@ -151,7 +154,7 @@ def agreeing_weight(weights: Sequence[Scalar] | Array) -> Divisor:
         zero = jnp.zeros((), float)
         pairs = zip(weights, agrees, strict=True)
         shares = [jnp.where(agree, _numerics.scalar(w, zero), 0) for w, agree in pairs]
-        total, size = _total(shares), _total([jnp.abs(share) for share in shares])
+        total, size = _leaves.total(shares), _leaves.total([jnp.abs(share) for share in shares])
         # Weights of both signs may cancel up to rounding, which must not divide.
         return jnp.where(jnp.abs(total) > 2 * jnp.finfo(zero.dtype).eps * size, total, 0)
 
@@ -165,15 +168,11 @@ def undivided(agrees: Array) -> Array:
 
 def _elect(task_vectors: Sequence[PyTree], vote: Callable[[Array], Array]) -> PyTree:
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        total = _total([vote(leaf) for leaf in leaves])
+        total = _leaves.total([vote(leaf) for leaf in leaves])
         return jnp.where(total >= 0, 1, -1).astype(total.dtype)
 
     trees_by_name = _leaves.name_members("task_vectors", task_vectors)
     return _leaves.combine_leaves(formula, trees_by_name, [], keep_dtype=False)
-
-
-def _total(terms: Sequence[Array]) -> Array:
-    return sum(terms[1:], terms[0])
 
 
 def _balance(x: Array) -> Array:
