@@ -15,7 +15,7 @@ examples, or a hyper-parameter is out of its range.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -292,11 +292,8 @@ def _check_domains(
     a = _batch(where, student_features=first)
     b = _batch(where if target_where is None else target_where, target_features=second)
     dtype = np.result_type(a.rows.dtype, b.rows.dtype)
-    return _astype(a, dtype), _astype(b, dtype)
-
-
-def _astype(batch: _Batch, dtype: Any) -> _Batch:
-    return batch._replace(rows=batch.rows.astype(dtype), size=batch.size.astype(dtype))
+    a, b = (_Batch(x.rows.astype(dtype), x.where, x.size.astype(dtype)) for x in (a, b))
+    return a, b
 
 
 def _zero_if_few(value: Array, *batches: _Batch) -> Array:

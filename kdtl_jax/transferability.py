@@ -13,7 +13,6 @@ point, or labels are not integers.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -306,21 +305,13 @@ def _check_several_classes(**probabilities: Array) -> None:
             )
 
 
-class _Labeled(NamedTuple):
-    """Features, labels and one-hot labels, 0 in masked rows.
-
-    `nan_if_invalid` replaces a value by NaN if a label is out of range.
-    """
-
-    features: Array
-    labels: Array
-    one_hot: Array
-    nan_if_invalid: Callable[[Array], Array]
+NanIfInvalid = Callable[[Array], Array]  # of a value, if a label is out of range
 
 
 def _check_labeled(
     features: Array, labels: Array, num_classes: int, where: Array | None
-) -> _Labeled:
+) -> tuple[Array, Array, Array, NanIfInvalid]:
+    """Features, labels and one-hot labels, 0 in masked rows."""
     _checks.floating(features=features)
     _checks.rank(2, 2, features=features)
     _checks.nonempty(features=features)
@@ -331,27 +322,17 @@ def _check_labeled(
     labels, usable = _numerics.usable_labels(labels, num_classes, where)
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
     is_valid = jnp.all(usable if where is None else usable | ~where)
-    return _Labeled(
-        features,
-        labels,
-        _numerics.kept(one_hot, None if where is None else usable),
-        lambda value: jnp.where(is_valid, value, jnp.nan),
-    )
+    one_hot = _numerics.kept(one_hot, None if where is None else usable)
+    return features, labels, one_hot, lambda value: jnp.where(is_valid, value, jnp.nan)
 
 
-class _Means(NamedTuple):
+def _class_means(
+    features: Array, labels: Array, num_classes: int, where: Array | None
+) -> tuple[Array, Array, Array, NanIfInvalid]:
     """Centered features, their class mean for every sample, and the number of samples."""
-
-    centered: Array
-    between: Array
-    size: Array
-    nan_if_invalid: Callable[[Array], Array]
-
-
-def _class_means(features: Array, labels: Array, num_classes: int, where: Array | None) -> _Means:
     features, labels, one_hot, nan_if_invalid = _check_labeled(features, labels, num_classes, where)
     centered = _numerics.centered(_numerics.rescaled(features), where)
     sizes = jnp.maximum(jnp.sum(one_hot, axis=0), 1)
     means = one_hot.T @ centered / sizes[:, None]
     between = _numerics.kept(means[labels], where)
-    return _Means(centered, between, _numerics.row_count(features, where), nan_if_invalid)
+    return centered, between, _numerics.row_count(features, where), nan_if_invalid

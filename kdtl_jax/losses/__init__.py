@@ -6,8 +6,6 @@ in `kdtl_jax.methods`. The losses are listed first, followed by the pieces that 
 targets, weights, schedules and alignments.
 """
 
-from kdtl_jax.losses._alm import alm as alm
-from kdtl_jax.losses._alm import alm_limit as alm_limit
 from kdtl_jax.losses._attention import attention_kl as attention_kl
 from kdtl_jax.losses._attention import attention_mse as attention_mse
 from kdtl_jax.losses._attention import minilm_relation as minilm_relation
@@ -51,6 +49,7 @@ from kdtl_jax.losses._features import cosine_distance as cosine_distance
 from kdtl_jax.losses._features import huber as huber
 from kdtl_jax.losses._features import last_axis_mse as last_axis_mse
 from kdtl_jax.losses._features import mae as mae
+from kdtl_jax.losses._features import margin_mse as margin_mse
 from kdtl_jax.losses._features import mse as mse
 from kdtl_jax.losses._features import partial_l2 as partial_l2
 from kdtl_jax.losses._features import squared_distance as squared_distance
@@ -80,7 +79,6 @@ from kdtl_jax.losses._predictions import class_correlation as class_correlation
 from kdtl_jax.losses._predictions import dist_inter as dist_inter
 from kdtl_jax.losses._predictions import dist_intra as dist_intra
 from kdtl_jax.losses._predictions import skd_direction as skd_direction
-from kdtl_jax.losses._rankings import margin_mse as margin_mse
 from kdtl_jax.losses._relations import cc as cc
 from kdtl_jax.losses._relations import pkt as pkt
 from kdtl_jax.losses._relations import rkd_angle as rkd_angle
@@ -107,6 +105,8 @@ from kdtl_jax.losses._transport import sinkhorn_cost as sinkhorn_cost
 from kdtl_jax.losses._transport import sorted_l1 as sorted_l1
 from kdtl_jax.losses._transport import uld as uld
 from kdtl_jax.losses._transport import uld_w1 as uld_w1
+from kdtl_jax.losses._vocabularies import alm as alm
+from kdtl_jax.losses._vocabularies import alm_limit as alm_limit
 
 # isort: split
 # Pieces.

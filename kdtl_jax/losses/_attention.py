@@ -128,7 +128,7 @@ def minilm_v2(
       relation_heads: as in `minilm_relation`.
 
     References:
-      Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
+      Wang et al., 2021 (2012.15828).
     """
     _checks.count(1, relation_heads=relation_heads)
     _checks.same_keys(student=student, teacher=teacher)

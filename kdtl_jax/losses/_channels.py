@@ -85,16 +85,11 @@ def nst(student: Array, teacher: Array) -> Array:
     u, v = (_numerics.normalize(_by_channel(x)) for x in (student, teacher))
     (width, positions), other_width = u.shape[1:], v.shape[1]
     if positions * (width + other_width) <= width**2 + other_width**2 + width * other_width:
-        moments = (_numerics.gram(m, m) / m.shape[-1] for m in map(_swap, (u, v)))
-        moment_u, moment_v = moments
-        return jnp.sum(jnp.square(moment_u - moment_v), axis=(1, 2))
+        moments = (_numerics.gram(m, m) / m.shape[-1] for m in (u.mT, v.mT))
+        return jnp.sum(jnp.square(jnp.subtract(*moments)), axis=(1, 2))
     pairs = ((u, u), (v, v), (u, v))
     kernels = [jnp.mean(jnp.square(_numerics.gram(x, y)), axis=(1, 2)) for x, y in pairs]
     return kernels[0] + kernels[1] - 2 * kernels[2]
-
-
-def _swap(x: Array) -> Array:
-    return jnp.swapaxes(x, -1, -2)
 
 
 def flow_matrix(first: Array, second: Array, *, where: Array | None = None) -> Array:

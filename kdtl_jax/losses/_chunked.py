@@ -239,9 +239,9 @@ def _sum_over_chunks(
     """The sum over chunks `[chunks, n, ...]`, with its gradient computed along the way."""
 
     def loss_of(product: Array, shared: Any, chunk_targets: PyTree, counts: Array) -> Array:
-        return _chunk_total(
-            loss, _head.transformed(product, shared[0]), shared[1], chunk_targets, counts
-        )
+        logits = _head.transformed(product, shared[0])
+        values = _numerics.upcast(loss(logits, chunk_targets, *shared[1])).astype(logits.dtype)
+        return jnp.sum(jnp.where(counts, values, 0))
 
     @jax.custom_vjp
     def total_loss(hidden: Array, head: Head, constants: tuple[Array, ...]) -> Array:
@@ -307,14 +307,3 @@ def _as_float(x: Scalar) -> Array:
 
 def _zero(hidden: Array) -> Array:
     return jnp.zeros((), _numerics.upcast(hidden).dtype)
-
-
-def _chunk_total(
-    loss: Callable[..., Array],
-    logits: Array,
-    constants: tuple[Array, ...],
-    targets: PyTree,
-    where: Array,
-) -> Array:
-    values = _numerics.upcast(loss(logits, targets, *constants)).astype(logits.dtype)
-    return jnp.sum(jnp.where(where, values, 0))

@@ -211,8 +211,7 @@ def bi_tuning_projection(
       temperature: of the cosine scores.
 
     References:
-      Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its categorical
-      contrastive learning.
+      Zhong et al., 2020 (2011.06182), its categorical contrastive learning.
     """
     _checks.same_shape(queries=queries, keys=keys)
     _checks.floating(queries=queries, keys=keys)

@@ -40,8 +40,7 @@ def ega_node(student: Array, teacher: Array, *, where: Array | None = None) -> A
       `[B]`; not 0 at equality unless different examples are uncorrelated.
 
     References:
-      Ma, Chen and Akata, Distilling Knowledge from Self-Supervised Teacher by Embedding Graph
-      Alignment, 2022 (2211.13264).
+      Ma, Chen and Akata, 2022 (2211.13264).
     """
     s, t = (_unit_features(x) for x in _flat(student, teacher, where))
     difference = _numerics.gram(t, s) - jnp.eye(len(s), dtype=s.dtype)
@@ -90,8 +89,7 @@ def feature_correlation(student: Array, teacher: Array, *, where: Array | None =
       `[D]`, in `[-1, 1]`; 0 for a constant feature.
 
     References:
-      Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, 2022
-      (2112.00459).
+      Miles, Rodriguez and Mikolajczyk, 2022 (2112.00459).
     """
     sides = _sides.zero_masked(where, *_sides.same_shape(student, teacher, at_most=2))
     s, t = (_numerics.normalize(_numerics.centered(x, where), axis=0) for x in sides)

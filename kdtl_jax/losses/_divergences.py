@@ -350,7 +350,7 @@ def adaptive_kl_weight(
     _checks.within(0, 1, mu=mu)
     pair = _logspace.compare(student_logits, teacher_logits, temperature, where, mu=mu)
     order = jnp.argsort(pair.log_teacher, axis=-1, descending=True)
-    mass = jnp.take_along_axis(_logspace.probabilities(pair.log_teacher), order, axis=-1)
+    mass = jnp.take_along_axis(jnp.exp(pair.log_teacher), order, axis=-1)
     gap = jnp.take_along_axis(_absolute_gaps(pair), order, axis=-1)
     first = jax.lax.broadcasted_iota(jnp.int32, mass.shape, mass.ndim - 1) == 0
     head = first | (jnp.cumsum(mass, axis=-1) <= _numerics.per_example(mu, mass, "mu"))
@@ -362,7 +362,7 @@ def adaptive_kl_weight(
 
 def _absolute_gaps(pair: _logspace.Pair) -> Array:
     """`|p_T - p_S|`, relatively accurate even where the two nearly agree."""
-    p_t, p_s = _logspace.probabilities(pair.log_teacher), _logspace.probabilities(pair.log_student)
+    p_t, p_s = jnp.exp(pair.log_teacher), jnp.exp(pair.log_student)
     is_near = (p_t > 0) & (p_s > 0) & (jnp.abs(pair.ratio) < 1)
     near_value = p_s * jnp.expm1(jnp.where(is_near, pair.ratio, 0))
     return jnp.abs(jnp.where(is_near, near_value, p_t - p_s))

@@ -183,6 +183,37 @@ def cosine_distance(student: Array, teacher: Array) -> Array:
     return distance - jax.lax.stop_gradient(jnp.minimum(distance, 0))
 
 
+def margin_mse(student_scores: Array, teacher_scores: Array) -> Array:
+    """Mean over the others of `((s_0 - s_i) - (t_0 - t_i))^2`: how far the positive leads.
+
+    For embedding models and rerankers that learn from a stronger ranker. A query's scores are a
+    row, the positive first: dot products or cosines (`1 - cosine_distance`) of embeddings, or a
+    reranker's logits. Pass the teacher's logits: sigmoids squash margins (.99 and .95 are .04
+    apart, their logits 1.65 apart). The listwise loss on scores is `kd_kl` (sentence-transformers'
+    `DistillKLDivLoss` at its own temperature); for a pair's similarity, use `squared_distance`.
+
+    Args:
+      student_scores: `[..., n]`, n > 1, the positive first.
+      teacher_scores: the same shape. Pass stored margins m as the scores `[0, -m_1, -m_2, …]`.
+
+    Returns:
+      `[...]`, float32 or wider; `.mean()` is sentence-transformers' number.
+
+    References:
+      Hofstätter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
+      Distillation, 2020 (2010.02666).
+    """
+    scores = {"student_scores": student_scores, "teacher_scores": teacher_scores}
+    _checks.floating(**scores)
+    _checks.same_shape(**scores)
+    _checks.rank(1, student_scores=student_scores)
+    _checks.nonempty(student_scores=student_scores)
+    if jnp.shape(student_scores)[-1] < 2:
+        raise ValueError(f"a margin needs two scores, got {_checks.described(**scores)}.")
+    differences = _numerics.upcast(student_scores) - _numerics.upcast(teacher_scores)
+    return jnp.mean(jnp.square(differences[..., :1] - differences[..., 1:]), axis=-1)
+
+
 def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar = 1e-12) -> Array:
     """`log sum_d |f_S - f_T|^alpha`: the log-sum distance of "the role of the projector".
 

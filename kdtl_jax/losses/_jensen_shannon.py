@@ -152,7 +152,7 @@ def _scaled_terms(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Ar
     in_both = in_p & in_q
     is_positive = weight > 0
     safe_weight = jnp.where(is_positive, weight, 1)
-    p, q = _logspace.probabilities(log_p), _logspace.probabilities(log_q)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
     d = jnp.where(in_both, -ratio, 0)
     # w exp(d), without overflow of exp(d): beyond e^1 the terms are far for any y.
     moderate = d < math.log(float(jnp.finfo(p.dtype).max)) / 2

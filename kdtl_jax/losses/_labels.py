@@ -92,7 +92,7 @@ def target_cross_entropy(
     student, teacher, labels, usable = _check_labels(
         student_logits, teacher_logits, labels, 1.0, where
     )
-    belief = _logspace.probabilities(_logspace.at_label(_softmax.log_softmax(teacher), labels))
+    belief = jnp.exp(_logspace.at_label(_softmax.log_softmax(teacher), labels))
     values = -belief * _logspace.at_label(_softmax.log_softmax(student), labels)
     return _numerics.at_usable(values, usable, where)
 
@@ -152,9 +152,7 @@ def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = N
     """
     _checks.rank(2, 2, student_logits=student_logits)
     student, _, labels, usable = _check_labels(student_logits, student_logits, labels, 1.0, where)
-    squared = jnp.square(
-        _logspace.probabilities(_logspace.at_label(_softmax.log_softmax(student), labels))
-    )
+    squared = jnp.square(jnp.exp(_logspace.at_label(_softmax.log_softmax(student), labels)))
     weight = squared + 1 - _numerics.masked_mean(squared, usable)
     return jnp.where(usable, weight, 0)
 
@@ -277,14 +275,14 @@ def mft_teacher(
     _, teacher = _logspace.soften(teacher_logits, teacher_logits, temperature, threshold=threshold)
     log_p = _softmax.log_softmax(teacher)
     is_label = _logspace.is_label(labels, log_p.shape[-1])
-    right = _logspace.probabilities(_logspace.at_label(log_p, labels))
-    top = _logspace.probabilities(jnp.max(log_p, axis=-1))
+    right = jnp.exp(_logspace.at_label(log_p, labels))
+    top = jnp.exp(jnp.max(log_p, axis=-1))
     lead, epsilon = (
         _numerics.per_example(threshold, right, "threshold"),
         _numerics.scalar(eps, right, "eps"),
     )
     # 1 - p_y as the sum of the others, so no digits are lost where the teacher is confident.
-    other_mass = jnp.sum(jnp.where(is_label, 0, _logspace.probabilities(log_p)), axis=-1)
+    other_mass = jnp.sum(jnp.where(is_label, 0, jnp.exp(log_p)), axis=-1)
     raised_share = jnp.minimum(lead, other_mass) / jnp.where(
         other_mass > 0, other_mass + epsilon, 1
     )

@@ -92,11 +92,6 @@ def compare(
     return Pair(log_student, log_teacher, ratio)
 
 
-def probabilities(log_p: Array) -> Array:
-    """`exp(log_p)`, `[..., num_classes]` like `log_p`; absent classes have 0, and gradient 0."""
-    return jnp.exp(log_p)
-
-
 def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
     """`log sum_i exp(x_i)` over one axis; -inf, with gradient 0, over nothing.
 
@@ -131,7 +126,7 @@ def cross_entropy(log_p: Array, log_q: Array) -> Array:
     Returns:
       `[...]`, nats.
     """
-    return minus_mean_log(probabilities(log_p), log_p != -jnp.inf, log_q)
+    return minus_mean_log(jnp.exp(log_p), log_p != -jnp.inf, log_q)
 
 
 def minus_mean_log(p: Array, present: Array, log_q: Array) -> Array:

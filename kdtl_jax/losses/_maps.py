@@ -52,9 +52,7 @@ def attention_transfer(student: Array, teacher: Array, *, power: int | float = 2
     References:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928), and code.
     """
-    student, teacher = _sides.same_positions(student, teacher)
-    difference = attention_map(student, power=power) - attention_map(teacher, power=power)
-    return jnp.mean(jnp.square(difference), axis=-1)
+    return jnp.mean(jnp.square(_map_difference(student, teacher, power)), axis=-1)
 
 
 def attention_transfer_paper(student: Array, teacher: Array, *, power: int | float = 2) -> Array:
@@ -62,20 +60,15 @@ def attention_transfer_paper(student: Array, teacher: Array, *, power: int | flo
 
     `.mean()` is torchdistill's number with `mode="paper"`. Its gradient at equality is set to 0.
 
-    Args:
-      student: `[B, ..., Cs]`.
-      teacher: `[B, ..., Ct]`, the same positions; pool the larger map first (`connectors.pool`).
-      power: `p` of `attention_map`.
+    The arguments are those of `attention_transfer`.
 
     Returns:
       `[B]`, in `[0, 2]`.
 
     References:
-      Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928).
+      Zagoruyko and Komodakis, 2017 (1612.03928).
     """
-    student, teacher = _sides.same_positions(student, teacher)
-    difference = attention_map(student, power=power) - attention_map(teacher, power=power)
-    return _numerics.safe_norm(difference)
+    return _numerics.safe_norm(_map_difference(student, teacher, power))
 
 
 def factor_transfer(
@@ -103,6 +96,11 @@ def factor_transfer(
         raise ValueError(f"norms need p >= 1 and q >= 1, got p={p}, q={q}.")
     student, teacher = _numerics.batch_flat(student), _numerics.batch_flat(teacher)
     return _vector_norm(_unit(student, q) - _unit(teacher, q), p)
+
+
+def _map_difference(student: Array, teacher: Array, power: float) -> Array:
+    student, teacher = _sides.same_positions(student, teacher)
+    return attention_map(student, power=power) - attention_map(teacher, power=power)
 
 
 def _power(x: Array, p: float) -> Array:
@@ -142,13 +140,9 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
     """
     student, teacher = _sides.same_channels(student, teacher, at_least=4, at_most=4)
     _checks.count(1, resolution=resolution)
-    size = (resolution, resolution)
-    difference = _pooled_unit(student, size) - _pooled_unit(teacher, size)
+    pooled = (_pooling.pool_to(x, (resolution, resolution)) for x in (student, teacher))
+    difference = jnp.subtract(*(_numerics.normalize(x, axis=(1, 2)) for x in pooled))
     return jnp.mean(jnp.square(difference), axis=(1, 2, 3))
-
-
-def _pooled_unit(x: Array, size: tuple[int, int]) -> Array:
-    return _numerics.normalize(_pooling.pool_to(x, size), axis=(1, 2))
 
 
 def hcl(student: Array, teacher: Array, *, sizes: Sequence[int] = (4, 2, 1)) -> Array:

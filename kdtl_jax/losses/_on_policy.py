@@ -86,7 +86,7 @@ def top_k_reverse_kl_sampled_tail(
     is_outside = ~jnp.any(is_token, axis=-1)
     sampled_inputs = (x[..., None] for x in (log_s_on_token, -token_gap, sampler))
     sampled_loss = jnp.squeeze(_sampled.policy_gradient(*sampled_inputs), axis=-1)
-    value = jnp.sum(_logspace.probabilities(log_s_on_k) * gap, axis=-1)
+    value = jnp.sum(jnp.exp(log_s_on_k) * gap, axis=-1)
     value += jnp.where(is_outside, sampled_loss, 0)
     is_infinite = jnp.any(is_infinite, axis=-1) | (is_outside & is_token_infinite)
     value = jnp.where(is_infinite, jax.lax.stop_gradient(value) + jnp.inf, value)

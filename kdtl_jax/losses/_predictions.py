@@ -226,10 +226,8 @@ def _rows(
 
 def _probabilities(student: Array, teacher: Array, where: Array | None) -> tuple[Array, Array]:
     """Softmaxes of the rows, 0 where a row does not count."""
-    return (
-        _numerics.kept(_softmax.softmax(student), where),
-        _numerics.kept(_softmax.softmax(teacher), where),
-    )
+    student, teacher = (_numerics.kept(_softmax.softmax(z), where) for z in (student, teacher))
+    return student, teacher
 
 
 def _present(student: Array, teacher: Array) -> Array:

@@ -265,8 +265,8 @@ def hinge_ranking(
     """
     log_q, targets, usable = check_targets(student_logits, targets, 1.0)
     _checks.non_negative(**({} if margin is None else {"margin": margin}))
-    p_s = _logspace.probabilities(jnp.take_along_axis(log_q, targets.indices, axis=-1))
-    p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
+    p_s = jnp.exp(jnp.take_along_axis(log_q, targets.indices, axis=-1))
+    p_t = jnp.exp(_numerics.upcast(targets.log_probs))
     lead = _pairwise_differences(p_t) if margin is None else _numerics.scalar(margin, p_t, "margin")
     mean = _numerics.masked_mean(
         jax.nn.relu(lead - _pairwise_differences(p_s)), _is_ordered(p_t, eps), axis=(-2, -1)
@@ -291,7 +291,7 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
     log_q, targets, usable = check_targets(student_logits, targets, 1.0)
     student_log_probs = jnp.take_along_axis(log_q, targets.indices, axis=-1)
     present = student_log_probs != -jnp.inf
-    p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
+    p_t = jnp.exp(_numerics.upcast(targets.log_probs))
     # A class masked to -inf in the student cannot be ranked.
     is_counted = _is_ordered(p_t, eps) & present[..., :, None] & present[..., None, :]
     gap = _pairwise_differences(jnp.where(present, student_log_probs, 0))

@@ -95,7 +95,7 @@ def sinkhorn_cost(
     log_u = jnp.where(present, -jnp.log(jnp.maximum(count, 1)), -jnp.inf)
     log_u, log_vs = jax.lax.scan(iterate, log_u, length=iterations)
     plan = _plus(_plus(log_kernel, log_u[..., :, None]), log_vs[-1][..., None, :])
-    return jnp.sum(_logspace.probabilities(plan) * cost, axis=(-2, -1))
+    return jnp.sum(jnp.exp(plan) * cost, axis=(-2, -1))
 
 
 def uld(
@@ -193,10 +193,7 @@ def _probabilities(
     _checks.per_example(student.shape[:-1], **temperatures)
     student = student / _numerics.per_example(student_temperature, student, "student_temperature")
     teacher = teacher / _numerics.per_example(teacher_temperature, teacher, "teacher_temperature")
-    return (
-        _softmax.softmax(student),
-        _softmax.softmax(teacher),
-    )
+    return _softmax.softmax(student), _softmax.softmax(teacher)
 
 
 def _sorted_gaps(student: Array, teacher: Array) -> Array:

@@ -35,10 +35,12 @@ from kdtl_jax.transforms._angles import karcher_shares as karcher_shares
 from kdtl_jax.transforms._angles import model_stock_shares as model_stock_shares
 from kdtl_jax.transforms._angles import multi_slerp_shares as multi_slerp_shares
 from kdtl_jax.transforms._angles import slerp_shares as slerp_shares
+from kdtl_jax.transforms._average import apply_task_vectors as apply_task_vectors
 from kdtl_jax.transforms._average import average as average
 from kdtl_jax.transforms._average import ema as ema
 from kdtl_jax.transforms._average import greedy_soup as greedy_soup
 from kdtl_jax.transforms._average import interpolate as interpolate
+from kdtl_jax.transforms._average import task_vector as task_vector
 from kdtl_jax.transforms._average import weighted_sum as weighted_sum
 from kdtl_jax.transforms._blocks import block_rows as block_rows
 from kdtl_jax.transforms._codes import quantized as quantized
@@ -142,8 +144,6 @@ from kdtl_jax.transforms._statistics import check_grams as check_grams
 from kdtl_jax.transforms._statistics import fisher_merge as fisher_merge
 from kdtl_jax.transforms._statistics import regmean as regmean
 from kdtl_jax.transforms._statistics import regmean_kernel as regmean_kernel
-from kdtl_jax.transforms._tasks import apply_task_vectors as apply_task_vectors
-from kdtl_jax.transforms._tasks import task_vector as task_vector
 from kdtl_jax.transforms._ties import agreeing_count as agreeing_count
 from kdtl_jax.transforms._ties import agreeing_weight as agreeing_weight
 from kdtl_jax.transforms._ties import disjoint_merge as disjoint_merge

@@ -50,8 +50,7 @@ def match_permutations(
             "the two networks must have one structure, got "
             f"{jax.tree.structure(reference)} and {jax.tree.structure(other)}."
         )
-    axes = _width.axes_of(reference, spec)
-    sizes = _width.sizes_of(reference, axes)
+    axes, sizes = _width.axes_and_sizes(reference, spec)
     pairs: list[tuple[np.ndarray, np.ndarray, tuple[Axis, ...]]] = []
     for (path, a), b, leaf_axes in zip(
         trees.flatten(reference).items(), jax.tree.leaves(other), axes, strict=True
@@ -95,7 +94,9 @@ def _improve(
             aligned = b
             for other, other_axis in enumerate(axes):
                 if other != position and other_axis.name is not None:
-                    aligned = _permute(aligned, other, other_axis, permutations[other_axis.name])
+                    split = _split(aligned, other, other_axis)
+                    aligned = np.take(split, permutations[other_axis.name], axis=other + 1)
+                    aligned = aligned.reshape(b.shape)
             similarity += _rows(a, position, axis) @ _rows(aligned, position, axis).T
     units, partners = linear_sum_assignment(similarity, maximize=True)
     old_score = similarity[units, permutations[name]].sum()
@@ -110,10 +111,6 @@ def _split(leaf: np.ndarray, position: int, axis: Axis) -> np.ndarray:
     shape = leaf.shape
     units = shape[position] // (axis.outer * axis.inner)
     return leaf.reshape(*shape[:position], axis.outer, units, axis.inner, *shape[position + 1 :])
-
-
-def _permute(leaf: np.ndarray, position: int, axis: Axis, order: np.ndarray) -> np.ndarray:
-    return np.take(_split(leaf, position, axis), order, axis=position + 1).reshape(leaf.shape)
 
 
 def _rows(leaf: np.ndarray, position: int, axis: Axis) -> np.ndarray:

@@ -12,7 +12,7 @@ only part of a layer; a position out of range; a container of another kind.
 """
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -213,7 +213,12 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
         values = _copy_repeated([node[key] for _, key in entries])
         if isinstance(node, (list, tuple)):
             return type(node)(values)
-        new_keys = [_renumber(key, layer_keys, new) for new, key in entries]
+        new_keys = [
+            new
+            if isinstance(key, int)
+            else f"{layer_keys[key].prefix}{new}{layer_keys[key].suffix}"
+            for new, key in entries
+        ]
         return _replace_entries(node, layer_keys, list(zip(new_keys, values, strict=True)))
 
     return over_layers(params, layers, rebuild)
@@ -234,9 +239,8 @@ def stack_layers(params: Params, layers: str) -> Params:
         series: dict[tuple[str, str], list[Any]] = {}
         for key in sorted(layer_keys, key=lambda key: layer_keys[key].number):
             series.setdefault((layer_keys[key].prefix, layer_keys[key].suffix), []).append(key)
-        _same_numbers(
-            [[layer_keys[key].number for key in keys] for keys in series.values()], series
-        )
+        numbers = {name: [layer_keys[key].number for key in keys] for name, keys in series.items()}
+        _same_numbers(numbers)
         stacked = []
         for (prefix, suffix), keys in series.items():
             name = (prefix.rstrip("_-. /") + suffix).strip("_-. /")
@@ -254,13 +258,13 @@ def stack_layers(params: Params, layers: str) -> Params:
     return over_layers(params, layers, rebuild)
 
 
-def _same_numbers(numbers: Sequence[Sequence[int]], series: Iterable[tuple[str, str]]) -> None:
-    for (prefix, suffix), present in zip(series, numbers, strict=True):
-        if present != numbers[0]:
+def _same_numbers(numbers: Mapping[tuple[str, str], list[int]]) -> None:
+    first = next(iter(numbers.values()))
+    for (prefix, suffix), present in numbers.items():
+        if present != first:
             raise ValueError(
                 f"the layers differ in what they hold: {f'{prefix}*{suffix}'!r} exists for layers "
-                f"{list(present)}, other names for {list(numbers[0])}. Only equal layers can be "
-                "stacked."
+                f"{present}, other names for {first}. Only equal layers can be stacked."
             )
 
 
@@ -285,18 +289,15 @@ def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Param
         for key, child in sorted(entries, key=lambda entry: -len(str(entry[0]))):
             if subpath == str(key):
                 layers = _unstack(at, child)
-                new_entries = [(key, layers)] if keys is None else _name_layers(keys, layers)
-                return _replace_entries(node, {key: None}, new_entries)
+                names = [key] if keys is None else map(keys.format, range(len(layers)))
+                values = [layers] if keys is None else layers
+                return _replace_entries(node, {key: None}, list(zip(names, values, strict=True)))
             if subpath.startswith(f"{key}/"):
                 return {**node, key: walk(child, subpath.removeprefix(f"{key}/"))}
         nearest = trees.nearest(at, list(trees.flatten(params)))
         raise ValueError(f"no dict entry at {at!r}; nearest leaves: {nearest}.")
 
     return walk(params, at)
-
-
-def _name_layers(keys: str, parts: Sequence[Any]) -> list[tuple[str, Any]]:
-    return [(keys.format(i), part) for i, part in enumerate(parts)]
 
 
 def _replace_entries(
@@ -312,11 +313,6 @@ def _replace_entries(
     for key, value in node.items():
         out |= dict(new_entries) if key in old_keys else {key: value}
     return out
-
-
-def _renumber(key: Any, layer_keys: Layers, number: int) -> Any:
-    layer = layer_keys[key]
-    return number if isinstance(key, int) else f"{layer.prefix}{number}{layer.suffix}"
 
 
 def _copy_repeated(values: Sequence[Any]) -> list[Any]:

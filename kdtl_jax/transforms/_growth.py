@@ -46,8 +46,7 @@ def widen(
     References:
       Chen, Goodfellow and Shlens, Net2Net, 2015 (1511.05641).
     """
-    axes = _width.axes_of(params, spec)
-    sizes = _width.sizes_of(params, axes)
+    axes, sizes = _width.axes_and_sizes(params, spec)
     summed = {axis.name for leaf_axes in axes for axis in leaf_axes if axis.summed}
     sources: dict[str, Any] = {}
     for name, width in widths.items():
@@ -61,21 +60,19 @@ def widen(
         own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
         sources[name] = _copied_units(name, size, width, own_key)
 
-    def grow(leaf: Array, position: int, axis: Axis) -> Array:
-        if axis.name is None or axis.name not in sources:
-            return leaf
-        index = sources[axis.name]
+    def grow(leaf: Array, position: int, axis: Axis, index: Any) -> Array:
         wider = _width.take_units(leaf, position, axis, index)
         if not axis.summed:
             return wider
         split = _width.split_axis(_numerics.upcast(wider), position, axis)
-        copies = jnp.zeros(sizes[axis.name], split.dtype).at[index].add(1)[index]
+        old_size = leaf.shape[position] // (axis.outer * axis.inner)
+        copies = jnp.zeros(old_size, split.dtype).at[index].add(1)[index]
         shape = [1] * split.ndim
         shape[position + 1] = len(index)
         divided = split / copies.reshape(shape)
         return _width.join_axis(divided, position).astype(wider.dtype)
 
-    return _width.over_axes(params, axes, grow)
+    return _width.over_axes(params, axes, sources, grow)
 
 
 def deepen(

@@ -101,8 +101,7 @@ def remap_units(
       ValueError: as in `axis_sizes`; also if a name is unknown, an index is out of range, or
         `fresh` has another structure or other shapes.
     """
-    axes = _width.axes_of(params, spec)
-    sizes = _width.sizes_of(params, axes)
+    axes, sizes = _width.axes_and_sizes(params, spec)
     index: dict[str, np.ndarray] = {}
     for name, value in indices.items():
         size = _width.size_of_name(name, sizes)
@@ -112,17 +111,14 @@ def remap_units(
         _checks.within(-1, size - 1, **{name: value})
         index[name] = value
 
-    def carry(leaf: Array, position: int, axis: Axis) -> Array:
-        if axis.name is None or axis.name not in index:
-            return leaf
+    def carry(leaf: Array, position: int, axis: Axis, units: np.ndarray) -> Array:
         split = _width.split_axis(leaf, position, axis)
-        old = np.maximum(index[axis.name], 0)
-        taken = jnp.take(split, old, axis=position + 1)
+        taken = jnp.take(split, np.maximum(units, 0), axis=position + 1)
         mean = jnp.mean(_numerics.upcast(split), axis=position + 1, keepdims=True)
-        is_new = _along(index[axis.name] < 0, position + 1, split.ndim)
+        is_new = _along(units < 0, position + 1, split.ndim)
         return _width.join_axis(jnp.where(is_new, mean.astype(split.dtype), taken), position)
 
-    mapped = _width.over_axes(params, axes, carry)
+    mapped = _width.over_axes(params, axes, index, carry)
     return mapped if fresh is None else _filled_from(mapped, fresh, axes, index)
 
 

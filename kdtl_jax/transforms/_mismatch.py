@@ -232,8 +232,7 @@ def resize_positions(
     Raises:
       ValueError: if the tokens are not `prefix` plus a grid.
     """
-    matrix = corner_aligned
-    return _resize_grid(embeddings, new_grid, old_grid, prefix, matrix)
+    return _resize_grid(embeddings, new_grid, old_grid, prefix, corner_aligned)
 
 
 def resize_positions_bicubic(

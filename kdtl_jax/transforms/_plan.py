@@ -97,7 +97,7 @@ def plan_transfer(
     is_filled = [isinstance(decision, Step) for decision in decisions]
     alphas = _leaves.coefficients(alpha, target, is_filled)
     steps = tuple(
-        decision._replace(alpha=None if _is_one(value) else value)
+        decision._replace(alpha=None if _as_number(value) == 1 else value)
         if isinstance(decision, Step)
         else Step(decision.path)
         for decision, value in zip(decisions, alphas, strict=True)
@@ -321,10 +321,6 @@ def _dtype(leaf: Any) -> Any:
 
 def _name(policy: Any) -> str:
     return getattr(policy, "__name__", type(policy).__name__)
-
-
-def _is_one(value: Any) -> bool:
-    return value is None or _as_number(value) == 1
 
 
 def _as_number(alpha: Any) -> float | None:

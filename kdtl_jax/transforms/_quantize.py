@@ -14,6 +14,7 @@ as constants.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -115,11 +116,7 @@ def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = 
     References:
       Lin et al., AWQ, 2023 (2306.00978), without its rescaling.
     """
-
-    def quantize_blocks(blocks: Array) -> Array:
-        return int_per_channel(blocks, bits=bits, axis=-1)
-
-    return _by_blocks(weight, quantize_blocks, group, axis)
+    return _by_blocks(weight, partial(int_per_channel, bits=bits, axis=-1), group, axis)
 
 
 def mxfp4(weight: Array, *, block: int = 32, axis: int = -2) -> Array:

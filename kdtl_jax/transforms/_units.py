@@ -175,8 +175,8 @@ def _sum_per_unit(
     score: Callable[..., Array],
     *other_trees: Params,
 ) -> Array:
-    axes = _width.axes_of(params, spec)
-    _width.size_of_name(name, _width.sizes_of(params, axes))
+    axes, sizes = _width.axes_and_sizes(params, spec)
+    _width.size_of_name(name, sizes)
     for other in other_trees:
         if jax.tree.structure(other) != jax.tree.structure(params):
             raise ValueError("both trees must have the structure of the parameters.")

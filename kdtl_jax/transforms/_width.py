@@ -57,7 +57,7 @@ def axis_sizes(params: Params, spec: AxisSpec) -> dict[str, int]:
       ValueError: if a rule is unused, the number of names is not that of a leaf's axes, a
         floating-point leaf is not covered, or axes of one name differ in size.
     """
-    return sizes_of(params, axes_of(params, spec))
+    return axes_and_sizes(params, spec)[1]
 
 
 def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> Params:
@@ -67,19 +67,12 @@ def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> 
       indices: `{name: [n] integers}`, e.g. from `uniform_indices` or `top_indices`; may be
         traced. Repeated indices are allowed.
     """
-    axes = axes_of(params, spec)
-    sizes = sizes_of(params, axes)
+    axes, sizes = axes_and_sizes(params, spec)
     index = {
         name: _check_index(name, value, size_of_name(name, sizes))
         for name, value in indices.items()
     }
-
-    def select(leaf: Array, position: int, axis: Axis) -> Array:
-        if axis.name is None or axis.name not in index:
-            return leaf
-        return take_units(leaf, position, axis, index[axis.name])
-
-    return over_axes(params, axes, select)
+    return over_axes(params, axes, index, take_units)
 
 
 def prune_heads(
@@ -138,23 +131,20 @@ def pad_width(params: Params, spec: AxisSpec, widths: Mapping[str, int]) -> Para
     until something breaks the tie, since their incoming and outgoing gradients are both zero. To
     grow with units that learn, use `widen`.
     """
-    axes = axes_of(params, spec)
-    sizes = sizes_of(params, axes)
+    axes, sizes = axes_and_sizes(params, spec)
     for name, width in widths.items():
         if width < size_of_name(name, sizes):
             raise ValueError(
                 f"{name!r} cannot shrink from {sizes[name]} to {width} units. Use select_width."
             )
 
-    def pad(leaf: Array, position: int, axis: Axis) -> Array:
-        if axis.name is None or axis.name not in widths:
-            return leaf
+    def pad(leaf: Array, position: int, axis: Axis, width: int) -> Array:
         split = split_axis(leaf, position, axis)
         edges = [(0, 0)] * split.ndim
-        edges[position + 1] = (0, widths[axis.name] - split.shape[position + 1])
+        edges[position + 1] = (0, width - split.shape[position + 1])
         return join_axis(jnp.pad(split, edges), position)
 
-    return over_axes(params, axes, pad)
+    return over_axes(params, axes, widths, pad)
 
 
 def axis_spec_from_metadata(tree: Any) -> list[tuple[str, tuple[str | None, ...] | None]]:
@@ -180,7 +170,13 @@ def axis_spec_from_metadata(tree: Any) -> list[tuple[str, tuple[str | None, ...]
     return spec
 
 
-def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
+def axes_and_sizes(params: Params, spec: AxisSpec) -> tuple[list[tuple[Axis, ...]], dict[str, int]]:
+    """The axes of every leaf, in tree order, and the number of units of every name."""
+    axes = _axes_of(params, spec)
+    return axes, _sizes_of(params, axes)
+
+
+def _axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
     """The axes of every leaf, in tree order; empty if it has no names."""
     flat = trees.flatten(params)
     labels = _leaves.by_rules(params, spec, default=_NONAMES)
@@ -211,7 +207,7 @@ def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
     return out
 
 
-def sizes_of(params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[str, int]:
+def _sizes_of(params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[str, int]:
     """The number of units of every name; raises if leaves disagree."""
     first_seen: dict[str, tuple[str, int]] = {}
     for (path, leaf), leaf_axes in zip(trees.flatten(params).items(), axes, strict=True):
@@ -243,18 +239,16 @@ def size_of_name(name: str, sizes: Mapping[str, int]) -> int:
 def over_axes(
     params: Params,
     axes: Sequence[tuple[Axis, ...]],
-    change: Callable[[Array, int, Axis], Array],
+    values: Mapping[str, Any],
+    change: Callable[[Array, int, Axis, Any], Array],
 ) -> Params:
-    """Applies `change(leaf, position, axis)` along every named axis; other leaves are kept."""
+    """Applies `change(leaf, position, axis, values[name])` along every axis with a value."""
     leaves, treedef = jax.tree.flatten(params)
-    out: list[Any] = []
-    for leaf, leaf_axes in zip(leaves, axes, strict=True):
-        changed = leaf
+    for i, leaf_axes in enumerate(axes):
         for position, axis in enumerate(leaf_axes):
-            if axis.name is not None:
-                changed = change(changed, position, axis)
-        out.append(changed)
-    return jax.tree.unflatten(treedef, out)
+            if axis.name is not None and axis.name in values:
+                leaves[i] = change(leaves[i], position, axis, values[axis.name])
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def split_axis(leaf: Any, position: int, axis: Axis) -> Array:
