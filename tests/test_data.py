@@ -351,6 +351,31 @@ def test_prefetched_batches_are_on_the_device_and_nothing_waits_for_them() -> No
     assert float(total) == 4 * sum(range(6))
 
 
+def aligned(size: int) -> np.ndarray:
+    """Zeros at an address whose memory JAX shares instead of copying it."""
+    memory = np.zeros(4 * size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + 4 * size].view(np.float32)
+
+
+def test_a_loader_may_fill_its_arrays_again() -> None:
+    array = aligned(4)
+
+    def batches() -> Iterator[data.Batch]:
+        for i in range(6):
+            array[:] = i
+            yield {"inputs": array}
+
+    assert [int(b["inputs"][0]) for b in data.prefetch(batches())] == list(range(6))
+
+
+def test_resident_data_do_not_change_with_the_arrays_they_come_from() -> None:
+    inputs, teacher = aligned(8), {"logits": aligned(8)}
+    source = data.resident({"inputs": inputs}, 4, key=None, teacher=teacher)
+    inputs[:], teacher["logits"][:] = 1, 1
+    assert not np.any(source.arrays["inputs"]) and not np.any(source.teacher["logits"])
+
+
 def test_prefetch_places_batches_as_it_is_told() -> None:
     device = jax.devices()[3]
     batches = data.prefetch(iter([arrays()]), place=lambda b: jax.device_put(b, device))

@@ -10,11 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
-from kdtl_jax import Variables, interop, methods, objective, train
+from kdtl_jax import Variables, interop, losses, methods, objective, train
 from kdtl_jax.datasets import Dataset, stratified
 from kdtl_jax.interop import linen
 from kdtl_jax.run import loop
-from kdtl_jax.run.data import resident
+from kdtl_jax.run.data import iterate, resident
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -117,6 +117,52 @@ def test_a_donated_state_is_not_used_twice() -> None:
     with pytest.raises(TypeError, match="a dict with 'inputs'"):
         step(second, (1, 2))  # pyright: ignore[reportArgumentType]  # wrong on purpose
     step(second, BATCH)
+
+
+def begun() -> train.TrainState:
+    return train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
+
+
+def test_a_donated_state_can_be_printed() -> None:
+    state = begun()
+    train.jit_step(step_of(LINEAR))(state, BATCH)
+    assert repr(state).startswith("TrainState(step=deleted, params: 6 numbers")
+
+
+ROWS = jnp.arange(2, dtype=jnp.int32)[None]  # one batch of two rows
+
+
+def follow(inputs: objective.Inputs) -> dict[str, Any]:
+    return {"task": losses.forward_kl(inputs.student["logits"], inputs.teacher["logits"])}
+
+
+DISTILL = train.make_step(LINEAR, follow, {"task": 1.0}, TX, teacher=LINEAR)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        train.jit_step(DISTILL),
+        lambda state, batch, teacher: train.jit_epoch(DISTILL)(state, batch, ROWS, teacher),
+        lambda state, batch, teacher: loop.run(DISTILL, state, iterate([batch]), teacher, steps=1),
+    ],
+    ids=["jit_step", "jit_epoch", "loop.run"],
+)
+def test_what_is_donated_is_named(run: Any) -> None:
+    """A teacher of the state's own arrays, one deleted by a step before, an array in two places."""
+    state = begun()
+    with pytest.raises(RuntimeError, match=r"an array of the state is also in .*teacher_params"):
+        run(state, BATCH, state.params)
+    run(state, BATCH, jax.tree.map(jnp.copy, state.params))
+    with pytest.raises(RuntimeError, match="this state was already given to a jitted step"):
+        run(state, BATCH, begun().params)
+    with pytest.raises(RuntimeError, match="teacher_params holds arrays of a state that was given"):
+        run(begun(), BATCH, state.params)
+    state = begun()
+    shared = state._replace(memory=state.params["w"])
+    with pytest.raises(RuntimeError, match="an array is in the state twice"):
+        run(shared, BATCH, begun().params)
+    run(jax.tree.map(jnp.copy, shared), BATCH, begun().params)
 
 
 def test_a_step_that_fails_while_it_runs_says_so_itself() -> None:

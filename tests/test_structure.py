@@ -23,7 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_text", "_pages"}),
     frozenset(
         {"_types", "_checks", "_numerics", "_pooling", "_jaxprs"}
-        | {"_files", "_locks", "_columnar"}
+        | {"_files", "_locks", "_columnar", "_donation"}
     ),
     frozenset({"trees", "_softmax", "_model_functions"}),
     # Functions of arrays and of parameters.

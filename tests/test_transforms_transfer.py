@@ -275,6 +275,16 @@ def test_ties_survive_where_the_source_is_tied_and_are_reported_where_not() -> N
     assert params["embed"] is not params["head"]
 
 
+def test_a_replicated_student_may_be_donated() -> None:
+    """Of its copies on four devices, none is the teacher's array."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    source = {"w": jnp.ones(8)}
+    params, _ = transforms.transfer(source, {"w": jax.device_put(jnp.zeros(8), sharding)})
+    jax.jit(lambda params: params["w"] + 1, donate_argnums=0)(params)
+    assert float(jnp.sum(source["w"])) == 8
+
+
 def test_numpy_float64_targets_stay_float64_without_x64() -> None:
     source, target = {"w": np.array([1 / 3])}, {"w": np.zeros(1)}
     params, report = transforms.transfer(source, target)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from kdtl_jax import _checks, trees
 from kdtl_jax._model_functions import check_named_arrays, describe
@@ -95,14 +94,6 @@ def _missing_message(entry: Any, inputs: Inputs) -> str:
             'its outputs as batch["teacher"].'
         )
     return f"the terms read {entry}, which is not there: {listed}.{advice}"
-
-
-def is_donated(state: Any) -> bool:
-    """Whether a state's arrays were donated to an earlier call."""
-    return any(
-        isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
-        for leaf in jax.tree.leaves(state)
-    )
 
 
 def check_batch(batch: Any) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, _jaxprs
+from kdtl_jax import _checks, _donation, _jaxprs
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train._state import Batch, Step, TrainState
 
@@ -93,11 +93,14 @@ def jit_epoch(step: Step) -> Epoch:
     def epoch(
         state: TrainState, data: Batch, index: Array, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
+        others = {"data": data, "teacher_params": teacher_params}
         if epoch_path(step, state, data, index.shape[1], teacher_params) == "scan":
-            return scanned(state, data, index, teacher_params)
+            with _donation.explained(state, **others):
+                return scanned(state, data, index, teacher_params)
         collected = []
         for rows in np.asarray(index):
-            state, metrics = jitted_step(state, data, rows, teacher_params)
+            with _donation.explained(state, **others):
+                state, metrics = jitted_step(state, data, rows, teacher_params)
             collected.append(metrics)
         return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
 

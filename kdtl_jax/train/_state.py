@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, trees
+from kdtl_jax import _checks, _donation, trees
 from kdtl_jax._types import Params, PyTree, Variables
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train import _contracts
@@ -36,7 +36,8 @@ class TrainState(NamedTuple):
     def __repr__(self) -> str:
         """Counts instead of arrays: states are printed by accident more often than on purpose."""
         steps = getattr(self.step, "shape", ())
-        parts = [f"step: {list(steps)}" if steps else f"step={self.step}"]
+        step = "deleted" if _donation.is_deleted(self.step) else self.step
+        parts = [f"step: {list(steps)}" if steps else f"step={step}"]
         for name in self._fields[1:-1]:
             leaves = jax.tree.leaves(getattr(self, name))
             if leaves:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, _model_functions, objective, trees
+from kdtl_jax import _checks, _donation, _model_functions, objective, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
 from kdtl_jax.train import _contracts, _gradients, dot, precision
@@ -189,7 +189,8 @@ def jit_step(step: Step) -> Step:
     An EMA teacher must be a copy, not a leaf of the donated state.
 
     Raises:
-      RuntimeError: (from the returned step) if the state was already passed to a step.
+      RuntimeError: (from the returned step) if the state was already passed to a step, or shares
+        arrays with the other arguments.
     """
     jitted = jax.jit(step, donate_argnums=0)
 
@@ -197,16 +198,8 @@ def jit_step(step: Step) -> Step:
     def run(
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
-        try:
+        with _donation.explained(state, batch=batch, teacher_params=teacher_params):
             return jitted(state, batch, teacher_params)
-        except (RuntimeError, ValueError) as error:
-            # A step that fails while it runs (out of memory) has deleted its state too.
-            if "deleted" not in str(error) or not _contracts.is_donated(state):
-                raise
-            raise RuntimeError(
-                "this state was already given to a jitted step, which reuses its arrays. Continue "
-                "with the state that the step returned: state, metrics = step(state, batch)."
-            ) from error
 
     vars(run)["lower"] = jitted.lower  # for `measure.compiled`
     return run

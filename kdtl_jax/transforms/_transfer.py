@@ -167,6 +167,8 @@ def _fill(step: Step, value: Any, template: Any) -> Any:
     # A copy, not an alias: a step that donates the student must not delete the teacher.
     is_placed = isinstance(template, jax.ShapeDtypeStruct) or getattr(template, "committed", False)
     sharding = getattr(template, "sharding", None) if is_placed else None
+    if sharding is not None and len(sharding.device_set) > 1:
+        value = jnp.copy(value)  # one of the devices would share it, whatever may_alias is
     return jax.device_put(value, sharding, may_alias=False)
 
 

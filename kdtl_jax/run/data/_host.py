@@ -197,7 +197,8 @@ def prefetch(
     """Draws batches in a thread and puts them on the device, `depth` batches ahead of their use.
 
     Args:
-      batches: any iterator; an error in it is raised here, after the batches before it.
+      batches: any iterator; an error in it is raised here, after the batches before it. It may
+        yield the same host arrays again with other values.
       depth: number of batches waiting on the device.
       place: puts one batch on the device(s), `jax.device_put` or a sharded placement.
 
@@ -217,7 +218,7 @@ def prefetch(
     def draw() -> None:
         try:
             for batch in batches:
-                offer(("batch", place(jax.tree.map(canonical, batch))))
+                offer(("batch", place(jax.tree.map(_copied, batch))))
                 if stopped.is_set():
                     return
             offer(("end", None))
@@ -237,6 +238,12 @@ def prefetch(
     finally:
         stopped.set()
         thread.join(timeout=1)
+
+
+def _copied(x: Any) -> Any:
+    """Copies a host array: `device_put` may share its memory, which a loader may fill again."""
+    array = canonical(x)
+    return array if isinstance(array, jax.Array) else np.array(array)
 
 
 def _as_batch(batch: Any, names: Sequence[str], rename: Mapping[str, str] | None) -> dict[str, Any]:

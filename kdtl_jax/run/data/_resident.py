@@ -96,10 +96,10 @@ def resident(
                 "cached teacher outputs of augmented inputs need views= (how many "
                 "epochs of views the cache holds)."
             )
-        teacher = jax.device_put(outputs)
+        teacher = jax.tree.map(_put, outputs)
     order, views_key = (None, None) if key is None else _split(key)
     return Resident(
-        arrays=jax.device_put(jax.tree.map(canonical, dict(arrays))),
+        arrays=jax.tree.map(lambda x: _put(canonical(x)), dict(arrays)),
         batch_size=batch_size,
         order=order,
         drop_remainder=drop_remainder,
@@ -233,6 +233,16 @@ def length(arrays: Batch) -> int:
     if not flat:
         raise ValueError("there is no array in the batch.")
     return len(next(iter(flat.values())))
+
+
+def _put(x: Any) -> Array:
+    """Puts an array on the device, whose memory is not that of an array that may still change."""
+    array = jax.device_put(x)
+    if not isinstance(x, np.ndarray) or not x.flags.writeable:
+        return array
+    jax.block_until_ready(array)
+    is_on_host = next(iter(array.devices())).platform == "cpu"
+    return jax.device_put(x.copy()) if is_on_host and np.may_share_memory(array, x) else array
 
 
 def canonical(x: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, train, trees
+from kdtl_jax import _checks, _donation, train, trees
 from kdtl_jax._types import ModelFn, Params, PyTree
 from kdtl_jax.objective import Metrics, TermsFn, Weights
 from kdtl_jax.run import data, processes
@@ -156,11 +156,13 @@ def run(
 
     Raises:
       FloatingPointError: from `raise_nonfinite`.
+      RuntimeError: if the state was already donated, or shares arrays with the teacher.
       SystemExit: after a signal.
       ValueError: if the step numbers are inconsistent.
     """
     _check_steps(steps, log_every, evaluate_every, save_every)
     _check_state(state)
+    _donation.check_alive(state, teacher_params=teacher_params)
     meta = dict(meta or {})
     current = start = int(jax.device_get(state.step))
     saved_step = current if meta else -1
@@ -223,7 +225,8 @@ def run(
                 min(_next_due(current, log_every, evaluate_every, save_every), steps) - current
             )
             try:
-                carry, step_reached, count = move(carry, current, max_steps)
+                with _donation.explained(carry.state, teacher_params=teacher_params):
+                    carry, step_reached, count = move(carry, current, max_steps)
             except StopIteration:
                 steps, reason = current, "data ended"
                 continue
