@@ -203,6 +203,24 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return value
 
 
+def damage(path: Path, name: str, entry: Mapping[str, Any], *, contents: bool = True) -> str | None:
+    """How a file differs from its recorded `bytes` and `sha256`, or None.
+
+    Args:
+      path: of the file.
+      name: of the file in the message.
+      entry: the record.
+      contents: whether to read the file and compare its SHA-256.
+    """
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+    if contents and sha256(path) != entry["sha256"]:
+        return f"{name} was altered: its SHA-256 does not match"
+    return None
+
+
 def sync(path: Path) -> None:
     """Makes a file's content durable."""
     with path.open("rb") as file:

@@ -97,6 +97,10 @@ def step_times(once: Callable[[], Any], steps: int, *, warmup: int = 3) -> Distr
     """
     _checks.count(1, steps=steps)
     _checks.count(0, warmup=warmup)
+    return distribution(_seconds(once, steps, warmup))
+
+
+def _seconds(once: Callable[[], Any], steps: int, warmup: int) -> list[float]:
     for _ in range(warmup):
         jax.block_until_ready(once())
     seconds = []
@@ -104,7 +108,7 @@ def step_times(once: Callable[[], Any], steps: int, *, warmup: int = 3) -> Distr
         start = time.perf_counter()
         jax.block_until_ready(once())
         seconds.append(time.perf_counter() - start)
-    return distribution(seconds)
+    return seconds
 
 
 def distribution(seconds: list[float]) -> Distribution:
@@ -226,13 +230,7 @@ def roofline(work: Cost, seconds: float, limits: Ceilings) -> Roofline | None:
 
 def _shortest(once: Callable[[], Any]) -> float:
     """The shortest of five runs after one that compiles."""
-    jax.block_until_ready(once())
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(once())
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(_seconds(once, 5, warmup=1))
 
 
 def _positive(value: Any) -> float | None:

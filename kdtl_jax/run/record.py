@@ -13,7 +13,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from kdtl_jax._types import PyTree
 Paths = str | Path | Sequence[Path]
 FILE = "made_from.json"  # in the run folder
 # Packages whose versions are recorded.
-PACKAGES = ("kdtl_jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
+PACKAGES = ("kdtl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Record(NamedTuple):
@@ -77,10 +77,10 @@ def compare(folder: str | Path, now: Record) -> list[str]:
         record = _files.read_sealed(path)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}. Start the run anew in another folder.") from None
-    fields = [record.get(name) for name in Record._fields]
-    if not all(isinstance(field, dict) for field in fields):
+    fields: dict[str, Any] = {name: record.get(name) for name in Record._fields}
+    if not all(isinstance(field, dict) for field in fields.values()):
         raise ValueError(f"{path} is not a run's record. Start the run anew in another folder.")
-    old = Record(*(dict(record[name]) for name in Record._fields))
+    old = Record(**fields)
     roles = sorted(old.files.keys() | now.files.keys())
     changed = [role for role in roles if old.files.get(role) != now.files.get(role)]
     if changed:

@@ -97,7 +97,9 @@ def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
                 values[step] = score(meta, step, name)
                 reason = "it is not finite"
                 if values[step] is None:
-                    reason = f"no value of {name!r}, only of {_score_names(meta, step)}"
+                    keys = [key for line in _evaluations(meta, step) for key in line]
+                    names = [key[len("eval/") :] for key in keys if key.startswith("eval/")]
+                    reason = f"no value of {name!r}, only of {names}"
             reasons.append(f"step {step}: {reason}")
         chosen = scores.best(list(values.values()), minimize=minimize)
         if chosen is None:
@@ -204,19 +206,14 @@ def describe(path: str, leaf: Any) -> dict[str, Any]:
 
 def score(meta: Mapping[str, Any], step: int, name: str) -> Any:
     """The evaluation of a step, from the `meta` that `loop.run` saves; None if there is none."""
-    evaluations = meta.get("evaluations")
-    for line in evaluations if isinstance(evaluations, list) else []:
-        if isinstance(line, dict) and line.get("step") == step:
-            return line.get(f"eval/{name}")
-    return None
+    return next((line.get(f"eval/{name}") for line in _evaluations(meta, step)), None)
 
 
-def _score_names(meta: Mapping[str, Any], step: int) -> list[str]:
-    """The names of a step's evaluations."""
+def _evaluations(meta: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
+    """The lines of a step's evaluations."""
     evaluations = meta.get("evaluations")
     lines = evaluations if isinstance(evaluations, list) else []
-    here = [line for line in lines if isinstance(line, dict) and line.get("step") == step]
-    return [key.removeprefix("eval/") for line in here for key in line if key.startswith("eval/")]
+    return [line for line in lines if isinstance(line, dict) and line.get("step") == step]
 
 
 def read_manifest(home: Path) -> Manifest:
@@ -284,15 +281,9 @@ def _problem(folder: Path, step: int, owner: Mapping[str, str] | None) -> str | 
             _history.read(folder, manifest.history)
         except ValueError as error:
             return str(error)
-    for name, entry in manifest.files.items():
-        path, name = home / name, _text.shown(name)
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-        if _files.sha256(path) != entry["sha256"]:
-            return f"{name} was altered: its SHA-256 does not match"
-    return None
+    files = manifest.files.items()
+    problems = (_files.damage(home / name, _text.shown(name), entry) for name, entry in files)
+    return next(filter(None, problems), None)
 
 
 def _choose(

@@ -28,6 +28,7 @@ from kdtl_jax.run.data._host import unpad as unpad
 from kdtl_jax.run.data._resident import Augment as Augment
 from kdtl_jax.run.data._resident import Batch as Batch
 from kdtl_jax.run.data._resident import Resident as Resident
+from kdtl_jax.run.data._resident import canonical as canonical
 from kdtl_jax.run.data._resident import epoch_rows as epoch_rows
 from kdtl_jax.run.data._resident import examples as examples
 from kdtl_jax.run.data._resident import gather as gather

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, _model_functions, augment, train
+from kdtl_jax import _checks, _model_functions, augment, train, trees
 from kdtl_jax._types import PyTree
 
 Batch = Mapping[str, Any]  # arrays by name, or trees of them, [B, ...] each
@@ -151,21 +151,16 @@ def gather(data: Resident, rows: Array, epoch: Array, step_in_epoch: Array) -> d
         real_weights = jnp.broadcast_to((position < examples(data)).astype(jnp.float32), rows.shape)
         batch["weights"] = real_weights * batch["weights"] if "weights" in batch else real_weights
     view = epoch if data.views is None else epoch % data.views
-    if data.augment is not None and data.augment_key is not None:
-        batch = _augment_batch(data.augment, data.augment_key, view, rows, batch)
+    if (make_views := data.augment) is not None and (key := data.augment_key) is not None:
+
+        def augment_run(key: Array, rows: Array, batch: Batch) -> dict[str, Any]:
+            return dict(make_views(augment.example_keys(key, view, rows), batch))
+
+        batch = (jax.vmap(augment_run) if key.ndim else augment_run)(key, rows, batch)
     if data.teacher is not None:
         view_index = view if data.views is not None else jnp.zeros_like(epoch)
         batch["teacher"] = jax.tree.map(lambda x: x[view_index, rows], data.teacher)
     return batch
-
-
-def _augment_batch(
-    views: Augment, key: Array, view: Array, rows: Array, batch: Batch
-) -> dict[str, Any]:
-    def augment_run(key: Array, rows: Array, batch: Batch) -> dict[str, Any]:
-        return dict(views(augment.example_keys(key, view, rows), batch))
-
-    return (jax.vmap(augment_run) if key.ndim else augment_run)(key, rows, batch)
 
 
 @jax.jit
@@ -227,7 +222,7 @@ def length(arrays: Batch) -> int:
     Raises:
       ValueError: if there is no array, one has no axis, or the leading axes differ.
     """
-    flat = {"/".join(map(str, p)): x for p, x in jax.tree_util.tree_leaves_with_path(dict(arrays))}
+    flat = trees.flatten(dict(arrays))
     _checks.rank(1, **flat)
     _checks.same_batch(**flat)
     if not flat:

@@ -191,8 +191,7 @@ def evaluation(
             total = metrics if total is None else add(total, metrics)
         if total is None:
             raise ValueError("batches() yielded nothing.")
-        line = line_of(0, total)
-        return {name: value for name, value in line.items() if name != "step"}
+        return means_of(total)
 
     return evaluate
 
@@ -219,7 +218,7 @@ def drain(pending: Pending, leave: int = 0) -> bool:
         if int(jax.device_get(reached)) < step:
             pending.windows.clear()
             return True
-        write(pending, line_of(step, window))
+        write(pending, {"step": step} | means_of(window))
     return False
 
 
@@ -235,15 +234,15 @@ def evaluation_line(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": step} | {f"eval/{name}": value for name, value in numbers.items()}
 
 
-def line_of(step: int, window: Metrics) -> dict[str, Any]:
-    """`{"step": ..., name: mean}` of a window on its way to the host."""
+def means_of(window: Metrics) -> dict[str, Any]:
+    """`{name: mean}` of a window on its way to the host."""
     sums = np.asarray(jax.device_get(window.sums), np.float64)
     means = {}
     for i, name in enumerate(window.names):
         total, weight = sums[..., i, 0], sums[..., i, 1]
         mean = np.where(weight != 0, total / np.where(weight != 0, weight, 1), np.nan)
         means[name] = mean.tolist()
-    return {"step": step} | means
+    return means
 
 
 def to_json(window: Metrics) -> dict[str, Any]:

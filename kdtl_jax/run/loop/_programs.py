@@ -8,10 +8,11 @@ change a bit of the result.
 
 import collections
 import contextlib
+import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -199,7 +200,7 @@ def _scan_program(
     epoch_steps = data.steps_per_epoch(source)
     chunk = int(min(CHUNK_STEPS, max(1, CHUNK_BYTES // max(size, 1)), epoch_steps))
 
-    @partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0)
     def advance(
         carry: Carry, teacher: Any, arrays: Any, index: Array, n: Array
     ) -> tuple[Carry, Array]:
@@ -230,21 +231,30 @@ def _step_program(
 ) -> Move:
     """One step per call, with rows gathered in the same program."""
 
-    @partial(jax.jit, donate_argnums=0)
-    def advance(carry: Carry, teacher: Any, arrays: Any, index: Array) -> tuple[Carry, Array]:
-        position = carry.state.step % len(index)
-        carry = update(
-            carry, teacher, batch_at(arrays, index[position], carry.state.step, position)
-        )
-        return carry, carry.state.step + 0
+    def batch_of(step: Array, arrays: Any, index: Array) -> Batch:
+        position = step % len(index)
+        return batch_at(arrays, index[position], step, position)
 
+    advance, length = _single_step(update, batch_of), data.steps_per_epoch(source)
     arrays, epochs = _device_arrays(source), _epoch_cache(source)
-    length = data.steps_per_epoch(source)
 
     def move(carry: Carry, start: int, max_steps: int) -> tuple[Carry, Array, int]:
         return *advance(carry, teacher, arrays, epochs(start // length)), 1
 
     return move
+
+
+def _single_step(
+    update: Update, batch_of: Callable[..., Batch] = lambda step, batch: batch
+) -> Callable[..., tuple[Carry, Array]]:
+    """`advance(carry, teacher, *args) -> (carry, step reached)` on `batch_of(step, *args)`."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(carry: Carry, teacher: Any, *args: Any) -> tuple[Carry, Array]:
+        carry = update(carry, teacher, batch_of(carry.state.step, *args))
+        return carry, carry.state.step + 0
+
+    return advance
 
 
 def _with_short_batch(
@@ -259,11 +269,10 @@ def _with_short_batch(
     arrays, epochs = _device_arrays(source), _epoch_cache(source)
     last = data.steps_per_epoch(source) - 1
 
-    @partial(jax.jit, donate_argnums=0)
-    def advance(carry: Carry, teacher: Any, arrays: Any, index: Array) -> tuple[Carry, Array]:
-        rows, position = index[-1][..., :remainder], jnp.asarray(last, jnp.int32)
-        carry = update(carry, teacher, batch_at(arrays, rows, carry.state.step, position))
-        return carry, carry.state.step + 0
+    def batch_of(step: Array, arrays: Any, index: Array) -> Batch:
+        return batch_at(arrays, index[-1][..., :remainder], step, jnp.asarray(last, jnp.int32))
+
+    advance = _single_step(update, batch_of)
 
     def move_or_finish(carry: Carry, start: int, max_steps: int) -> tuple[Carry, Array, int]:
         epoch, position = divmod(start, last + 1)
@@ -278,16 +287,11 @@ def _stream_program(
     step: Step, teacher: Any, first: Any, batches: Iterator[Any], check_finite: bool
 ) -> Move:
     """One step per call, on the batches of an iterator."""
-    update, first_batch = _make_update(step, check_finite), [first]
-
-    @partial(jax.jit, donate_argnums=0)
-    def advance(carry: Carry, teacher: Any, batch: Batch) -> tuple[Carry, Array]:
-        carry = update(carry, teacher, batch)
-        return carry, carry.state.step + 0
+    advance = _single_step(_make_update(step, check_finite))
+    batches = itertools.chain([first], batches)
 
     def move(carry: Carry, start: int, max_steps: int) -> tuple[Carry, Array, int]:
-        batch = first_batch.pop() if first_batch else next(batches)
-        return *advance(carry, teacher, batch), 1
+        return *advance(carry, teacher, next(batches)), 1
 
     return move
 
@@ -345,19 +349,11 @@ def _batch_at(source: data.Resident, *, padded: bool) -> BatchAt:
 def _epoch_cache(source: data.Resident) -> Callable[[int], Array]:
     """The rows of an epoch, computed once per epoch, on the device."""
 
+    @jax.jit
     def epoch_rows(epoch: Array) -> Array:
         return data.epoch_rows(source, epoch)
 
-    compute = jax.jit(epoch_rows)
-    cache: dict[int, Array] = {}
-
-    def rows_of(epoch: int) -> Array:
-        if epoch not in cache:
-            cache.clear()
-            cache[epoch] = compute(jax.device_put(np.int32(epoch)))
-        return cache[epoch]
-
-    return rows_of
+    return functools.lru_cache(1)(lambda epoch: epoch_rows(jax.device_put(np.int32(epoch))))
 
 
 def _with_pacing(move: Move) -> Move:

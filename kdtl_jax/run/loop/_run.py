@@ -160,8 +160,15 @@ def run(
       SystemExit: after a signal.
       ValueError: if the step numbers are inconsistent.
     """
-    _check_steps(steps, log_every, evaluate_every, save_every)
-    _check_state(state)
+    _checks.count(0, steps=steps)
+    intervals = {"evaluate_every": evaluate_every, "save_every": save_every}
+    given = {name: interval for name, interval in intervals.items() if interval is not None}
+    _checks.count(1, log_every=log_every, **given)
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"state must be a TrainState, got {type(state).__name__}. Write "
+            "train.init_state(params, tx, key=key)."
+        )
     _donation.check_alive(state, teacher_params=teacher_params)
     meta = dict(meta or {})
     current = start = int(jax.device_get(state.step))
@@ -187,11 +194,8 @@ def run(
                 _warn_of_overflow(current, overflowed)
             if save is not None and saved_step != current:
                 window = _metrics.to_json(carry.window)
-                save(
-                    current,
-                    carry.state,
-                    {"window": window, "evaluations": evaluations, "path": path},
-                )
+                meta = {"window": window, "evaluations": evaluations, "path": path}
+                save(current, carry.state, meta)
                 saved_step = current
 
         overflowed: list[str] = []  # non-finite arrays of the optimizer's state
@@ -199,14 +203,17 @@ def run(
         while not stopped:
             # 1. The rest of this step, whose line is already written: an evaluation, then a save.
             is_due = current > 0 and _is_due(current, evaluate_every, steps)
-            if evaluate is not None and is_due and not _has_evaluation(evaluations, current):
+            is_due = is_due and not (evaluations and evaluations[-1]["step"] == current)
+            if evaluate is not None and is_due:
                 if _metrics.drain(pending):
                     break
                 try:
                     with signals.interruptible():
-                        metrics = _checked_evaluation(evaluate(carry.state))
+                        metrics = evaluate(carry.state)
                 except processes.Interrupted:
                     break
+                if not isinstance(metrics, Mapping):
+                    raise TypeError(f"evaluate must return {{name: value}}, got {metrics!r}.")
                 evaluations.append(_metrics.evaluation_line(current, metrics))
                 _metrics.write(pending, evaluations[-1])
             if current >= steps:
@@ -214,7 +221,9 @@ def run(
             elif stop is not None and evaluation_count < len(evaluations):
                 evaluation_count = len(evaluations)
                 stopped = "early stopping" if stop(evaluations) else ""
-            if stopped or (_may_check_signals(current, log_every) and signals.asked()):
+            # More than one process ask together, when all write a line.
+            may_ask = jax.process_count() == 1 or current % log_every == 0
+            if stopped or (may_ask and signals.asked()):
                 break
             if _is_due(current, save_every, None) and current > start:
                 if _metrics.drain(pending):
@@ -320,11 +329,6 @@ def _nonfinite_event(carry: _programs.Carry) -> Nonfinite | None:
     return Nonfinite(int(jax.device_get(carry.state.step)), leaves)
 
 
-def _may_check_signals(step: int, interval: int) -> bool:
-    """Whether to check signals: always with one process; with more, when all write a line."""
-    return jax.process_count() == 1 or step % interval == 0
-
-
 def _is_due(step: int, interval: int | None, end: int | None) -> bool:
     return step == end or (interval is not None and step % interval == 0)
 
@@ -332,32 +336,3 @@ def _is_due(step: int, interval: int | None, end: int | None) -> bool:
 def _next_due(step: int, *intervals: int | None) -> int:
     """The next multiple of any of the intervals."""
     return min((step // interval + 1) * interval for interval in intervals if interval is not None)
-
-
-def _has_evaluation(evaluations: list[dict[str, Any]], step: int) -> bool:
-    return bool(evaluations) and evaluations[-1]["step"] == step
-
-
-def _checked_evaluation(metrics: Any) -> dict[str, Any]:
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f"evaluate must return {{name: value}}, got {metrics!r}.")
-    return dict(metrics)
-
-
-def _check_state(state: Any) -> None:
-    if not isinstance(state, TrainState):
-        raise TypeError(
-            f"state must be a TrainState, got {type(state).__name__}. Write "
-            "train.init_state(params, tx, key=key)."
-        )
-
-
-def _check_steps(
-    steps: int, log_every: int, evaluate_every: int | None, save_every: int | None
-) -> None:
-    _checks.count(0, steps=steps)
-    _checks.count(1, log_every=log_every)
-    intervals = {"evaluate_every": evaluate_every, "save_every": save_every}
-    for name, interval in intervals.items():
-        if interval is not None:
-            _checks.count(1, **{name: interval})

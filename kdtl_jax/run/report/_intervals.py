@@ -161,11 +161,7 @@ def wilson(share: Any, estimate: Spread, count: int) -> tuple[np.ndarray, np.nda
     p, t = np.clip(share, 0.0, 1.0), stdtrit(estimate.df, 1 - LEVEL / 2)
     pq = p * (1 - p)
     with np.errstate(divide="ignore", invalid="ignore"):
-        size = np.where(
-            (estimate.variance > 0) & (pq > 0),
-            pq / estimate.variance,
-            count,
-        )
+        size = np.where((estimate.variance > 0) & (pq > 0), pq / estimate.variance, count)
     center = (p + t**2 / (2 * size)) / (1 + t**2 / size)
     half = t / (1 + t**2 / size) * np.sqrt(pq / size + t**2 / (4 * size**2))
     # The formula's ends are exactly 0 and 1 there, except for rounding.
@@ -185,13 +181,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _variances(values: np.ndarray, examples: Any) -> list[Spread]:
     """The variances of the mean: from the seeds' scores alone, and with their examples."""
     by_seed = spread(values[:, None])
-    return [by_seed] if examples is None else [by_seed, spread(_check_table(values, examples))]
-
-
-def _check_table(values: np.ndarray, examples: Any) -> np.ndarray:
+    if examples is None:
+        return [by_seed]
     table = np.asarray(examples, np.float64)
     if table.ndim != 2 or len(table) != len(values):
         raise ValueError(
             f"examples must be [{len(values)}, N], a row per seed, got {list(table.shape)}."
         )
-    return table
+    return [by_seed, spread(table)]

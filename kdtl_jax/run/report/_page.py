@@ -144,14 +144,8 @@ def _results_section(results: Results) -> Section:
             f"p-values are corrected for the {comparisons} in this table (Holm); a method is "
             "called better or worse if p is at most 0.05."
         )
-    header = (
-        "Method",
-        f"Test {score.unit or score.name}",
-        "Against the baseline",
-        "Seeds",
-        "Parameters",
-        "Seconds",
-    )
+    test = f"Test {score.unit or score.name}"
+    header = ("Method", test, "Against the baseline", "Seeds", "Parameters", "Seconds")
     groups = [
         (family, [_row_cells(row, score) for row in members]) for family, members in _families(rows)
     ]
@@ -213,22 +207,18 @@ def _learning_sections(results: Results) -> list[Section]:
     sections = [Section("Learning curves", [note])]
     for family, rows in _families(results.rows):
         curves = [
-            plots.Line(
-                row.label,
-                results.learning[row.method]["epoch"],
-                results.learning[row.method][f"validation_{score.key}"],
-            )
+            (row.label, results.learning[row.method])
             for row in _plotted_rows(rows, results.learning)
         ]
         if curves:
-            chart = plots.lines(
-                curves, x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share
-            )
+            axis, key = f"validation {score.axis}", f"validation_{score.key}"
+            lines = [plots.Line(label, curve["epoch"], curve[key]) for label, curve in curves]
+            chart = plots.lines(lines, x_axis="epoch", y_axis=axis, percent=score.is_share)
             sections.append(Section(family, (), [chart], level=3))
         losses = [
-            plots.Line(row.label, range(1, len(values) + 1), values)
-            for row in _plotted_rows(rows, results.learning)
-            if (values := results.learning[row.method].get("loss"))
+            plots.Line(label, range(1, len(values) + 1), values)
+            for label, curve in curves
+            if (values := curve.get("loss"))
         ]
         if losses:
             chart = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)

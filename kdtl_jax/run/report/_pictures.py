@@ -1,8 +1,7 @@
 """Small pictures within a page: inline PNG data, so that nothing is loaded from outside."""
 
 import base64
-import struct
-import zlib
+import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,6 +31,8 @@ def png(image: np.ndarray) -> str:
     Raises:
       ValueError: for other shapes.
     """
+    from PIL import Image  # only reports with pictures need it
+
     pixels = np.asarray(image, np.float64)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:
@@ -42,15 +43,6 @@ def png(image: np.ndarray) -> str:
     pixels = np.nan_to_num(pixels[::step, ::step])
     low, high = pixels.min(), pixels.max()
     levels = np.round(255 * (pixels - low) / (high - low or 1)).astype(np.uint8)
-    height, width, channels = levels.shape
-    # Each scanline starts with its filter type: 0, none.
-    scanlines = np.zeros((height, 1 + width * channels), np.uint8)
-    scanlines[:, 1:] = levels.reshape(height, -1)
-    color = {1: 0, 3: 2}[channels]
-    header = struct.pack(">2I5B", width, height, 8, color, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(scanlines.tobytes(), 9)), (b"IEND", b"")]
-    encoded = b"\x89PNG\r\n\x1a\n"
-    for kind, content in parts:
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        encoded += struct.pack(">I", len(content)) + kind + content + checksum
-    return base64.b64encode(encoded).decode()
+    file = io.BytesIO()
+    Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

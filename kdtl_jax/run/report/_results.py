@@ -36,6 +36,7 @@ import jax
 import numpy as np
 
 from kdtl_jax import _files
+from kdtl_jax.run.record import PACKAGES
 from kdtl_jax.run.report._intervals import LEVEL, MIN_SEEDS, Interval, difference, holm
 
 SCHEMA_VERSION = 2  # of results.json; raised when its keys change
@@ -65,7 +66,7 @@ class Score(NamedTuple):
 
     def shown(self, value: float) -> str:
         """`accuracy 90.6%`, `R² 0.873`."""
-        return f"{self.name} {self.number(value)}{'%' if self.is_share else ''}"
+        return f"{self.name} {self.number(value)}{self.unit}"
 
     def number(self, value: float, *, sign: bool = False) -> str:
         """`90.6`, `0.873`; with `sign`, also the plus of a difference."""
@@ -176,32 +177,25 @@ def _verdict(difference: Interval, p: float, minimize: bool) -> str:
 
 def to_json(results: Results) -> dict[str, Any]:
     """The content of `results.json` (see the module's docstring)."""
-    return _files.as_json(_record(results))
-
-
-def _record(results: Results) -> dict[str, Any]:
-    return {
+    record = {
         "schema_version": SCHEMA_VERSION,
         "task": results.task,
-        "data": dict(results.data),
+        "data": results.data,
         "rows": [_row(row, results.score.key) for row in results.rows],
-        "curves": {
-            "learning": {k: dict(v) for k, v in results.learning.items()},
-            "alpha": {k: dict(v) for k, v in results.alpha.items()},
-        },
-        "notes": list(results.notes),
-        "run": dict(results.run),
+        "curves": {"learning": results.learning, "alpha": results.alpha},
+        "notes": results.notes,
+        "run": results.run,
         "environment": environment(),
     }
+    return _files.as_json(record)
 
 
 def environment() -> dict[str, Any]:
     """Versions, devices and processor."""
-    packages = ("kdtl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     devices = jax.devices()
     return {
         "python": sys.version.split()[0],
-        **{name: metadata.version(name) for name in packages},
+        **{name: metadata.version(name) for name in PACKAGES},
         "backend": jax.default_backend(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "cpus": os.cpu_count(),
@@ -221,19 +215,13 @@ def _row(row: Row, score: str) -> dict[str, Any]:
         "agreement": None if row.agreement is None else _interval(row.agreement),
         "versus": None if row.versus is None else _versus(row.versus),
         "seconds": round(row.seconds, 3),
-        "settings": dict(row.settings),
+        "settings": row.settings,
     }
 
 
 def _versus(versus: Versus) -> dict[str, Any]:
     change = {"mean": versus.difference.mean, "ci95": _bounds(versus.difference)}
-    return {
-        "baseline": versus.baseline,
-        "difference": change,
-        "p_value": versus.p_value,
-        "p_adjusted": versus.p_adjusted,
-        "verdict": versus.verdict,
-    }
+    return versus._asdict() | {"difference": change}
 
 
 def _interval(interval: Interval) -> dict[str, Any]:

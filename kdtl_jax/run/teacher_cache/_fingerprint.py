@@ -12,6 +12,7 @@ from jax import Array
 
 from kdtl_jax import _checks, _text, trees
 from kdtl_jax._types import PyTree
+from kdtl_jax.run import data
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_CHARACTERS = 600  # characters of a difference
@@ -135,17 +136,12 @@ def digest(tree: PyTree) -> str:
 
 
 def count(arrays: Mapping[str, Any]) -> int:
-    """The number of examples.
-
-    Raises:
-      ValueError: if arrays have different lengths, or there are none.
-    """
-    flat = trees.flatten(dict(arrays))
-    _checks.rank(1, **flat)
-    _checks.same_batch(**flat)
-    size = len(next(iter(flat.values())))
+    """The number of examples, as `data.length`, but at least one."""
+    size = data.length(arrays)
     if size == 0:
-        raise ValueError(f"there are no examples, got {_checks.described(**flat)}.")
+        raise ValueError(
+            f"there are no examples, got {_checks.described(**trees.flatten(arrays))}."
+        )
     return size
 
 

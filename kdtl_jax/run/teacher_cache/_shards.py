@@ -75,7 +75,7 @@ def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool
             "cache for this run, or give the run what the cache was made from."
         )
     for name, entry in files.items():
-        damage = file_problem(folder, name, entry, contents=contents)
+        damage = _files.damage(folder / name, name, entry, contents=contents)
         if damage is not None:
             raise ValueError(
                 f"{folder} is damaged: {damage}. Run `write` on it again: it computes damaged "
@@ -185,7 +185,7 @@ def verify(folder: str | Path) -> list[str]:
     """
     folder = _checks.path(folder=folder)
     _, files = _manifest(folder)
-    problems = [file_problem(folder, name, entry, contents=True) for name, entry in files.items()]
+    problems = (_files.damage(folder / name, name, entry) for name, entry in files.items())
     return [problem for problem in problems if problem is not None]
 
 
@@ -274,20 +274,8 @@ def seal_problem(folder: Path, plan: Plan, shard: int) -> str | None:
         entry = _files.read_sealed(folder / seal_name(shard))
     except ValueError as error:
         return str(error)
-    problem = _size_problem(plan, shard, entry)
-    return problem or file_problem(folder, file_name(shard), entry, contents=True)
-
-
-def file_problem(folder: Path, name: str, entry: Any, *, contents: bool) -> str | None:
-    """The problem with a shard's file, or None; `contents` also checks its SHA-256."""
-    path = folder / name
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-    if contents and _files.sha256(path) != entry["sha256"]:
-        return f"{name} was altered: its SHA-256 does not match"
-    return None
+    name = file_name(shard)
+    return _size_problem(plan, shard, entry) or _files.damage(folder / name, name, entry)
 
 
 def _size_problem(plan: Plan, shard: int, entry: Any) -> str | None:

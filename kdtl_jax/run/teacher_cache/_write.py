@@ -14,15 +14,14 @@ from jax import Array
 from kdtl_jax import _checks, _files, _locks, _text, losses, trees
 from kdtl_jax import augment as augmentation
 from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
-from kdtl_jax.run import processes
+from kdtl_jax.run import data, processes
+from kdtl_jax.run.data import Augment, Batch
 from kdtl_jax.run.teacher_cache import _shards
 from kdtl_jax.run.teacher_cache._fingerprint import as_numpy, count, differences, fingerprint
 from kdtl_jax.run.teacher_cache._shards import Column, Plan
 
 SHARD_ROWS = 8192  # a kill loses the current shard
 SHARD_BYTES = 64 * 2**20
-Batch = Mapping[str, Any]
-Augment = Callable[[Array, Batch], Batch]  # keys [B], batch -> batch
 Progress = Callable[[int, int], None]  # rows done, rows in all
 OTHER_FOLDER = "Choose another folder, or delete this one."
 
@@ -319,12 +318,7 @@ def _to_local(leaf: Any) -> Any:
 
 def _take_batch(arrays: Batch, rows: np.ndarray) -> Any:
     """Takes rows of every array, in the 32-bit dtypes that JAX gives host arrays."""
-
-    def take(x: Any) -> np.ndarray:
-        selected = x[rows]
-        return selected.astype(jax.dtypes.canonicalize_dtype(selected.dtype), copy=False)
-
-    return jax.tree.map(take, dict(arrays))
+    return jax.tree.map(data.canonical, data.take_rows(arrays, rows))
 
 
 def _fault_codes(output: Array, stored: Array, column: Column) -> Array:
