@@ -207,7 +207,7 @@ def test_any_recipe_of_a_merge(
     text = yaml.safe_dump(recipe).encode(errors="surrogatepass")
     file.write_bytes(text if edit is None else edited(text, edit))
     with read_or_refused():
-        rewrite, _ = _recipes.merged(Settings(recipe=str(file)))
+        rewrite = _recipes.merged(Settings(recipe=str(file)))
         for path, spec in list(rewrite.specs.items())[:2]:
             assert rewrite.report.shapes.get(path, spec.shape) == spec.shape
 

@@ -4,24 +4,22 @@ Each takes the shared `Work` and the results of the steps before it.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from kdtl_jax import language, losses, train, trees
-from kdtl_jax._types import ModelFn, Params
+from kdtl_jax._types import Params
 from kdtl_jax.interop import decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.recipes import _language_models as language_models
 from kdtl_jax.recipes import _language_report as language_report
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
-from kdtl_jax.recipes import _logs, _progress
+from kdtl_jax.recipes._language_training import Work
 from kdtl_jax.recipes._training import warmup_adamw
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import loop, teacher_cache
@@ -35,37 +33,6 @@ DIVERGENCES = {
     "tv": losses.total_variation,
 }
 SHAPE = {"layers": 4, "width": 128, "heads": 4}  # of a teacher trained here
-
-
-class Keys(NamedTuple):
-    """The independent sources of randomness in a run."""
-
-    teacher: Array
-    student: Array
-    order: Array
-    sample: Array
-
-
-class Work(NamedTuple):
-    """The state shared by all steps of a run."""
-
-    settings: Any  # `language.Settings`
-    folder: Path
-    teacher: str | None  # folders of the models, if given
-    student: str | None
-    tokenizer: language.Tokenizer
-    text: text_rows.Text
-    run: training.Run
-    learners: Sequence[str]  # names of the models to train, in order
-    say: _progress.Progress
-    keys: Keys
-    curves: dict[str, list[dict[str, float]]]  # measurements of each model, as they are made
-    notes: list[str]  # additional notes of the report, as they arise
-
-    @property
-    def source(self) -> str | None:
-        """The folder of the tokenizer."""
-        return self.teacher or self.student
 
 
 class Teacher(NamedTuple):
@@ -103,8 +70,8 @@ def make_teacher(work: Work) -> Teacher:
     if work.source is not None:
         model = language_models.load(work.source)
         _check_fits(work, model, "the teacher")
-        measure = _make_measure(work, language.model(model.model), language.as_they_are, model)
-        measured = measure(model.params)
+        network = language.model(model.model)
+        measured = training.make_measure(work, network, language.as_they_are, model)(model.params)
         if not math.isfinite(measured["bits_per_byte"]):
             raise UsageError(
                 f"--{'teacher' if work.teacher else 'student'} {work.source}: the model gives the "
@@ -123,10 +90,12 @@ def make_teacher(work: Work) -> Teacher:
     model = language_models.initialize(sizes, tokenizer.size, tokenizer.eos, work.keys.teacher)
     if settings.pruned and settings.shape is not None:  # fail before training if it cannot be
         language_models.prune(model, settings.shape, lambda _: None)
-    measure = _make_measure(work, language.model(model.model), language.as_they_are, model)
+    network = language.model(model.model)
+    measure = training.make_measure(work, network, language.as_they_are, model)
     tx = _optimizer(work, settings.teacher_steps)
-    trained = _train(
-        work, "teacher", language.sft(language.Setup(model.model, tx)), tx, model.params, None,
+    state = train.init_state(model.params, tx, key=work.keys.student)
+    trained = training.train_model(
+        "teacher", language.sft(language.Setup(model.model, tx)), state, work, None,
         settings.teacher_steps, lambda params: measure(params, params),
     )  # fmt: skip
     model = model._replace(params=trained.params)
@@ -184,9 +153,8 @@ def train_students(
     warm_start: Params = None
     for method in chosen:
         student, setup = _student(work, method, teacher, start)
-        measure = _make_measure(
-            work, language.model(student.decoder), student.weights, teacher.placed
-        )
+        network, trainable = language.model(student.decoder), student.trainable
+        measure = training.make_measure(work, network, student.weights, teacher.placed)
         if not trained_students:
             work.curves["start"] = [training.curve_line(0, measure(student.start))]
         params, teacher_params = student.start, teacher.placed.params
@@ -194,15 +162,16 @@ def train_students(
             if warm_start is None:  # some steps of kd on the data
                 steps = work.settings.start_steps
                 tx = _optimizer(work, steps)
-                warm_start = _train(
-                    work, "warm", language.kd(setup._replace(tx=tx)), tx, params, teacher_params,
-                    steps, measure, student.trainable,
+                state = train.init_state(params, tx, key=work.keys.student, trainable=trainable)
+                warm_start = training.train_model(
+                    "warm", language.kd(setup._replace(tx=tx)), state, work, teacher_params, steps,
+                    measure,
                 ).params  # fmt: skip
             params = warm_start
         if method.teaches_itself:
             own_params = jax.jit(student.weights)(params)
             teacher_params = (
-                None if method.name == "self_ema" else training.place(own_params, work.run.mesh)
+                None if method.name == "self_ema" else training.place(own_params, work.mesh)
             )
         method_cache = cache if method.name in training.CACHED else None
         if method_cache is None:
@@ -211,9 +180,10 @@ def train_students(
             learner = language.kd_stored(setup._replace(vocabulary=work.tokenizer.size))
             teacher_params = None
         nonfinite: list[loop.Nonfinite] = []  # if one diverges, the others' results are kept
-        trained = _train(
-            work, method.name, learner, setup.tx, params, teacher_params, work.settings.steps,
-            measure, student.trainable, method_cache, on_nonfinite=nonfinite.append,
+        state = train.init_state(params, setup.tx, key=work.keys.student, trainable=trainable)
+        trained = training.train_model(
+            method.name, learner, state, work, teacher_params, work.settings.steps, measure,
+            method_cache, on_nonfinite=nonfinite.append,
         )  # fmt: skip
         trained_students.append(
             TrainedStudent(method, student, trained, str(nonfinite[0]) if nonfinite else "")
@@ -247,7 +217,7 @@ def _student(
         share=settings.on_policy,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        stop_tokens=_stop_tokens(work),
+        stop_tokens=work.stop_tokens,
         microbatches=settings.microbatches,
     )
     return student, setup
@@ -285,11 +255,7 @@ def compare(
     }
     for name, title, decoder, params, seconds in models:
         if decoder.config not in programs:
-            draw = training.make_sampler(
-                decoder, held_out, settings.samples, prompt=settings.prompt,
-                length=min(settings.length - settings.prompt, 64), key=work.keys.sample,
-                stop_tokens=_stop_tokens(work),
-            )  # fmt: skip
+            draw = training.make_sampler(work, decoder)
             rate = training.speed(language.model(decoder), params, held_out, settings.batch_size)
             programs[decoder.config] = draw, rate
         draw, rate = programs[decoder.config]
@@ -322,10 +288,6 @@ def _optimizer(work: Work, steps: int) -> optax.GradientTransformation:
     return warmup_adamw(work.settings.learning_rate, steps, max(1, steps // 20))
 
 
-def _stop_tokens(work: Work) -> tuple[int, ...]:
-    return () if work.tokenizer.eos is None else (work.tokenizer.eos,)
-
-
 def add_note(work: Work, text: str) -> None:
     """Prints a note at once and adds it to the report."""
     if text not in work.notes:
@@ -345,38 +307,4 @@ def _check_fits(work: Work, model: PretrainedDecoder, role: str) -> None:
 
 
 def _place(work: Work, model: PretrainedDecoder) -> PretrainedDecoder:
-    return model._replace(params=training.place(model.params, work.run.mesh))
-
-
-def _make_measure(work: Work, model: ModelFn, weights: Any, teacher: PretrainedDecoder) -> Any:
-    return training.make_measure(
-        model, weights, language.model(teacher.model), teacher.params,
-        rows=work.text.held_out, text_bytes=work.text.held_out_bytes,
-        batch_size=work.settings.batch_size, vocabulary=work.tokenizer.size, mesh=work.run.mesh,
-    )  # fmt: skip
-
-
-def _train(
-    work: Work,
-    name: str,
-    learner: language.Learner,
-    tx: optax.GradientTransformation,
-    params: Params,
-    teacher_params: Params,
-    steps: int,
-    measure: training.Measure,
-    trainable: trees.Selector = trees.everything,
-    cache: teacher_cache.Cache | None = None,
-    on_nonfinite: Callable[[loop.Nonfinite], None] = loop.raise_nonfinite,
-) -> training.Trained:
-    """Trains one model and adds its curve to the others."""
-    advance = _progress.track_part(work.say, name, len(work.curves), len(work.learners))
-    run = work.run._replace(advance=advance)
-    state = train.init_state(params, tx, key=work.keys.student, trainable=trainable)
-    trained = training.train_model(
-        name, learner, state, work.text.train, teacher_params, steps, measure, run, work.keys.order,
-        cache, on_nonfinite=on_nonfinite,
-    )  # fmt: skip
-    work.curves[name] = trained.curve
-    _logs.write_method_events(work.run.folder, work.run.lines.get(name, []), work.settings.log)
-    return trained
+    return model._replace(params=training.place(model.params, work.mesh))

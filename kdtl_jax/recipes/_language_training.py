@@ -4,7 +4,7 @@ The teacher runs at every step, or its distributions on the rows are read from a
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.objective import Inputs, Metrics
 from kdtl_jax.recipes import _logs, _progress, _saves
-from kdtl_jax.recipes._language_text import Rows
+from kdtl_jax.recipes._language_text import Rows, Text
 from kdtl_jax.run import checkpoint, data, loop, sharding, teacher_cache
 from kdtl_jax.run.measure import step_times
 from kdtl_jax.train import Batch, TrainState
@@ -30,26 +30,48 @@ CACHED = ("kd", "qad")  # methods that learn from a teacher only on the data
 FORMS = "dense, top_k=N or draws=N"
 
 
-class Run(NamedTuple):
-    """The settings shared by all training loops of a run."""
+class Keys(NamedTuple):
+    """The independent sources of randomness in a run."""
 
+    teacher: Array
+    student: Array
+    order: Array
+    sample: Array
+
+
+class Work(NamedTuple):
+    """The state shared by all steps of a run."""
+
+    settings: Any  # `language.Settings`
     folder: Path
-    identity: str
-    resume: bool
+    identity: str  # of the run, in its checkpoints
     mesh: Mesh | None
-    batch_size: int
-    save_every: int | None
-    checks: int
-    say: _progress.Say
+    teacher: str | None  # folders of the models, if given
+    student: str | None
+    tokenizer: language.Tokenizer
+    text: Text
+    learners: Sequence[str]  # names of the models to train, in order
+    say: _progress.Progress
+    keys: Keys
     lines: _logs.Lines  # of the metrics file so far
-    advance: _progress.Advance = lambda done, total: None
+    curves: dict[str, list[dict[str, float]]]  # measurements of each model, as they are made
+    notes: list[str]  # additional notes of the report, as they arise
+
+    @property
+    def source(self) -> str | None:
+        """The folder of the tokenizer."""
+        return self.teacher or self.student
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a sample."""
+        return () if self.tokenizer.eos is None else (self.tokenizer.eos,)
 
 
 class Trained(NamedTuple):
-    """The result of a training; `curve` holds its measurements by step."""
+    """The result of a training."""
 
     params: Params
-    curve: list[dict[str, float]]
     seconds: float
 
 
@@ -139,28 +161,24 @@ def train_model(
     name: str,
     learner: language.Learner,
     state: TrainState,
-    rows: Rows,
+    work: Work,
     teacher_params: Any,
     steps: int,
     measure: Measure,
-    run: Run,
-    order: Array,
     cache: teacher_cache.Cache | None = None,
     *,
     on_nonfinite: Callable[[loop.Nonfinite], None] = loop.raise_nonfinite,
 ) -> Trained:
-    """Trains up to `steps`, from the newest save if the run resumes.
+    """Trains up to `steps`, from the newest save if the run resumes; adds to `work.curves`.
 
     Args:
       name: of the method, in the metrics file and under `checkpoints/`.
       learner: the step and its initialization.
       state: from `train.init_state`.
-      rows: the training rows.
+      work: the run, whose rows the model trains on.
       teacher_params: passed to the step.
       steps: number of steps.
       measure: metrics of the parameters, during training and at the end.
-      run: shared settings.
-      order: key of the rows' order.
       cache: the teacher's outputs on the rows, if the step reads them.
       on_nonfinite: as `loop.run`; the state before such an update is saved and returned.
 
@@ -168,56 +186,57 @@ def train_model(
       SystemExit: after a signal, with everything saved.
       FloatingPointError: by default, if the loss is no longer finite.
     """
-    start_time = time.perf_counter()
+    start_time, settings, rows = time.perf_counter(), work.settings, work.text.train
+    advance = _progress.track_part(work.say, name, len(work.curves), len(work.learners))
     state, step = learner.begin(state), learner.step
-    place_batch: Callable[[Any], Any] = jax.device_put
-    if run.mesh is not None:
-        state = place(state, run.mesh)
+    if work.mesh is not None:
+        state = place(state, work.mesh)
         step = sharding.keep_placement(step, state)
-        place_batch = partial(sharding.place_batch, mesh=run.mesh)
     saves = _saves.restore(
-        run.folder, run.identity, name, state, resume=run.resume, start_time=start_time
+        work.folder, work.identity, name, state, resume=settings.resume, start_time=start_time
     )
-    rate_text = make_timer(run.batch_size * rows.inputs["tokens"].shape[1], steps)
+    rate_text = make_timer(settings.batch_size * rows.inputs["tokens"].shape[1], steps)
 
     def log(line: dict[str, Any]) -> None:
         write(line)
         if "loss" in line:
-            run.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
-                    f"{rate_text(line['step'])}")  # fmt: skip
+            work.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
+                     f"{rate_text(line['step'])}")  # fmt: skip
         else:
             scores = {k.removeprefix("eval/"): v for k, v in line.items() if k != "step"}
-            run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            work.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
     def keep_line(line: dict[str, Any]) -> bool:
         return line["step"] <= saves.step
 
     with (
         _saves.open_saves(saves, checkpoint.newest(1)) as save,
-        _logs.method_log(run.folder, run.lines, name, keep_line) as write,
+        _logs.method_log(work.folder, work.lines, name, keep_line) as write,
     ):
         result = loop.run(
             step,
             saves.state,
-            batches(rows, run.batch_size, order, cache),
+            batches(rows, settings.batch_size, work.keys.order, cache),
             teacher_params,
             steps=steps,
             log=log,
             log_every=max(1, min(50, steps // 10)),
             evaluate=lambda state: measure(state.params),
-            evaluate_every=max(1, steps // run.checks),
+            evaluate_every=max(1, steps // settings.checks),
             save=save,
-            save_every=run.save_every,
+            save_every=settings.save_every,
             meta=saves.meta,
             on_nonfinite=on_nonfinite,
-            place=place_batch,
-            reached=lambda step: run.advance(step, steps),
+            place=partial(_place_batch, mesh=work.mesh),
+            reached=lambda step: advance(step, steps),
         )
     seconds = _saves.seconds(saves)
     params, curve = result.state.params, result.evaluations
     if not curve or curve[-1]["step"] != result.step:  # training ended early
         curve = [*curve, curve_line(result.step, measure(params))]
-    return Trained(params, curve, seconds)
+    work.curves[name] = curve
+    _logs.write_method_events(work.folder, work.lines.get(name, []), settings.log)
+    return Trained(params, seconds)
 
 
 def curve_line(step: int, scores: Mapping[str, float]) -> dict[str, float]:
@@ -251,23 +270,19 @@ def make_timer(tokens: int, steps: int) -> Callable[[int], str]:
 
 
 def make_measure(
+    work: Work,
     student: ModelFn,
     weights: Callable[[Params], Params],
-    teacher: ModelFn,
-    teacher_params: Params,
-    rows: Rows,
-    *,
-    text_bytes: int,
-    batch_size: int,
-    vocabulary: int,
-    mesh: Mesh | None,
+    teacher: PretrainedDecoder,
 ) -> Callable[..., dict[str, float]]:
-    """`measure(params, reference=teacher_params)`: fidelity to the teacher and bits per byte."""
+    """`measure(params, reference=teacher.params)`: fidelity and bits per byte of held-out text."""
+    teacher_fn, inputs = language.model(teacher.model), work.text.held_out.inputs
+    arrays = {"inputs": {name: inputs[name] for name in ("tokens", "segments", "learned")}}
 
     def measures(inputs: Inputs) -> dict[str, Any]:
         targets, where = language.counted(inputs)
         fidelity = language.fidelity(
-            inputs.student, inputs.batch["teacher"], targets, where, vocabulary=vocabulary
+            inputs.student, inputs.batch["teacher"], targets, where, vocabulary=work.tokenizer.size
         )
         return fidelity._asdict()
 
@@ -278,30 +293,29 @@ def make_measure(
 
     @jax.jit
     def evaluate_batch(params: Params, teacher_params: Params, batch: Batch) -> Metrics:
-        teacher_outputs, _ = teacher(teacher_params, None, batch["inputs"])
+        teacher_outputs, _ = teacher_fn(teacher_params, None, batch["inputs"])
         return evaluate(Variables(params), {**batch, "teacher": teacher_outputs})
 
     add = jax.jit(train.add_metrics)
 
-    def measure(params: Params, reference: Params = teacher_params) -> dict[str, float]:
+    def measure(params: Params, reference: Params = teacher.params) -> dict[str, float]:
         total: Metrics | None = None
-        for batch in _in_order(rows, batch_size, mesh):
-            metrics = evaluate_batch(params, reference, batch)
+        for batch in data.in_order(arrays, work.settings.batch_size):
+            metrics = evaluate_batch(params, reference, _place_batch(batch, work.mesh))
             total = metrics if total is None else add(total, metrics)
         assert total is not None
         means = {name: float(value) for name, value in train.values(total).items()}
         count = float(total["nats"].weight)
         for name, nats in (("", "nats"), ("teacher_", "teacher_nats")):
-            means[f"{name}bits_per_byte"] = means[nats] * count / np.log(2) / max(text_bytes, 1)
+            bits = means[nats] * count / np.log(2)
+            means[f"{name}bits_per_byte"] = bits / max(work.text.held_out_bytes, 1)
         return means
 
     return measure
 
 
-def _in_order(rows: Rows, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]:
-    inputs = {n: rows.inputs[n] for n in ("tokens", "segments", "learned")}
-    for batch in data.in_order({"inputs": inputs}, batch_size):
-        yield jax.device_put(batch) if mesh is None else sharding.place_batch(batch, mesh)
+def _place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
+    return jax.device_put(batch) if mesh is None else sharding.place_batch(batch, mesh)
 
 
 def prompts(rows: Rows, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -310,25 +324,19 @@ def prompts(rows: Rows, count: int, length: int) -> tuple[np.ndarray, np.ndarray
     return tokens, np.asarray(language.last_text(jnp.asarray(segments)))
 
 
-def make_sampler(
-    decoder: Any,
-    rows: Rows,
-    count: int,
-    *,
-    prompt: int,
-    length: int,
-    key: Array,
-    stop_tokens: tuple[int, ...],
-) -> Callable[[Params], list[list[int]]]:
+def make_sampler(work: Work, decoder: Any) -> Callable[[Params], list[list[int]]]:
     """`draw(params)`: continuations of the first held-out prompts, each with its own key."""
-    tokens, mask = (jnp.asarray(x) for x in prompts(rows, count, prompt))
-    keys = jax.random.split(key, len(tokens))
+    settings = work.settings
+    start = prompts(work.text.held_out, settings.samples, settings.prompt)
+    tokens, mask = (jnp.asarray(x) for x in start)
+    keys = jax.random.split(work.keys.sample, len(tokens))
 
     @jax.jit
     def sample_all(params: Params, keys: Array) -> language.Samples:
         return language.sample(
-            decoder, params, tokens, keys=keys, length=length, prompt_mask=mask,
-            temperature=TEMPERATURE, stop_tokens=stop_tokens,
+            decoder, params, tokens, keys=keys,
+            length=min(settings.length - settings.prompt, 64), prompt_mask=mask,
+            temperature=TEMPERATURE, stop_tokens=work.stop_tokens,
         )  # fmt: skip
 
     def draw(params: Params) -> list[list[int]]:

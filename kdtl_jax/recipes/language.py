@@ -201,14 +201,10 @@ def run(settings: Settings) -> int:
             raise UsageError(
                 f"--batch-size {settings.batch_size}: there are {row_count} rows to learn from."
             )
-        shared_run = training.Run(
-            folder, identity, settings.resume, mesh, settings.batch_size, settings.save_every,
-            settings.checks, say, _logs.read_lines(folder),
-        )  # fmt: skip
-        keys = steps.Keys(*jax.random.split(jax.random.key(settings.seed), 4))
-        work = steps.Work(
-            settings, folder, model_folders["teacher"], model_folders["student"], tokenizer, text,
-            shared_run, learners, say, keys, {}, [],
+        keys = training.Keys(*jax.random.split(jax.random.key(settings.seed), 4))
+        work = training.Work(
+            settings, folder, identity, mesh, model_folders["teacher"], model_folders["student"],
+            tokenizer, text, learners, say, keys, _logs.read_lines(folder), {}, [],
         )  # fmt: skip
         if self_taught := [method.name for method in chosen if method.teaches_itself]:
             names, context = ", ".join(self_taught), text.teacher_context
@@ -265,7 +261,9 @@ def tokenizer_of(teacher: str | None, student: str | None) -> language.Tokenizer
 
 
 def write(
-    work: steps.Work, rows: Sequence[language_report.Row], samples: Sequence[language_report.Sample]
+    work: training.Work,
+    rows: Sequence[language_report.Row],
+    samples: Sequence[language_report.Sample],
 ) -> None:
     """Writes the report and its files."""
     _logs.write(work.folder, work.settings.log)

@@ -1,6 +1,5 @@
 """Shared by all actions: reading checkpoints by canonical path, selectors, and writing."""
 
-import functools
 import json
 import math
 import re
@@ -8,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +20,6 @@ from kdtl_jax import _files, _text, trees
 from kdtl_jax.cli.params import _folders
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes.settings import UsageError, selector, setting
-from kdtl_jax.recipes.yaml_files import plain
 from kdtl_jax.transforms import Report
 
 RECIPE = "kdtl_recipe"  # the metadata key
@@ -92,6 +90,7 @@ class Rewrite(NamedTuple):
     inputs: Sequence[Opened]  # the first gives the metadata and, for a folder, the configuration
     names: Mapping[str, str]  # canonical path -> name in the file
     layers: Sequence[int] | None = None  # the first input's layers that were kept, in order
+    dtype: str | None = None  # to write, unless `--dtype` names another
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -183,11 +182,15 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
       FileExistsError: if the output exists and `--force` was not given.
       OSError: if the disk is full; existing files stay unchanged.
     """
+    settings = replace(settings, dtype=settings.dtype or rewrite.dtype)
     print(rewrite.report)
     if command in ("average", "merge"):
         _warn_of_metadata(rewrite.inputs)
-    specs = {path: _spec_written(spec, settings.dtype) for path, spec in rewrite.specs.items()}
-    total = sum(_nbytes(spec) for spec in specs.values())
+    specs = dict(rewrite.specs)
+    for path, spec in specs.items() if settings.dtype else ():
+        if jnp.issubdtype(spec.dtype, jnp.floating):
+            specs[path] = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(settings.dtype))
+    total = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs.values())
     contents = f"{len(specs)} tensors, {size(total)}"
     if settings.write is None:
         print(f"dry run: nothing was written; --write OUT.safetensors would write {contents}")
@@ -197,10 +200,23 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
     recipe = {RECIPE: _recipe(settings, command, rewrite.inputs)}
     metadata = rewrite.inputs[0].checkpoint.metadata | recipe
     nonfinite: list[str] = []
-    specs_by_name = {rewrite.names.get(path, path): spec for path, spec in specs.items()}
-    # Another command may write there in the meantime, so check after every piece.
-    check_absent = functools.partial(_check_absent, out, settings.force)
-    produce = _monitored(rewrite, specs, total, nonfinite, check_absent)
+    paths = {rewrite.names.get(path, path): path for path in specs}
+    specs_by_name = {name: specs[path] for name, path in paths.items()}
+    advance = progress(total, "writing: ")
+
+    def produce(name: str) -> Iterator[np.ndarray]:
+        path, result = paths[name], rewrite.produce(paths[name])
+        for array in map(np.asarray, result if isinstance(result, Iterator) else [result]):
+            if trees.is_inexact(array) and trees.is_inexact(specs[path]):
+                with np.errstate(over="ignore"):  # infinity is reported by tensor
+                    array = array.astype(specs[path].dtype, copy=False)
+            advance(array.nbytes)
+            if trees.is_inexact(array) and path not in nonfinite and not np.isfinite(array).all():
+                nonfinite.append(path)
+            # Another command may write there in the meantime, so check after every piece.
+            _check_absent(out, settings.force)
+            yield array
+
     # Double precision is kept; without x64, JAX would convert it to float32.
     with jax.enable_x64(True):
         if out.suffix == ".safetensors":
@@ -268,42 +284,6 @@ def progress(total: int, what: str = "") -> Callable[[int], None]:
     return add
 
 
-def _monitored(
-    rewrite: Rewrite,
-    specs: Mapping[str, Any],
-    total: int,
-    nonfinite: list[str],
-    check_absent: Callable[[], None],
-) -> Callable[[str], Any]:
-    paths = {rewrite.names.get(path, path): path for path in specs}
-    advance = progress(total, "writing: ")
-
-    def monitor(path: str, array: Any) -> np.ndarray:
-        array = np.asarray(array)
-        is_float = trees.is_inexact(array) and trees.is_inexact(specs[path])
-        if is_float and array.dtype != specs[path].dtype:
-            with np.errstate(over="ignore"):  # infinity is reported by tensor
-                array = array.astype(specs[path].dtype)
-        advance(array.nbytes)
-        if path not in nonfinite[-1:] and trees.is_inexact(array) and not np.isfinite(array).all():
-            nonfinite.append(path)
-        check_absent()
-        return array
-
-    def produce(name: str) -> Any:
-        result = rewrite.produce(paths[name])
-        if isinstance(result, Iterator):
-            return (monitor(paths[name], piece) for piece in result)
-        return monitor(paths[name], result)
-
-    return produce
-
-
-def _spec_written(spec: Any, dtype: str | None) -> jax.ShapeDtypeStruct:
-    is_float = jnp.issubdtype(spec.dtype, jnp.floating)
-    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype) if dtype and is_float else spec.dtype)
-
-
 def _check_output(out: Path, force: bool, total: int) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--write {out}: the folder {out.parent} does not exist.")
@@ -325,37 +305,25 @@ def _check_absent(out: Path, force: bool) -> None:
 def _recipe(settings: Writing, command: str, inputs: Sequence[Opened]) -> str:
     """The command, the options it was given, and its inputs, as JSON."""
     output_fields = {field.name for field in fields(Writing)} - {"dtype"}
-    defaults = {field.name: field.metadata["default"] for field in fields(settings)}
     options = {
-        name: value
-        for name, value in plain(settings).items()
-        if name not in output_fields and getattr(settings, name) != defaults[name]
+        field.name: value
+        for field in fields(settings)
+        if (value := getattr(settings, field.name)) != field.metadata["default"]
+        and field.name not in output_fields
     }
+    paths = [file for source in inputs for file in source.checkpoint.files]
+    files = [{"file": path.name, "bytes": path.stat().st_size} for path in paths]
     if not settings.skip_sha256:
-        total = sum(file.stat().st_size for source in inputs for file in source.checkpoint.files)
+        total = sum(file["bytes"] for file in files)
         if total > 1e9:
             print(f"sha256 of {size(total)} of inputs …", file=sys.stderr, flush=True)
-    files = [
-        {"file": file.name, "bytes": file.stat().st_size}
-        | ({} if settings.skip_sha256 else {"sha256": _files.sha256(file)})
-        for source in inputs
-        for file in source.checkpoint.files
-    ]
-    previous = inputs[0].checkpoint.metadata.get(RECIPE)
+        digests = map(_files.sha256, paths)
+        files = [file | {"sha256": d} for file, d in zip(files, digests, strict=True)]
     recipe = {"command": f"kdtl params {command}", "options": options, "inputs": files}
-    recipe |= {"version": kdtl_jax.__version__} | (
-        {"before": _parsed_json(previous)} if previous else {}
-    )
+    recipe["version"] = kdtl_jax.__version__
+    if previous := inputs[0].checkpoint.metadata.get(RECIPE):
+        try:
+            recipe["before"] = json.loads(previous)
+        except (ValueError, RecursionError):  # written by another program
+            recipe["before"] = previous
     return json.dumps(recipe)
-
-
-def _parsed_json(text: str) -> Any:
-    """JSON data; anything else, written by another program, stays text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _nbytes(spec: Any) -> int:
-    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize

@@ -43,6 +43,16 @@ def home(checkpoint: safetensors.Checkpoint) -> Path | None:
     return folder if names <= {file.name for file in checkpoint.files} else None
 
 
+def config_of(checkpoint: safetensors.Checkpoint) -> dict[str, Any] | None:
+    """The configuration in a checkpoint's folder, or None.
+
+    Raises:
+      ValueError: if it is not a JSON object.
+    """
+    folder = home(checkpoint)
+    return None if folder is None else safetensors.json_file(folder / CONFIG)
+
+
 def layer_pattern(names: Sequence[str], depth: int) -> re.Pattern[str] | None:
     """A pattern for names of numbered layers, with one group: the number, from 0 to depth-1.
 

@@ -48,8 +48,8 @@ class Slice(NamedTuple):
     parameters: Mapping[str, Any]
 
 
-def merged(settings: Settings) -> tuple[Rewrite, Settings]:
-    """The merge that `settings.recipe` describes, and the settings with the recipe's dtype.
+def merged(settings: Settings) -> Rewrite:
+    """The merge that `settings.recipe` describes.
 
     Raises:
       UsageError: if the recipe cannot be read, or models or options were also given.
@@ -70,8 +70,8 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     slices = _slices(recipe, path, parameter_names, base)
     shared = parameters(recipe, f"{path}: parameters", parameter_names)
     listed = [source.model for part in slices for source in part.sources]
-    models: list[str] = [*([base] if base else []), *listed]
-    inputs = {m: _checkpoints.opened(m, "a model", "") for m in dict.fromkeys(models)}
+    paths = dict.fromkeys([base, *listed] if base else listed)
+    inputs = {path: _checkpoints.opened(path, "a model", "") for path in paths}
     for checkpoint in inputs.values():
         transforms.refuse_codes(checkpoint.specs)
     if method.base == "needs" and base is None:
@@ -91,14 +91,8 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
             checkpoint, name_there = inputs[source.model], name_in(source)
             stored_name = _stored(checkpoint, name_there)
             scopes = (source.parameters, part.parameters, shared)
-            places.append(
-                Place(
-                    name_there,
-                    checkpoint.tensors[stored_name],
-                    checkpoint.specs[stored_name],
-                    scopes,
-                )
-            )
+            tensor, spec = checkpoint.tensors[stored_name], checkpoint.specs[stored_name]
+            places.append(Place(name_there, tensor, spec, scopes))
         if len({place.spec.shape for place in places}) > 1:
             shapes = [list(place.spec.shape) for place in places]
             raise ValueError(f"{_text.quoted(out)} has the shapes {shapes} in the models to merge.")
@@ -127,11 +121,10 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"{path}: dtype {_text.quoted(dtype)} is not one of {', '.join(_DTYPES)}.")
     produce = _merging.by_tensor(method, method.mergekit or method.merge, parts, copies)
-    specs = {out: specs[out] for out in sorted(specs, key=trees.natural_key)}
-    names = next(iter(inputs.values())).names
-    layers = _layers(slices)
-    rewrite = Rewrite(specs, produce, report, list(inputs.values()), names, layers)
-    return rewrite, dataclasses.replace(settings, dtype=dtype)
+    # For each layer of the result, its number in the first source.
+    layers = [part.sources[0].first + j for part in slices for j in range(part.length or 0)]
+    models = [*inputs.values()]
+    return Rewrite(specs, produce, report, models, models[0].names, layers, dtype)
 
 
 # --- from YAML to slices -------------------------------------------------------------------------
@@ -223,9 +216,8 @@ class Layout(NamedTuple):
 
 
 def _layout(model: Opened) -> Layout:
-    folder = _folders.home(model.checkpoint)
-    config = {} if folder is None else safetensors.json_file(folder / _folders.CONFIG)
-    pattern = _folders.layer_pattern(list(model.specs), _folders.depth(config))
+    config = _folders.config_of(model.checkpoint)
+    pattern = _folders.layer_pattern(list(model.specs), _folders.depth(config or {}))
     layers: dict[int, list[tuple[str, str]]] = {}
     outside = []
     for name in model.specs:
@@ -270,11 +262,6 @@ def _length(part: Slice, layouts: Mapping[str, Layout]) -> int:
     return part.length
 
 
-def _layers(slices: Sequence[Slice]) -> list[int]:
-    """For each layer of the result, its number in the first source."""
-    return [part.sources[0].first + j for part in slices for j in range(part.length or 0)]
-
-
 def _tensors(
     layouts: Mapping[str, Layout], slices: Sequence[Slice]
 ) -> Iterator[tuple[str, Slice, Callable[[Source], str], float]]:
@@ -317,9 +304,8 @@ def _stored(model: Opened, name: str) -> str:
     if name in model.specs:
         return name
     tables = [table for table in model.specs if _folders.TABLE.fullmatch(table)]
-    folder = _folders.home(model.checkpoint)
-    config = {} if folder is None else safetensors.json_file(folder / _folders.CONFIG)
-    is_tied = folder is not None and config.get("tie_word_embeddings") is not False
+    config = _folders.config_of(model.checkpoint)
+    is_tied = config is not None and config.get("tie_word_embeddings") is not False
     if _folders.OUTPUT.fullmatch(name) and len(tables) == 1 and is_tied:
         return tables[0]
     near = trees.nearest(name, list(model.specs))

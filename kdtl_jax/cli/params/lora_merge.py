@@ -83,9 +83,8 @@ def _peft_edits(settings: Settings, base: Opened) -> Mapping[str, Any]:
         if getattr(settings, flag) != getattr(Settings, flag):
             name = flag.replace("_", "-")
             raise UsageError(f"--{name} is for files of this library; PEFT's carry their own")
-    folder = _folders.home(base.checkpoint)
-    config = None if folder is None else safetensors.json_file(folder / _folders.CONFIG)
     assert settings.adapter is not None
+    config = _folders.config_of(base.checkpoint)
     return peft.edits(peft.load(settings.adapter), base.specs, config)
 
 

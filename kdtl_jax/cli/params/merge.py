@@ -129,11 +129,10 @@ class Settings(Several, Selection, Writing):
 
 def run(settings: Settings) -> int:
     """Prints a report and, with `--write`, writes the result."""
-    if settings.recipe is None:
-        return _checkpoints.finish(settings, "merge", merged(settings, EXAMPLES))
     from kdtl_jax.cli.params import _recipes
 
-    rewrite, settings = _recipes.merged(settings)
+    is_direct = settings.recipe is None
+    rewrite = merged(settings, EXAMPLES) if is_direct else _recipes.merged(settings)
     return _checkpoints.finish(settings, "merge", rewrite)
 
 
@@ -199,7 +198,6 @@ def merged(settings: Settings, examples: str) -> Rewrite:
     else:
         merge = method.merge if is_paper else method.mergekit or method.merge
         produce = _merging.by_tensor(method, merge, parts, copies)
-    specs = {path: specs[path] for path in sorted(specs, key=trees.natural_key)}
     return Rewrite(specs, produce, report, [*inputs, *statistics], inputs[0].names)
 
 
@@ -239,11 +237,11 @@ def _options(settings: Settings) -> Options:
 def _report(settings: Any, inputs: Sequence[Opened]) -> Report:
     """What will be merged and what is kept; names every difference, unless it is to be kept."""
     first, *others = inputs
-    chosen = trees.mask(first.specs, _checkpoints.selected(settings, first.specs))
+    where = trees.any_of(_checkpoints.selected(settings, first.specs))
+    chosen = trees.mask(first.specs, where)
     selected = {p: s for p, s in first.specs.items() if chosen[p] and trees.is_inexact(s)}
     _refuse_codes(inputs, {path for path in first.specs if chosen[path]}, selected)
     if settings.on_mismatch == "error":
-        where = trees.any_of(_checkpoints.selected(settings, first.specs))
         specs_by_model = {first.name: selected}
         for i, model in enumerate(others):
             key = model.name if model.name not in specs_by_model else f"{model.name} ({i + 1})"
@@ -252,7 +250,10 @@ def _report(settings: Any, inputs: Sequence[Opened]) -> Report:
                 for path, spec in model.specs.items()
                 if path in selected or (where(path, spec) and path not in first.specs)
             }
-        _check_leaves(specs_by_model)
+        try:
+            _checks.same_leaves(**specs_by_model)
+        except ValueError as error:  # with the flag in place of the Python argument
+            raise ValueError(f"{error} Pass --on-mismatch keep to keep the first's.") from None
     missing = [p for p in selected if any(p not in model.specs for model in others)]
     reshaped = {
         path: f"{path!r} is {list(model.specs[path].shape)} elsewhere"
@@ -274,14 +275,6 @@ def _report(settings: Any, inputs: Sequence[Opened]) -> Report:
         shapes={path: spec.shape for path, spec in first.specs.items()},
         sizes={p: math.prod(s.shape) for p, s in first.specs.items() if trees.is_inexact(s)},
     )
-
-
-def _check_leaves(specs_by_model: Mapping[str, Any]) -> None:
-    """Raises the library's ValueError, with the flag in place of the Python argument."""
-    try:
-        _checks.same_leaves(**specs_by_model)
-    except ValueError as error:
-        raise ValueError(f"{error} Pass --on-mismatch keep to keep the first's.") from None
 
 
 def _refuse_codes(inputs: Sequence[Opened], chosen: set[str], selected: Mapping[str, Any]) -> None:
