@@ -23,11 +23,7 @@ def taps(entries: Sequence[Entry], pair: Pair) -> list[str]:
 
 
 def check_folder(folder: Path, *, has_teacher: bool) -> None:
-    """Rejects an unsuitable existing cache before the data are read.
-
-    Raises:
-      UsageError: if the cache is unsuitable, naming the flag that helps.
-    """
+    """Rejects an unsuitable existing cache before the data are read."""
     plan, _ = _plan(folder)
     if plan is None:
         return
@@ -46,11 +42,7 @@ def check_folder(folder: Path, *, has_teacher: bool) -> None:
 def check(
     folder: Path, pair: Pair, entries: Sequence[Entry], *, precision: str = "float32"
 ) -> None:
-    """Rejects an unsuitable existing cache before anything is trained.
-
-    Raises:
-      UsageError: if the cache is unsuitable, naming what differs and the flag that helps.
-    """
+    """Rejects an unsuitable existing cache before anything is trained."""
     plan, is_whole = _plan(folder)
     if plan is None:
         return

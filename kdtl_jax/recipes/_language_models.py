@@ -78,11 +78,7 @@ def initialize(
 
 
 def load(folder: str) -> PretrainedDecoder:
-    """Loads a folder's decoder, with its weights in float32.
-
-    Raises:
-      OSError, ValueError: as `interop.decoders.load`.
-    """
+    """Loads a folder's decoder, with its weights in float32."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is not a folder.")
     return decoders.load(folder, dtype=jnp.float32)
@@ -94,11 +90,7 @@ def is_gguf(path: str) -> bool:
 
 
 def to_folder(path: str | None, folder: Path) -> str | None:
-    """A model's folder: the path itself, or the given folder with a GGUF file converted into it.
-
-    Raises:
-      OSError, ImportError, ValueError: as `interop.gguf.write_folder`.
-    """
+    """A model's folder: the path itself, or the given folder with a GGUF file converted into it."""
     if path is None or not is_gguf(path):
         return path
     processes.decide(lambda: gguf.write_folder(folder, path))

@@ -79,10 +79,6 @@ def read(
       shape: of the rows.
       folder: where rows of large text are stored.
       identity: of this text; rows of another text in the folder are replaced.
-
-    Raises:
-      OSError: if a file cannot be read.
-      ValueError: naming file and line, if it is not text in a known form, or is empty.
     """
     if not paths:
         embedded = resources.files("kdtl_jax.datasets").joinpath(EMBEDDED)

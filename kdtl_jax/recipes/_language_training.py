@@ -249,10 +249,6 @@ def make_timer(tokens: int, steps: int) -> Callable[[int], str]:
 
     The time before the first line includes compilation. Lines arrive late, by a constant number of
     steps, so the rate is measured from the first line rather than between adjacent lines.
-
-    Args:
-      tokens: per step.
-      steps: number of steps.
     """
     first: tuple[int, float] | None = None
 

@@ -166,13 +166,7 @@ class Settings(_logs.LogSettings, types.Resumable):
 
 
 def run(settings: Settings) -> int:
-    """Trains a teacher, unless one is given, and its students; evaluates and writes them.
-
-    Raises:
-      UsageError: if settings contradict each other, or tokenizers differ.
-      ValueError: if folders or files cannot be read.
-      SystemExit: after a signal, with everything saved.
-    """
+    """Trains a teacher, unless one is given, and its students; evaluates and writes them."""
     if settings.list:
         rows = [(m.name, m.title, m.paper, "yes" if m.samples else "no") for m in METHODS.values()]
         return _tables.list_methods(("method", "title", "paper", "samples"), rows)
@@ -240,11 +234,7 @@ def check(settings: Settings, methods: Sequence[str]) -> None:
 
 
 def tokenizer_of(teacher: str | None, student: str | None) -> language.Tokenizer:
-    """The tokenizer shared by the given models; a byte tokenizer if no model is given.
-
-    Raises:
-      UsageError: if the two models have different tokenizers.
-    """
+    """The tokenizer shared by the given models; a byte tokenizer if no model is given."""
     source = teacher or student
     if source is None:
         return language.byte_tokenizer()

@@ -107,11 +107,7 @@ class Fidelity(NamedTuple):
 
 
 def run(settings: Settings) -> int:
-    """Distills both students, compares them with their teacher, and writes the run folder.
-
-    Raises:
-      ValueError: if the encoder lacks the layers, or lines are longer than its positions.
-    """
+    """Distills both students, compares them with their teacher, and writes the run folder."""
     if settings.encoder is None or settings.text is None:
         raise UsageError(f"name --encoder and --text, for example:{EXAMPLES.splitlines()[1][1:]}")
     encoder, text = Path(str(settings.encoder)), Path(str(settings.text))
@@ -229,12 +225,7 @@ def read(settings: Settings, encoder: Path, text: Path) -> Lines:
 
 
 def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
-    """The distinct lines of a text with at least `at_least` characters, in order.
-
-    Raises:
-      OSError: if the file cannot be read.
-      ValueError: if it is not UTF-8 text, or a line is too long.
-    """
+    """The distinct lines of a text with at least `at_least` characters, in order."""
     distinct: dict[str, None] = {}
     try:
         with _files.regular(Path(path)).open(encoding="utf-8") as file:
@@ -251,11 +242,7 @@ def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
 def split(
     ids: Sequence[Sequence[int]], *, validation: int, test: int, batch_size: int, padding: int
 ) -> Lines:
-    """Pads token ids and splits them in three parts, shuffled with a fixed seed.
-
-    Raises:
-      ValueError: if there are too few lines.
-    """
+    """Pads token ids and splits them in three parts, shuffled with a fixed seed."""
     held_out = validation + test
     if len(ids) < held_out + batch_size:
         raise ValueError(

@@ -3,7 +3,8 @@
 Three separate sources: timing (`step_times`, `throughput`), the compiler's account of the
 program (`cost`, `memory`), and the machine's measured ceilings (`ceilings`: a large matmul, a large
 copy). `roofline` puts them together. Nothing here depends on the back end: results are awaited with
-`block_until_ready`, and what a back end does not report is None.
+`block_until_ready`, and what a back end does not report is None. Counts and seconds that are not
+positive raise ValueError.
 """
 
 import time
@@ -91,9 +92,6 @@ def step_times(once: Callable[[], Any], steps: int, *, warmup: int = 3) -> Distr
       once: starts one run and returns its arrays; a closure that keeps its own state.
       steps: number of measured runs.
       warmup: number of runs before them.
-
-    Raises:
-      ValueError: if `steps` is not positive.
     """
     _checks.count(1, steps=steps)
     _checks.count(0, warmup=warmup)
@@ -121,9 +119,6 @@ def throughput(once: Callable[[], Any], steps: int, *, warmup: int = 3, rounds: 
     """Seconds per run when only the last of many is awaited: what a training loop sees.
 
     The median over several rounds, with at least `steps` runs in total.
-
-    Raises:
-      ValueError: if `steps` or `rounds` is not positive.
     """
     _checks.count(1, steps=steps, rounds=rounds)
     _checks.count(0, warmup=warmup)
@@ -209,10 +204,6 @@ def roofline(work: Cost, seconds: float, limits: Ceilings) -> Roofline | None:
 
     The bandwidth bound takes XLA's bytes as memory traffic. A program whose arrays stay in the
     caches is faster, and its fraction exceeds 1.
-
-    Raises:
-      TypeError: if `work` is not a `Cost`, or `limits` are not `Ceilings`.
-      ValueError: if `seconds` is not positive.
 
     References:
       Williams, Waterman and Patterson, Roofline: an insightful visual performance model, 2009.

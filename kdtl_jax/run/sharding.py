@@ -5,7 +5,8 @@ state and examples are split over it) and `"tensor"` (a layer's work is split ov
 device has some of the heads and hidden units, and all see the same examples). The train step itself
 does not change: place the state and the batch, call the same jitted step, and XLA inserts the
 collectives. `keep_placement` around the step keeps the state where it was placed. Meshes have Auto
-axis types, so ordinary code such as `x @ x.T` on sharded operands works.
+axis types, so ordinary code such as `x @ x.T` on sharded operands works. What is not a mesh raises
+TypeError.
 
 A teacher is placed like a state, by `place(teacher, mesh)`, with its own `smallest=` if desired and
 in any dtype. On devices of its own, it runs ahead of the student; see `separate_teacher`.
@@ -93,9 +94,6 @@ def fsdp_shardings(
 
     Returns:
       A tree of `NamedSharding` for `jax.device_put` or `jax.jit(out_shardings=...)`.
-
-    Raises:
-      TypeError: if `mesh` is not a mesh.
     """
     _checks.count(0, smallest=smallest)
     fsdp_size, tensor_size = _check_mesh(mesh).shape["fsdp"], mesh.shape.get("tensor", 1)

@@ -141,11 +141,7 @@ def selected(settings: Selection, specs: Mapping[str, Any]) -> trees.Selector:
 
 
 def rules(flag: str, texts: Sequence[str], parse: Callable[[str], Any]) -> list[Any]:
-    """`[(selector, value), ...]` from `SELECTOR=VALUE` texts; the last '=' separates.
-
-    Raises:
-      UsageError: if a text has no '=' or its value cannot be parsed.
-    """
+    """`[(selector, value), ...]` from `SELECTOR=VALUE` texts; the last '=' separates."""
     out = []
     for text in texts:
         pattern, separator, value = text.rpartition("=")

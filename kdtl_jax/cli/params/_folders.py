@@ -44,11 +44,7 @@ def home(checkpoint: safetensors.Checkpoint) -> Path | None:
 
 
 def config_of(checkpoint: safetensors.Checkpoint) -> dict[str, Any] | None:
-    """The configuration in a checkpoint's folder, or None.
-
-    Raises:
-      ValueError: if it is not a JSON object.
-    """
+    """The configuration in a checkpoint's folder, or None."""
     folder = home(checkpoint)
     return None if folder is None else safetensors.json_file(folder / CONFIG)
 
@@ -78,9 +74,6 @@ def companions(
     The configuration is the checkpoint's with the changes: dtype, number of layers, entries by
     layer, broken ties and, for a supported model, its sizes. If none would be correct, it is left
     out with a warning.
-
-    Raises:
-      ValueError: if config.json is not a JSON object.
     """
     folder = home(checkpoint)
     if folder is None:
@@ -112,11 +105,7 @@ def _written_config(
     layers: Sequence[int] | None,
     written: Path,
 ) -> dict[str, Any]:
-    """The configuration of the written model.
-
-    Raises:
-      ValueError: if none can be derived.
-    """
+    """The configuration of the written model."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     pattern = layer_pattern(list(shapes), depth(config))
     if (derive := _family(config, checkpoint)) is not None:

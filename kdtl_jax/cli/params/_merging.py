@@ -266,9 +266,6 @@ def common_tensor(path: str, tensors: Sequence[Tensor]) -> Tensor:
 
     Counters differ between runs; a matrix of integers is a table of indices, equal everywhere, or
     holds packed codes.
-
-    Raises:
-      ValueError: if some are floating point, or matrices of integers differ.
     """
     first, *others = tensors
     kinds = {tensor.dtype[:1] in "IU" for tensor in tensors}

@@ -58,11 +58,7 @@ class Place(NamedTuple):
 
 
 def only(where: str, entry: Any, known: Sequence[str]) -> Mapping[str, Any]:
-    """A mapping whose keys are all known; keys without a value are dropped.
-
-    Raises:
-      ValueError: naming an unknown key, or what is not a mapping.
-    """
+    """A mapping whose keys are all known; keys without a value are dropped."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(entry)}.")
     for key, value in entry.items():
@@ -75,11 +71,7 @@ def only(where: str, entry: Any, known: Sequence[str]) -> Mapping[str, Any]:
 def parameters(
     entry: Mapping[str, Any], where: str, known: Sequence[str], *, of_model: bool = False
 ) -> Mapping[str, Any]:
-    """The `parameters` of a recipe, a slice or a model.
-
-    Raises:
-      ValueError: naming one that the method does not read at all, or not for a model.
-    """
+    """The `parameters` of a recipe, a slice or a model."""
     values = only(where, entry.get("parameters") or {}, known)
     for key, value in values.items():
         if of_model and value is not None and key not in (*_OWN, "int8_mask"):
@@ -101,9 +93,6 @@ def options(
       models: the models' tensors; filters of a model's parameters apply to the name there.
       common: the parameters of the slice and of the recipe.
       t: the position in the slice, 0 to 1.
-
-    Raises:
-      ValueError: naming a parameter that is missing or of the wrong kind.
     """
 
     def value(key: str, path: str, scopes: Sequence[Mapping[str, Any]], default: Any = None) -> Any:
@@ -112,9 +101,7 @@ def options(
                 return result
         return default
 
-    def number(
-        key: str, path: str, scopes: Sequence[Mapping[str, Any]], default: float | None
-    ) -> float:
+    def number(key: str, path: str, scopes: Sequence[Any], default: float | None) -> float:
         result = value(key, path, scopes, default)
         if result is None:
             raise ValueError(f"{_text.quoted(path)} has no {key} in the recipe, and no default.")

@@ -9,7 +9,7 @@ else is refused by name. We compute in float32 (mergekit: in `dtype`) and write 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,12 +49,7 @@ class Slice(NamedTuple):
 
 
 def merged(settings: Settings) -> Rewrite:
-    """The merge that `settings.recipe` describes.
-
-    Raises:
-      UsageError: if the recipe cannot be read, or models or options were also given.
-      ValueError: naming a key, parameter or tensor that is unknown or missing.
-    """
+    """The merge that `settings.recipe` describes."""
     _refuse_others(settings)
     path = Path(str(settings.recipe))
     recipe = _parser.read_yaml(path, "--recipe")
@@ -85,14 +80,14 @@ def merged(settings: Settings) -> Rewrite:
     copies: dict[str, safetensors.Tensor] = {}
     layouts = {model: _layout(checkpoint) for model, checkpoint in inputs.items()}
     slices = [part._replace(length=_length(part, layouts)) for part in slices]
-    for out, part, name_in, t in _tensors(layouts, slices):
+    for out, part, names, t in _tensors(layouts, slices):
         places = []
-        for source in part.sources:
-            checkpoint, name_there = inputs[source.model], name_in(source)
-            stored_name = _stored(checkpoint, name_there)
+        for source, path_there in zip(part.sources, names, strict=True):
+            checkpoint = inputs[source.model]
+            stored = _stored(checkpoint, path_there)
             scopes = (source.parameters, part.parameters, shared)
-            tensor, spec = checkpoint.tensors[stored_name], checkpoint.specs[stored_name]
-            places.append(Place(name_there, tensor, spec, scopes))
+            tensor, spec = checkpoint.tensors[stored], checkpoint.specs[stored]
+            places.append(Place(path_there, tensor, spec, scopes))
         if len({place.spec.shape for place in places}) > 1:
             shapes = [list(place.spec.shape) for place in places]
             raise ValueError(f"{_text.quoted(out)} has the shapes {shapes} in the models to merge.")
@@ -264,8 +259,8 @@ def _length(part: Slice, layouts: Mapping[str, Layout]) -> int:
 
 def _tensors(
     layouts: Mapping[str, Layout], slices: Sequence[Slice]
-) -> Iterator[tuple[str, Slice, Callable[[Source], str], float]]:
-    """Every tensor of the result: its name, slice, name in a source, and position, 0 to 1.
+) -> Iterator[tuple[str, Slice, list[str], float]]:
+    """Every tensor of the result: its name, slice, names in the sources, and position, 0 to 1.
 
     It includes whatever any source has. Layers are numbered continuously across slices.
     """
@@ -273,7 +268,8 @@ def _tensors(
     for name in _common([layouts[model].outside for model in sources]):
         is_head = _folders.OUTPUT.fullmatch(name) is not None
         is_first = not is_head and re.search(r"embed|wte|wpe|^(.*\.)?shared\.", name) is not None
-        yield name, slices[0 if is_first else -1], lambda s, name=name: name, 0.0
+        part = slices[0 if is_first else -1]
+        yield name, part, [name] * len(part.sources), 0.0
     before = 0
     for part in slices:
         length = part.length or 0
@@ -281,11 +277,8 @@ def _tensors(
             t = j / (length - 1) if length > 1 else 1.0
             rows = [layouts[s.model].layers[s.first + j] for s in part.sources]
             for head, rest in _common(rows):
-
-                def name_in(s: Source, head: str = head, rest: str = rest, j: int = j) -> str:
-                    return f"{head}{s.first + j}{rest}"
-
-                yield f"{head}{before + j}{rest}", part, name_in, t
+                names = [f"{head}{s.first + j}{rest}" for s in part.sources]
+                yield f"{head}{before + j}{rest}", part, names, t
         before += length
 
 

@@ -202,12 +202,7 @@ def merged(settings: Settings, examples: str) -> Rewrite:
 
 
 def _options(settings: Settings) -> Options:
-    """The options given, each read by the method.
-
-    Raises:
-      UsageError: naming the first one that it does not read, or needs and lacks.
-      ValueError: if a share lies outside `[0, 1]`.
-    """
+    """The options given, each read by the method."""
     method, is_mergekit = METHODS[settings.method], settings.as_ == "mergekit"
     names = (*Options._fields, "scope")
     settable: dict[str, Any] = {name: getattr(settings, name) for name in names}

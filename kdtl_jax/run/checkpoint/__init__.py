@@ -21,6 +21,9 @@ The best step by an evaluation, instead of the newest (save whenever you evaluat
         loop.run(..., evaluate_every=100, save_every=100, stop=loop.no_improvement("error", 5))
     best = checkpoint.restore(folder, state, step=checkpoint.best(folder, "error"))
 
+Folders, steps and counts of another type raise TypeError, negative steps and counts below 1
+ValueError.
+
 Out of scope: exchanging models between programs (see safetensors), and choosing when to save (see
 the loop).
 """

@@ -43,10 +43,6 @@ def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> d
 
     Lines that do not continue the file come from a rewound run. They start another file, because
     older steps still need theirs.
-
-    Raises:
-      TypeError: if a line is not JSON.
-      OSError: if it cannot be written.
     """
     continues = history.file and len(lines) >= history.count
     if not continues or (history.count and _text(lines[history.count - 1]) != history.last):
@@ -65,11 +61,7 @@ def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> d
 
 
 def read(folder: Path, entry: Mapping[str, Any]) -> list[Any]:
-    """All lines up to a step, as recorded in its manifest.
-
-    Raises:
-      ValueError: with the reason, if they are missing or altered.
-    """
+    """All lines up to a step, as recorded in its manifest."""
     return [json.loads(line) for line in _content(folder, entry).splitlines()]
 
 

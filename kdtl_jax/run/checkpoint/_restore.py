@@ -50,24 +50,14 @@ class Manifest(NamedTuple):
 
 
 def steps(folder: str | Path) -> list[int]:
-    """The steps in a folder, oldest first, whole or not.
-
-    Raises:
-      TypeError: if `folder` is not a path.
-    """
+    """The steps in a folder, oldest first, whole or not."""
     folder = _checks.path(folder=folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def problem(folder: str | Path, step: int, owner: Mapping[str, str] | None = None) -> str | None:
-    """Why a step is not whole, or None if every file matches its manifest.
-
-    Args:
-      folder: a folder that `open_folder` made.
-      step: one of `steps(folder)`.
-      owner: as in `restore`.
-    """
+    """Why a step is not whole, or None if every file matches its manifest (and owner, if given)."""
     try:
         return _problem(Path(folder), step, owner)
     except OSError as error:
@@ -78,7 +68,7 @@ def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
     """The whole step with the best evaluation, the first among equals.
 
     Args:
-      folder: a folder that `open_folder` made.
+      folder: as for `restore`.
       name: an entry of what `evaluate` returned at that step (`loop.run` saves evaluations). A step
         without it, or with a value that is not finite, is never the best.
       minimize: whether smaller is better.
@@ -133,7 +123,6 @@ def restore(
 
     Raises:
       FileNotFoundError: if no step is whole (with every step's reason) or `step` does not exist.
-      TypeError: if `step` is not an integer.
       ValueError: if paths, shapes, dtypes or key types differ from the template, leaf by leaf.
     """
     folder = _checks.path(folder=folder).absolute()
@@ -172,11 +161,7 @@ def restore(
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """`{path: leaf}`; the full key path if two leaves share a canonical one (0 and "0").
-
-    Raises:
-      ValueError: if two share that, too, as in a node with two children of one name.
-    """
+    """`{path: leaf}`; the full key path if two leaves share a canonical one (0 and "0")."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     names = trees.leaf_paths(tree)
     counts: dict[str, int] = {}
@@ -217,11 +202,7 @@ def _evaluations(meta: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
 
 
 def read_manifest(home: Path) -> Manifest:
-    """The manifest in a step's folder.
-
-    Raises:
-      ValueError: with the reason, if it is missing, damaged, malformed or of another version.
-    """
+    """The manifest in a step's folder."""
     value = _files.read_sealed(home / MANIFEST)
     if value.get("format") != FORMAT:
         version = _text.shown(value.get("format"))

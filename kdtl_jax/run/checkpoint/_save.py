@@ -50,22 +50,13 @@ class Checkpoints(NamedTuple):
 
 
 def newest(count: int) -> Keep:
-    """Keeps the last `count` steps.
-
-    Raises:
-      ValueError: if count is below 1.
-    """
+    """Keeps the last `count` steps."""
     _checks.count(1, count=count)
     return lambda saved: [entry.step for entry in saved[-count:]]
 
 
 def newest_and_every(count: int, interval: int) -> Keep:
-    """Keeps the last `count` steps and every multiple of `interval`.
-
-    Raises:
-      ValueError: if `count` or `interval` is below 1.
-      TypeError: if one is not a whole number.
-    """
+    """Keeps the last `count` steps and every multiple of `interval`."""
     keep_newest = newest(count)
     _checks.count(1, interval=interval)
     return lambda saved: [
@@ -149,8 +140,7 @@ def save(
 
     Raises:
       OSError: if this or the previous save failed (disk full, read-only); older steps stay intact.
-      TypeError: if `step` is not an integer, a leaf is not an array or number, or `meta` not JSON.
-      ValueError: if `step` is negative.
+      TypeError: if a leaf is not an array or number, or `meta` not JSON.
     """
     _checks.count(0, step=step)
     step, meta = operator.index(step), dict(meta or {})
@@ -207,9 +197,6 @@ def remove(folder: str | Path) -> list[str]:
 
     Returns:
       The names of foreign files, which are kept.
-
-    Raises:
-      TypeError: if `folder` is not a path.
     """
     folder = _checks.path(folder=folder)
     if folder.is_symlink():

@@ -13,6 +13,9 @@ All batches of a run have one shape, so that one compiled step serves all: a sho
 padded, and `batch["weights"]` is 0 for the padding. A model with batch statistics cannot mask the
 padding, so `loop.run` gives it only the real rows, in a batch of their own shape; a single row is
 padded with other examples, with a warning.
+
+All functions raise TypeError for sizes that are not integers, batches that are not mappings, and
+keys that are not PRNG keys.
 """
 
 from kdtl_jax.run.data._host import Reader as Reader

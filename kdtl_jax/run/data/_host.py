@@ -41,7 +41,6 @@ def stream(
 
     Raises:
       ValueError: if the batch is too large.
-      TypeError: if a size is not an integer, or `key` not a PRNG key.
     """
     _checks.count(1, batch_size=batch_size, size=size)
     if batch_size > size:
@@ -135,9 +134,6 @@ def unpad(batch: Batch) -> dict[str, Any]:
     """Undoes `pad`: the real rows of a batch, without `"weights"`.
 
     A batch with weights other than 0 and 1, or only zeros, is returned unchanged.
-
-    Raises:
-      TypeError: if the batch is not a dict.
     """
     _checks.mappings(batch=batch)
     weights = np.asarray(batch["weights"]) if "weights" in batch else np.ones(0)

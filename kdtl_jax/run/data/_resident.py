@@ -68,8 +68,6 @@ def resident(
     Raises:
       ValueError: if the arrays have different lengths, the batch is too large, or rows are not
         valid example indices.
-      TypeError: if `arrays` is not a mapping, the batch size is not an integer, or `key` not a PRNG
-        key.
     """
     key = typed_key(key)
     total = length(_model_functions.check_named_arrays("arrays", arrays))
@@ -171,11 +169,7 @@ def _split(key: Array) -> tuple[Array, Array]:
 
 
 def typed_key(key: Any) -> Any:
-    """Wraps a legacy key (uint32 `[2]`), whose axis would look like an axis of runs.
-
-    Raises:
-      TypeError: if it is not a PRNG key.
-    """
+    """Wraps a legacy key (uint32 `[2]`), whose axis would look like an axis of runs."""
     dtype = getattr(key, "dtype", None)
     if key is None or _checks.is_key(key):
         return key

@@ -44,9 +44,6 @@ def metrics_file(
     Yields:
       `log(line)`, which takes any value and writes what JSON lacks as null or text. Every line is
       flushed to the system at once, so that a killed process loses none.
-
-    Raises:
-      TypeError: if `path` is not a path.
     """
     path = _checks.path(path=path)
     if path.is_symlink() and not path.exists():
@@ -76,9 +73,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, except unreadable ones, with a warning.
 
     That is the last line if a kill or a full disk truncated it, or all of a missing file.
-
-    Raises:
-      TypeError: if `path` is not a path.
     """
     path = _checks.path(path=path)
     if not path.exists():

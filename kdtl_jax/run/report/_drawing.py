@@ -175,12 +175,7 @@ def label_x(ax: "Axes", words: str) -> None:
 
 
 def svg(ax: "Axes", label: str) -> str:
-    """The figure of the axes as SVG for a page.
-
-    Args:
-      ax: the axes.
-      label: what the drawing shows, for screen readers.
-    """
+    """The figure of the axes as SVG for a page; screen readers read the label."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -58,13 +58,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, narrow: int 
 
 
 def page(title: str, sections: Sequence[Section], *, notes: Sequence[str] = ()) -> str:
-    """A self-contained HTML page without any outside reference.
-
-    Args:
-      title: of the page.
-      sections: in order.
-      notes: paragraphs before them.
-    """
+    """A self-contained HTML page without any outside reference; notes precede the sections."""
     template = _TEMPLATES.get_template("page.html.jinja")
     return template.render(title=title, sections=sections, notes=notes)
 

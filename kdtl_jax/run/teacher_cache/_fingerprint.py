@@ -107,9 +107,11 @@ def fingerprint(
         size=count(arrays),
         preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
         taps=tuple(taps),
-        logits=_logits(top_k, float(temperature)),
+        logits=f"the {top_k} most likely classes at temperature {float(temperature)}"
+        if top_k is not None
+        else "dense",
         dtype=dtype_name,
-        views=_views(views, view_key),
+        views="none" if view_key is None else f"{views} of key {_key_words(view_key)}",
     )
 
 
@@ -182,15 +184,10 @@ def differences(cached: Fingerprint, expect: Fingerprint) -> list[str]:
 
 
 def from_json(value: Mapping[str, Any]) -> Fingerprint:
-    """Reads a fingerprint from a plan.
-
-    Raises:
-      ValueError: if its structure is wrong.
-    """
+    """Reads a fingerprint from a plan."""
     lists = [value.get("taps"), value.get("classes") or []]
-    are_names = all(
-        isinstance(x, (list, tuple)) and all(isinstance(n, str) for n in x) for x in lists
-    )
+    are_lists = all(isinstance(x, (list, tuple)) for x in lists)
+    are_names = are_lists and all(isinstance(name, str) for x in lists for name in x)
     values = [value.get(name) for name in ("model", "teacher", "data", "logits", "dtype", "views")]
     are_texts = all(x is None or isinstance(x, str) for x in values)
     is_mapping = isinstance(value.get("preprocessing") or {}, Mapping)
@@ -205,17 +202,8 @@ def as_numpy(x: Any) -> np.ndarray:
     return x.view(np.ndarray) if isinstance(x, np.ndarray) else np.asarray(x)
 
 
-def _logits(top_k: int | None, temperature: float) -> str:
-    if top_k is None:
-        return "dense"
-    return f"the {top_k} most likely classes at temperature {temperature}"
-
-
-def _views(views: int | None, view_key: Array | None) -> str:
-    if views is None or view_key is None:
-        return "none"
-    words = " ".join(map(str, np.asarray(jax.random.key_data(view_key)).ravel()))
-    return f"{views} of key {words}"
+def _key_words(key: Array) -> str:
+    return " ".join(map(str, np.asarray(jax.random.key_data(key)).ravel()))
 
 
 def _setting_differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ read and then closed, so that many shards or outputs do not mean many open files
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +125,6 @@ def rows(
 
     Raises:
       OSError: if a shard can no longer be read.
-      TypeError: if rows are not integers.
       ValueError: if a row does not exist.
     """
     _checks.instance(Cache, cache=cache)
@@ -139,16 +138,12 @@ def rows(
             f"{plan.size} examples), got {index.min()}..{index.max()}."
         )
     first_shard = (epoch % (plan.views or 1)) * _shards_per_view(plan)
-    arrays = [
-        np.empty((len(index), *plan.columns[i].shape), storage_dtype(plan.columns[i]))
-        for i in cache.columns
-    ]
-    dtype = record(plan)
+    arrays, dtype = _empty(cache, len(index)), record(plan)
     for shard, positions, local_rows in _group_by_shard(index, plan.shard_rows):
         records = _map_shard(cache, first_shard + shard, dtype)
-        for array, i in zip(arrays, cache.columns, strict=True):
+        for i, array in arrays.items():
             array[positions] = records[str(i)][local_rows]
-    return _collect_taps(plan, cache.columns, arrays, stored_precision)
+    return _collect_taps(plan, arrays, stored_precision)
 
 
 def load(cache: Cache, *, stored_precision: bool = False) -> dict[str, Any]:
@@ -156,24 +151,17 @@ def load(cache: Cache, *, stored_precision: bool = False) -> dict[str, Any]:
 
     Returns:
       `{tap: [N, ...]}`, or `[views, N, ...]` for augmented data.
-
-    Raises:
-      TypeError: if `cache` is not a `Cache`.
     """
     _checks.instance(Cache, cache=cache)
     plan = cache.plan
     leading_shape = (plan.size,) if plan.views is None else (plan.views, plan.size)
-    arrays = [
-        np.empty((*leading_shape, *plan.columns[i].shape), storage_dtype(plan.columns[i]))
-        for i in cache.columns
-    ]
-    dtype = record(plan)
+    arrays, dtype = _empty(cache, *leading_shape), record(plan)
     for shard in range(shard_count(plan)):
         view, start, stop = shard_range(plan, shard)
         records = _map_shard(cache, shard, dtype)
-        for array, i in zip(arrays, cache.columns, strict=True):
+        for i, array in arrays.items():
             (array if plan.views is None else array[view])[start:stop] = records[str(i)]
-    return _collect_taps(plan, cache.columns, arrays, stored_precision)
+    return _collect_taps(plan, arrays, stored_precision)
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -233,11 +221,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def read_plan(value: Mapping[str, Any]) -> Plan:
-    """Inverse of `to_json`.
-
-    Raises:
-      ValueError: if another version wrote it, or its structure is wrong.
-    """
+    """Inverse of `to_json`."""
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         version = value.get("format") if isinstance(value, Mapping) else None
         raise ValueError(f"format {_text.shown(version, 40)}, this version reads {FORMAT}")
@@ -247,12 +231,8 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
         )
         fields = {name: value[name] for name in Plan._fields}
         plan = Plan(**fields | {"fingerprint": from_json(value["fingerprint"]), "columns": columns})
-        sizes = (
-            plan.size,
-            plan.shard_rows,
-            plan.views or 1,
-            *(n for c in columns for n in c.shape),
-        )
+        lengths = [n for column in columns for n in column.shape]
+        sizes = (plan.size, plan.shard_rows, plan.views or 1, *lengths)
         if not all(type(n) is int and 0 <= n < 2**48 for n in sizes) or not all(sizes[:3]):
             raise ValueError(f"its sizes {_text.shown(sizes[:3], 100)} make no sense")
         if {column.tap for column in columns} != {*(plan.fingerprint.taps or ())}:
@@ -319,6 +299,12 @@ def _manifest(folder: Path) -> tuple[Plan, Mapping[str, Any]]:
         ) from None
 
 
+def _empty(cache: Cache, *leading_shape: int) -> dict[int, np.ndarray]:
+    """An array for each of the columns, as stored."""
+    columns = ((i, cache.plan.columns[i]) for i in cache.columns)
+    return {i: np.empty((*leading_shape, *c.shape), storage_dtype(c)) for i, c in columns}
+
+
 def _map_shard(cache: Cache, shard: int, dtype: np.dtype) -> np.ndarray:
     """The records of a shard, mapped for the lifetime of the array."""
     with open(os.path.join(cache.folder, file_name(shard)), "rb") as file:
@@ -353,11 +339,11 @@ def _decode(column: Column, x: np.ndarray, stored_precision: bool) -> np.ndarray
 
 
 def _collect_taps(
-    plan: Plan, columns: Sequence[int], arrays: Sequence[np.ndarray], stored_precision: bool
+    plan: Plan, arrays: Mapping[int, np.ndarray], stored_precision: bool
 ) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
-    for i, x in zip(columns, arrays, strict=True):
-        column, x = plan.columns[i], _decode(plan.columns[i], x, stored_precision)
+    for i, stored in arrays.items():
+        column, x = plan.columns[i], _decode(plan.columns[i], stored, stored_precision)
         if column.field is None:
             outputs[column.tap] = x
         else:

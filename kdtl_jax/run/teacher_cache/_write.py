@@ -61,15 +61,8 @@ def write(
       arrays: `{"inputs": [N, ...], ...}`, host arrays, memory-mapped or not. The teacher reads
         `"inputs"`; the other entries are for `augment`.
       batch_size: examples per call of the teacher.
-      model: as in `fingerprint`.
-      classes: as in `fingerprint`.
-      preprocessing: as in `fingerprint`.
-      taps: as in `fingerprint`.
-      top_k: as in `fingerprint`.
-      temperature: as in `fingerprint`.
-      dtype: as in `fingerprint`.
-      views: as in `fingerprint`.
-      view_key: as in `fingerprint`.
+      model, classes, preprocessing, taps, top_k, temperature, dtype, views, view_key: as in
+        `fingerprint`.
       augment: `(keys, batch) -> batch`, the function that training uses; needs `views`.
       weights: the digest to record, if `variables` are derived from other weights (int8).
       shard_rows: examples per file; None means at most 8,192 and about 64 MiB.
@@ -121,14 +114,12 @@ def write(
             batch = augment(augmentation.example_keys(key, view, rows), batch)
         return teacher(variables.params, variables.model_state, batch["inputs"])[0]
 
-    example = (
-        _take_batch(arrays, np.arange(batch_size)),
-        np.zeros(batch_size, np.int32),
-        np.int32(0),
-    )
-    outputs = jax.eval_shape(outputs_of, local_variables, *example, view_key)
+    rows = np.arange(batch_size, dtype=np.int32)
+    example = _take_batch(arrays, rows), rows, np.int32(0), view_key
+    outputs = jax.eval_shape(outputs_of, local_variables, *example)
     stored_columns = columns(outputs, batch_size, expected.taps or (), top_k, str(expected.dtype))
-    rows_per_shard = shard_rows or _rows_per_shard(stored_columns, size)
+    row_bytes = max(1, _shards.row_bytes(stored_columns))
+    rows_per_shard = shard_rows or max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes, size))
     plan = Plan(expected, size, views, top_k, float(temperature), rows_per_shard, stored_columns)
 
     @jax.jit
@@ -171,8 +162,13 @@ def write(
         with _locks.checked_lock(folder, lambda: _check_folder(folder)):
             final_plan = _resume_or_begin(folder, plan, keep_layout=shard_rows is None)
             _compute_missing(folder, final_plan, compute, progress)
-            _write_manifest(folder, final_plan)
-        return _shards.to_json(final_plan)
+            files = {
+                _shards.file_name(shard): _files.read_sealed(folder / _shards.seal_name(shard))
+                for shard in range(_shards.shard_count(final_plan))
+            }
+            manifest = {"plan": _shards.to_json(final_plan), "files": files}
+            _files.write_sealed(folder / _shards.MANIFEST, manifest)
+        return manifest["plan"]
 
     return _shards.read_plan(processes.decide(write_here))
 
@@ -180,11 +176,7 @@ def write(
 def columns(
     outputs: Mapping[str, Any], batch: int, taps: tuple[str, ...], top_k: int | None, dtype: str
 ) -> tuple[Column, ...]:
-    """Makes columns for the (abstract) outputs `[B, ...]` of a batch.
-
-    Raises:
-      ValueError: if an output does not exist (the nearest are listed) or has no row per example.
-    """
+    """Makes columns for the (abstract) outputs `[B, ...]` of a batch."""
     result = []
     for tap in taps:
         if tap not in outputs:
@@ -204,7 +196,9 @@ def columns(
                     f"classes, got {list(output.shape)}."
                 )
             result += [
-                Column(tap, "indices", _smallest_unsigned(shape[-1]), (*shape[:-1], top_k)),
+                Column(
+                    tap, "indices", np.min_scalar_type(shape[-1] - 1).name, (*shape[:-1], top_k)
+                ),
                 Column(tap, "log_probs", dtype, (*shape[:-1], top_k)),
                 Column(tap, "log_tail", "float32", shape[:-1]),
             ]
@@ -224,11 +218,6 @@ def _encode(outputs: Outputs, plan: Plan) -> list[jax.Array]:
             x = getattr(top_k, column.field)
         arrays.append(x.astype(column.dtype))
     return arrays
-
-
-def _rows_per_shard(columns: tuple[Column, ...], size: int) -> int:
-    """Rows of a shard: at most 8,192, at most about 64 MiB."""
-    return max(1, min(SHARD_ROWS, SHARD_BYTES // max(1, _shards.row_bytes(columns)), size))
 
 
 def _check_folder(folder: Path) -> None:
@@ -287,7 +276,12 @@ def _compute_missing(
         try:
             _write_shard(folder, shard, records)
         except OSError as error:
-            raise _write_error(folder, shards - len(missing) + written, shards, error) from error
+            finished = shards - len(missing) + written
+            raise OSError(
+                error.errno,
+                f"a shard could not be written in {folder} ({error.strerror or error}). {finished} "
+                f"of {shards} shards are finished and intact; run it again to continue",
+            ) from error
         done += sizes[shard]
         report(0)
 
@@ -299,15 +293,6 @@ def _write_shard(folder: Path, shard: int, records: np.ndarray) -> None:
     _files.write_atomic(folder / _shards.file_name(shard), content)
     seal = {"bytes": records.nbytes, "sha256": hashlib.sha256(content).hexdigest()}
     _files.write_sealed(folder / _shards.seal_name(shard), seal)
-
-
-def _write_manifest(folder: Path, plan: Plan) -> None:
-    files = {
-        _shards.file_name(shard): _files.read_sealed(folder / _shards.seal_name(shard))
-        for shard in range(_shards.shard_count(plan))
-    }
-    manifest = {"plan": _shards.to_json(plan), "files": files}
-    _files.write_sealed(folder / _shards.MANIFEST, manifest)
 
 
 def _to_local(leaf: Any) -> Any:
@@ -350,15 +335,3 @@ def _check_faults(plan: Plan, faults: list[Array], view: int, start: int, stop: 
         raise ValueError(
             f"{output} is finite but too large for {column.dtype}. Use bfloat16 or float32."
         )
-
-
-def _write_error(folder: Path, finished: int, shards: int, error: OSError) -> OSError:
-    return OSError(
-        error.errno,
-        f"a shard could not be written in {folder} ({error.strerror or error}). {finished} of "
-        f"{shards} shards are finished and intact; run it again to continue",
-    )
-
-
-def _smallest_unsigned(classes: int) -> str:
-    return next(t for t in ("uint8", "uint16", "uint32") if classes - 1 <= np.iinfo(t).max)
