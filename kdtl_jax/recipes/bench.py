@@ -8,6 +8,7 @@ GFLOP/s, 51.5 GB/s; jax 0.10.2), per step: mlp 25 ms, 54% of the roofline; resne
 922 ms, 36%; decoder 1000 ms, 50%; all bound by compute. No accelerator was available.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def presets(*, quick: bool = False) -> dict[str, Preset]:
     return {preset.name: preset for preset in chosen}
 
 
-def workload(preset: Preset, dtype: Any) -> Workload:
+def workload(preset: Preset, dtype: str) -> Workload:
     """Models, step and random data of a preset, computing in `dtype` with float32 parameters."""
     teacher, student = preset.teacher, preset.student
     terms = _terms(1.0 if preset.name == "decoder" else TEMPERATURE)  # text: 1, as is usual
@@ -157,20 +158,16 @@ def workload(preset: Preset, dtype: Any) -> Workload:
         jax.jit(model.init)(key, example)
         for model, key in zip((teacher, student), keys, strict=True)
     )
-    cast = jnp.dtype(dtype) != jnp.float32
-    student_fn, teacher_fn = (
-        precision.compute_in(m.apply, dtype) if cast else m.apply for m in (student, teacher)
-    )
-    tx = preset.tx if jnp.dtype(dtype) != jnp.float16 else precision.loss_scaling(preset.tx)
+    student_fn, teacher_fn = student.apply, teacher.apply
+    if dtype != "float32":
+        lower = functools.partial(precision.compute_in, dtype=jnp.dtype(dtype))
+        student_fn, teacher_fn = lower(student_fn), lower(teacher_fn)
+    tx = preset.tx if dtype != "float16" else precision.loss_scaling(preset.tx)
     step = train.make_step(student_fn, terms, WEIGHTS, tx, teacher=teacher_fn)
 
     def state() -> train.TrainState:
-        return train.init_state(
-            student_variables.params,
-            tx,
-            key=jax.random.key(1),
-            model_state=student_variables.model_state,
-        )
+        params, model_state = student_variables
+        return train.init_state(params, tx, key=jax.random.key(1), model_state=model_state)
 
     parameters = trees.count(teacher_variables.params), trees.count(student_variables.params)
     return Workload(step, state, teacher_variables, lambda n: _random(preset, n), parameters)
@@ -181,23 +178,11 @@ def run(settings: Settings) -> None:
     devices = len(_devices.first_devices(settings.devices))
     with _folders.run_folder(settings, "bench") as run_folder_, _progress.show_progress() as say:
         say("ceilings")
-        dtype = jnp.dtype(settings.dtype)
-        limits = measure.ceilings(dtype, quick=settings.quick)
+        limits = measure.ceilings(settings.dtype, quick=settings.quick)
         chosen, results = presets(quick=settings.quick), []
         for name in NAMES if settings.preset == "all" else (settings.preset,):
             say(name)
-            trace = None if settings.trace is None else str(Path(settings.trace) / name)
-            results.append(
-                measure_preset(
-                    chosen[name],
-                    limits,
-                    dtype=dtype,
-                    batch_size=settings.batch_size,
-                    steps=settings.steps,
-                    devices=devices,
-                    trace=trace,
-                )  # fmt: skip
-            )
+            results.append(measure_preset(settings, chosen[name], limits, devices))
         folder = run_folder_.path
         _files.write_json(folder / "bench.json", _bench_report.to_json(limits, results))
         page = _bench_report.html_page(limits, results)
@@ -207,18 +192,11 @@ def run(settings: Settings) -> None:
 
 
 def measure_preset(
-    preset: Preset,
-    limits: measure.Ceilings,
-    *,
-    dtype: Any = jnp.float32,
-    batch_size: int | None = None,
-    steps: int = 30,
-    devices: int = 1,
-    trace: str | None = None,
+    settings: Settings, preset: Preset, limits: measure.Ceilings, devices: int
 ) -> Measured:
-    """Measures one preset: `steps` steps after warm-up, and scaling on 1, 2, 4 … `devices`."""
-    size = preset.batch_size if batch_size is None else batch_size
-    workload_ = workload(preset, dtype)
+    """Measures one preset after warm-up, and its scaling on 1, 2, 4 … `devices`."""
+    size, steps = settings.batch_size or preset.batch_size, settings.steps
+    workload_ = workload(preset, settings.dtype)
     batch, state = workload_.batch(size), workload_.state()
     program, compile_seconds = measure.compiled(
         train.jit_step(workload_.step), state, batch, workload_.teacher
@@ -231,15 +209,15 @@ def measure_preset(
 
     distribution = measure.step_times(once, steps)
     seconds = measure.throughput(once, steps)
-    if trace is not None:
-        with jax.profiler.trace(trace):
+    if settings.trace is not None:
+        with jax.profiler.trace(str(Path(settings.trace) / preset.name)):
             measure.step_times(once, min(steps, 5), warmup=0)
     path, epoch_seconds = _epoch(workload_, size, steps)
     cost = measure.cost(program)
     return Measured(
         preset=preset.name,
         about=preset.about,
-        dtype=jnp.dtype(dtype).name,
+        dtype=settings.dtype,
         batch_size=size,
         teacher_parameters=workload_.parameters[0],
         student_parameters=workload_.parameters[1],

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +208,9 @@ def read_manifest(home: Path) -> Manifest:
         version = _text.shown(value.get("format"))
         raise ValueError(f"format {version}, this version reads {FORMAT}")
     fields: dict[str, Any] = {name: value.get(name) for name in Manifest._fields}
-    invalid = [name for name, kind in _FIELD_TYPES.items() if not isinstance(fields[name], kind)]
+    kinds = {name: get_origin(kind) or kind for name, kind in get_type_hints(Manifest).items()}
+    del kinds["history"]  # see `_history.is_entry`
+    invalid = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
     if not invalid and not all(map(_is_leaf, fields["leaves"])):
         invalid = ["leaves"]
     if not invalid and not all(_is_file(name, entry) for name, entry in fields["files"].items()):
@@ -218,16 +220,6 @@ def read_manifest(home: Path) -> Manifest:
     if invalid:
         raise ValueError(f"{MANIFEST} is not a checkpoint's: its {invalid[0]!r} is missing or odd")
     return Manifest(**fields)
-
-
-_FIELD_TYPES: dict[str, type] = {
-    "step": int,
-    "folder": str,
-    "owner": dict,
-    "meta": dict,
-    "leaves": list,
-    "files": dict,
-}
 
 
 def _is_leaf(value: Any) -> bool:

@@ -204,7 +204,7 @@ def order_rows(
     if order is None:
         rows = jnp.arange(size, dtype=jnp.int32)
     else:
-        rows = jax.random.permutation(jax.random.fold_in(order, epoch), size).astype(jnp.int32)
+        (rows,) = train.epoch_index(order, epoch, size, size)
     steps = size // batch_size if drop_remainder else -(-size // batch_size)
     padded = jnp.concatenate([rows, rows])[: steps * batch_size]
     return padded.reshape(steps, batch_size)
