@@ -142,13 +142,9 @@ class Settings(_logs.LogSettings, types.Resumable):
     )  # fmt: skip
     temperature: float = types.positive_rate(1.0, "sampling temperature", group="losses")
     top_p: float | None = setting(
-        None,
-        "sample from the smallest set of tokens with this probability; default: all",
-        metavar="P",
-        above=0,
-        most=1,
-        group="losses",
-    )
+        None, "sample from the smallest set of tokens with this probability; default: all",
+        metavar="P", above=0, most=1, group="losses",
+    )  # fmt: skip
     start_steps: int = setting(
         0, "steps of kd before methods that sample, for students with random weights",
         metavar="N", least=0, group="training",

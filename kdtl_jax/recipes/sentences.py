@@ -62,10 +62,9 @@ class Settings(_logs.LogSettings, types.Resumable):
 
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
     encoder: str | None = setting(
-        None,
-        "Hugging Face folder of a BERT-like model with tokenizer.json, e.g. all-MiniLM-L6-v2",
+        None, "Hugging Face folder of a BERT-like model with tokenizer.json, e.g. all-MiniLM-L6-v2",
         metavar="FOLDER",
-    )
+    )  # fmt: skip
     text: str | None = setting(None, "UTF-8 text, one sentence per line", metavar="FILE")
     layers: tuple[int, ...] = setting(
         (1, 3, 5), "layers of the encoder that the student takes, from 0", metavar="N,...",
@@ -141,13 +140,8 @@ def run(settings: Settings) -> int:
             return linen.model(copied.module).init(key, example).params
 
         starts = {DISTILLED: lambda key: copied.params, BASELINE: init}
-        step = train.make_step(
-            apply,
-            training.terms_of(settings.layers),
-            training.WEIGHTS,
-            training.optimizer(settings),
-            teacher=teacher.model,
-        )
+        terms, tx = training.terms_of(settings.layers), training.optimizer(settings)
+        step = train.make_step(apply, terms, training.WEIGHTS, tx, teacher=teacher.model)
         learning: dict[str, dict[str, list[float]]] = {}
         params_by_name: dict[str, list[Params]] = {}  # None if it diverged
         notes = _notes(settings)

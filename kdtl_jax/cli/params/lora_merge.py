@@ -147,7 +147,9 @@ def _check_pair(
 
 
 def _edit(settings: Settings, path: str, tensors: Mapping[str, safetensors.Tensor]) -> Any:
-    make = transforms.dora if "magnitude" in tensors else transforms.lora
+    make, weights_of = transforms.lora, transforms.LoraWeights
+    if "magnitude" in tensors:
+        make, weights_of = transforms.dora, transforms.DoraWeights
     adapter = make(
         alpha=settings.alpha or 0.0,
         scaling=SCALINGS[settings.scaling],
@@ -157,10 +159,8 @@ def _edit(settings: Settings, path: str, tensors: Mapping[str, safetensors.Tenso
 
     def edit(kernel: np.ndarray) -> Any:
         arrays = {part: jnp.asarray(safetensors.read(tensor)) for part, tensor in tensors.items()}
-        weights = (transforms.DoraWeights if "magnitude" in tensors else transforms.LoraWeights)(
-            **arrays
-        )
-        weights = weights._replace(b=np.float32(settings.weight) * weights.b)
+        arrays["b"] *= np.float32(settings.weight)
+        weights = weights_of(**arrays)
         return adapter.merge({path: kernel}, {path: weights})[path]
 
     return edit

@@ -31,21 +31,17 @@ class Settings(Selection, Writing):
 
     source: str | None = setting(None, "a checkpoint", positional=True)
     layers: str | None = setting(
-        None,
-        r"pattern of the layers' tensors, with one group for the number: 'layer_(\d+)/.*'",
+        None, r"pattern of the layers' tensors, with one group for the number: 'layer_(\d+)/.*'",
         metavar="REGEX",
-    )
+    )  # fmt: skip
     keep: tuple[int, ...] | None = setting(
         None, "layers to keep, renumbered from 0; DistilBERT keeps 0,2,4,7,9,11",
         metavar="0,2,4..7", parse=_keep,
     )  # fmt: skip
     take: tuple[str, ...] = setting(
-        (),
-        "keep only the entries WHICH of these tensors along AXIS: 0,2,5..7, first:N or uniform:N "
-        "(weight selection); repeat for more",
-        metavar="SELECTOR@AXIS=WHICH",
-        repeat=True,
-    )
+        (), "keep only the entries WHICH of these tensors along AXIS: 0,2,5..7, first:N or "
+        "uniform:N (weight selection); repeat for more", metavar="SELECTOR@AXIS=WHICH", repeat=True,
+    )  # fmt: skip
 
 
 def run(settings: Settings) -> int:
@@ -72,12 +68,11 @@ def run(settings: Settings) -> int:
             return safetensors.take(tensor, indices_of_axes, _checkpoints.BLOCK)
         return safetensors.blocks(tensor, _checkpoints.BLOCK)
 
+    taken = {new: path for new, path in origin.items() if indices_by_path.get(path)}
     report = Report(
-        copied=tuple(new for new, path in origin.items() if not indices_by_path.get(path)),
+        copied=tuple(new for new in origin if new not in taken),
         adapted=tuple(
-            Adapted(new, kept[path].shape, shapes[new], "take")
-            for new, path in origin.items()
-            if indices_by_path.get(path)
+            Adapted(new, kept[path].shape, shapes[new], "take") for new, path in taken.items()
         ),
         unused=tuple(path for path in source.specs if path not in origin.values()),
         shapes=shapes,
