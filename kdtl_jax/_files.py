@@ -314,6 +314,15 @@ def remove(folder: Path, kind: str) -> bool:
     return True
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Deletes what killed processes left unfinished in a folder, which the caller has locked."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        if path.is_file():
+            path.unlink()
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
 @contextlib.contextmanager
 def _naming_target(path: Path) -> Iterator[None]:
     """Makes errors name the target, not its temporary file."""

@@ -54,6 +54,23 @@ scalars = st.recursive(
 )
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_what_a_killed_run_left_unfinished_is_deleted(
+    begun: Any, tmp_path: Path, force: bool
+) -> None:
+    folder = tmp_path / "o"
+    shutil.copytree(begun[0], folder)
+    for part in ("", "students", "finished", "model"):
+        (folder / part).mkdir(exist_ok=True)
+        (folder / part / ".kd.safetensors.x1.kdtl-tmp").write_bytes(b"cut sho")
+        (folder / part / ".model.x2.kdtl-tmp").mkdir()
+        (folder / part / ".model.x2.kdtl-tmp" / "model.safetensors").write_bytes(b"cut sho")
+    (folder / "finished" / "mine.kdtl-tmp").write_text("mine")
+    asked = sweep.Settings(out=str(folder), resume=not force, force=force)
+    with _folders.run_folder(asked, "sweep", models=["model"]):
+        assert [path.name for path in folder.rglob("*.kdtl-tmp")] == ["mine.kdtl-tmp"]
+
+
 @given(
     st.sampled_from(CONFIGS) | st.text(max_size=40),
     st.integers(0, 400),

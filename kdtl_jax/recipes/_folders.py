@@ -82,9 +82,8 @@ def run_folder(
         def begin() -> str:
             stack.enter_context(_locks.checked_lock(folder, check))
             is_resumed = _resumes(settings)
-            for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
-                if unfinished.is_file():
-                    unfinished.unlink()
+            for name in ("", _students.FOLDER, _stored_results.FOLDER, *models):
+                _files.remove_unfinished(folder / name)
             contents = record.made_from(files or {})
             if is_resumed:
                 run = _check_same(folder, config, command)

@@ -222,8 +222,9 @@ def separate_teacher(
 def _put(leaf: Any, sharding: NamedSharding) -> Array:
     """`device_put` that also works where other processes own part of the mesh."""
     if sharding.is_fully_addressable:
-        # `device_put` alone would share the device buffer that holds it (whatever may_alias is).
-        return jax.device_put(jnp.copy(leaf) if isinstance(leaf, Array) else leaf, sharding)
+        # `device_put` alone would share the memory that holds it (whatever may_alias is).
+        copy = jnp.copy if isinstance(leaf, Array) else np.copy
+        return jax.device_put(copy(leaf) if hasattr(leaf, "dtype") else leaf, sharding)
     if _checks.is_key(leaf):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))

@@ -246,8 +246,7 @@ def _resume_or_begin(folder: Path, plan: Plan, *, keep_layout: bool) -> Plan:
         problems = [f"shard_rows differ: {previous.shard_rows} there, {plan.shard_rows} here"]
     if problems:
         raise ValueError(f"{folder} holds another cache: {'; '.join(problems)}. {OTHER_FOLDER}")
-    for leftover in folder.glob(f".*{_files.TEMPORARY}"):
-        leftover.unlink()
+    _files.remove_unfinished(folder)
     return previous
 
 
