@@ -8,6 +8,9 @@ solved in closed form from second moments, which stream over batches and merge o
 in any order. Features may be a large model's outputs (a probe), or a small model's last hidden
 layer with the large model's logits as targets (a student's head without a gradient step). To learn
 w by gradient descent instead, as an ordinary parameter, see `model`.
+
+ValueError: batch sizes or widths differ, a batch is empty, or a concrete weight or ridge is out of
+its range. TypeError: features or targets are not floating point.
 """
 
 from collections.abc import Sequence
@@ -56,10 +59,6 @@ def moments(
       targets: `[B, K]`.
       weights: `[B]`, non-negative; 0 excludes an example (padding).
       where: bool `[B]`, real examples; the others are excluded and may hold anything.
-
-    Raises:
-      ValueError: if batch sizes differ, the batch is empty, or a concrete weight is negative.
-      TypeError: if features or targets are not floating point.
     """
     _checks.floating(features=features, targets=targets)
     _checks.rank(2, 2, targets=targets)
@@ -87,11 +86,7 @@ def moments(
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two disjoint sets (Chan's pairwise update): associative.
-
-    Raises:
-      ValueError: if the widths of features or targets differ.
-    """
+    """Moments of the union of two disjoint sets (Chan's pairwise update): associative."""
     _checks.same_shape(**{"a.cross": a.cross, "b.cross": b.cross})
     total = a.weight + b.weight
     share = b.weight / jnp.where(total != 0, total, 1)
@@ -110,7 +105,6 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
     """The ridge solution `w = (F^T F / n + ridge I)^-1 F^T Y / n` of centered data.
 
     Args:
-      moments: of all batches, merged.
       ridge: > 0, in squared feature units (it is added to the features' variance); the bias is not
         penalized. The solution is differentiable in it.
 
@@ -118,9 +112,6 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
       The projection; it does not depend on the scale of the weights. Without examples, the kernel
       and the bias are 0. NaN if the features' squares or the ridge overflow, and possibly if the
       ridge is below the rounding of the largest variance while features depend on each other.
-
-    Raises:
-      ValueError: if a concrete `ridge` is not positive.
     """
     _checks.positive(ridge=ridge)
     n = jnp.where(moments.weight != 0, moments.weight, 1)
@@ -156,11 +147,7 @@ def fit(
 
 
 def apply(projection: Projection, features: Array) -> Array:
-    """`f w + b`: `[B, ...] -> [B, K]`.
-
-    Raises:
-      ValueError: if the features' width is not the projection's.
-    """
+    """`f w + b`: `[B, ...] -> [B, K]`."""
     f = _numerics.batch_flat(features)
     if f.shape[1] != projection.kernel.shape[0]:
         raise ValueError(
@@ -177,12 +164,6 @@ def fold(projection: Projection, kernel: Array, bias: Array | None = None) -> Pr
       projection: `[D, K]` map of the layer's outputs.
       kernel: `[H, D]`, the layer.
       bias: `[D]` or None.
-
-    Returns:
-      The single layer `[H, K]` with the same outputs.
-
-    Raises:
-      ValueError: if the widths do not match.
     """
     if kernel.ndim != 2 or kernel.shape[1] != projection.kernel.shape[0]:
         raise ValueError(

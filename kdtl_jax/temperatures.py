@@ -14,6 +14,9 @@ including optax's, and nothing recompiles:
 The step is part of the state, so a resumed run continues its schedules. The learned temperature of
 CTKD is an extra parameter, among the connectors (`inputs.connectors`); its gradient is reversed, so
 the optimizer that minimizes the loss for the student maximizes it over the temperature.
+
+ValueError: shapes do not fit, or a number or label is out of its range. TypeError: an array is not
+floating point, or labels are not integers.
 """
 
 import jax
@@ -26,17 +29,11 @@ from kdtl_jax._types import Scalar, Schedule
 
 
 def reverse_gradient(x: Array, scale: Scalar = 1.0) -> Array:
-    """`x`, with its gradient multiplied by `-scale`.
+    """`x`, bit-identical, with its gradient multiplied by `-scale`.
 
     Args:
       x: any floating point array.
       scale: the strength of the reversal, possibly traced; 0 stops the gradient.
-
-    Returns:
-      `x`, bit-identical.
-
-    Raises:
-      TypeError: if x is not floating point.
 
     References:
       Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, 2015 (1409.7495).
@@ -72,10 +69,6 @@ def learned_temperature(
     Returns:
       The temperature, in `(start, start + span)`, of the parameter's shape.
 
-    Raises:
-      ValueError: if start or span is not positive.
-      TypeError: if the parameter is not floating point.
-
     References:
       Li et al., Curriculum Temperature for Knowledge Distillation, 2022 (2211.16231). The
       published code's initial g = 1 gives 15.62.
@@ -96,9 +89,6 @@ def adversarial_ramp(steps: int, *, strength: float = 1.0) -> Schedule:
     Args:
       steps: length of the ramp; the paper's is 10 epochs.
       strength: the value it reaches.
-
-    Raises:
-      ValueError: if steps is not positive.
     """
     _checks.scalar(strength=strength)
     _checks.finite(strength=strength)
@@ -122,18 +112,13 @@ def fit_logit_scale(
     `log s`).
 
     Args:
-      logits: `[N, C]`, on held-out *source* samples.
-      labels: int `[N]`.
+      logits: `[N, C]`, on held-out *source* samples, with int `[N]` labels; `where`, bool `[N]`,
+        marks the samples to include.
       low: smallest scale considered; the result if confidence is uninformative.
       high: largest scale considered; the result if every sample is correct.
-      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`; NaN if a logit is NaN, a traced label is out of range, or no sample is included.
-
-    Raises:
-      ValueError: if shapes do not fit, labels are out of range, or low is above high.
-      TypeError: if the logits are not floating point or the labels are not integers.
 
     References:
       Guo et al., On Calibration of Modern Neural Networks, 2017 (1706.04599).

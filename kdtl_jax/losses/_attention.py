@@ -165,7 +165,7 @@ def _heads(x: Array, heads: int) -> Array:
 
 
 def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """TinyBERT's map `g(m) = m N / M` for m = 0..M, where layer 0 is the embedding.
+    """TinyBERT's map `g(m) = m N / M` from M student layers to N; layer 0 is the embedding.
 
     Hidden state m learns from the teacher's hidden state `g(m)`; with attentions counted from 0,
     attention i learns from attention `g(i + 1) - 1`.
@@ -173,15 +173,10 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     >>> uniform_layers(4, 12)
     (0, 3, 6, 9, 12)
 
-    Args:
-      student_layers: M, a Python int (`[]`).
-      teacher_layers: N, a Python int (`[]`).
-
     Returns:
       `(g(0), ..., g(M))`: `[M + 1]` Python ints from 0 to N.
 
     Raises:
-      TypeError: if either is not an integer.
       ValueError: unless both are at least 1 and M divides N.
 
     References:

@@ -21,7 +21,7 @@ BLOCK_OF_HEAD = 2**21  # weights of a head that fit a CPU's last-level cache twi
 def gradient(
     loss_of: Callable[..., Array], product: Array, shared: Any, targets: PyTree, counts: Array
 ) -> tuple[Array, Array, Any]:
-    """A chunk's total `sum_i l(z_i, y_i)` and its gradient with respect to `product` and `shared`.
+    """A chunk's total `sum_i l(z_i, y_i)`, `[]`, and its gradients for `product` and `shared`.
 
     On a CPU it works on one block of rows at a time and writes each gradient over the logits it
     comes from: the loss passes a dozen times over its logits, and a block stays in the processor's
@@ -33,9 +33,6 @@ def gradient(
       shared: pytree of floating-point arrays that all rows share.
       targets: pytree of arrays `[n, *]`, constants.
       counts: bool `[n]`, rows that count.
-
-    Returns:
-      The total `[]` and its gradients with respect to `product` `[n, vocabulary]` and `shared`.
     """
 
     def at_once(product: Array, shared: Any, *constants: Any) -> tuple[Array, Array, Any]:
@@ -79,18 +76,11 @@ def gradient(
 
 
 def with_product(total: Array, rows: Array, by_product: Array) -> Array:
-    """`total + rows^T by_product`.
+    """`total + rows^T by_product`: `[n, width]` and `[n, vocabulary]` give `[width, vocabulary]`.
 
-    On a CPU, where no matrix product accumulates into an existing array, it works on one block of
-    columns at a time: the product to be added is never as large as the head.
-
-    Args:
-      total: `[width, vocabulary]`.
-      rows: `[n, width]`, hidden states.
-      by_product: `[n, vocabulary]`, their dtype.
-
-    Returns:
-      `[width, vocabulary]`, accumulated in the dtype of `total`.
+    Accumulated in the dtype of `total`. On a CPU, where no matrix product accumulates into an
+    existing array, it works on one block of columns at a time: the product to be added is never as
+    large as the head.
     """
 
     def add(total: Array, rows: Array, by_product: Array) -> Array:

@@ -7,8 +7,8 @@ unbiased one. Draws come from `q ~ p_T^exponent`; a drawn class has the weight `
     targets = losses.random_sampling_targets(teacher_logits, draws)
     loss = losses.random_sampling_cross_entropy(student_logits, targets)
 
-Arrays that are not floating point raise TypeError; shapes and ranges that do not fit raise
-ValueError.
+Logits are `[..., num_classes]`. Arrays that are not floating point raise TypeError; shapes and
+ranges that do not fit raise ValueError.
 
 References:
   Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs, 2025
@@ -42,8 +42,6 @@ def random_sampling_draws(
     """Classes drawn with replacement from `q ~ p_T^exponent`: int32 `[..., num_draws]`.
 
     Args:
-      key: a PRNG key.
-      teacher_logits: `[..., num_classes]`.
       num_draws: N; 50 draws from a language model contain about 12 distinct classes.
       exponent: >= 0; below 1 it draws rare classes more often.
     """
@@ -62,9 +60,7 @@ def random_sampling_targets(
     sum, they are the paper's weights, with less variance and a bias that vanishes as N grows.
 
     Args:
-      teacher_logits: `[..., num_classes]`.
       draws: int `[..., N]`, from `random_sampling_draws` with the same exponent.
-      exponent: of the draws.
 
     Returns:
       `WeightedClasses`; under `jit`, the weight of a class out of range is NaN.
@@ -88,7 +84,6 @@ def random_sampling_cross_entropy(
     """`-sum_n w_n log p_S(class_n)`; its mean over draws is `soft_cross_entropy` with the teacher.
 
     Args:
-      student_logits: `[..., num_classes]`.
       targets: indices out of range raise, or give NaN with gradient 0 under `jit`.
       temperature: softens the student, as the teacher was softened before the draws.
 

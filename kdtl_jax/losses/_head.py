@@ -73,45 +73,20 @@ def check_head(hidden: Array, head: Head) -> None:
 
 
 def product(hidden: Array, kernel: Array) -> Array:
-    """`h W`, with both factors in the dtype of the hidden states.
-
-    Args:
-      hidden: `[..., width]`.
-      kernel: `[width, vocabulary]`.
-
-    Returns:
-      `[..., vocabulary]`, accumulated in float32 or wider.
-    """
+    """`h W`, `[..., vocabulary]`: factors in the dtype of h, accumulated in float32 or wider."""
     dtype = _numerics.upcast(hidden).dtype
     return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype)
 
 
 def adapted(logits: Array, hidden: Array, delta: tuple[Array, Array] | None) -> Array:
-    """`h W + (h a) b`: the logits with the adapter's contribution.
-
-    Args:
-      logits: `h W`, `[..., vocabulary]`, float32 or wider.
-      hidden: `h`, `[..., width]`.
-      delta: `a [width, r]` and `b [r, vocabulary]`, or None.
-
-    Returns:
-      `[..., vocabulary]`, the dtype of the logits.
-    """
+    """`h W + (h a) b`: the logits `h W` with the adapter's contribution, in their dtype."""
     if delta is None:
         return logits
     return logits + product(product(hidden, delta[0]).astype(hidden.dtype), delta[1])
 
 
 def transformed(logits: Array, head: Head) -> Array:
-    """`z = scale (y + bias)`, and `softcap tanh(z / softcap)` if capped.
-
-    Args:
-      logits: `y = h W + h a b`, `[..., vocabulary]`, float32 or wider.
-      head: its `bias` `[vocabulary]`, `scale` and `softcap` are used.
-
-    Returns:
-      `[..., vocabulary]`, the dtype of the logits.
-    """
+    """`z = scale (y + bias)` of `y = h W + h a b`, and `softcap tanh(z / softcap)` if capped."""
     if head.bias is not None:
         bias = head.bias.astype(logits.dtype)
         logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)

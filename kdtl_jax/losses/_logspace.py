@@ -37,11 +37,8 @@ def soften(
     """Checks the arguments of a logit loss and returns `(z_S / T, z_T / T)`, float32 or wider.
 
     Logits and results are `[..., num_classes]`; `where` is bool of that shape. `per_example` holds
-    further hyper-parameters, each a scalar or one value per example.
-
-    Raises:
-      TypeError: if logits are not floating point, or `where` is not bool.
-      ValueError: if shapes do not fit, there are fewer than two classes, or `temperature <= 0`.
+    further hyper-parameters, each a scalar or one value per example. Errors are those of
+    `forward_kl`.
     """
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     _checks.floating(**logits)
@@ -93,15 +90,9 @@ def compare(
 
 
 def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
-    """`log sum_i exp(x_i)` over one axis; -inf, with gradient 0, over nothing.
+    """`log sum_i exp(x_i)` over one axis, in the dtype of x; -inf, with gradient 0, over nothing.
 
-    Args:
-      x: `[..., n, ...]`, floating point; -inf marks an absent entry.
-      where: bool, broadcast to `x`, entries to include.
-      axis: of the sum, the last by default.
-
-    Returns:
-      The shape of `x` without `axis`, its dtype.
+    An entry of -inf is absent; `where`, bool, broadcasts to x and marks the entries to include.
     """
     present = x != -jnp.inf
     if where is not None:
@@ -117,15 +108,7 @@ def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
 
 
 def cross_entropy(log_p: Array, log_q: Array) -> Array:
-    """`-sum p log q` over the last axis, with `0 log 0 = 0`; +inf if q lacks a class of p.
-
-    Args:
-      log_p: `[..., num_classes]` log-probabilities, -inf of an absent class.
-      log_q: the same shape.
-
-    Returns:
-      `[...]`, nats.
-    """
+    """`-sum p log q` over the last axis, with `0 log 0 = 0`; +inf if q lacks a class of p."""
     return minus_mean_log(jnp.exp(log_p), log_p != -jnp.inf, log_q)
 
 

@@ -8,7 +8,7 @@
 | `top_k_kl_truncated` | as it is | full | may be negative |
 | `top_k_kl_sampled` | one sampled class | full | variance |
 
-What all losses here share: `student_logits` are `[..., num_classes]`, softened by `temperature`;
+What all functions here share: logits are `[..., num_classes]`, softened by `temperature`;
 `targets`, from `top_k_targets` or `stored_top_k`, are the teacher's k classes, made at the same
 temperature, which is a scalar or one value per example. The result is `[...]`, in nats unless
 stated otherwise, float32 or wider. Shapes that do not fit and concrete indices out of range raise
@@ -43,7 +43,6 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     """The k most likely classes of a dense teacher.
 
     Args:
-      teacher_logits: `[..., num_classes]`.
       k: 1 to num_classes.
       temperature: softens the teacher before the cut; use the same for the student.
 
@@ -66,7 +65,6 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
     In chunks: `chunked_map(top_k_at, teacher_hidden, teacher_head, indices)`.
 
     Args:
-      teacher_logits: `[..., num_classes]`.
       indices: int `[..., k]`, all different within a row.
       temperature: softens the teacher; use the same for the student.
 
@@ -306,9 +304,6 @@ def check_targets(
 
     `[..., num_classes]` logits and targets `[..., k]` give `[..., num_classes]`, targets of the
     same shapes, and bool `[...]`.
-
-    Raises:
-      ValueError: if the targets do not have the student's leading dimensions.
     """
     student, _ = _logspace.soften(student_logits, student_logits, temperature)
     classes = student.shape[-1]

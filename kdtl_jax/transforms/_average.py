@@ -29,9 +29,9 @@ from kdtl_jax.transforms._leaves import Coefficient, Weights
 def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
     """`(1 - alpha) source + alpha target`, leaf by leaf; exact at 0 and 1.
 
+    For WiSE-FT, the source is the zero-shot model and the target the fine-tuned one.
+
     Args:
-      source: any pytree; for WiSE-FT, the zero-shot model.
-      target: the same structure and shapes; for WiSE-FT, the fine-tuned model.
       alpha: a number or traced scalar; a function `(path) -> number`; rules
         `[(selector, number), ...]`, where leaves that match no rule stay the source's; or a
         pytree prefix of numbers.
@@ -92,16 +92,14 @@ def greedy_soup(
 ) -> tuple[Params, list[int]]:
     """Averages models greedily, best first, keeping each that does not lower the score.
 
-    Runs on the host: `score` is called `2 N - 1` times, once for every model and trial soup.
+    Runs on the host: `score` is called `2 N - 1` times, once for every model and trial soup. If no
+    score is finite, it raises ValueError.
 
     Args:
       score: higher is better, usually accuracy on held-out data; a non-finite score never wins.
 
     Returns:
       `(soup, indices)`: the averaged parameters, and the models in it in the order they were added.
-
-    Raises:
-      ValueError: if names or shapes differ, or no model's score is finite.
 
     References:
       Wortsman et al., Model soups, 2022 (2203.05482), recipe 1.
@@ -135,9 +133,6 @@ def ema(shadow: Params, params: Params, *, decay: Scalar = 0.999) -> Params:
       params: the same structure and shapes; dtypes may differ.
       decay: a number or traced scalar in `[0, 1]`.
 
-    Returns:
-      The new shadow, with the old one's dtypes and non-inexact leaves.
-
     References:
       Tarvainen and Valpola, Mean teachers are better role models, 2017 (1703.01780).
     """
@@ -147,11 +142,7 @@ def ema(shadow: Params, params: Params, *, decay: Scalar = 0.999) -> Params:
 
 
 def task_vector(finetuned: Params, base: Params) -> PyTree:
-    """`theta - theta_0`, float32 or wider.
-
-    Args:
-      finetuned: parameters after fine-tuning.
-      base: parameters before; the same structure and shapes.
+    """`theta - theta_0`, after and before fine-tuning; float32 or wider.
 
     References:
       Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).
@@ -176,7 +167,6 @@ def apply_task_vectors(
     A negative weight forgets a task. For mergekit's `normalize`, divide the weights by their sum.
 
     Args:
-      base: parameters to start from.
       weights: 1 each when None, else one per task vector as in `weighted_sum`.
       scale: lambda: a number, traced scalar, or anything that gives one number per leaf; leaves
         that match no rule stay the base's.

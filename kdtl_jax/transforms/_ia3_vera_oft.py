@@ -146,9 +146,6 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
       The adapter; weights are `{path: RotationWeights}`. `combine` adds the skew matrices, which
       is exact for one member and approximate for several, even if they rotate the same planes.
 
-    Raises:
-      ValueError: if a selected leaf lacks the axes, or its inputs do not divide into blocks.
-
     References:
       Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, 2023
       (2306.07280). PEFT's default is a truncated Neumann series of this R; its exact branch is

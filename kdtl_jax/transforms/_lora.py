@@ -1,4 +1,7 @@
-"""LoRA and DoRA: low-rank additions to kernels, and their exact combination."""
+"""LoRA and DoRA: low-rank additions to kernels, and their exact combination.
+
+ValueError: a rank is below 1, or a selected leaf lacks the axes.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -69,9 +72,6 @@ def lora(
       The adapter; weights are `{path: LoraWeights}`. `combine(members, weights=None, *, rank=None)`
       concatenates ranks, which is exact: the result adds `sum_i w_i s_i a_i b_i`. With `rank`, the
       sum is then cut to its best approximation of that rank.
-
-    Raises:
-      ValueError: if the rank is below 1, or a selected leaf lacks the axes.
 
     References:
       Hu et al., LoRA, 2021 (2106.09685).

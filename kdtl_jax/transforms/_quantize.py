@@ -10,7 +10,8 @@ dtype. Kernels are `[..., in, out]`: a scale is shared along `axis=-2`, by all i
 channel or by groups of them (the last group may be shorter). A block of zeros stays zero.
 
 The gradient is that of the identity, and 0 where a given `amax` clips a weight. Scales are treated
-as constants.
+as constants. ValueError: bits outside 2..16, or a group or block below 1. TypeError: a weight that
+is not floating point.
 """
 
 from collections.abc import Callable
@@ -36,9 +37,6 @@ def fake_quantize(
     Args:
       quantizer: `weight -> weight` of the same shape and dtype, e.g. `int_per_channel`, `nvfp4`.
       where: the weights to quantize: usually kernels, not norms and biases.
-
-    Returns:
-      The tree with rounded weights, with straight-through gradients.
 
     Raises:
       ValueError: if `where` matches nothing, a selected leaf holds quantized integer codes, or the
@@ -80,10 +78,6 @@ def int_per_channel(
         an amax of at most 2^-24 becomes zero.
       narrow: if true, codes are -M to M; otherwise -M - 1 is a code too.
 
-    Raises:
-      TypeError: if the weight is not floating point, or `bits` is not an integer.
-      ValueError: if `bits` is outside 2..16.
-
     References:
       Wu et al., Integer Quantization for Deep Learning Inference, 2020 (2004.09602);
       Model-Optimizer's `FakeTensorQuantFunction`.
@@ -109,9 +103,6 @@ def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = 
     """`int_per_channel` with one scale per `group` consecutive inputs of a channel.
 
     The weight is `[..., in, out]`, with inputs along `axis`; the result has its shape and dtype.
-
-    Raises:
-      ValueError: if `bits` is outside 2 to 16, or `group` is below 1.
 
     References:
       Lin et al., AWQ, 2023 (2306.00978), without its rescaling.

@@ -28,14 +28,9 @@ class Cut(NamedTuple):
 def largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any = jnp.float32) -> Cut:
     """The cut that takes the `count` largest entries of all leaves that `read()` yields.
 
-    Args:
-      read: called once per 16 bits of `dtype`; must yield the same leaves every time, which may be
-        read from a file one after another.
-      count: how many entries to take, at most their number; may be traced.
-      dtype: float32 or float64, in which entries are ranked. NaN comes last.
-
-    Returns:
-      The cut, for `select`.
+    `read` is called once per 16 bits of `dtype` (float32 or float64, in which entries are ranked)
+    and must yield the same leaves every time, which may be read from a file one after another.
+    `count`, at most the number of entries, may be traced. NaN comes last.
     """
     bits = 8 * jnp.dtype(dtype).itemsize
     threshold, remaining = jnp.zeros((), f"uint{bits}"), jnp.asarray(count, int)
@@ -48,15 +43,9 @@ def largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any = jnp.fl
 
 
 def select(x: Array, cut: Cut, before: Any = 0) -> tuple[Array, Array]:
-    """Marks the entries of a leaf that a cut takes.
+    """Marks the entries of a ranked leaf that a cut takes; also returns `before` for the next leaf.
 
-    Args:
-      x: one of the ranked leaves.
-      cut: from `largest`.
-      before: how many entries equal to the threshold came in earlier leaves.
-
-    Returns:
-      `(mask, before)`: bool of the leaf's shape, and `before` for the next leaf.
+    `before` is how many entries equal to the threshold came in earlier leaves.
     """
     before = jnp.asarray(before, cut.equal.dtype)
     return _select(x, cut.threshold, cut.equal, before)

@@ -9,12 +9,7 @@ Rename = Sequence[tuple[str, str | None]] | Callable[[str], str | Sequence[str] 
 
 
 def destinations(names: Sequence[str], rename: Rename) -> dict[str, tuple[str, ...]]:
-    """`{source path: target paths}`; a dropped leaf has none.
-
-    Raises:
-      ValueError: if two source leaves get the same target path, a rule is never used or is not a
-        regular expression, or the rules form a cycle.
-    """
+    """`{source path: target paths}`; a dropped leaf has none. Raises ValueError for wrong rules."""
     if callable(rename):
         targets_by_source = {name: _as_paths(name, rename(name)) for name in names}
     else:

@@ -57,9 +57,6 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
         array, or equal arrays that are not all zero) counted once.
       density: share to keep, in `[0, 1]`; the paper's top-k percent.
 
-    Raises:
-      ValueError: if the density is outside `[0, 1]`, or a leaf holds quantized codes.
-
     References:
       Yadav et al., TIES-Merging, 2023 (2306.01708), step 1.
     """
@@ -99,11 +96,7 @@ def magnitude_cut(
     Args:
       read: called once per 16 bits of `dtype`; must yield the same leaves every time, which may be
         read from a file one after another.
-      count: how many entries to keep, at most their number.
       dtype: float32 or float64, in which magnitudes are ranked. NaN comes last.
-
-    Returns:
-      The cut, for `trim_to_cut`.
     """
     return _ranking.largest(lambda: map(jnp.abs, read()), count, dtype)
 
@@ -113,7 +106,6 @@ def trim_to_cut(leaf: Array, cut: _ranking.Cut, before: Any = 0) -> tuple[Array,
 
     Args:
       leaf: one of the leaves the cut was made for, of any shape.
-      cut: from `magnitude_cut`.
       before: how many entries equal to the threshold came in earlier leaves.
 
     Returns:
@@ -171,7 +163,6 @@ def dare(
     Args:
       density: probability of keeping an entry, in (0, 1], the paper's 1 - p; a number, traced
         scalar, or one number per leaf; leaves that match no rule are kept whole.
-      block: number of the leaves' first block; 0 for whole leaves.
 
     References:
       Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales like this;
@@ -252,8 +243,6 @@ def della(
 
     Args:
       density: mean probability of keeping an entry, as in `della_probabilities`.
-      epsilon: half the spread of the probabilities.
-      block: number of the leaves' first block; 0 for whole leaves.
 
     Returns:
       A tree of the same structure and dtypes; unbiased over keys where probabilities are > 0.
@@ -322,8 +311,6 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
     draws as in `dare`; inside a loss, only ties made there are recognized.
 
     Args:
-      params: parameters being trained.
-      source: pretrained parameters; the same structure and shapes.
       rate: probability of taking the source's entry, in `[0, 1)`; 0 returns `params`.
 
     References:

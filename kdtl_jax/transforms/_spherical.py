@@ -137,7 +137,6 @@ def model_stock(
     base is kept.
 
     Args:
-      models: fine-tuned models, two or more.
       axis: None treats a leaf as one vector; otherwise the axis along which its rows run, each
         row with its own ratio (leaves of fewer axes are one vector).
       floor: `c` divides by the product of two lengths, or by this if it is larger (squared units of

@@ -33,7 +33,6 @@ def fisher_merge(
 
     Args:
       fishers: their diagonal Fisher information (`fisher.true_fisher`), of equal shapes.
-      weights: one per model; None for 1 each.
       floor: smallest Fisher information, >= 0, in its own unit (squared loss per squared weight):
         an entry below it in all models is averaged; the paper's code uses 1e-6.
 
@@ -128,11 +127,6 @@ def regmean_kernel(
       kernels: per model, a function that yields the blocks of its kernel `[..., in, out]`, rows
         along the axis `in`, all in one dtype.
       grams: per model, the same for its Gram matrix `[..., in, in]`.
-      shrink: see `regmean`.
-      ridge: see `regmean`.
-
-    Returns:
-      The merged kernel `[..., in, out]`.
     """
     diagonals = [_diagonal(gram) for gram in grams]
     shrinkage = _numerics.scalar(shrink, diagonals[0], "shrink")

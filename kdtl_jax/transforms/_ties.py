@@ -74,9 +74,6 @@ def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None
 
     Returns:
       A tree of +1 and -1, float32 or wider.
-
-    Raises:
-      ValueError: if the trees differ in structure or shapes, or `majority` is not a finite scalar.
     """
     if majority is None:
         majority = jnp.where(jnp.asarray(sign_balance(task_vectors)) >= 0, 1, -1)
@@ -124,9 +121,6 @@ def disjoint_merge(
       signs: the elected signs, +1 and -1.
       divisor: `m -> [...]`, from bools `[N, ...]`; `agreeing_count` when None (the paper's mean),
         `agreeing_weight(w)`, or `undivided`. Where it is 0, the sum is not divided.
-
-    Returns:
-      The merged task vector, float32 or wider.
     """
     trees_by_name = {"signs": signs} | _leaves.name_members("task_vectors", task_vectors)
     by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), task_vectors[0])
