@@ -10,8 +10,8 @@ mixed with a real row, and padded rows are unchanged.
 Everything runs inside `jit`, on the device.
 
 TypeError: rows are not integers, mixed arrays are not floating point, or the mask is not bool.
-ValueError: shapes do not fit (images are `[B, H, W, C]`, with one key each), or a probability, a
-padding or an alpha is out of its range.
+ValueError: shapes do not fit (images are `[B, H, W, C]`, with one key each, and targets `[B, K]`),
+or a probability, a padding or an alpha is out of its range.
 """
 
 import jax
@@ -25,7 +25,6 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
     """Makes keys `[B]`, `fold_in(fold_in(key, epoch), row)`, one per example and epoch.
 
     Args:
-      key: typed PRNG key, the augmentation's seed.
       epoch: the epoch, which selects the view of the data.
       rows: int `[B]`, the examples' rows in the data set.
     """
@@ -37,11 +36,7 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
 
 
 def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Array:
-    """Flips each image horizontally with the given probability.
-
-    Args:
-      probability: in `[0, 1]`.
-    """
+    """Flips each image horizontally with the given probability."""
     _check_images(keys, images)
     _checks.scalar(probability=probability)
     _checks.within(0, 1, probability=probability)
@@ -80,10 +75,6 @@ def mixup(
     Args:
       inputs: `[B, ...]`, floating point.
       targets: `[B, K]` class probabilities (`jax.nn.one_hot`, `optax.smooth_labels`).
-      alpha: parameter of the Beta distribution, > 0.
-
-    Returns:
-      The mixed inputs and targets.
 
     References:
       Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018.
@@ -109,13 +100,6 @@ def cutmix(
 
     The box has sides `sqrt(1 - l)` times the image's, with `l ~ Beta(alpha, alpha)`, and a
     uniformly drawn center. It is clipped at the border, and targets use the area actually pasted.
-
-    Args:
-      targets: `[B, K]` class probabilities.
-      alpha: parameter of the Beta distribution, > 0.
-
-    Returns:
-      The mixed images and targets.
 
     References:
       Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, ICCV 2019.

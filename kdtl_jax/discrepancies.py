@@ -36,13 +36,11 @@ def bss(features: Array, *, k: int = 1, where: Array | None = None) -> Array:
 
     Args:
       features: `[B, D]`, before the head.
-      k: how many of the `min(B, D)` values to sum, from the smallest; `B` counts real examples.
+      k: how many of the `min(B, D)` values to sum, from the smallest, at least 1; `B` counts real
+        examples.
 
     Returns:
       `[]`; TLL's number (with weight 1e-3 there), not divided by B.
-
-    Raises:
-      ValueError: if k does not lie in `1..min(B, D)`.
 
     References:
       Chen et al., Catastrophic Forgetting Meets Negative Transfer, NeurIPS 2019.
@@ -212,7 +210,6 @@ def mcc(
 
     Args:
       logits: `[B, C]` on the unlabeled target batch.
-      temperature: softens the distributions.
       example_weights: `[B]`, usually `stop_gradient(entropy_weights(logits))`; None for 1 each.
 
     Returns:

@@ -228,10 +228,6 @@ def _check_batch(
 def queue_init(key: Array, size: int, width: int) -> Queue:
     """A queue of random unit rows, for losses over the last `size` embeddings.
 
-    Args:
-      size: K.
-      width: D of the embeddings.
-
     Returns:
       A `Queue` of rows `[K, D]`, float32, the pointer at 0.
     """

@@ -42,10 +42,12 @@ def param_dtype(x: Any) -> Any:
     return jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
 
 
-def _he(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """He initialization: normal with variance `2 / fan_in`."""
+def _init_affine(key: Array, shape: tuple[int, ...], dtype: Any, bias: bool) -> Params:
+    """He initialization: a normal kernel with variance `2 / fan_in`, and a bias of 0."""
     _checks.key(key=key)
-    return jax.random.normal(key, shape, dtype) * math.sqrt(2 / math.prod(shape[:-1]))
+    scale = math.sqrt(2 / math.prod(shape[:-1]))
+    params = {"kernel": jax.random.normal(key, shape, dtype) * scale}
+    return params | ({"bias": jnp.zeros(shape[-1:], dtype)} if bias else {})
 
 
 def _without_params(apply: Callable[[Any], Any]) -> Connector:
@@ -129,8 +131,7 @@ def linear(features: int, *, bias: bool = True) -> Connector:
 
     def init(key: Array, x: Any) -> Params:
         floating(x)
-        params = {"kernel": _he(key, (x.shape[-1], features), param_dtype(x))}
-        return params | ({"bias": jnp.zeros((features,), param_dtype(x))} if bias else {})
+        return _init_affine(key, (x.shape[-1], features), param_dtype(x), bias)
 
     def apply(params: Params, x: Array, *, where: Array | None = None) -> Array:
         check_params(params, "kernel")
@@ -155,7 +156,6 @@ def conv(
     """A `kernel x kernel` convolution of `[B, H, W, C]`, with zero padding on every side.
 
     `padding` defaults to `kernel // 2`, as in torch; note that "SAME" pads differently at stride 2.
-
     """
     _checks.count(1, features=features, kernel=kernel, stride=stride)
     edge = kernel // 2 if padding is None else padding
@@ -163,8 +163,8 @@ def conv(
 
     def init(key: Array, x: Any) -> Params:
         floating(feature_map(x))
-        params = {"kernel": _he(key, (kernel, kernel, x.shape[-1], features), param_dtype(x))}
-        return params | ({"bias": jnp.zeros((features,), param_dtype(x))} if bias else {})
+        shape = (kernel, kernel, x.shape[-1], features)
+        return _init_affine(key, shape, param_dtype(x), bias)
 
     def apply(params: Params, x: Array, *, where: Array | None = None) -> Array:
         check_params(params, "kernel")

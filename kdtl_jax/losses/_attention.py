@@ -1,10 +1,10 @@
 """Transformers: attention scores by KL or MSE, relations between tokens, Gram matrices of states.
 
-All take float arrays, student first. Values are per token (per query), `[B, L]`, averaged over
-heads, in float32 or wider; KLs are in nats. `where` (bool `[B, L]`) marks real tokens: other tokens
-are never keys, and their values as queries are 0. To compare states token by token, use
-`last_axis_mse` or `cosine_distance`; the objective averages over real tokens (`Masked(values,
-where)`).
+All take float arrays, student first: attention scores `[B, heads, L, L]` before the softmax, where
+-inf masks a key, or hidden states. Values are per token (per query), `[B, L]`, averaged over heads,
+in float32 or wider; KLs are in nats. `where` (bool `[B, L]`) marks real tokens: other tokens are
+never keys, and their values as queries are 0. To compare states token by token, use `last_axis_mse`
+or `cosine_distance`; the objective averages over real tokens (`Masked(values, where)`).
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, or an array is empty.
 """
@@ -24,9 +24,6 @@ def attention_mse(student: Array, teacher: Array, *, where: Array | None = None)
     Keys that either model masks with -inf contribute a difference of 0 and stay in the mean, as in
     TinyBERT's code. The mean over everything is TinyBERT's term; TextBrewer's masked form weights a
     query of example b by its number of real keys.
-
-    Args:
-      student: `[B, heads, L, L]`.
 
     Returns:
       `[B, L]`, squared score units.
@@ -51,9 +48,6 @@ def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) 
 
     TextBrewer's `att_ce_loss` is the cross-entropy form: it adds the teacher's entropy, a
     constant (and takes both softmaxes over padding too).
-
-    Args:
-      student: `[B, heads, L, L]`, scores before the softmax; -inf masks a key.
 
     References:
       Wang et al., MiniLM, 2020 (2002.10957), whose first term this is.
@@ -97,9 +91,6 @@ def minilm_relation(
       student: two arrays `[B, L, Ds]`: queries and keys, or either of them twice.
       teacher: two arrays `[B, L, Dt]`.
       relation_heads: A, a divisor of both widths.
-
-    Raises:
-      ValueError: if shapes do not fit or `relation_heads` does not divide a width.
 
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).

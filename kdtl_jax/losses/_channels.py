@@ -183,9 +183,6 @@ def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> 
       teacher: the same number of maps with the same `C_l`; positions may differ.
       k: singular vectors per layer.
 
-    Raises:
-      ValueError: if the numbers of maps, batches or channels differ, or there is only one map.
-
     References:
       Lee, Kim and Song, Self-supervised Knowledge Distillation Using Singular Value
       Decomposition, 2018 (1807.06819).

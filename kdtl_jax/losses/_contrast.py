@@ -3,7 +3,7 @@
 The others come from the rest of the batch, a memory bank or a queue; the last two are values of
 `kdtl_jax.memory` that the step carries. All take float arrays, embeddings of one shape `[B, ...]`
 that are flattened per example and normalized here unless stated otherwise, and return `[B]`, in
-nats, float32 or wider.
+nats, float32 or wider. Labels are int `[B]`. Temperatures are > 0 and may be learned.
 
 `where` (bool `[B]`) marks the real examples. The others have the value 0 and serve as neither
 positives nor negatives, so a padded batch gives the same numbers as its real rows alone.
@@ -67,9 +67,6 @@ def info_nce(
 
     `.mean()` is the contrastive part of DCD (whose `1 / T` is learned, `min(exp(tau), 10)`).
 
-    Args:
-      temperature: T > 0, possibly learned.
-
     Returns:
       `[B]`, nats, at least 0; 0 for a batch of one.
 
@@ -88,9 +85,6 @@ def dcd_invariance(
 
     Compares how the teacher of example i sees the students with how its student sees the teachers;
     both sides are differentiated. DCD is `info_nce + .5 dcd_invariance`.
-
-    Args:
-      temperature: T > 0, possibly learned.
 
     References:
       Giakoumoglou and Stathaki, Discriminative and Consistent Representation Distillation, 2024
@@ -127,8 +121,7 @@ def rrd(
 
     Args:
       queue: `[K, D]`, unit rows, `memory.Queue.rows`.
-      student_temperature: T_S > 0.
-      teacher_temperature: T_T > 0, smaller: a sharper target.
+      teacher_temperature: T_T, smaller than T_S: a sharper target.
 
     References:
       Giakoumoglou and Stathaki, Relational Representation Distillation, 2024 (2407.12073).
@@ -168,10 +161,8 @@ def bi_tuning_classifier(
 
     Args:
       features: `[B, D]`, before the head.
-      labels: int `[B]`.
       class_weights: the head's kernel `[D, C]`; the published code holds it constant here.
       class_bias: the head's bias `[C]`.
-      temperature: of the cosine scores.
 
     References:
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its contrastive
@@ -208,14 +199,12 @@ def bi_tuning_projection(
       queries: `[B, P]` projections of the model being trained; normalized here.
       keys: `[B, P]` projections of the momentum model, or of another view.
       labels: int `[B]`, from 0, for any number of classes.
-      temperature: of the cosine scores.
 
     References:
       Zhong et al., 2020 (2011.06182), its categorical contrastive learning.
     """
-    _checks.same_shape(queries=queries, keys=keys)
-    _checks.floating(queries=queries, keys=keys)
-    queries, keys = _sides.zero_masked(where, *_sides.same_shape(queries, keys, at_most=2))
+    sides = _sides.same_shape(queries, keys, at_most=2, names=("queries", "keys"))
+    queries, keys = _sides.zero_masked(where, *sides)
     any_class = jnp.iinfo(jnp.int32).max  # only a negative label is certainly invalid
     as_logits = jax.ShapeDtypeStruct((len(queries), any_class), queries.dtype)
     _checks.labels(labels, as_logits, where)
@@ -241,7 +230,6 @@ def uniform_contrast(
     Args:
       scores: `[B, M]`, one row per anchor, over M candidates.
       positives: bool `[B, M]`.
-      temperature: divides the scores.
       where: bool `[B, M]`, candidates to include.
     """
     scores = _sides.single(scores, "scores", at_least=2, at_most=2)

@@ -27,7 +27,7 @@ def ega_edge(student: Array, teacher: Array, *, where: Array | None = None) -> A
       Ma, Chen and Akata, Distilling Knowledge from Self-Supervised Teacher by Embedding Graph
       Alignment, 2022 (2211.13264).
     """
-    s, t = (_unit_features(x) for x in _flat(student, teacher, where))
+    s, t = map(_unit_features, _sides.flat(where, *_sides.same_shape(student, teacher)))
     return jnp.sum(jnp.square(_numerics.gram(s, s) - _numerics.gram(t, t)), axis=-1)
 
 
@@ -42,7 +42,7 @@ def ega_node(student: Array, teacher: Array, *, where: Array | None = None) -> A
     References:
       Ma, Chen and Akata, 2022 (2211.13264).
     """
-    s, t = (_unit_features(x) for x in _flat(student, teacher, where))
+    s, t = map(_unit_features, _sides.flat(where, *_sides.same_shape(student, teacher)))
     difference = _numerics.gram(t, s) - jnp.eye(len(s), dtype=s.dtype)
     return _numerics.kept(jnp.sum(jnp.square(difference), axis=-1), where)
 
@@ -64,8 +64,8 @@ def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -
       Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, 2022
       (2112.00459).
     """
-    sides = (_numerics.batch_flat(side) for side in _sides.same_batch(student, teacher))
-    units = (_numerics.normalize(side) for side in _sides.zero_masked(where, *sides))
+    sides = _sides.flat(where, *_sides.same_batch(student, teacher))
+    units = (_numerics.normalize(side) for side in sides)
     gram_s, gram_t = (_numerics.gram(unit, unit) for unit in units)
     self_information, shared_information = _trace_one(gram_s), _trace_one(gram_s * gram_t)
     return jnp.sum(jnp.square(self_information) - jnp.square(shared_information), axis=-1)
@@ -112,12 +112,9 @@ def pkd_pearson(
     Args:
       student: `[B, ..., C]`.
       teacher: the same shape (resize the smaller map bilinearly, `connectors.resize_bilinear`).
-      ddof: the variance divides by `n - ddof`.
+      ddof: the variance divides by `n - ddof`, which must be positive.
       eps: added to the standard deviation, in feature units; the authors' constant. With `eps=0`
         the value does not depend on the features' scale (1e-18 to 1e18).
-
-    Raises:
-      ValueError: if there are no more than `ddof` positions.
 
     References:
       Cao et al., PKD: General Distillation Framework for Object Detectors via Pearson Correlation
@@ -194,8 +191,3 @@ def ridge_hint(
 def _unit_features(x: Array) -> Array:
     """Each example centered over its features, of unit length."""
     return _numerics.normalize(x - jnp.mean(x, axis=1, keepdims=True), axis=1)
-
-
-def _flat(student: Array, teacher: Array, where: Array | None) -> tuple[Array, ...]:
-    student, teacher = _sides.same_shape(student, teacher)
-    return _sides.zero_masked(where, _numerics.batch_flat(student), _numerics.batch_flat(teacher))

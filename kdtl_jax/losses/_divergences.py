@@ -177,9 +177,6 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
     `softmax(gamma z)`, which does not underflow. Not zero at equality unless gamma is 1. `.mean()`
     is the authors' number.
 
-    Args:
-      gamma: exponent of the teacher's probabilities, > 0.
-
     References:
       Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, 2024
       (2402.11148).
@@ -194,9 +191,6 @@ def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -
     """Weighted TTM: `(sum_c p_T^gamma) KL(softmax(gamma z_T) || softmax(z_S))`, gamma > 0.
 
     For gamma < 1 the weight, up to `num_classes^(1 - gamma)`, grows with the teacher's smoothness.
-
-    Args:
-      gamma: exponent of the teacher's probabilities, > 0.
 
     References:
       Zheng and Yang, 2024 (2402.11148). `.mean()` is the authors' number.

@@ -142,10 +142,7 @@ def teacher_bounded(
     _checks.non_negative(margin=margin)
     _checks.same_shape(student=student, teacher=teacher, targets=targets)
     _checks.floating(student=student, teacher=teacher, targets=targets)
-    student_error, teacher_error = (
-        mse(student, targets, where=where),
-        mse(teacher, targets, where=where),
-    )
+    student_error, teacher_error = (mse(x, targets, where=where) for x in (student, teacher))
     is_near = student_error + _numerics.scalar(margin, student_error, "margin") <= teacher_error
     return jnp.where(is_near, 0, jnp.where(jnp.isnan(teacher_error), teacher_error, student_error))
 
@@ -203,14 +200,12 @@ def margin_mse(student_scores: Array, teacher_scores: Array) -> Array:
       Hofstätter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
       Distillation, 2020 (2010.02666).
     """
-    scores = {"student_scores": student_scores, "teacher_scores": teacher_scores}
-    _checks.floating(**scores)
-    _checks.same_shape(**scores)
-    _checks.rank(1, student_scores=student_scores)
-    _checks.nonempty(student_scores=student_scores)
-    if jnp.shape(student_scores)[-1] < 2:
-        raise ValueError(f"a margin needs two scores, got {_checks.described(**scores)}.")
-    differences = _numerics.upcast(student_scores) - _numerics.upcast(teacher_scores)
+    names = "student_scores", "teacher_scores"
+    student, teacher = _sides.same_shape(student_scores, teacher_scores, at_least=1, names=names)
+    if student.shape[-1] < 2:
+        shapes = _checks.described(student_scores=student, teacher_scores=teacher)
+        raise ValueError(f"a margin needs two scores, got {shapes}.")
+    differences = student - teacher
     return jnp.mean(jnp.square(differences[..., :1] - differences[..., 1:]), axis=-1)
 
 
@@ -350,7 +345,8 @@ def ofd_margin(bn_scale: Array, bn_offset: Array) -> Array:
     References:
       Heo et al., A Comprehensive Overhaul of Feature Distillation, 2019 (1904.01866).
     """
-    scale, offset = _sides.same_shape(bn_scale, bn_offset, at_least=1, at_most=1)
+    names = "bn_scale", "bn_offset"
+    scale, offset = _sides.same_shape(bn_scale, bn_offset, at_least=1, at_most=1, names=names)
     sigma = jnp.abs(scale)
     flat = sigma == 0  # a constant channel: its conditional mean is its value, or undefined
     ratio = offset / jnp.where(flat, 1, sigma)

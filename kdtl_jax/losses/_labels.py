@@ -134,18 +134,12 @@ def wsld_weight(
 def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
     """`p(y)^2 + 1 - mean_b p(y)^2`: USKD's weight for the label's cross-entropy, a constant there.
 
+    `[B, num_classes]` logits, `[B]` labels and values; the mean is over the examples that count.
+
     USKD distills without a teacher. In addition to the weighted cross-entropy, it has `beta` (0.1)
     times the `soft_cross_entropy` of the student's `non_target_logits` with `zipf_targets`, and
     `mu` (0.005) times the cross-entropy of a weak head on an early feature with smoothed labels
     (0.1).
-
-    Args:
-      student_logits: `[B, num_classes]`.
-      labels: `[B]`.
-      where: bool `[B]`, examples that count; the mean is over them.
-
-    Returns:
-      `[B]`.
 
     References:
       Yang et al., 2023 (2303.13005).
@@ -277,10 +271,8 @@ def mft_teacher(
     is_label = _logspace.is_label(labels, log_p.shape[-1])
     right = jnp.exp(_logspace.at_label(log_p, labels))
     top = jnp.exp(jnp.max(log_p, axis=-1))
-    lead, epsilon = (
-        _numerics.per_example(threshold, right, "threshold"),
-        _numerics.scalar(eps, right, "eps"),
-    )
+    lead = _numerics.per_example(threshold, right, "threshold")
+    epsilon = _numerics.scalar(eps, right, "eps")
     # 1 - p_y as the sum of the others, so no digits are lost where the teacher is confident.
     other_mass = jnp.sum(jnp.where(is_label, 0, jnp.exp(log_p)), axis=-1)
     raised_share = jnp.minimum(lead, other_mass) / jnp.where(

@@ -193,14 +193,11 @@ def wkd_feature(
       student: `[B, H, W, C]`, projected to the teacher's width.
       grid: cells per side (the authors use 1 or 4).
       mean_weight: w.
-      ddof: the variance of a cell divides by `n - ddof`.
+      ddof: the variance of a cell divides by `n - ddof`, which must be positive.
       eps: added to the variance under the root, in squared feature units; the authors' constant.
 
     Returns:
       `[B]`, squared feature units.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or a cell has no more than `ddof` pixels.
 
     References:
       Lv et al., Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge

@@ -230,8 +230,7 @@ def _distances(gram: Array, where: Array | None) -> Array:
 
 
 def _flat(student: Array, teacher: Array, where: Array | None) -> tuple[Array, ...]:
-    student, teacher = _sides.same_batch(student, teacher)
-    return _sides.zero_masked(where, _numerics.batch_flat(student), _numerics.batch_flat(teacher))
+    return _sides.flat(where, *_sides.same_batch(student, teacher))
 
 
 def _mean_over_others(pairs: Array, where: Array | None) -> Array:

@@ -22,11 +22,17 @@ def _check_and_upcast(at_least: int, at_most: int | None, **arrays: Array) -> tu
 
 
 def same_shape(
-    student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
+    student: Array,
+    teacher: Array,
+    *,
+    at_least: int = 2,
+    at_most: int | None = None,
+    names: tuple[str, str] = ("student", "teacher"),
 ) -> tuple[Array, Array]:
     """For sides of one shape `[B, ..., C]`, with `at_least` to `at_most` axes."""
-    _checks.same_shape(student=student, teacher=teacher)
-    student, teacher = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
+    named = dict(zip(names, (student, teacher), strict=True))
+    _checks.same_shape(**named)
+    student, teacher = _check_and_upcast(at_least, at_most, **named)
     return student, teacher
 
 
@@ -91,3 +97,8 @@ def zero_masked(where: Array | None, *arrays: Array) -> tuple[Array, ...]:
     """Zeros the rows that `where` (`[B]`) masks."""
     _checks.mask(where, arrays[0].shape[:1])
     return tuple(_numerics.kept(array, where) for array in arrays)
+
+
+def flat(where: Array | None, *sides: Array) -> tuple[Array, ...]:
+    """`[B, ...] -> [B, D]` of every side, with the rows that `where` masks zeroed."""
+    return zero_masked(where, *map(_numerics.batch_flat, sides))

@@ -33,9 +33,7 @@ def delta(student: Array, source: Array, *, channel_weights: Array | None = None
       Li et al., DELTA: DEep Learning Transfer using Feature Map with Attention, 2019
       (1901.09229).
     """
-    _checks.same_shape(student=student, source=source)
-    _checks.floating(student=student, source=source)
-    student, source = _sides.same_shape(student, source)
+    student, source = _sides.same_shape(student, source, names=("student", "source"))
     channels = student.shape[-1]
     if channel_weights is None:
         channel_weights = jnp.full((channels,), 1 / channels, student.dtype)
@@ -81,9 +79,8 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
     References:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020.
     """
-    _checks.same_shape(student_logits=student_logits, target=target)
-    _checks.floating(student_logits=student_logits, target=target)
-    student_logits, target = _sides.same_shape(student_logits, target)
+    names = "student_logits", "target"
+    student_logits, target = _sides.same_shape(student_logits, target, names=names)
     _checks.several_classes(student_logits=student_logits)
     log_p = _softmax.log_softmax(student_logits)
     # An impossible class with target 0 contributes 0, not 0 * inf.

@@ -147,10 +147,8 @@ def alm(
     student, teacher = _check_log_probs(student_log_probs, teacher_log_probs)
     _checks.positive(temperature=temperature, eps=eps)
     _checks.per_example(student.shape, temperature=temperature)
-    t, epsilon = (
-        _numerics.per_example(temperature, student, "temperature"),
-        _numerics.scalar(eps, student, "eps"),
-    )
+    t = _numerics.per_example(temperature, student, "temperature")
+    epsilon = _numerics.scalar(eps, student, "eps")
     log_s, log_t = student / t - epsilon, teacher / t - epsilon
     log_q = jnp.stack([log_s, _numerics.log1mexp(log_s)], axis=-1)
     log_p = jnp.stack([log_t, _numerics.log1mexp(log_t)], axis=-1)
@@ -168,10 +166,7 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
     """
     student, teacher = _check_log_probs(student_log_probs, teacher_log_probs)
     _checks.positive(eps=eps)
-    x, y = (
-        student - _numerics.scalar(eps, student, "eps"),
-        teacher - _numerics.scalar(eps, teacher, "eps"),
-    )
+    x, y = (side - _numerics.scalar(eps, side, "eps") for side in (student, teacher))
     # The term of a KL between -y and -x. When they are close, r gives the ratio y / x = 1 + r more
     # accurately.
     r = (teacher - student) / x

@@ -86,6 +86,7 @@ def itrd(setup: Setup) -> Method:
     check_setup(setup)
     student_tap, teacher_tap = setup.last
     embed = connectors.linear(setup.teacher[teacher_tap].shape[-1])
+    shape = setup.student[student_tap]
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         teacher, where = inputs.teacher[teacher_tap], inputs.real
@@ -97,11 +98,8 @@ def itrd(setup: Setup) -> Method:
             "mutual": count(mutual, where) * mutual,
         }
 
-    def init(key: Array) -> Params:
-        return embed.init(key, setup.student[student_tap])
-
     weights = {"task": 1.0, "correlation": 2.0, "mutual": 0.05}
-    return method(setup, terms, weights, connectors=init)
+    return method(setup, terms, weights, connectors=lambda key: embed.init(key, shape))
 
 
 WIDTH = 128  # of the embeddings, in CRD and its successors

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import connectors, losses
-from kdtl_jax._types import Outputs, Params
+from kdtl_jax._types import Outputs
 from kdtl_jax.methods import _layers
 from kdtl_jax.methods._layers import by_example, pairwise
 from kdtl_jax.methods._method import Method, method
@@ -137,6 +137,7 @@ def tinybert(setup: Setup) -> Method:
     layers, pairs = _token_layers(setup), _same_heads(setup, "query", "key")
     student_tap, teacher_tap = layers[-1]
     shared = connectors.linear(setup.teacher[teacher_tap].shape[-1])
+    shape = setup.student[student_tap]
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         hidden = [
@@ -148,11 +149,8 @@ def tinybert(setup: Setup) -> Method:
         attention = _over_layers(losses.attention_mse, _scores, pairs, inputs)
         return {"attention": attention, "hidden": sum(hidden[1:], hidden[0])}
 
-    def init(key: Array) -> Params:
-        return shared.init(key, setup.student[student_tap])
-
     weights = {"task": 1.0, "attention": 1.0, "hidden": 1.0}
-    return method(setup, terms, weights, connectors=init)
+    return method(setup, terms, weights, connectors=lambda key: shared.init(key, shape))
 
 
 def minilm(setup: Setup) -> Method:

@@ -190,8 +190,6 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
     """Keeps the layers at these positions and renumbers them: layer `j` is old `indices[j]`.
 
     Args:
-      params: dicts, lists and tuples.
-      layers: a regular expression for the layers' leaves with one group, the number.
       indices: positions among the layers in natural order; a repeated one copies its layer.
 
     Returns:
@@ -272,7 +270,6 @@ def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Param
     """Inverse of `stack_layers`: one subtree per entry of the leading axis.
 
     Args:
-      params: nested dicts.
       at: path of the stacked subtree, such as `"encoder/layer"`.
       keys: names of the layers that replace it, such as `"layer_{}"`; None makes the subtree a
         list of layers.

@@ -33,11 +33,9 @@ def widen(
     Args:
       spec: the names of the axes; mark the layers that sum over a widened axis with
         `Axis("mlp", summed=True)`.
-      widths: `{name: new number of units}`, or the old unit that each new one copies.
+      widths: `{name: new number of units}`, the old ones first, or the old unit that each new one
+        copies.
       key: draws which units are copied. None copies them in turn from the first.
-
-    Returns:
-      The wider tree, dtypes kept; the old units come first unless indices were given.
 
     Raises:
       ValueError: as in `axis_sizes`; also if a name is unknown, a width shrinks, an old unit is
@@ -81,17 +79,12 @@ def deepen(
     after: Sequence[int],
     make: Callable[[str, Any], Any],
 ) -> Params:
-    """Net2DeeperNet: inserts a layer after each of the given ones.
+    """Net2DeeperNet: inserts a layer after each of the given ones, and renumbers (`select_layers`).
 
     Args:
-      params: nested dicts, lists and tuples (see `select_layers`).
-      layers: a regular expression for the layers' leaves with one group, the layer's number.
       after: positions of the layers after which one is inserted.
       make: `(path, leaf) -> leaf`, makes each of the new layer's leaves from that of the layer
         before it: `identity_layer` for chains, `copy_with_zeros(selector)` for residual blocks.
-
-    Returns:
-      The deeper tree, with its layers renumbered.
 
     Raises:
       ValueError: as in `select_layers`; also if `after` holds a position twice.

@@ -1,4 +1,8 @@
-"""Low-rank factoring of matrices by the singular value decomposition."""
+"""Low-rank factoring of matrices by the singular value decomposition.
+
+TypeError: a matrix is not floating point. ValueError: it has fewer than two axes, it is traced
+where values are needed, or a rank or an energy is out of its range.
+"""
 
 from typing import NamedTuple
 
@@ -31,9 +35,6 @@ def factor_low_rank(matrix: Array, rank: int) -> LowRank:
       matrix: `[..., in, out]`; leading axes (layers, kernel positions) are factored separately.
       rank: 1 to `min(in, out)`.
 
-    Raises:
-      ValueError: if `matrix` has fewer than two axes or the rank is out of range.
-
     References:
       Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
     """
@@ -61,9 +62,6 @@ def rank_for_energy(matrix: Array, energy: float) -> int:
     Args:
       matrix: `[..., in, out]`, concrete.
       energy: in `(0, 1]`.
-
-    Raises:
-      ValueError: if `matrix` has fewer than two axes or is traced, or `energy` is out of range.
     """
     _checks.rank(2, matrix=matrix)
     _checks.floating(matrix=matrix)

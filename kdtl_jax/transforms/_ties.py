@@ -94,13 +94,14 @@ def sign_balance(task_vectors: Sequence[PyTree]) -> Scalar:
 
     Tied leaves count once.
     """
+
+    def formula(i: int, path: str, *leaves: Array) -> Array:
+        total = _leaves.total(leaves)
+        balance = jnp.sum(total > 0, dtype=jnp.int32) - jnp.sum(total < 0, dtype=jnp.int32)
+        return balance.astype(total.dtype)
+
     trees_by_name = _leaves.name_members("task_vectors", task_vectors)
-    counts = _leaves.combine_leaves(
-        lambda i, path, *leaves: _balance(_leaves.total(leaves)),
-        trees_by_name,
-        [],
-        keep_dtype=False,
-    )
+    counts = _leaves.combine_leaves(formula, trees_by_name, [], keep_dtype=False)
     inexact, _ = trees.partition(counts, trees.everything)
     distinct = {id(leaf): leaf for leaf in jax.tree.leaves(inexact)}
     return sum((leaf.astype(float) for leaf in distinct.values()), jnp.zeros((), float))
@@ -167,8 +168,3 @@ def _elect(task_vectors: Sequence[PyTree], vote: Callable[[Array], Array]) -> Py
 
     trees_by_name = _leaves.name_members("task_vectors", task_vectors)
     return _leaves.combine_leaves(formula, trees_by_name, [], keep_dtype=False)
-
-
-def _balance(x: Array) -> Array:
-    count = jnp.sum(x > 0, dtype=jnp.int32) - jnp.sum(x < 0, dtype=jnp.int32)
-    return count.astype(x.dtype)

@@ -107,11 +107,7 @@ def apply_plan(plan: Plan, source: Params, target: Params) -> Params:
 
     Args:
       plan: from `plan_transfer`; close over it, do not pass it through `jit`.
-      source: a tree with the shapes of the plan.
-      target: likewise; leaves that the plan fills may be abstract.
-
-    Returns:
-      The filled tree, with the target's structure, shapes and dtypes.
+      target: leaves that the plan fills may be abstract.
 
     Raises:
       ValueError: if the trees are not those of the plan, or an abstract leaf is not filled.
