@@ -163,16 +163,9 @@ def sides(key: str, default: Any = REQUIRED) -> Field:
 def number(key: str, default: Any, *, most: float = math.inf, zero: bool = False) -> Field:
     """A finite number above 0 (or from 0 on), at most `most`."""
 
-    def check(value: Any, limits: Limits) -> float:
-        fits = _is_number(value) and math.isfinite(value) and value <= most
-        if not fits or value < 0 or (value == 0 and not zero):
-            low = "at least 0" if zero else "above 0"
-            raise ValueError(
-                f"expected a number {low}" + (f" and at most {most:g}" if most < math.inf else "")
-            )
-        return float(value)
-
-    return Field(key, check, default)
+    low = "at least 0" if zero else "above 0"
+    high = f" and at most {most:g}" if most < math.inf else ""
+    return _numeric(key, default, lambda x: (x > 0 or zero and x == 0) and x <= most, low + high)
 
 
 def epsilon(key: str, default: float) -> Field:
@@ -182,10 +175,13 @@ def epsilon(key: str, default: float) -> Field:
 
 def share(key: str, default: Any) -> Field:
     """A dropout rate."""
+    return _numeric(key, default, lambda x: 0 <= x <= 1, "from 0 to 1")
 
+
+def _numeric(key: str, default: Any, fits: Callable[[float], bool], bounds: str) -> Field:
     def check(value: Any, limits: Limits) -> float:
-        if not _is_number(value) or not 0 <= value <= 1:
-            raise ValueError("expected a number from 0 to 1")
+        if not is_number(value) or not fits(value):
+            raise ValueError(f"expected a number {bounds}")
         return float(value)
 
     return Field(key, check, default)
@@ -264,5 +260,6 @@ def _integer(value: Any, least: int, most: int) -> int:
     return value
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300

@@ -42,8 +42,8 @@ both_norms = (
     Rule(f"{_layer}.pre_feedforward_layernorm.weight", f"{_path}/mlp_norm/scale"),
     *post_norms,
 )
-llama_rules = (*outside, *separate, *down, *pre_norms)
-gpt2_rules = (
+llama = (*outside, *separate, *down, *pre_norms)
+gpt2 = (
     Rule("wte.weight", "tokens/embedding"),
     Rule("wpe.weight", "positions/embedding"),
     # GPT-2's Conv1D keeps [in, out], as Flax does.

@@ -10,21 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kdtl_jax import _text, models
+from kdtl_jax.interop import _hf_decoder_names as rules
 from kdtl_jax.interop._hf_config import HARMLESS, Config, activation_named
-from kdtl_jax.interop._hf_decoder_names import (
-    both_norms,
-    down,
-    fused,
-    gpt2_rules,
-    llama_rules,
-    outside,
-    post_norms,
-    pre_norms,
-    query_key_norms,
-    separate,
+from kdtl_jax.interop._hf_rope import (
+    epsilon,
+    number,
+    optional,
+    rope,
+    scaling,
+    size,
+    windows,
+    windows_if_used,
 )
-from kdtl_jax.interop._hf_rope import epsilon, number, optional, rope, scaling, size
-from kdtl_jax.interop._hf_windows import windows, windows_if_used
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.models import DecoderConfig, Norm
 
@@ -147,12 +144,7 @@ def _mistral(config: Config) -> DecoderConfig:
 
 
 def _qwen2(config: Config) -> DecoderConfig:
-    return _common(
-        config,
-        windows=_qwen_windows(config),
-        has_qkv_bias=True,
-        has_out_bias=False,
-    )
+    return _common(config, windows=_qwen_windows(config), has_qkv_bias=True, has_out_bias=False)
 
 
 def _qwen3(config: Config) -> DecoderConfig:
@@ -180,7 +172,6 @@ def _smollm3(config: Config) -> DecoderConfig:
         config,
         ropes=tuple(rotary if r else no_rotation for r in rotates),
         windows=spans,
-        is_tied=bool(config.get("tie_word_embeddings", True)),
     )
 
 
@@ -190,7 +181,6 @@ def _gemma(config: Config) -> DecoderConfig:
         norm=Norm(epsilon(config, "rms_norm_eps", 1e-6), has_unit_offset=True),
         activation=_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
         embedding_scale=math.sqrt(size(config, "hidden_size")),
-        is_tied=bool(config.get("tie_word_embeddings", True)),
     )
 
 
@@ -294,7 +284,7 @@ def _gpt2(config: Config) -> DecoderConfig:
         has_qkv_bias=True,
         has_out_bias=True,
         has_mlp_bias=True,
-        is_tied=bool(config.get("tie_word_embeddings", True)),
+        is_tied=bool(config["tie_word_embeddings"]),
     )
 
 
@@ -312,45 +302,46 @@ def _keys(more: str = "") -> frozenset[str]:
 _windowed = "sliding_window layer_types "
 _gemma_keys = "hidden_activation hidden_act "
 _qwen_keys = _keys("hidden_act use_sliding_window max_window_layers " + _windowed)
-# Sizes that a config may lack and that cannot be derived from the others.
+_TIED = {"tie_word_embeddings": True}
+# Values that a config may lack and that cannot be derived from the others.
 _DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "mistral": {"num_key_value_heads": 8},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "smollm3": {"num_key_value_heads": 4},
-    "gemma": {"num_key_value_heads": 16, "head_dim": 256},
-    "gemma2": {"num_key_value_heads": 4, "head_dim": 256},
-    "gemma3_text": {"num_key_value_heads": 4},
+    "smollm3": {"num_key_value_heads": 4, **_TIED},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256, **_TIED},
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, **_TIED},
+    "gemma3_text": {"num_key_value_heads": 4, **_TIED},
+    "gpt2": _TIED,
 }
+_CAUSAL_ONLY = {"use_bidirectional_attention": (None, False)}
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(_common, llama_rules, _keys("hidden_act mlp_bias")),
-    "mistral": Family(_mistral, llama_rules, _keys("hidden_act " + _windowed)),
-    "qwen2": Family(_qwen2, llama_rules, _qwen_keys, {"use_mrope": (False,)}),
-    "qwen3": Family(_qwen3, (*llama_rules, *query_key_norms), _qwen_keys),
+    "llama": Family(_common, rules.llama, _keys("hidden_act mlp_bias")),
+    "mistral": Family(_mistral, rules.llama, _keys("hidden_act " + _windowed)),
+    "qwen2": Family(_qwen2, rules.llama, _qwen_keys, {"use_mrope": (False,)}),
+    "qwen3": Family(_qwen3, (*rules.llama, *rules.query_key_norms), _qwen_keys),
     "smollm3": Family(
         _smollm3,
-        llama_rules,
+        rules.llama,
         _keys(
             "hidden_act mlp_bias no_rope_layers no_rope_layer_interval use_sliding_window "
             "max_window_layers " + _windowed
         ),
     ),
-    "gemma": Family(
-        _gemma1, llama_rules, _keys(_gemma_keys), {"use_bidirectional_attention": (None, False)}
-    ),
+    "gemma": Family(_gemma1, rules.llama, _keys(_gemma_keys), _CAUSAL_ONLY),
     "gemma2": Family(
         _gemma2,
-        (*outside, *separate, *down, *both_norms),
+        (*rules.outside, *rules.separate, *rules.down, *rules.both_norms),
         _keys(
             "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping "
             + _gemma_keys
             + _windowed
         ),
-        {"use_bidirectional_attention": (None, False)},
+        _CAUSAL_ONLY,
     ),
     "gemma3_text": Family(
         _gemma3,
-        (*outside, *separate, *down, *both_norms, *query_key_norms),
+        (*rules.outside, *rules.separate, *rules.down, *rules.both_norms, *rules.query_key_norms),
         _keys(
             "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping "
             "sliding_window_pattern rope_local_base_freq " + _gemma_keys + _windowed
@@ -360,7 +351,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "phi3": Family(
         _phi3,
-        (*outside, *fused, *down, *pre_norms),
+        (*rules.outside, *rules.fused, *rules.down, *rules.pre_norms),
         _keys(
             "hidden_act partial_rotary_factor original_max_position_embeddings sliding_window "
             "auto_map"
@@ -376,12 +367,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "olmo2": Family(
         _olmo2,
-        (*outside, *separate, *down, *post_norms, *query_key_norms),
+        (*rules.outside, *rules.separate, *rules.down, *rules.post_norms, *rules.query_key_norms),
         _keys("hidden_act"),
     ),
     "gpt2": Family(
         _gpt2,
-        gpt2_rules,
+        rules.gpt2,
         frozenset(
             "vocab_size n_embd n_head n_layer n_inner n_positions layer_norm_epsilon "
             "activation_function tie_word_embeddings".split()

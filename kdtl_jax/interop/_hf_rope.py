@@ -1,13 +1,13 @@
-"""Numbers of a config.json, and the rotary tables computed from them."""
+"""Numbers of a decoder's config.json, and the rotary tables and sliding windows of its layers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from kdtl_jax import _text
-from kdtl_jax.interop._hf_config import Config
+from kdtl_jax.interop._hf_config import Config, is_number
 from kdtl_jax.models import Rope
 
 _ORIGINAL = "factor original_max_position_embeddings "
@@ -36,8 +36,7 @@ def size(config: Config, key: str, default: int | None = None) -> int:
 def number(config: Config, key: str, default: float | None) -> float:
     """A finite number of the configuration; required if there is no default."""
     value = config.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) < 1e300:
+    if not is_number(value):
         raise ValueError(f"config.json: {key} must be a finite number, got {_text.quoted(value)}.")
     return float(value)
 
@@ -141,6 +140,49 @@ def scaling(config: Config) -> dict[str, Any]:
     return parameters
 
 
+def windows(
+    config: Config, layers: int, sliding: Callable[[int], bool], default: int | None = 4096
+) -> tuple[int | None, ...]:
+    """The window of every layer: by `layer_types` if it is given, else by `sliding(layer)`.
+
+    A config without `sliding_window` has the default; one with null has no windows.
+    """
+    if config.get("sliding_window", default) is None:
+        return ()
+    window = size(config, "sliding_window", default)
+    types = config.get("layer_types")
+    if types is None:
+        return tuple(window if sliding(i) else None for i in range(layers))
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != layers:
+        problem = f" with {_text.listed(sorted(map(str, unknown)))}" if unknown else ""
+        raise ValueError(
+            f"layer_types must be {layers} times 'sliding_attention' or 'full_attention', got "
+            f"{len(types)} entries{problem}."
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def windows_if_used(
+    config: Config, layers: int, sliding: Callable[[int], bool], default: int | None = 4096
+) -> tuple[int | None, ...]:
+    """`windows` of a family that has them only if `use_sliding_window` says so.
+
+    Raises:
+      ValueError: if `layer_types` says otherwise; transformers' implementations of attention then
+        differ from each other.
+    """
+    if config.get("use_sliding_window", False):
+        return windows(config, layers, sliding, default)
+    expected, types = ["full_attention"] * layers, config.get("layer_types")
+    if types is not None and types != expected:
+        raise ValueError(
+            f"layer_types must be {len(expected)} times 'full_attention' if use_sliding_window "
+            f"is false, got {_text.shown(types)}."
+        )
+    return ()
+
+
 def frequencies(theta: float, width: int) -> list[float]:
     """`theta ** (-2 i / width)` for the pairs of a head, rounded as in transformers.
 
@@ -164,17 +206,12 @@ def _divisors(parameters: Config, key: str, count: int) -> list[float]:
     """Reads one positive number per frequency."""
     divisors = parameters[key]
     fits = isinstance(divisors, list) and len(divisors) == count
-    if not fits or not all(_is_positive(x) for x in divisors):
+    if not fits or not all(is_number(x) and x > 0 for x in divisors):
         raise ValueError(
             f"config.json: {key} must be {count} positive numbers, one per frequency, got "
             f"{_text.quoted(divisors)}."
         )
     return divisors
-
-
-def _is_positive(x: Any) -> bool:
-    is_number = isinstance(x, int | float) and not isinstance(x, bool)
-    return is_number and math.isfinite(x) and x > 0
 
 
 def _longrope(

@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kdtl_jax.interop._hf_config import Config
+
 Flat = Mapping[str, Any]
-Config = Mapping[str, Any]
 
 
 def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:

@@ -132,18 +132,8 @@ def write_folder(folder: str | Path, path: str | Path) -> None:
     decoders.save(folder, source.params, source.rules, config={**source.config, **ids})
 
 
-_MODEL_TYPES: Mapping[str, str] = {
-    "llama": "llama",
-    "smollm3": "smollm3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
-    "phi3": "phi3",
-    "olmo2": "olmo2",
-    "gpt2": "gpt2",
-}
+_ARCHITECTURES = "llama smollm3 qwen2 qwen3 gemma gemma2 gemma3 phi3 olmo2 gpt2".split()
+_MODEL_TYPES = {name: name for name in _ARCHITECTURES} | {"gemma3": "gemma3_text"}
 
 _HYPERPARAMETERS = {
     "block_count": "num_hidden_layers",

@@ -7,6 +7,7 @@ Files are in the safetensors format. The metadata hold the model's text (`mlp:16
 shape, and scaling. The file of a student that predicts through connectors (SimKD) holds these too.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -227,15 +228,13 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
             f"model=huggingface.load({folder!r}).module here, --model {folder} on the command line."
         )
     info = info._replace(shape=info.shape or (None if shape is None else tuple(shape)))
-    cache: dict[tuple[int, ...], Callable[[Array], Array]] = {}
 
+    @functools.cache
     def function_for(shape: tuple[int, ...]) -> Callable[[Array], Array]:
         if info.shape not in (None, shape):
             expected, received = (", ".join(map(str, ("N", *x))) for x in (info.shape or (), shape))
             raise ValueError(f"{path}: inputs must be [{expected}], got [{received}].")
-        if shape not in cache:
-            cache[shape] = _build_function(str(path), info, metadata, shape, model)
-        return cache[shape]
+        return _build_function(str(path), info, metadata, shape, model)
 
     if info.shape is not None:
         function_for(info.shape)  # errors of the file are reported now
@@ -254,14 +253,15 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
         mean, scale = (jnp.asarray(x, jnp.float32)[None] for x in units)
         return answers * scale + mean
 
-    compiled: dict[tuple[int, ...], Callable[[Array], Array]] = {}
+    @functools.cache
+    def compiled(shape: tuple[int, ...]) -> Callable[[Array], Array]:
+        return jax.jit(function_for(shape))
 
     def predict(inputs: Any) -> np.ndarray:
         inputs = np.asarray(inputs)
         if inputs.ndim < 1 or inputs.dtype.kind not in "iufb":
             raise ValueError(f"inputs must be numbers [N, ...], got {inputs.dtype} {inputs.shape}.")
-        shape = tuple(inputs.shape[1:])
-        run = compiled.setdefault(shape, jax.jit(function_for(shape)))
+        run = compiled(tuple(inputs.shape[1:]))
 
         def scaled(rows: np.ndarray) -> Array:
             scaling = info.scaling

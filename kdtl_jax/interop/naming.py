@@ -114,7 +114,7 @@ def from_torch(
     for name, array in tensors.items():
         if any(pattern.fullmatch(name) for pattern in patterns):
             continue
-        path, axes = _translate(name, [(r.torch, r.jax, r.axes) for r in rules], _IGNORE)
+        path, axes = _translate(name, rules, _IGNORE)
         if path in out:
             raise ValueError(f"{name!r} and another tensor both become {path!r}.")
         out[path] = _to_jax(name, array, axes)
@@ -128,8 +128,9 @@ def to_torch(tree: PyTree, rules: Sequence[Rule]) -> dict[str, Any]:
       ValueError: if a path has no rule, or two paths become one name.
     """
     out: dict[str, Any] = {}
+    table = [(rule.jax, rule.torch, rule.axes) for rule in rules]
     for path, array in trees.flatten(tree).items():
-        name, axes = _translate(path, [(r.jax, r.torch, r.axes) for r in rules], ".")
+        name, axes = _translate(path, table, ".")
         if name in out:
             raise ValueError(f"{path!r} and another path both become {name!r}.")
         out[name] = _to_torch(path, array, axes)
