@@ -275,15 +275,7 @@ def described(
 ) -> dict[str, Any]:
     """The config that describes the tensors: sizes, layers, labels, heads, ties, dtype.
 
-    Args:
-      family: None for an unknown family, for which only the dtype is derived.
-      config: the config of the model that the tensors were made from.
-      tensors: `{torch name: array}`, concrete or abstract.
-      equal: compares two of them.
-
-    Raises:
-      ValueError: if a list with one entry per layer has entries that differ, and their number is
-        not that of the layers.
+    Arguments are those of `huggingface.described`; only the dtype is derived without a family.
     """
     out = {key: value for key, value in config.items()}
     set_dtype(out, tensors)
@@ -371,9 +363,14 @@ def set_labels(out: dict[str, Any], classes: int) -> None:
     if not isinstance(labels, dict) or len(labels) != classes:
         if labels is None and classes == 2:
             return  # the default
-        out["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
-        out["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
+        out |= numbered_labels(classes)
         out.pop("num_labels", None)
+
+
+def numbered_labels(classes: int) -> dict[str, Any]:
+    """The keys of a config that names its classes by number."""
+    names = {str(i): f"LABEL_{i}" for i in range(classes)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
 
 
 def _set_depth(out: dict[str, Any], family: Family, flat: Mapping[str, Any]) -> None:

@@ -150,11 +150,7 @@ def _check_file_name(path: Path, name: str) -> str:
 
 
 def numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:
-    """The NumPy dtype of a stored tensor.
-
-    Raises:
-      TypeError: for 8-bit floats and other unsupported dtypes.
-    """
+    """The NumPy dtype of a stored tensor; raises TypeError for 8-bit floats."""
     if dtype in _dtypes:
         return _dtypes[dtype]
     raise TypeError(
@@ -167,8 +163,7 @@ def numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:
 def stored_dtype(name: str, dtype: Any) -> str:
     """The safetensors name of an array's dtype.
 
-    Raises:
-      TypeError: for dtypes that the format, or its readers, lack (complex128, fp8, objects, keys).
+    Raises TypeError for those that the format or its readers lack (complex128, fp8, objects, keys).
     """
     try:
         little_endian = np.dtype(dtype).newbyteorder("<")
@@ -185,15 +180,7 @@ def stored_dtype(name: str, dtype: Any) -> str:
 
 
 def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads and checks one file's header.
-
-    Returns:
-      `({name: Tensor}, metadata)`; the payload is not read.
-
-    Raises:
-      ValueError: in plain words, if the file is not a complete and consistent safetensors file.
-      FileNotFoundError: if there is no such file.
-    """
+    """Reads and checks one file's header: `({name: Tensor}, metadata)`."""
     size = _files.regular(path).stat().st_size
     with path.open("rb") as file:
         start = file.read(32)
@@ -227,10 +214,6 @@ def encode(
     """The header's bytes (length included) and the order in which the tensors follow.
 
     Wide dtypes come first, so every tensor is aligned to its item size.
-
-    Raises:
-      TypeError: if the metadata are not strings; `parse` would refuse them.
-      ValueError: if the header is longer than the format allows.
     """
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -255,12 +238,7 @@ def encode(
 
 
 def json_file(path: Path) -> dict[str, Any]:
-    """Reads the JSON object in a file, as in `json_object`; limited to the length of a header.
-
-    Raises:
-      ValueError: naming the file.
-      FileNotFoundError: if there is none.
-    """
+    """Reads the JSON object in a file, as in `json_object`; limited to the length of a header."""
     size = _files.regular(path).stat().st_size
     if size > max_header_bytes:
         raise _invalid(path, f"it has {size} bytes, more than {max_header_bytes}")
@@ -268,11 +246,7 @@ def json_file(path: Path) -> dict[str, Any]:
 
 
 def json_object(path: Path, raw: bytes, subject: str = "it") -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or infinities; `subject` names it in messages.
-
-    Raises:
-      ValueError: naming the file.
-    """
+    """A JSON object without duplicate keys, NaN or infinities; `subject` names it in messages."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         contents = dict(pairs)

@@ -1,4 +1,8 @@
-"""Writes safetensors tensor by tensor, completely or not at all."""
+"""Writes safetensors tensor by tensor, completely or not at all.
+
+All raise TypeError if a dtype cannot be stored or metadata are not strings, and OSError if the disk
+is full; the old file then stays as it was.
+"""
 
 import json
 import math
@@ -9,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kdtl_jax import _checks, trees
-from kdtl_jax._files import atomic_file, new_folder
+from kdtl_jax._files import atomic_file, new_folder, write_atomic
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
 
@@ -23,9 +27,7 @@ def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None =
     Non-contiguous arrays (transposed kernels) and scalars are stored correctly.
 
     Raises:
-      TypeError: if a leaf is not an array, is a PRNG key, or has a dtype that the format lacks, or
-        if metadata are not strings.
-      OSError: if the disk is full; the old file then stays as it was.
+      TypeError: if a leaf is not an array, is a PRNG key, or has a dtype that the format lacks.
       FileNotFoundError: if the file's folder does not exist.
     """
     path, leaves = _checks.path(path=path), _arrays(tree)
@@ -49,9 +51,7 @@ def stream(
       metadata: strings to strings, such as `{"format": "pt"}` or a recipe.
 
     Raises:
-      TypeError: if a dtype cannot be stored, or metadata are not strings.
       ValueError: if `produce` returns another shape or dtype than in `specs`; no file is then left.
-      OSError: if the disk is full; the old file then stays as it was.
       FileNotFoundError: if the file's folder does not exist.
     """
     dtypes_and_shapes = {
@@ -92,14 +92,12 @@ def stream_sharded(
     metadata: Mapping[str, str] | None = None,
     beside: Beside | None = None,
 ) -> None:
-    """`save_sharded` tensor by tensor; `specs` and `produce` are as in `stream`.
+    """`save_sharded` tensor by tensor.
 
     Args:
       folder: the new folder.
-      specs: as in `stream`.
-      produce: as in `stream`.
+      specs, produce, metadata: as in `stream`, for every file.
       max_bytes: the largest size of a file; a larger tensor gets its own file.
-      metadata: metadata of every file.
       beside: `(folder) -> {name: content}`, called when all weights are in the folder (which does
         not have its name yet); gives other files to write, such as a configuration.
 
@@ -121,12 +119,10 @@ def stream_sharded(
             stream(new_path / name, shard, produce, metadata=metadata)
         weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        with atomic_file(new_path / _header.index_name) as file:
-            file.write(json.dumps(index, indent=1).encode())
+        write_atomic(new_path / _header.index_name, json.dumps(index, indent=1).encode())
         for name, content in (beside(new_path) if beside else {}).items():
             (new_path / name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(new_path / name) as file:
-                file.write(content)
+            write_atomic(new_path / name, content)
 
 
 def _size(spec: Any) -> int:

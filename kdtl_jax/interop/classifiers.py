@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from kdtl_jax import _checks, _text, models, transforms
-from kdtl_jax._files import read_json
 from kdtl_jax._types import ModelFn, Params
-from kdtl_jax.interop import _hf_family, _hf_folder, decoders, naming, safetensors
+from kdtl_jax.interop import _hf_family, _hf_folder, decoders, naming
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.interop.naming import Rule, linear
 from kdtl_jax.transforms import Report
@@ -62,8 +61,7 @@ def load(folder: str | Path, *, dtype: Any = None) -> Classifier:
         tensors are missing or of another shape, or the decoder is refused (see `decoders.load`).
     """
     folder = _checks.path(folder=folder)
-    config = read_json(folder / "config.json")
-    tensors = safetensors.views(safetensors.index(folder).tensors)
+    config, tensors = _hf_folder.read(folder)
     _task(config)
     score_tensors = {name: x for name, x in tensors.items() if _SCORE.fullmatch(name)}
     language_heads = ["lm_head.weight"] if "lm_head.weight" in tensors else []

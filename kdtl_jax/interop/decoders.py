@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 
 from kdtl_jax import _checks, _text, models, transforms, trees
-from kdtl_jax._files import read_json, write_atomic
+from kdtl_jax._files import write_atomic
 from kdtl_jax._types import Params
-from kdtl_jax.interop import _hf_decoders, _hf_family, _hf_folder, naming, safetensors
+from kdtl_jax.interop import _hf_decoders, _hf_family, _hf_folder, naming
 from kdtl_jax.interop._hf_config import check_tokens
 from kdtl_jax.interop._hf_family import Equal, equal_in
 from kdtl_jax.interop.naming import Rule
@@ -79,10 +79,7 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
         without a language head, a tensor has no place or is missing, or a shape disagrees with the
         configuration.
     """
-    folder = _checks.path(folder=folder)
-    config = read_json(folder / "config.json")
-    tensors = safetensors.views(safetensors.index(folder).tensors)
-    return from_tensors(config, tensors, dtype=dtype)
+    return from_tensors(*_hf_folder.read(_checks.path(folder=folder)), dtype=dtype)
 
 
 def from_tensors(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
+from kdtl_jax import trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import _modes, _taps
 
@@ -98,7 +99,7 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
                     lambda: transformed.apply(params, state, key, inputs, train)
                 )
         _modes.check(modes, train, "the net", _CALL)
-        if not train and _modes.changed(_flat(state), _flat(new_state)):
+        if not train and _modes.changed(trees.flatten(state), trees.flatten(new_state)):
             raise ValueError(
                 "the net changed its state in evaluation mode: its batch statistics do not follow "
                 "the mode. Pass it on: lambda x, train: Net()(x, is_training=train)."
@@ -127,11 +128,3 @@ def _with_mode(net: Callable[..., Any]) -> Callable[[Any, bool], Any]:
         f"arguments {names}, none of which is known to be the mode. Write for example "
         "lambda x, train: Net()(x, is_training=train)."
     )
-
-
-def _flat(state: Any) -> dict[str, Any]:
-    return {
-        f"{module}/{name}": x
-        for module, variables in state.items()
-        for name, x in variables.items()
-    }

@@ -161,11 +161,7 @@ def student(
         params, report = transforms.transfer(source.params, target, rename=rename)
     else:
         head = _classifier(family)
-        config |= {
-            "architectures": [head.architectures[0]],
-            "id2label": {str(i): f"LABEL_{i}" for i in range(classes)},
-            "label2id": {f"LABEL_{i}": i for i in range(classes)},
-        }
+        config |= {"architectures": [head.architectures[0]], **_hf_family.numbered_labels(classes)}
         for name in ("num_labels", "problem_type", "finetuning_task"):  # of the source's head
             config.pop(name, None)
         values = _values(family, config)

@@ -181,21 +181,17 @@ def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
         return [_Way(module, call)]
     function = type(module).__call__
     options = _modes.candidates(function, train)
-    fields = _mode_fields(module)
+    fields = [
+        field.name
+        for field in dataclasses.fields(module)
+        if isinstance(getattr(module, field.name), (bool, np.bool_, type(None)))
+    ]
     if options != [{}]:  # a mode must not be given twice; statistics may be frozen
         fields = [name for name in fields if getattr(module, name) is not None]
         fields = [name for name in fields if name not in STATISTICS and name not in options[0]]
     changes: dict[str, Any] = _modes.flags(fields, train)
     module = module.clone(**changes)
     return [_Way(module, call) for call in _modes.calls(function, train, _CALL)]
-
-
-def _mode_fields(module: nn.Module) -> list[str]:
-    return [
-        field.name
-        for field in dataclasses.fields(module)
-        if isinstance(getattr(module, field.name), (bool, np.bool_, type(None)))
-    ]
 
 
 def _choose_way(ways: list[_Way], train: bool, run: Callable[[_Way], Any]) -> _Way:

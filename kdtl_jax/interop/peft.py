@@ -80,8 +80,7 @@ def save(folder: str | Path, adapter: Adapter) -> None:
         tensors[f"{PREFIX}{module}{inside}.{last}"] = value
     tensors |= {f"base_model.{name}": value for name, value in adapter.shared.items()}
     with _files.new_folder(Path(folder)) as part:
-        with _files.atomic_file(part / CONFIG) as file:
-            file.write(json.dumps(adapter.config, indent=2).encode())
+        _files.write_atomic(part / CONFIG, json.dumps(adapter.config, indent=2).encode())
         safetensors.save(part / WEIGHTS, tensors, metadata={"format": "pt"})
 
 

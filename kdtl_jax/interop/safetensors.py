@@ -1,13 +1,12 @@
 """Weights as safetensors: flat canonical paths in a file, trees in the program.
 
-`index` only reads headers. `views` maps tensors without reading them, `read` copies one into
-memory, `blocks` does so piece by piece, and `take` reads some entries along some axes. Only one
-file is open at a time, however many tensors there are; `views` holds one mapping per file.
+Only one file is open at a time, however many tensors there are; `views` holds one mapping per file.
+`read`, `blocks` and `take` map nothing, so a file may be larger than the address space. They raise
+ValueError if the file has become shorter since its header was read; no 8-bit float is read
+(TypeError).
 
 Writing is atomic: a temporary file beside the target is written, synced and renamed, so the target
-is the old file or the new one, never half of it. `stream` holds one tensor in memory at a time.
-
-`read`, `blocks` and `take` map nothing, so a file may be larger than the address space.
+is the old file or the new one, never half of it, even if the disk is full (OSError).
 Deliberately absent: anything that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and
 checksums, which the format lacks (training checkpoints have them: `kdtl_jax.run.checkpoint`).
 """
@@ -36,11 +35,7 @@ from kdtl_jax.interop._safetensors_write import stream_sharded as stream_sharded
 
 
 def views(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Read-only memory maps, one per file: pages are read when touched.
-
-    Raises:
-      TypeError: for 8-bit floats.
-    """
+    """Read-only memory maps, one per file: pages are read when touched."""
     dtypes = {key: _header.numpy_dtype(t.name, t.dtype) for key, t in tensors.items()}
     # An empty file cannot be mapped; its tensors are empty as well.
     files = {tensor.file for tensor in tensors.values() if tensor.stop > tensor.start}
@@ -58,12 +53,7 @@ def view(tensor: Tensor) -> np.ndarray:
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """Copies the tensor into its own memory; nothing stays mapped.
-
-    Raises:
-      TypeError: for 8-bit floats.
-      ValueError: if the file has become shorter since its header was read.
-    """
+    """Copies the tensor into its own memory; nothing stays mapped."""
     return _piece(tensor, tensor.start, tensor.stop).reshape(tensor.shape)
 
 
@@ -73,8 +63,7 @@ def blocks(tensor: Tensor, size: int) -> Iterator[np.ndarray]:
     Use it to apply a function of the entries to a tensor larger than memory.
 
     Raises:
-      TypeError: for 8-bit floats.
-      ValueError: if `size` is below 1, or the file has become shorter since its header was read.
+      ValueError: if `size` is below 1.
     """
     _checks.count(1, size=size)
     step = size * _header.numpy_dtype(tensor.name, tensor.dtype).itemsize
@@ -94,10 +83,6 @@ def take(
       tensor: any tensor with axes.
       indices: `{axis: whole numbers in 0..length-1}`, in any order; other axes are kept whole.
       size: number of entries to read at once; a row (the axes after the first) may have more.
-
-    Raises:
-      TypeError: for 8-bit floats.
-      ValueError: if the file has become shorter since its header was read.
     """
     _header.numpy_dtype(tensor.name, tensor.dtype)
     defaults = {axis: np.arange(n) for axis, n in enumerate(tensor.shape) if axis not in indices}
@@ -150,7 +135,6 @@ def load(path: str | Path, *, where: trees.Selector = trees.everything) -> dict[
 
     Raises:
       ValueError: as in `index`; also if the selector matches nothing.
-      TypeError: if a selected tensor is an 8-bit float.
     """
     tensors = index(path).tensors
     # ShapeDtypeStruct leaves: a Tensor is itself a tuple, which jax would flatten.
