@@ -58,7 +58,7 @@ def dinov2(flat: Flat, config: Config) -> dict[str, Any]:
     # The gated layer has two thirds of the units, rounded up to a multiple of 8.
     units = hidden if gated is None else math.ceil(hidden * 3 / 2)
     configured = int(config["hidden_size"] * config.get("mlp_ratio", 4))
-    if configured == units or (gated is not None and _gated(configured) == hidden):
+    if configured == units or (gated is not None and gated_width(configured) == hidden):
         return out
     ratio = units / width
     while int(width * ratio) < units:  # rounded down
@@ -103,5 +103,6 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size[0], size[1]) if isinstance(size, list) else (size, size)
 
 
-def _gated(units: int) -> int:
+def gated_width(units: int) -> int:
+    """The width of DINOv2's gated layer in place of one of `units` units."""
     return (int(units * 2 / 3) + 7) // 8 * 8

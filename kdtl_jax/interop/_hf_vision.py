@@ -157,7 +157,7 @@ def _dinov2(fields: Values, v: Values, contents: Contents) -> models.Dinov2:
         raise ValueError("config.json: image_size of a 'dinov2' model must be a square.")
     hidden = int(v["hidden_size"] * v["mlp_ratio"])
     if v["use_swiglu_ffn"]:
-        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        hidden = _hf_sizes.gated_width(hidden)
     return models.Dinov2(**fields, **_patches(v), hidden=hidden, classes=contents.classes("image"))
 
 

@@ -192,13 +192,8 @@ def described(
     and the dtype are those of the tensors. The architecture's name is that of a language model,
     because heads for other tasks are left out when a folder is read.
 
-    Args:
-      config: the config of the model that the tensors were made from.
-      tensors: `{torch name: array}`, concrete or abstract (`shape` and `dtype` are read).
-      layers: which of that model's layers they are; needed if layers differ in their windows or
-        rotary tables and the number changed.
-      equal: whether two tensors are equal, by name; None compares the arrays, which must then be
-        concrete if a head is stored beside the embedding it may be tied to.
+    The arguments are those of `huggingface.described`; `layers` is needed if layers differ in their
+    windows or rotary tables and the number changed.
 
     Raises:
       ValueError: if no config of this family describes the tensors, or a special token has no row.

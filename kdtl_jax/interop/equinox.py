@@ -210,8 +210,8 @@ def with_params(module: Any, params: Params) -> Any:
     Raises:
       ValueError: if the structure differs from that of the module's own arrays.
     """
-    _, static = eqx.partition(module, eqx.is_inexact_array)
-    if jax.tree.structure(eqx.filter(module, eqx.is_inexact_array)) != jax.tree.structure(params):
+    arrays, static = eqx.partition(module, eqx.is_inexact_array)
+    if jax.tree.structure(arrays) != jax.tree.structure(params):
         raise ValueError(
             "params must have the structure of the module's own arrays; fill "
             "them with transforms.transfer(source, equinox.model(module).params)."

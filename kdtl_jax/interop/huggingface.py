@@ -165,14 +165,14 @@ def student(
         for name in ("num_labels", "problem_type", "finetuning_task"):  # of the source's head
             config.pop(name, None)
         values = _values(family, config)
-        module = _hf_family.module_of(family, values, _contents_with_head(head, classes))
+        shapes: dict[str, tuple[int, ...]] = {head.classes or "": (classes,)}
+        shapes |= {_hf_family.POOLER: ()} if head.has_pooler else {}
+        module = _hf_family.module_of(family, values, Contents(head, shapes, is_tied=True))
         rules = _hf_family.rules_of(family, head, (), is_tied=True, prefix=family.prefix)
         heads = ("head", "distillation_head", "language")
         body = {name: leaf for name, leaf in source.params.items() if name not in heads}
-        fresh_names = {rule.jax.split("/")[0] for rule in (*head.rules, *head.optional)} | {
-            "pooler"
-        }
-        fresh_names -= body.keys()
+        head_names = {rule.jax.split("/")[0] for rule in (*head.rules, *head.optional)}
+        fresh_names = (head_names | {"pooler"}) - body.keys()
         target = _init_new(module, family.example(values), selected, fresh_names, key)
         _check_layers(source.config["model_type"], layers, selected, target)
         new_names = [name for name in target if name in fresh_names]
@@ -297,14 +297,6 @@ def _classifier(family: Family) -> Head:
         f"a {family.model_types[0]!r} model cannot take a new head; those of "
         f"{', '.join(supported)} can."
     )
-
-
-def _contents_with_head(head: Head, classes: int) -> Contents:
-    """The contents besides the body of a file with this head."""
-    shapes: dict[str, tuple[int, ...]] = {head.classes or "": (classes,)}
-    if head.has_pooler:
-        shapes[_hf_family.POOLER] = ()
-    return Contents(head, shapes, True)
 
 
 def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

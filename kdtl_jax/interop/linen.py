@@ -77,6 +77,9 @@ def model(
         keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
         return keys if train else {k: v for k, v in keys.items() if k != "dropout"}
 
+    def is_submodule_call(module: nn.Module, method: str) -> bool:
+        return method == "__call__" and bool(module.path)
+
     def init(key: Array, inputs: Any) -> Variables:
         key_params, key_streams = jax.random.split(key)
         keys = {"params": key_params, **(streams(key_streams, True) or {})}
@@ -107,7 +110,7 @@ def model(
                 method=way.call,
                 rngs=streams(key, train),
                 mutable=mutable,
-                capture_intermediates=_is_submodule_call if taps else False,
+                capture_intermediates=is_submodule_call if taps else False,
             )
 
         def check() -> None:
@@ -242,10 +245,6 @@ def _first(*values: Any) -> Any:
 
 def _is_zero(rate: Any) -> bool:
     return isinstance(rate, (int, float)) and rate == 0
-
-
-def _is_submodule_call(module: nn.Module, method: str) -> bool:
-    return method == "__call__" and bool(module.path)
 
 
 def _calls(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, tuple[Any, ...]]]:

@@ -88,9 +88,6 @@ class Rule(NamedTuple):
     axes: Axes = same
 
 
-_IGNORE = ", or name the tensor in ignore=."
-
-
 def from_torch(
     tensors: Mapping[str, Any], rules: Sequence[Rule], *, ignore: Iterable[str] = ()
 ) -> dict[str, Any]:
@@ -114,7 +111,7 @@ def from_torch(
     for name, array in tensors.items():
         if any(pattern.fullmatch(name) for pattern in patterns):
             continue
-        path, axes = _translate(name, rules, _IGNORE)
+        path, axes = _translate(name, rules, ", or name the tensor in ignore=.")
         if path in out:
             raise ValueError(f"{name!r} and another tensor both become {path!r}.")
         out[path] = _to_jax(name, array, axes)

@@ -11,6 +11,7 @@ single argument of any other name is the number of classes.
 """
 
 import functools
+import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def network(model: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
         )
     else:
         build = functools.partial(_build, model, classes, example.shape[1:])
-        net = (_nnx_network if kind == "nnx" else _equinox_network)(built, build)
+        net = _framework_network(kind, built, build)
     outputs = networks.output_shapes(net, example)
     logits = outputs.get("logits")
     shape = getattr(logits, "shape", None)
@@ -241,33 +242,18 @@ def _pair_network(
     return Network(start, run, methods.Layout(()))
 
 
-def _nnx_network(module: Any, build: Callable[[Array], Any]) -> Network:
-    from flax import nnx
+def _framework_network(kind: str, model: Any, build: Callable[[Array], Any]) -> Network:
+    """Builds a network of an NNX or Equinox module; `build` makes another one from a key."""
+    adapter = importlib.import_module(f"kdtl_jax.interop.{kind}")
 
-    from kdtl_jax.interop import nnx as adapter
-
-    adapted = adapter.model(module)
-
-    def start(key: Array, inputs: Any) -> Variables:
-        _, params, state = nnx.split(build(key), nnx.Param, ...)
-        return Variables(params, stored(state))
-
-    return Network(start, _with_state(adapted.apply, adapted.model_state), methods.Layout(()))
-
-
-def _equinox_network(model: Any, build: Callable[[Array], Any]) -> Network:
-    import equinox as eqx
-
-    from kdtl_jax.interop import equinox as adapter
-
-    adapted = adapter.model(*model) if isinstance(model, tuple) else adapter.model(model)
+    def adapt(model: Any) -> Any:
+        return adapter.model(*model) if isinstance(model, tuple) else adapter.model(model)
 
     def start(key: Array, inputs: Any) -> Variables:
-        built = build(key)
-        module, state = built if isinstance(built, tuple) else (built, None)
-        params, _ = eqx.partition(module, eqx.is_inexact_array)
-        return Variables(params, stored(state))
+        adapted = adapt(build(key))
+        return Variables(adapted.params, stored(adapted.model_state))
 
+    adapted = adapt(model)
     return Network(start, _with_state(adapted.apply, adapted.model_state), methods.Layout(()))
 
 
