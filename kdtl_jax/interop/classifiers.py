@@ -151,11 +151,8 @@ def _build(
 def _task(config: Mapping[str, Any]) -> str:
     """`"Sequence"` or `"Token"`, as the class is named."""
     architectures = config.get("architectures") or []
-    match = (
-        _CLASS.fullmatch(str(architectures[0]))
-        if isinstance(architectures, list) and architectures
-        else None
-    )
+    names = architectures if isinstance(architectures, list) else []
+    match = _CLASS.fullmatch(str(names[0])) if names else None
     if match is None:
         raise ValueError(
             f"config.json: architectures = {_text.shown(architectures)}; expected one class named "

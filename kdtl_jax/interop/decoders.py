@@ -49,14 +49,8 @@ _CLASSIFIERS = r"(score|classifier|(transformer\.)?qa_outputs)\..*"
 _OTHER_HEADS = rf"({_CLASSIFIERS}|multiple_choice_head\..*)"
 # Files of a folder that belong to its tokenizer, which `save` copies.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
     "generation_config.json",
 )
 

@@ -68,7 +68,7 @@ def network(model: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
         net = _pair_network(*pair, _values(classes, example.shape[1:]))
     elif (kind := _framework(built)) is None:
         raise TypeError(f"{name} is {_describe(built)}, not a model. Expected {FORMS}.")
-    elif built is model or not (_accepts(model, "key") or _accepts(model, "rngs")):
+    elif built is model or not {"key", "rngs"} & {p.name for p in _parameters(model)}:
         raise TypeError(
             f"{name} holds one set of weights, and every seed would start from it. Give the class, "
             f"or a factory with the argument {'rngs' if kind == 'nnx' else 'key'}."
@@ -168,10 +168,6 @@ def _framework(model: Any) -> str | None:
         if base.__module__.startswith("equinox") and base.__name__ == "Module":
             return "equinox"
     return None
-
-
-def _accepts(model: Any, name: str) -> bool:
-    return callable(model) and any(p.name == name for p in _parameters(model))
 
 
 def _parameters(model: Any) -> list[inspect.Parameter]:

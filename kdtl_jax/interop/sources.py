@@ -150,8 +150,7 @@ def scaling(folder: str) -> Standardizer | None:
       ValueError: naming the file, if its values cannot be used to scale images, or it names an
         unknown step.
     """
-    file = Path(folder) / "preprocessor_config.json"
-    config = _files.read_json(file) if file.is_file() else {}
+    file, config = _preprocessor(folder)
     used_keys = {*_STATISTICS, "do_normalize", "do_rescale", "rescale_factor"}
     set_keys = {key for key, value in config.items() if value not in (None, False, "", [], {})}
     if strange := sorted(set_keys - _NO_NUMBERS - used_keys):
@@ -169,13 +168,9 @@ def scaling(folder: str) -> Standardizer | None:
         mean, deviation, factor = (np.asarray(part, np.float32) for part in (*statistics, factor))
         with np.errstate(all="ignore"):
             standardizer = Standardizer(mean / factor, deviation / factor)
-        if not (np.isfinite(standardizer.mean).all() and np.isfinite(standardizer.scale).all()):
+        if not all(np.isfinite(part).all() for part in standardizer):
             raise ValueError("not finite")
-        if (
-            standardizer.mean.ndim > 1
-            or standardizer.scale.ndim > 1
-            or not (standardizer.scale > 0).all()
-        ):
+        if any(part.ndim > 1 for part in standardizer) or not (standardizer.scale > 0).all():
             raise ValueError("not one number above 0 per channel")
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
@@ -184,13 +179,17 @@ def scaling(folder: str) -> Standardizer | None:
     return standardizer
 
 
+def _preprocessor(folder: str) -> tuple[Path, dict[str, Any]]:
+    file = Path(folder) / "preprocessor_config.json"
+    return file, _files.read_json(file) if file.is_file() else {}
+
+
 def sides(folder: str) -> tuple[int, int] | None:
     """The height and width to which a Hugging Face folder resizes or crops images.
 
     None if it does not say. Convolutional networks accept other sizes, with worse results.
     """
-    file = Path(folder) / "preprocessor_config.json"
-    config = _files.read_json(file) if file.is_file() else {}
+    _, config = _preprocessor(folder)
     size = config.get("crop_size") if config.get("do_center_crop") else config.get("size")
     if isinstance(size, Mapping):
         shortest = size.get("shortest_edge")
