@@ -19,11 +19,7 @@ _TEXTS = 2**21
 
 
 def check(path: Path) -> None:
-    """Refuses a header that announces more than the file holds.
-
-    Raises:
-      ValueError: naming the entry that is too large or has an unknown type.
-    """
+    """Refuses a header that announces more than the file holds, or a value of an unknown kind."""
     with _files.regular(path).open("rb") as file:
         if path.stat().st_size < 24 or file.read(4) != b"GGUF":
             raise ValueError("it does not begin like a GGUF file")

@@ -62,11 +62,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def tokenizer_json(words: TokenizerData) -> dict[str, Any]:
-    """The content of tokenizer.json.
-
-    Raises:
-      ValueError: if it is not a byte-level BPE, or its splitting is unknown.
-    """
+    """The content of tokenizer.json, for a byte-level BPE whose splitting is known."""
     if words.model != "gpt2" or words.pre not in _SPLITS:
         raise ValueError(
             f"no tokenizer.json can be written for model {_text.quoted(words.model)} with the "

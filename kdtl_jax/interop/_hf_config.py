@@ -69,12 +69,7 @@ _OFF = ("is_decoder", "add_cross_attention")
 
 
 def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits) -> dict[str, Any]:
-    """`{key: value}` of a family's fields.
-
-    Raises:
-      ValueError: if a required key is missing, a value is not allowed, or a key is neither read nor
-        known to be harmless.
-    """
+    """`{key: value}` of a family's fields."""
     out = {}
     for key, check, default, _ in fields:
         if key not in config and default is REQUIRED:

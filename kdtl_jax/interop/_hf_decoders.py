@@ -1,7 +1,8 @@
 """Converts a published decoder's `config.json` to a `models.DecoderConfig` and its tensor names.
 
 One table per family says which keys of the configuration are read and which of them must have
-certain values. A key that is neither read nor known to change no output is refused by name.
+certain values. A key that is neither read nor known to change no output is refused by name
+(ValueError), as is a number that is no valid size.
 """
 
 import math
@@ -49,12 +50,7 @@ class Family(NamedTuple):
 
 
 def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
-    """The decoder of a configuration, and the rules that name its tensors.
-
-    Raises:
-      ValueError: if the family or a key is unknown, the computation that a value asks for is not
-        supported, or a number is not a valid size.
-    """
+    """The decoder of a configuration, and the rules that name its tensors."""
     name = str(config.get("model_type"))
     if name not in FAMILIES:
         raise ValueError(
@@ -169,9 +165,7 @@ def _smollm3(config: Config) -> DecoderConfig:
     no_rotation = rotary._replace(frequencies=(0.0,) * len(rotary.frequencies), scale=1.0)
     spans = windows_if_used(config, layers, lambda i: not rotates[i], None)
     return _common(
-        config,
-        ropes=tuple(rotary if r else no_rotation for r in rotates),
-        windows=spans,
+        config, ropes=tuple(rotary if r else no_rotation for r in rotates), windows=spans
     )
 
 

@@ -96,18 +96,20 @@ _embeddings = (
     *embedding("embeddings.position_embeddings", "embeddings/positions"),
     *norm("embeddings.LayerNorm", "embeddings/norm"),
 )
-_types = embedding("embeddings.token_type_embeddings", "embeddings/types")
 _feed_forward = (
     *dense(f"{_layer}.intermediate.dense", "layers_{i}/mlp/up"),
     *dense(f"{_layer}.output.dense", "layers_{i}/mlp/down"),
     *norm(f"{_layer}.output.LayerNorm", "layers_{i}/mlp_norm"),
 )
-_bert_body = (
-    *_embeddings,
-    *_types,
-    *attention(f"{_layer}.attention", "self.query", "self.key", "self.value", "output.dense"),
+after_attention = (
     *norm(f"{_layer}.attention.output.LayerNorm", "layers_{i}/attention_norm"),
     *_feed_forward,
+)
+_bert_body = (
+    *_embeddings,
+    *embedding("embeddings.token_type_embeddings", "embeddings/types"),
+    *attention(f"{_layer}.attention", "self.query", "self.key", "self.value", "output.dense"),
+    *after_attention,
     *dense("pooler.dense", "pooler"),
 )
 

@@ -146,11 +146,7 @@ def embedding(torch: str, jax: str) -> tuple[Rule]:
 
 
 def module_of(family: Family, values: Values, contents: Contents) -> nn.Module:
-    """The module of a config's values and a file's contents.
-
-    Raises:
-      ValueError: if the heads do not divide the width, or the values contradict each other.
-    """
+    """The module of a config's values and a file's contents."""
     keys = {field.module: field.key for field in family.fields if field.module}
     fields = {name: values[key] for name, key in keys.items()}
     if "head_width" not in keys and fields.get("width", 0) % fields.get("heads", 1):

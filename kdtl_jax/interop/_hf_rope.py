@@ -65,9 +65,6 @@ def rope(
       parameters: those of this kind of layer; None reads `rope_parameters` (transformers 5) or
         `rope_scaling`.
       theta: the base if the parameters have none; None reads `rope_theta`.
-
-    Raises:
-      ValueError: if the kind is another.
     """
     parameters = scaling(config) if parameters is None else parameters
     theta = _positive(parameters, "rope_theta", theta or _positive(config, "rope_theta", 10_000.0))
@@ -121,11 +118,7 @@ def rope(
 
 
 def scaling(config: Config) -> dict[str, Any]:
-    """The content of `rope_scaling` and `rope_parameters`.
-
-    Raises:
-      ValueError: if one is not an object, or they differ.
-    """
+    """The content of `rope_scaling` and `rope_parameters`, which must agree."""
     parameters: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         entry = {} if config.get(key) is None else config[key]
@@ -168,9 +161,7 @@ def windows_if_used(
 ) -> tuple[int | None, ...]:
     """`windows` of a family that has them only if `use_sliding_window` says so.
 
-    Raises:
-      ValueError: if `layer_types` says otherwise; transformers' implementations of attention then
-        differ from each other.
+    If `layer_types` says otherwise, transformers' implementations of attention differ.
     """
     if config.get("use_sliding_window", False):
         return windows(config, layers, sliding, default)

@@ -17,13 +17,7 @@ Flat = Mapping[str, Any]
 def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
     """Derives channels, patch size and image size of a vision transformer.
 
-    Args:
-      flat: the tensors.
-      config: the config of the model they were made from.
-      tokens: number of positions that are not patches: class tokens.
-
-    Raises:
-      ValueError: if the number of positions fits neither a square of patches nor config.json.
+    `tokens` is the number of positions that are not patches: class tokens.
     """
     kernel, table = flat.get("embeddings/patches/kernel"), _positions(flat)
     if kernel is None or table is None:

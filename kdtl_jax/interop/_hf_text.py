@@ -4,6 +4,7 @@ from kdtl_jax import _text, models
 from kdtl_jax.interop import _hf_config as field
 from kdtl_jax.interop._hf_encoders import (
     SIZES,
+    after_attention,
     bert_language_head,
     token_head,
     tokens,
@@ -247,7 +248,7 @@ def _deberta(fields: Values, v: Values, contents: Contents) -> models.Deberta:
     )
 
 
-_layer = "encoder.layer.{i}"
+_self = "encoder.layer.{i}.attention"
 deberta = Family(
     ("deberta-v2",),
     "DebertaV2Model",
@@ -291,19 +292,10 @@ deberta = Family(
         *norm("encoder.LayerNorm", "relative_norm"),
         *dense("encoder.conv.conv", "conv", conv1d),
         *norm("encoder.conv.LayerNorm", "conv_norm"),
-        *attention(
-            f"{_layer}.attention",
-            "self.query_proj",
-            "self.key_proj",
-            "self.value_proj",
-            "output.dense",
-        ),
-        *dense(f"{_layer}.attention.self.pos_key_proj", "layers_{i}/attention/place_key"),
-        *dense(f"{_layer}.attention.self.pos_query_proj", "layers_{i}/attention/place_query"),
-        *norm(f"{_layer}.attention.output.LayerNorm", "layers_{i}/attention_norm"),
-        *dense(f"{_layer}.intermediate.dense", "layers_{i}/mlp/up"),
-        *dense(f"{_layer}.output.dense", "layers_{i}/mlp/down"),
-        *norm(f"{_layer}.output.LayerNorm", "layers_{i}/mlp_norm"),
+        *attention(_self, "self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
+        *dense(f"{_self}.self.pos_key_proj", "layers_{i}/attention/place_key"),
+        *dense(f"{_self}.self.pos_query_proj", "layers_{i}/attention/place_query"),
+        *after_attention,
     ),
     _deberta,
     tokens,

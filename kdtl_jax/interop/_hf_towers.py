@@ -88,11 +88,7 @@ siglip_text = Family(
 
 
 def one_tower(config: Mapping[str, Any], tower: str | None) -> tuple[dict[str, Any], str | None]:
-    """The config of a tower and a pattern for its tensors; other configs unchanged, with None.
-
-    Raises:
-      ValueError: if no tower is given for a folder of two, or one is given for a folder of none.
-    """
+    """The config of a tower and a pattern for its tensors; other configs unchanged, with None."""
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         if tower is not None:

@@ -204,10 +204,7 @@ dinov2_registers = dinov2._replace(
     model_types=("dinov2_with_registers",),
     base="Dinov2WithRegistersModel",
     prefix="dinov2_with_registers.",
-    fields=(
-        *dinov2.fields,
-        *field.into(registers=field.count("num_register_tokens", 4, least=0)),
-    ),
+    fields=(*dinov2.fields, *field.into(registers=field.count("num_register_tokens", 4, least=0))),
     body=(*dinov2.body, Rule("embeddings.register_tokens", "registers")),
     heads=(image_head("Dinov2WithRegistersForImageClassification"),),
     sides={"num_register_tokens": ("registers", 1)},

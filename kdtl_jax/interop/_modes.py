@@ -70,10 +70,8 @@ def arguments(
     """Splits `values` into positional and keyword arguments of `function`, after `skip` others.
 
     Those that follow the others without a gap are passed by position, because `nn.remat` and
-    `nn.jit` mark static arguments by their position.
-
-    Raises:
-      TypeError: if the function requires another argument; `example` says how to call it.
+    `nn.jit` mark static arguments by their position. `example` says how to call a function that
+    requires another argument.
     """
     kinds = inspect.Parameter
     named_kinds = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
@@ -121,13 +119,9 @@ def check(modes: Mapping[str, bool], train: bool, name: str, example: str) -> No
     """Refuses a module that cannot be put in the requested mode.
 
     In evaluation, every layer must be in evaluation mode; in training, one layer in training mode
-    is enough, since authors freeze batch statistics on purpose.
-
-    Args:
-      modes: path of each dropout or normalization layer -> whether it ran in training mode.
-      train: the requested mode.
-      name: the name of the module.
-      example: a call that sets the mode, for the message.
+    is enough, since authors freeze batch statistics on purpose. `modes` says of each dropout or
+    normalization layer, by path, whether it ran in training mode; `example` is a call that sets the
+    mode, for the message.
     """
     if not modes or (any(modes.values()) if train else not any(modes.values())):
         return
@@ -168,11 +162,7 @@ def draws(function: Callable[..., Any], *args: Any) -> bool:
 
 
 def check_module(module: Any, is_valid: bool, framework: str) -> None:
-    """Refuses anything that is not a module of a framework, such as its class or its parameters.
-
-    Raises:
-      TypeError: naming the type received.
-    """
+    """Refuses anything that is not a module of a framework, such as its class or its parameters."""
     if not is_valid:
         repair = f": write {module.__name__}(...)" if isinstance(module, type) else ""
         kind = module.__name__ if isinstance(module, type) else type(module).__name__

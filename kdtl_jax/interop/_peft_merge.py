@@ -232,11 +232,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _is_flipped(site: _Site, out: int | None, fan_in: int | None) -> bool:
-    """Whether a kernel is `[in, out]`; the configuration's flag is that of its last module only.
-
-    Raises:
-      ValueError: if the kernel is square and nothing determines which side is the input.
-    """
+    """Whether a kernel is `[in, out]`; the configuration's flag is that of its last module only."""
     if len(site.shape) != 2:
         return False
     rows, columns = site.shape

@@ -48,11 +48,7 @@ def with_taps(
 
 
 def select(taps: Sequence[str], outputs: dict[str, Array], hint: str = "") -> dict[str, Array]:
-    """Selects the outputs that the taps match; every tap must match one.
-
-    Raises:
-      ValueError: if a tap matches nothing, with the nearest paths.
-    """
+    """Selects the outputs that the taps match; every tap must match one."""
     selected: dict[str, Array] = {}
     for tap in [taps] if isinstance(taps, str) else taps:
         matches = {path: x for path, x in outputs.items() if re.fullmatch(tap, path)}
@@ -70,10 +66,7 @@ def outputs_of(returned: Any) -> dict[str, Array]:
     """Converts what a module returns to a dict; a bare array becomes `"logits"`.
 
     In a tuple, the first array is the logits and the others are `"features"`. Nested outputs are
-    named by their path, `"features/first"` or `"features/0"`.
-
-    Raises:
-      ValueError: naming an output beside the logits that is not an array.
+    named by their path, `"features/first"` or `"features/0"`, and must be arrays.
     """
     outputs = returned
     if isinstance(returned, (tuple, list)) and hasattr(next(iter(returned), None), "shape"):

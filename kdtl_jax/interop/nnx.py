@@ -43,12 +43,7 @@ class NNX(NamedTuple):
     model_state: nnx.State
 
 
-def model(
-    module: nnx.Module,
-    *,
-    taps: Sequence[str] = (),
-    call: Call | None = None,
-) -> NNX:
+def model(module: nnx.Module, *, taps: Sequence[str] = (), call: Call | None = None) -> NNX:
     """`(apply, params, model_state)` of an NNX module, following the library's model contract.
 
     `model_state` holds everything that is not an `nnx.Param`: batch statistics, random streams,
@@ -234,10 +229,7 @@ def _flat(state: Any) -> dict[str, Any]:
 
 
 def _capture(
-    module: nnx.Module,
-    call: Callable[[nnx.Module, Any], Any],
-    inputs: Any,
-    with_submodules: bool,
+    module: nnx.Module, call: Callable[[nnx.Module, Any], Any], inputs: Any, with_submodules: bool
 ) -> tuple[Any, dict[str, Array]]:
     """Runs the module; also returns sown values and the outputs of its submodules by path.
 
