@@ -193,16 +193,16 @@ def _positive(config: Config, key: str, default: float | None) -> float:
     return value
 
 
-def _divisors(parameters: Config, key: str, count: int) -> list[float]:
-    """Reads one positive number per frequency."""
+def _divided(parameters: Config, key: str, unscaled: Sequence[float]) -> tuple[float, ...]:
+    """Divides each frequency by its number in the configuration."""
     divisors = parameters[key]
-    fits = isinstance(divisors, list) and len(divisors) == count
+    fits = isinstance(divisors, list) and len(divisors) == len(unscaled)
     if not fits or not all(is_number(x) and x > 0 for x in divisors):
         raise ValueError(
-            f"config.json: {key} must be {count} positive numbers, one per frequency, got "
+            f"config.json: {key} must be {len(unscaled)} positive numbers, one per frequency, got "
             f"{_text.quoted(divisors)}."
         )
-    return divisors
+    return tuple(f / s for f, s in zip(unscaled, divisors, strict=True))
 
 
 def _longrope(
@@ -217,13 +217,8 @@ def _longrope(
         scale = number(parameters, "attention_factor", 1.0)
     elif stretch > 1:
         scale = math.sqrt(1 + math.log(stretch) / math.log(original))
-    short_frequencies, long_frequencies = (
-        tuple(
-            f / s for f, s in zip(unscaled, _divisors(parameters, key, len(unscaled)), strict=True)
-        )
-        for key in ("short_factor", "long_factor")
-    )
-    return Rope(short_frequencies, scale, long_frequencies, original)
+    short_frequencies = _divided(parameters, "short_factor", unscaled)
+    return Rope(short_frequencies, scale, _divided(parameters, "long_factor", unscaled), original)
 
 
 def _yarn(
@@ -247,10 +242,8 @@ def _yarn(
     def dimension(turns: float) -> float:
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = (
-        dimension(parameters.get("beta_fast") or 32),
-        dimension(parameters.get("beta_slow") or 1),
-    )
+    low = dimension(parameters.get("beta_fast") or 32)
+    high = dimension(parameters.get("beta_slow") or 1)
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)

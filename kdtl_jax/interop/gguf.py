@@ -188,10 +188,8 @@ def _config(
     config |= {names[key]: value for key, value in hyperparameters.items() if key in names}
     if architecture == "gpt2":
         return config
-    width, heads = (
-        _count(hyperparameters, "embedding_length"),
-        _count(hyperparameters, "attention.head_count"),
-    )
+    width = _count(hyperparameters, "embedding_length")
+    heads = _count(hyperparameters, "attention.head_count")
     head_width = _count(hyperparameters, "attention.key_length", width // heads)
     if _count(hyperparameters, "attention.value_length", head_width) != head_width:
         raise ValueError("keys and values of different widths are not supported.")
@@ -249,15 +247,13 @@ def _scaling(
             original = _count(hyperparameters, "context_length", 2048)
         scaling: dict[str, Any] = {"rope_type": "longrope"}
         if "rope_freqs" in factor_names:  # Llama 3's blend, stored per frequency
-            short_factors = long_factors = factors["rope_freqs.weight"]
+            short = long = "rope_freqs.weight"
             scaling["attention_factor"] = 1.0
             scaling["original_max_position_embeddings"] = original
         else:
-            long_factors, short_factors = (
-                factors[f"rope_factors_{n}.weight"] for n in ("long", "short")
-            )
+            short, long = "rope_factors_short.weight", "rope_factors_long.weight"
             config["original_max_position_embeddings"] = original
-        scaling |= {"short_factor": short_factors, "long_factor": long_factors}
+        scaling |= {"short_factor": factors[short], "long_factor": factors[long]}
         return scaling if attention is None else scaling | {"attention_factor": attention}
     if kind not in ("none", "linear"):
         raise ValueError(

@@ -192,8 +192,8 @@ def _select(
     `params` are the source's with fused matrices split.
     """
     wide = source.model.config
-    rows: dict[str, list[np.ndarray]] = {"heads": [], "key_heads": [], "hidden": []}
-    total_scores, kept_scores = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
+    chosen: dict[str, list[tuple[np.ndarray, np.ndarray]]]  # scores, and the positions kept
+    chosen = {"heads": [], "key_heads": [], "hidden": []}
     group_size = wide.heads // wide.key_heads
     if tokens is None:
         layers = [_weight_importance(wide, params[f"layers_{i}"]) for i in range(wide.layers)]
@@ -205,19 +205,16 @@ def _select(
         groups = _top(head_scores.sum(axis=1), sizes["key_heads"])
         count = sizes["heads"] // sizes["key_heads"]
         heads = [_top(head_scores[g], count) + g * group_size for g in groups]
-        selections = {
-            "heads": (head_scores.ravel(), np.concatenate(heads)),
-            "key_heads": (head_scores.sum(axis=1), groups),
-            "hidden": (unit_scores, _top(unit_scores, sizes["hidden"])),
-        }
-        for name, (scores, index) in selections.items():
-            rows[name].append(index)
-            total_scores[name] += float(scores.sum())
-            kept_scores[name] += float(scores[index].sum())
+        chosen["heads"].append((head_scores.ravel(), np.concatenate(heads)))
+        chosen["key_heads"].append((head_scores.sum(axis=1), groups))
+        chosen["hidden"].append((unit_scores, _top(unit_scores, sizes["hidden"])))
     index = _top(channels, sizes["width"])
-    shares = {"width": float(channels[index].sum() / (channels.sum() or 1))}
-    shares |= {name: kept_scores[name] / (total_scores[name] or 1) for name in rows}
-    stacked = {name: np.stack(indices) for name, indices in rows.items()}
+    shares = {
+        name: sum(float(scores[kept].sum()) for scores, kept in pairs)
+        / (sum(float(scores.sum()) for scores, _ in pairs) or 1)
+        for name, pairs in {"width": [(channels, index)], **chosen}.items()
+    }
+    stacked = {name: np.stack([kept for _, kept in pairs]) for name, pairs in chosen.items()}
     return Kept(channels=index, shares=shares, **stacked)
 
 
