@@ -183,14 +183,12 @@ def _set_fields(module: Any, train: bool) -> Any:
 
 
 def _submodules(module: Any) -> list[Any]:
-    modules = [module] if isinstance(module, eqx.Module) else []
-    children = jax.tree.leaves(
-        module, is_leaf=lambda x: isinstance(x, eqx.Module) and x is not module
-    )
-    for child in children:
-        if isinstance(child, eqx.Module) and child is not module:
-            modules += _submodules(child)
-    return modules
+    def is_child(x: Any) -> bool:
+        return isinstance(x, eqx.Module) and x is not module
+
+    children = [x for x in jax.tree.leaves(module, is_leaf=is_child) if is_child(x)]
+    itself = [module] if isinstance(module, eqx.Module) else []
+    return itself + [part for child in children for part in _submodules(child)]
 
 
 def _modes_of(module: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> dict[str, bool]:

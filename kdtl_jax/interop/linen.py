@@ -20,6 +20,7 @@ import numpy as np
 from flax import errors
 from jax import Array
 
+from kdtl_jax import trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import _modes, _taps
 
@@ -128,8 +129,10 @@ def model(
                     f"{type(module).__name__} changes its variables in evaluation mode: "
                     f"{_message(error)}. Say how to call it: {_CALL}."
                 ) from error
-        if changing and not any(modes.values()) and _is_same(updated, model_state, "batch_stats"):
-            modes["batch_stats"] = False  # in a custom layer
+        if "batch_stats" in changing and not any(modes.values()):
+            before, after = (trees.flatten(x["batch_stats"]) for x in (model_state, updated))
+            if not _modes.changed(before, after):
+                modes["batch_stats"] = False  # in a custom layer
         check()
         calls = _calls(updated.get("intermediates") or {}, "") if taps else []
         all_outputs = _taps.with_taps(outputs, taps, _taps.outputs_by_path(calls))
@@ -229,14 +232,6 @@ def _record_modes() -> Iterator[dict[str, bool]]:
 
     with nn.intercept_methods(record):
         yield modes
-
-
-def _is_same(updated: Mapping[str, Any], original: Mapping[str, Any], collection: str) -> bool:
-    """Whether a collection is unchanged."""
-    if collection not in original:
-        return False
-    leaves = (jax.tree.leaves(variables[collection]) for variables in (updated, original))
-    return all(a is b for a, b in zip(*leaves, strict=True))
 
 
 def _first(*values: Any) -> Any:
