@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import jsonargparse
-
 from kdtl_jax._text import quoted, shown
 from kdtl_jax.recipes import yaml_files
 from kdtl_jax.recipes.settings import INT32, UsageError, number, suggest
@@ -61,17 +59,19 @@ def parse(
     values = {} if common.config is None else load(Path(common.config), fields, words)
     quick = "quick" in fields and (common.quick or values.get("quick") is True)
     parser = _parser(words, summary, module, fields, quick)
-    where = "" if common.config is None else f"--config {common.config}: "
-    defaults = _typed(parser, fields, values, where)
+    defaults = _typed(module.Settings, fields, values, f"--config {common.config}: ")
     repeated = {name for name, field in fields.items() if field.metadata.get("repeat")}
-    parser.set_defaults({name: value for name, value in defaults.items() if name not in repeated})
+    parser.set_defaults(**{name: x for name, x in defaults.items() if name not in repeated})
     if common.quick and quick:
         arguments = [*arguments, "--quick"]
     _refuse_unknown(parser, arguments)
     try:
-        parsed = vars(parser.parse_args(arguments))
-    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise UsageError(_one_line(str(error))) from None
+        namespace, extra = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(_one_line(str(error).removeprefix("argument "))) from None
+    if extra:
+        raise UsageError(_one_line(f"unrecognized arguments: {' '.join(extra)}"))
+    parsed = vars(namespace)
     for name in repeated:  # flags replace the file's values instead of adding to them
         if parsed[name] is None:
             parsed[name] = defaults.get(name, fields[name].metadata["default"])
@@ -120,16 +120,15 @@ def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
 
 def _parser(
     words: str, summary: str, module: Any, fields: Mapping[str, Any], quick: bool
-) -> jsonargparse.ArgumentParser:
+) -> argparse.ArgumentParser:
     settings = module.Settings
-    parser = jsonargparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"kdtl {words}",
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"Examples:\n{module.EXAMPLES.strip(chr(10))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
-        print_config=None,
     )
     hints, groups = get_type_hints(settings), {}
     for name, field in fields.items():
@@ -146,48 +145,33 @@ def _parser(
 def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
     metadata = field.metadata
     description = metadata["help"]
-    default_text = _default_text(field.metadata["default"])
+    default_text = _default_text(metadata["default"])
     if default_text and "default:" not in description:
         description = f"{description}; default: {default_text}"
-    options: dict[str, Any] = {
-        "dest": name,
-        "default": default,
-        "help": description.replace("%", "%%"),
-    }
+    options: dict[str, Any] = {"default": default, "help": description.replace("%", "%%")}
     if hint is bool:
-        group.add_argument(_flag(name), action="store_true", **options)
+        group.add_argument(_flag(name), dest=name, action="store_true", **options)
         return
     if "metavar" in metadata:
         options["metavar"] = metadata["metavar"]
-    if "parse" not in metadata and not metadata.get("repeat") and metadata.get("positional") != "*":
-        options["type"] = _type(hint)
-        if (chosen := _choices(hint)) and "metavar" not in options:
-            options["metavar"] = f"{{{','.join(chosen)}}}"
+    if _is_typed(metadata):
+        options["type"] = partial(_convert, hint)
+        if chosen := _choices(hint):
+            options.setdefault("metavar", f"{{{','.join(chosen)}}}")
     if metadata.get("repeat"):
         options |= {"action": "append", "default": None}
     if metadata.get("many"):
         options["nargs"] = "+"
     if "positional" in metadata:
-        many = metadata["positional"] == "*"
-        del options["dest"]
-        group.add_argument(name, nargs="*" if many else "?", **options)
+        group.add_argument(name, nargs="*" if metadata["positional"] == "*" else "?", **options)
         return
-    group.add_argument(
-        _flag(name), *([metadata["short"]] if "short" in metadata else []), **options
-    )
+    short = [metadata["short"]] if "short" in metadata else []
+    group.add_argument(_flag(name), *short, dest=name, **options)
 
 
-def _type(hint: Any) -> Any:
-    """The converter for a type hint; jsonargparse's own rejects `nan` as a float."""
-    converters = {
-        float: _number,
-        int: _integer,
-        float | None: _number_or_none,
-        int | None: _integer_or_none,
-    }
-    if chosen := _choices(hint):
-        return partial(_choice, chosen, type(None) in get_args(hint))
-    return converters.get(hint, hint)
+def _is_typed(metadata: Mapping[str, Any]) -> bool:
+    """Whether the type hint says how to read a setting, not its parser or its repetition."""
+    return not ("parse" in metadata or metadata.get("repeat") or metadata.get("positional") == "*")
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -196,17 +180,36 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return next((get_args(each) for each in hints if get_origin(each) is Literal), ())
 
 
-def _choice(choices: Sequence[str], is_optional: bool, value: Any) -> str | None:
-    """One of the known values, in any case and with `_` or `-`."""
-    if is_optional and value in (None, "null"):
+def _convert(hint: Any, value: Any) -> Any:
+    """A word, or a value of a YAML file, as the type hint says.
+
+    Raises:
+      ArgumentTypeError: saying what was expected.
+    """
+    if type(None) in get_args(hint) and value in (None, "null"):
         return None
+    choices, hints = _choices(hint), (hint, *get_args(hint))
+    try:
+        if choices:
+            return _choice(choices, str(value))
+        if float in hints:
+            return number(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if int in hints:
+        return _integer(value)
+    if not isinstance(value, str):
+        raise argparse.ArgumentTypeError(f"expected text, got {value}")
+    return value
+
+
+def _choice(choices: Sequence[str], value: str) -> str:
+    """One of the known values, in any case and with `_` or `-`."""
     plain = {name.lower().replace("_", "-"): name for name in choices}
-    choice = str(value).lower().replace("_", "-")
+    choice = value.lower().replace("_", "-")
     if choice not in plain:
-        message = f"expected one of {', '.join(choices)}, got {quoted(str(value))}"
-        raise argparse.ArgumentTypeError(
-            "; ".join(filter(None, (message, suggest(choice, choices))))
-        )
+        message = f"expected one of {', '.join(choices)}, got {quoted(value)}"
+        raise ValueError("; ".join(filter(None, (message, suggest(choice, choices)))))
     return plain[choice]
 
 
@@ -217,21 +220,6 @@ def _integer(value: Any) -> int:
     except ValueError:  # also for a text of thousands of digits
         message = f"expected a whole number, got {quoted(value)}"
         raise argparse.ArgumentTypeError(message) from None
-
-
-def _integer_or_none(value: Any) -> int | None:
-    return None if value in (None, "null") else _integer(value)
-
-
-def _number(value: Any) -> float:
-    try:
-        return number(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _number_or_none(value: Any) -> float | None:
-    return None if value in (None, "null") else _number(value)
 
 
 def _add_common(parser: Any) -> None:
@@ -304,27 +292,29 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _typed(
-    parser: Any, fields: Mapping[str, Any], values: Mapping[str, Any], where: str
+    settings: Any, fields: Mapping[str, Any], values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """The values of a file, converted to their types."""
-    unparsed = {k: v for k, v in values.items() if "parse" not in fields[k].metadata}
-    typed = {k: v for k, v in values.items() if k not in unparsed}
-    for name, value in unparsed.items():
-        field = fields[name]
-        if field.metadata.get("repeat") or field.metadata.get("positional") == "*":
-            typed[name] = [value] if isinstance(value, str) else value
+    hints, typed = get_type_hints(settings), {}
+    for name, value in values.items():
+        metadata = fields[name].metadata
+        if not _is_typed(metadata):
+            is_word = "parse" not in metadata and isinstance(value, str)
+            typed[name] = [value] if is_word else value
             continue
-        if isinstance(field.metadata["default"], bool) and not isinstance(value, bool):
-            raise UsageError(f"{where}{name}: expected true or false, got {value!r:.80}")
-        if value is None and field.metadata["default"] is not None:
+        if isinstance(metadata["default"], bool):
+            if not isinstance(value, bool):
+                raise UsageError(f"{where}{name}: expected true or false, got {value!r:.80}")
+            typed[name] = value
+            continue
+        if value is None and metadata["default"] is not None:
             raise UsageError(f"{where}{name}: expected a value, got null")
-        if isinstance(field.metadata["default"], str) and isinstance(value, (int, float)):
-            value = str(value) if not isinstance(value, bool) else value
+        if isinstance(metadata["default"], str) and type(value) in (int, float):
+            value = str(value)
         try:
-            typed[name] = parser.parse_object({name: value})[name]
-        except (argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
-            message = _one_line(str(error)).removeprefix(f"--{name.replace('_', '-')}: ")
-            raise UsageError(f"{where}{name}: {message}") from None
+            typed[name] = _convert(hints[name], value)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{where}{name}: {_one_line(str(error))}") from None
     return {name: _value(fields[name], value, where) for name, value in typed.items()}
 
 
@@ -379,12 +369,5 @@ def _default_text(default: Any) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A library's message as one line that starts with the flag."""
     line = " ".join(text.split())
-    for prefix in ("argument ", "Parser key "):
-        line = line.removeprefix(prefix)
-    if line.startswith('"'):
-        name, _, message = line[1:].partition('": ')
-        line = f"{_flag(name)}: {message}"
-    line = re.sub(r"Expected a <class 'str'>\. Got value: ", "expected text, got ", line)
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
