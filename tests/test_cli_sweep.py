@@ -329,6 +329,7 @@ def test_a_setting_that_diverges_ranks_last(tmp_path: Path) -> None:
 
 def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """It came first after the earlier rung; that score must not stand for it."""
 
@@ -347,7 +348,7 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
     held = {"inputs": jnp.zeros((2,)), "labels": jnp.zeros((2,))}
     shared: Any = sweep.Shared({}, Variables({}))
     settings: Any = SimpleNamespace(seeds=2, epochs=2, halving=2, batch_size=1)
-    finished: Any = SimpleNamespace(folder=None)
+    finished = _stored_results.open_store(tmp_path, "run", resume=False, kinds=())
     work = sweep.Work(settings, shared, (held, held), None, print, finished)
 
     def found(*alphas: float) -> Any:

@@ -83,12 +83,7 @@ def axes_of_method(entry: Entry, setup: Setup, columns: Mapping[str, Any]) -> di
 
 
 def check(columns: Collection[str], axes_by_method: Mapping[str, Collection[str]]) -> None:
-    """Raises UsageError if an axis is neither in `AXES` nor an axis of a method.
-
-    Args:
-      columns: the axes.
-      axes_by_method: the additional axes, or terms, of each method.
-    """
+    """Raises UsageError if an axis is neither in `AXES` nor an axis, or a term, of a method."""
     valid = {*AXES, *(name for axes in axes_by_method.values() for name in axes)}
     if unknown := [axis for axis in columns if axis not in valid]:
         are = "are not axes" if unknown[1:] else "is not an axis"

@@ -25,10 +25,15 @@ class Choice(NamedTuple):
 
 def columns(seeds: int, **axes: Sequence[float]) -> dict[str, np.ndarray]:
     """Every combination of the axes, for every seed; seeds run fastest."""
-    grid = {name: np.asarray(column, np.float32) for name, column in sweep.grid(**axes).items()}
-    count = len(next(iter(grid.values())))
+    grid = sweep.grid(**axes)
+    return for_every_seed({name: np.asarray(x, np.float32) for name, x in grid.items()}, seeds)
+
+
+def for_every_seed(settings: Mapping[str, np.ndarray], seeds: int) -> dict[str, np.ndarray]:
+    """Columns `[K]` of settings as columns `[K * S]` of points; seeds run fastest."""
+    count = len(next(iter(settings.values()), [0]))
     seed = np.tile(np.arange(seeds, dtype=np.int32), count)
-    return {**{name: np.repeat(column, seeds) for name, column in grid.items()}, "seed": seed}
+    return {**{name: np.repeat(column, seeds) for name, column in settings.items()}, "seed": seed}
 
 
 def best(fitted: Fitted, points: Mapping[str, np.ndarray]) -> Choice:

@@ -1,5 +1,6 @@
 """Reading data for a model, and checking that classes, columns and units match its file."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -55,19 +56,11 @@ def read_data(
     if reading is not None and other_targets:
         reading = reading._replace(target_scaling=None)
     raw = read_splits(
-        settings.data,
-        label=settings.label,
-        inputs=settings.inputs,
-        target=settings.target,
-        missing=settings.missing,
-        one_hot=settings.text_columns is not None,
-        drop=settings.drop_columns,
-        image_size=settings.image_size,
-        validation=settings.validation,
-        test=settings.test,
-        seed=settings.split_seed,
-        preprocessing=reading,
-    )
+        settings.data, label=settings.label, inputs=settings.inputs, target=settings.target,
+        missing=settings.missing, one_hot=settings.text_columns is not None,
+        drop=settings.drop_columns, image_size=settings.image_size, preprocessing=reading,
+        validation=settings.validation, test=settings.test, seed=settings.split_seed,
+    )  # fmt: skip
     for line in summary(raw):
         print(line, file=sys.stderr)
     _check_kind(settings.data, raw.train.kind, kinds)
@@ -125,15 +118,13 @@ def _check_kind(data: str, kind: Kind, kinds: Sequence[Kind]) -> None:
 def _check_scaling(path: str | None, scaling: Standardizer | None, shape: tuple[int, ...]) -> None:
     """Raises ValueError if the scaling of a model's file does not fit inputs `[N, ...]`."""
     assert scaling is not None
-    try:
-        fits = np.broadcast_shapes(shape, scaling.mean.shape, scaling.scale.shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{path} scales inputs of shape {list(scaling.mean.shape)}, but the data's examples "
-            f"are {list(shape[1:])}."
-        )
+    with contextlib.suppress(ValueError):
+        if np.broadcast_shapes(shape, scaling.mean.shape, scaling.scale.shape) == shape:
+            return
+    raise ValueError(
+        f"{path} scales inputs of shape {list(scaling.mean.shape)}, but the data's examples are "
+        f"{list(shape[1:])}."
+    )
 
 
 def check_parts(splits: Splits) -> None:
@@ -172,13 +163,9 @@ def check_choices(settings: Data, path: str | None, about: About) -> None:
 def check_folder(path: str, data: Dataset, *, other_targets: bool) -> None:
     """Compares data with a Hugging Face folder's configuration; notes other image sizes.
 
-    Args:
-      path: of the folder.
-      data: one part of the data.
-      other_targets: whether the data's targets may differ from the folder's.
-
     Raises:
-      ValueError: if its head predicts something other than the targets.
+      ValueError: if its head predicts something other than the targets, which `other_targets`
+        allows.
     """
     kind, sides = sources.kind(path), sources.sides(path)
     if not other_targets and kind not in (None, data.kind):
@@ -197,12 +184,7 @@ def check_folder(path: str, data: Dataset, *, other_targets: bool) -> None:
 
 
 def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
-    """Reorders the data's classes to match the model's file.
-
-    Args:
-      path: of the file.
-      about: its record; without classes and names, nothing is compared.
-      raw: the data, in its own order of classes.
+    """Reorders the data's classes to match the model's file, if it records any.
 
     Raises:
       ValueError: if the file has other classes.
@@ -216,15 +198,16 @@ def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
     if model_names == data_names or (about.classes is None and not model_names):
         return raw
     places = {_normalized(name): i for i, name in enumerate(model_names)}
-    if (
-        len(places) == len(model_names)
-        and {_normalized(name) for name in data_names} == places.keys()
-    ):
+    is_same_set = {_normalized(name) for name in data_names} == places.keys()
+    if is_same_set and len(places) == len(model_names):
         if raw.train.kind != "classes":  # columns are in the model's order already
             return raw
         numbers = np.array([places[_normalized(name)] for name in data_names], np.int32)
         return Splits(*(x._replace(labels=numbers[x.labels], names=model_names) for x in raw))
-    listed, of_data = (_join(names) or f"0..{classes - 1}" for names in (model_names, data_names))
+    listed, of_data = (
+        _text.shown(", ".join(names), 300) or f"0..{classes - 1}"
+        for names in (model_names, data_names)
+    )
     if about.classes is None and len(model_names) == classes and not data_names:
         print(f"note: classes 0..{classes - 1} are {path}'s {listed}", file=sys.stderr)
         return raw
@@ -240,23 +223,15 @@ def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
 def other_units(inputs: np.ndarray, columns: Sequence[str] = ()) -> str | None:
     """Describes the problem if inputs, scaled as the file says, deviate far more or less than 1.
 
-    Args:
-      inputs: scaled, `[N, ...]`.
-      columns: names of a table's columns, each in its own unit. A column that mostly has one
-        value, such as a category or a rare event, may have any deviation.
+    Columns of a table, if named, are each in their own unit. One that mostly has one value, such as
+    a category or a rare event, may have any deviation.
     """
     axes = tuple(range(inputs.ndim - 1)) if inputs.ndim == 4 else (0,)
     deviations = inputs.std(axis=axes, dtype=np.float64).ravel()
     nonzero = deviations[deviations > 0]
-    deviation, subject = (
-        float(np.sqrt(np.mean(np.square(nonzero)))) if nonzero.size else 1.0,
-        "the data has",
-    )
-    if (
-        1 / UNITS < deviation < UNITS
-        and len(columns) == len(deviations)
-        and len(inputs) >= FEW_ROWS
-    ):
+    deviation = float(np.sqrt(np.mean(np.square(nonzero)))) if nonzero.size else 1.0
+    subject, is_usual = "the data has", 1 / UNITS < deviation < UNITS
+    if is_usual and len(columns) == len(deviations) and len(inputs) >= FEW_ROWS:
         low, high = np.quantile(inputs, (0.25, 0.75), axis=0)
         narrow = np.flatnonzero((high > low) & (deviations <= 1 / UNITS))
         if narrow.size:
@@ -292,12 +267,7 @@ def _far_away(inputs: np.ndarray, columns: Sequence[str]) -> str | None:
 
 
 def other_target_units(targets: np.ndarray, names: Sequence[str]) -> str | None:
-    """Describes the problem if targets, scaled as the file says, deviate far more or less than 1.
-
-    Args:
-      targets: scaled, `[N, K]`.
-      names: of the K numbers, or none.
-    """
+    """Describes the problem if targets `[N, K]`, scaled as the file says, are far from 1."""
     with np.errstate(over="ignore"):
         size = np.sqrt(np.mean(np.square(targets.astype(np.float64)), axis=0))
         deviations = targets.std(axis=0, dtype=np.float64)
@@ -315,7 +285,3 @@ def other_target_units(targets: np.ndarray, names: Sequence[str]) -> str | None:
 def _normalized(name: str) -> str:
     """A class's name, ignoring case, outer spaces, and underscores for spaces."""
     return name.strip().casefold().replace("_", " ")
-
-
-def _join(names: Sequence[str], limit: int = 300) -> str:
-    return _text.shown(", ".join(names), limit)

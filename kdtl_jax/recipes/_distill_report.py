@@ -30,7 +30,10 @@ def method_settings(
     return {
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
-        **_optimizer_settings(entry, settings),
+        "optimizer": settings.optimizer,
+        "learning_rate": _optimizers.peak_rate(settings),
+        **({"weight_decay": settings.weight_decay} if settings.weight_decay else {}),
+        **_temperature(settings.temperature, entry),
         "weights": weights,
         **({} if trained.kept_epoch is None else {"epoch_kept": trained.kept_epoch}),
         "ran": "seed by seed" if trained.in_turn else "all seeds at once",
@@ -40,16 +43,12 @@ def method_settings(
     }
 
 
-def _optimizer_settings(entry: Entry | None, settings: Any) -> dict[str, Any]:
-    """A method's optimizer, learning rate and temperature, with defaults filled in."""
-    rate = _optimizers.peak_rate(settings)
-    filled = {"optimizer": settings.optimizer, "learning_rate": rate}
-    if settings.weight_decay:
-        filled["weight_decay"] = settings.weight_decay
-    if entry is not None and methods.takes_temperature(entry):
-        default = inspect.signature(entry.build).parameters["temperature"].default
-        filled["temperature"] = settings.temperature or default
-    return filled
+def _temperature(chosen: float | None, entry: Entry | None) -> dict[str, float]:
+    """The temperature of a method that has one: the user's, or its own."""
+    if entry is None or not methods.takes_temperature(entry):
+        return {}
+    default = inspect.signature(entry.build).parameters["temperature"].default
+    return {"temperature": chosen or default}
 
 
 def results(
@@ -79,7 +78,6 @@ def results(
         f"{few_text if few else all_text}. A seed has the same initial weights and batches "
         "under every method. Nothing was chosen on the test split."
     )
-    advice = _students.note(rows, BASELINE)
     best, evidence = _students.best_row(rows), []
     if best is not None and pair.measure.kind == "classes":
         evidence = _evidence.sections(
@@ -91,7 +89,7 @@ def results(
         report.compared(rows, {STUDENTS: BASELINE}),
         learning,
         {},
-        [data_note, *notes, *([] if advice is None else [advice])],
+        [data_note, *notes, *_students.notes(rows, BASELINE)],
         sections=evidence,
         score=pair.measure.score_name,
     )

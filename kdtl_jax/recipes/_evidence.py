@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdtl_jax import datasets
+from kdtl_jax import datasets, metrics
 from kdtl_jax._text import shown
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.run import report
@@ -29,11 +29,8 @@ def sections(
 ) -> list[report.Section]:
     """The confusion matrix of a method, and examples on which it differs from its teacher.
 
-    Args:
-      test: the test split.
-      student: predictions of the recommended method.
-      teacher: predictions of the teacher or of another method, `[1, N]` or `[S, N]`.
-      teacher_name: the report's name for the teacher or that method.
+    `teacher` has the classes predicted by the teacher or by another method, `[1, N]` or `[S, N]`;
+    the report calls it `teacher_name`.
     """
     return [
         _confusion(test, student),
@@ -43,10 +40,8 @@ def sections(
 
 def confusion_counts(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """How often each class is predicted as each, `[K, K]`; non-finite logits do not count."""
-    counts = np.zeros((classes, classes), np.int64)
-    truth, answers = np.broadcast_to(labels, predicted.shape).ravel(), predicted.ravel()
-    np.add.at(counts, (truth[answers >= 0], answers[answers >= 0]), 1)
-    return counts
+    counts = [metrics.confusion(answers, labels, classes) for answers in predicted]
+    return np.sum(counts, axis=0)
 
 
 def _confusion(test: Dataset, student: Predictions) -> report.Section:
@@ -93,11 +88,8 @@ def _differences(
             share = f" ({frequencies.max()} of {len(classes)})" if len(classes) > 1 else ""
             return f"{names[mode] if mode >= 0 else 'nothing'}{share}"
 
-        return [
-            names[int(test.labels[row])],
-            most_frequent(teacher),
-            most_frequent(student.classes),
-        ]
+        label = names[int(test.labels[row])]
+        return [label, most_frequent(teacher), most_frequent(student.classes)]
 
     note = (
         f"The test examples on which most seeds of {student.label} and the {teacher_name} predict "
@@ -112,12 +104,10 @@ def _show_examples(
 ) -> report.Pictures | report.Table:
     first = test.inputs[0]
     if first.ndim == 3 and first.shape[-1] in (1, 3):
-        captions = [
-            dict(zip(("is", teacher_name, "student"), describe(i), strict=True)) for i in order
-        ]
-        texts = [", ".join(f"{k} {v}" for k, v in caption.items()) for caption in captions]
+        roles = ("is", teacher_name, "student")
+        captions = [", ".join(map(" ".join, zip(roles, describe(i), strict=True))) for i in order]
         images = [report.png(test.inputs[i]) for i in order]
-        return report.Pictures([*map(report.Picture, images, texts)])
+        return report.Pictures([*map(report.Picture, images, captions)])
     columns = test.form.columns if first.ndim == 1 else ()
     names = [shown(column.name, 16) for column in columns[:FEATURES]] or ["Inputs"]
     ellipsis = ["…"] if len(columns) > FEATURES else []

@@ -116,6 +116,15 @@ def run_in_folder(text: str, function: Callable[..., Any]) -> Callable[..., Any]
     return run
 
 
+@contextlib.contextmanager
+def located_errors(text: str, subject: str) -> Iterator[None]:
+    """A context in which whatever code of the file raises is a ValueError about the subject."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{subject}: {locate_error(text, error)}") from error
+
+
 def locate_error(text: str, error: BaseException) -> str:
     """`my_loss.py, line 3: NameError: ...`, with the innermost line of the user's files.
 
@@ -201,9 +210,8 @@ def _installed(path: str | Path) -> bool:
     def is_in_site(text: str) -> bool:
         return f"{text}{os.sep}".startswith(INSTALLED) or any(site in text for site in SITES)
 
-    return is_in_site(str(path)) or is_in_site(
-        os.path.realpath(path)
-    )  # the disk is rarely accessed
+    # The disk is rarely accessed.
+    return is_in_site(str(path)) or is_in_site(os.path.realpath(path))
 
 
 def _forget_modules(folder: Path, stale: set[Path]) -> None:
@@ -240,20 +248,18 @@ def _folder_first(folder: Path, digests: Mapping[Path, str | None] | None = None
         if digests[file] != _digest(file):
             raise ImportError(f"{file.relative_to(folder)} has changed since the file was run.")
 
-    class Text(FromText):
-        def __init__(self, name: str, path: str) -> None:
-            check(Path(path).resolve())
-            super().__init__(name, path)
+    def compiled(name: str, path: str) -> Any:
+        check(Path(path).resolve())
+        return importlib.machinery.ExtensionFileLoader(name, path)
 
-    class Compiled(importlib.machinery.ExtensionFileLoader):
-        def __init__(self, name: str, path: str) -> None:
-            check(Path(path).resolve())
-            super().__init__(name, path)
+    def text(name: str, path: str) -> Any:
+        check(Path(path).resolve())
+        return FromText(name, path)
 
     def finder(entry: str) -> Any:
         if _installed(entry) or not Path(entry).is_dir():
             raise ImportError(entry)
-        loaders = (Compiled, importlib.machinery.EXTENSION_SUFFIXES), (Text, [".py"])
+        loaders: Any = (compiled, importlib.machinery.EXTENSION_SUFFIXES), (text, [".py"])
         return importlib.machinery.FileFinder(entry, *loaders)
 
     entry, finders = str(folder), dict(sys.path_importer_cache)

@@ -160,31 +160,26 @@ def read_examples(
         elif problem:
             raise ValueError(f"{data}: the model {problem}")
         return Examples(inputs, None, f"{len(inputs)} examples", files)
-    split = _split_of(model)
-    label = label or split.label
+    shares, seed, label_of_run = _split_of(model)
+    label = label or label_of_run
     data_files = datasets.files_of(data, label=label, inputs=form and form.inputs)
     digest = record.made_from({"data": data_files}).files["data"]
     is_training_data = digest == model.metadata.get("data")
-    held_out = is_training_data and part != "all"  # else all rows stay in their order
-    shares = split.shares if held_out else (0.0, 0.0)
+    if part == "all" or not is_training_data:  # all rows stay in their order
+        shares = 0.0, 0.0
     parts = datasets.read_splits(
-        data,
-        label=label,
-        target="auto" if form is None else form.kind,
-        preprocessing=form,
-        validation=shares[0],
-        test=shares[1],
-        seed=split.seed,
-    )
+        data, label=label, target="auto" if form is None else form.kind, preprocessing=form,
+        validation=shares[0], test=shares[1], seed=seed,
+    )  # fmt: skip
     _print_notices(parts.train.notices)
     chosen = part or ("test" if len(parts.test.labels) else "all")
     chosen_parts = list(parts) if chosen == "all" else [getattr(parts, chosen)]
-    chosen_parts = [data_part for data_part in chosen_parts if len(data_part.labels)]
+    chosen_parts = [x for x in chosen_parts if len(x.labels)]
     if not chosen_parts:
         raise UsageError(f"--part {chosen}: {data} has no such part. Use --part all.")
     inputs = chosen_parts[0].inputs
     if len(chosen_parts) > 1:
-        inputs = np.concatenate([data_part.inputs for data_part in chosen_parts])
+        inputs = np.concatenate([x.inputs for x in chosen_parts])
     check_shape(data, inputs, model)
     if problem := _unit_problem(inputs, model):
         raise ValueError(f"{data}: the model {problem}")
@@ -200,16 +195,8 @@ def read_examples(
     return Examples(inputs, labels, description)
 
 
-class Split(NamedTuple):
-    """How a run divided its data: the shares of validation and test, the seed, the label."""
-
-    shares: tuple[float, float]
-    seed: int
-    label: str
-
-
-def _split_of(model: Model) -> Split:
-    """The split of the model's training data, from its file.
+def _split_of(model: Model) -> tuple[tuple[float, float], int, str]:
+    """The split of the model's training data: shares of validation and test, seed, label.
 
     Raises:
       ValueError: if the file's record is invalid.
@@ -226,7 +213,7 @@ def _split_of(model: Model) -> Split:
         raise ValueError(
             f"the model's file does not say how its data were split ({_text.shown(str(error))})."
         ) from None
-    return Split((validation, test), seed, label)
+    return (validation, test), seed, label
 
 
 def _print_notices(notices: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from kdtl_jax import _files
-from kdtl_jax.recipes.settings import names, setting
+from kdtl_jax.recipes.settings import setting, some_names
 from kdtl_jax.run import checkpoint, loop
 
 KINDS = ("tensorboard", "csv")
@@ -31,9 +31,7 @@ Lines = dict[str, list[dict[str, Any]]]  # lines of a metrics file, by method
 
 def kinds(value: Any) -> tuple[str, ...]:
     """`parse=` of a setting: some of `tensorboard,csv`; TensorBoard needs its extra."""
-    if value in (None, "", [], ()):
-        return ()
-    chosen = names(value)
+    chosen = some_names(() if value is None else value)
     unknown = [name for name in chosen if name not in KINDS]
     if unknown:
         raise ValueError(f"{unknown[0]!r:.60} is not one of {', '.join(KINDS)}")
@@ -102,11 +100,11 @@ def write_curves(
 
 
 def _averaged(line: Mapping[str, Any]) -> dict[str, Any]:
-    def value(x: Any) -> Any:
-        numbers = np.asarray([np.nan if part is None else part for part in x], float)
-        return float(numbers.mean())
-
-    return {name: value(x) if isinstance(x, list) else x for name, x in line.items()}
+    """The line with means of values by seed; None, how JSON writes NaN, makes the mean NaN."""
+    return {
+        name: float(np.asarray(x, float).mean()) if isinstance(x, list) else x
+        for name, x in line.items()
+    }
 
 
 def _write_events(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -115,13 +113,11 @@ def _write_events(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
     for method in dict.fromkeys(line["method"] for line in lines):
         shutil.rmtree(folder / method, ignore_errors=True)
-        method_lines_ = [line for line in lines if line["method"] == method]
         with SummaryWriter(str(folder / method), write_to_disk=True) as writer:
-            for line in method_lines_:
-                values = {name: x for name, x in line.items() if name not in KEYS}
-                numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
-                for name, value in numbers.items():
-                    writer.add_scalar(name, value, int(line["step"]))
+            for line in (line for line in lines if line["method"] == method):
+                for name, value in line.items():
+                    if name not in KEYS and isinstance(value, (int, float)):
+                        writer.add_scalar(name, value, int(line["step"]))
 
 
 def method_lines(folder: Path) -> list[dict[str, Any]]:

@@ -52,12 +52,7 @@ def measure_of(form: Preprocessing) -> Measure:
 
 
 def measure_of_data(form: Preprocessing, settings: Any, part: Dataset) -> Measure:
-    """`measure_of`, with the loss that the settings request.
-
-    Args:
-      form: the data's preprocessing.
-      settings: `label_smoothing` and `class_weights`.
-      part: the training examples.
+    """`measure_of`, with the loss that the settings request for these training examples.
 
     Raises:
       UsageError: if class settings are given for other targets.
@@ -88,11 +83,11 @@ def row(
       measure: of the targets.
       method: its key in results.json.
       family: group in the table.
-      label: the method's label in the report.
-      params: of one student, to count.
+      label: in the table.
+      params: of all students, to count those of one.
       results: with scores `test` and `validation` `[S]`, and `answers` `[S, N, ...]`.
       seconds: total wall time.
-      settings: fixed and chosen settings.
+      settings: fixed and chosen ones.
       targets: of the test examples.
       teacher: its answers, `[S or 1, N, ...]`, for the agreement.
     """
@@ -109,7 +104,7 @@ def row(
         method,
         family,
         label,
-        trees.count(params),
+        trees.count(params) // len(results.test),
         report.interval(results.test, is_correct, is_share=share),
         report.interval(results.validation, is_share=share),
         seconds,
@@ -165,11 +160,8 @@ def _by_seed(
 
 def _mean_average_precision(answers: np.ndarray, targets: np.ndarray) -> float:
     precision = metrics.average_precision(answers, targets)
-    return (
-        float(precision[~np.isnan(precision)].mean())
-        if not np.isnan(precision).all()
-        else float("nan")
-    )
+    known = precision[~np.isnan(precision)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def _r_squared(answers: np.ndarray, targets: np.ndarray) -> float:
@@ -197,10 +189,10 @@ def _extra_label_scores(answers: Any, targets: Any) -> dict[str, float]:
     answers, targets = np.asarray(answers), np.asarray(targets)
     if not np.isfinite(answers).all():
         return {"macro_f1": float("nan"), "subset_accuracy": float("nan")}
-    predicted = [y > 0 for y in answers]
+    predicted = answers > 0
     return {
         "macro_f1": float(np.mean([metrics.macro_f1(y, targets) for y in predicted])),
-        "subset_accuracy": float(np.mean([(y == targets).all(axis=1).mean() for y in predicted])),
+        "subset_accuracy": float((predicted == targets).all(axis=-1).mean()),
     }
 
 
@@ -225,11 +217,6 @@ def cross_entropy_of(settings: Any, labels: np.ndarray, classes: int) -> TermsFn
     `--class-weights balanced` weights an example of class k by `N / (K n_k)`, so that all classes
     count equally and the mean weight of the training examples is 1. Both affect only this term;
     without either it is `cross_entropy`.
-
-    Args:
-      settings: `label_smoothing` and `class_weights`.
-      labels: of the training examples.
-      classes: K.
     """
     smoothing = settings.label_smoothing
     weights = balanced_weights(labels, classes) if settings.class_weights == "balanced" else None
@@ -252,9 +239,7 @@ def cross_entropy_of(settings: Any, labels: np.ndarray, classes: int) -> TermsFn
 def check(settings: Any, kind: str | None = None) -> None:
     """Raises UsageError if class settings are given for other targets.
 
-    Args:
-      settings: `label_smoothing`, `class_weights` and `target`.
-      kind: of the targets; default: `settings.target`, which may be "auto".
+    Before the data are read, their kind is `settings.target`, which may be "auto".
     """
     kind = kind or settings.target
     if kind in ("labels", "numbers") and (
@@ -272,14 +257,9 @@ def balanced_weights(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 CLASSES = Measure(
-    "classes",
-    report.ACCURACY,
-    cross_entropy,
-    ("kd", "dkd"),
-    scores.predicted,
-    scores.accuracy,
+    "classes", report.ACCURACY, cross_entropy, ("kd", "dkd"), scores.predicted, scores.accuracy,
     _same_class,
-)
+)  # fmt: skip
 _LABELS = Measure(
     "labels",
     report.Score("mean_average_precision", "mean average precision", is_share=True),

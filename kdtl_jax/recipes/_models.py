@@ -66,15 +66,9 @@ def make_network(text: str, classes: int, example: Any, *, dtype: Any = None) ->
     if not model_files.is_own(text):
         return networks.network(module(text, classes), example, dtype=dtype)
     module_ = _imports.imported(text)
-    try:
-        with _imports.importing(text):
-            network = own.network(module_, classes=classes, example=example, dtype=dtype)
-    except Exception as error:  # whatever the user's code raises
-        message = _imports.locate_error(text, error)
-        raise ValueError(f"{text}: {message}") from error
-    init, apply = (
-        _imports.run_in_folder(text, function) for function in (network.init, network.apply)
-    )
+    with _imports.located_errors(text, text), _imports.importing(text):
+        network = own.network(module_, classes=classes, example=example, dtype=dtype)
+    init, apply = (_imports.run_in_folder(text, use) for use in (network.init, network.apply))
     return network._replace(init=init, apply=apply)
 
 

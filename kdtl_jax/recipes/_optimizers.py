@@ -1,5 +1,6 @@
 """Optimizers by name, learning-rate schedules, weight averages, and their settings."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -158,22 +159,22 @@ def schedule_shape(name: str, warmup: float, steps: int) -> optax.Schedule:
 def _base_optimizer(
     name: str, schedule: optax.Schedule, weight_decay: Any
 ) -> optax.GradientTransformation:
-    if name == "adamw":
-        return optax.adamw(schedule, weight_decay=weight_decay)
-    if name == "nadamw":
-        return optax.nadamw(schedule, weight_decay=weight_decay)
-    if name == "lion":
-        return optax.lion(schedule, weight_decay=weight_decay)
-    if name == "lamb":
-        return optax.lamb(schedule, weight_decay=weight_decay)
-    if name == "muon":
-        return optax.contrib.muon(schedule, weight_decay=weight_decay)
-    tx = {
-        "adam": lambda: optax.adam(schedule),
-        "sgd": lambda: optax.sgd(schedule, momentum=0.9, nesterov=True),
-        "rmsprop": lambda: optax.rmsprop(schedule),
-        "adafactor": lambda: optax.adafactor(schedule),
-    }[name]()
+    decoupled = {
+        "adamw": optax.adamw,
+        "nadamw": optax.nadamw,
+        "lion": optax.lion,
+        "lamb": optax.lamb,
+        "muon": optax.contrib.muon,
+    }
+    if name in decoupled:
+        return decoupled[name](schedule, weight_decay=weight_decay)
+    coupled = {
+        "sgd": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
+        "adam": optax.adam,
+        "rmsprop": optax.rmsprop,
+        "adafactor": optax.adafactor,
+    }
+    tx = coupled[name](schedule)
     if isinstance(weight_decay, (int, float)) and not weight_decay:
         return tx
     return optax.chain(optax.add_decayed_weights(weight_decay), tx)

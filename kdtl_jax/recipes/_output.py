@@ -123,31 +123,11 @@ def finish(folder: Path, results: report.Results, table: str | None = None) -> N
 def print_table(results: report.Results) -> None:
     """Prints the table of methods, by family."""
     score = results.score
-    header = (
-        "method",
-        f"test {score.name} {score.unit}".rstrip(),
-        "against the baseline",
-        "parameters",
-        "seconds",
-    )
+    test_heading = f"test {score.name} {score.unit}".rstrip()
+    header = ("method", test_heading, "against the baseline", "parameters", "seconds")
     for family in dict.fromkeys(row.family for row in results.rows):
         rows = [row for row in results.rows if row.family == family]
-        verdicts = [
-            "–"
-            if row.versus is None
-            else f"{score.number(row.versus.difference.mean, sign=True)}, {row.versus.verdict}"
-            for row in rows
-        ]
-        cells = [
-            (
-                x.label,
-                report.percent(x.test, score),
-                versus,
-                f"{x.parameters:,}",
-                f"{x.seconds:.1f}",
-            )
-            for x, versus in zip(rows, verdicts, strict=True)
-        ]
+        cells = [_cells(row, score) for row in rows]
         lines = [
             f"{family:12s} {row.method:26s} test {test:>18s} {score.unit:1s}  {versus:32s} "
             f"{count:>9} parameters {seconds:>6} s"
@@ -158,3 +138,12 @@ def print_table(results: report.Results) -> None:
     console = Console(highlight=False, markup=False)
     for note in results.notes:
         console.print(f"note: {note}", style="dim" if console.is_terminal else None, soft_wrap=True)
+
+
+def _cells(row: report.Row, score: report.Score) -> tuple[str, ...]:
+    versus = "–"
+    if row.versus is not None:
+        difference = score.number(row.versus.difference.mean, sign=True)
+        versus = f"{difference}, {row.versus.verdict}"
+    test = report.percent(row.test, score)
+    return row.label, test, versus, f"{row.parameters:,}", f"{row.seconds:.1f}"

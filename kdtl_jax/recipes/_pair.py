@@ -49,12 +49,9 @@ class Models:
         "mlp:16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
     )
     teacher_weights: str | None = setting(
-        None,
-        "load the teacher instead of training one: a safetensors file, an Orbax folder, or a "
-        "Hugging Face folder of an image classifier",
-        metavar="FILE",
-        group="models",
-    )
+        None, "load the teacher instead of training one: a safetensors file, an Orbax folder, or a "
+        "Hugging Face folder of an image classifier", metavar="FILE", group="models",
+    )  # fmt: skip
 
 
 class Pair(NamedTuple):
@@ -104,25 +101,14 @@ def read_pair(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("cla
     files |= {role: files_ for role, text in texts.items() if (files_ := _models.files_of(text))}
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
     measure = _measures.measure_of_data(form, settings, part)
-    if teacher_variables is None:
-        _user_code.try_model("--teacher", texts["teacher"], teacher, measure.task, arrays)
-    _user_code.try_model("--student", texts["student"], student, measure.task, arrays)
-    for flag, text, net in zip(
-        ("--teacher", "--student"), texts.values(), (teacher, student), strict=True
-    ):
-        _user_code.check_logits(flag, text, net, part)
+    for (role, text), net in zip(texts.items(), (teacher, student), strict=True):
+        if role == "student" or teacher_variables is None:
+            _user_code.try_model(f"--{role}", text, net, measure.task, arrays)
+        _user_code.check_logits(f"--{role}", text, net, part)
     return Pair(
-        splits,
-        about,
-        arrays,
-        texts["teacher"],
-        teacher,
-        student,
-        teacher_variables,
-        files,
-        example,
-        measure,
-    )
+        splits, about, arrays, texts["teacher"], teacher, student, teacher_variables, files,
+        example, measure,
+    )  # fmt: skip
 
 
 def setup(
@@ -161,30 +147,6 @@ def blank(net: Network, example: Any) -> Variables:
 def entries() -> dict[str, Entry]:
     """The table of methods by name."""
     return {entry.name: entry for entry in methods.table()}
-
-
-def trace_user_methods(
-    built: Mapping[str, Method], pair: Pair, settings: Any, batch_size: int, tx: Any, view: Any
-) -> None:
-    """Traces user-defined losses and methods on shapes.
-
-    Raises:
-      ValueError: with the line at fault.
-    """
-    arrays = _user_code.shapes(pair.arrays, batch_size)
-    teacher = networks.abstract(pair.teacher, pair.example)
-    for name, source in _user_code.sources_by_name(settings).items():
-        if name in built:
-            learner = student(
-                pair.student,
-                built[name],
-                tx,
-                lambda key, _: pair.student.init(key, pair.example),
-                teacher=pair.teacher.apply,
-                microbatches=settings.microbatches,
-                view=view,
-            )
-            _user_code.try_method(source, learner, arrays, teacher)
 
 
 def select_methods(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[Entry]:
@@ -245,14 +207,14 @@ def student(
     view: Callable[..., Any] | None = None,
     per_epoch: int = 1,
 ) -> Experiment:
-    """`net` trained by a method; a live teacher, or `init`, reads `shared`.
+    """`net` trained by a method, from `init(key, shared)`.
 
     Args:
       net: the network to train.
       method: its terms.
       tx: the optimizer.
-      init: `init(key, shared) -> variables`.
-      teacher: a live teacher; None if its outputs are in the batches or there is none.
+      init: its initial variables.
+      teacher: a live teacher, whose variables are `shared`; None if its outputs are in the batches.
       microbatches: parts of a batch.
       view: augmentation, from `_training.views`.
       per_epoch: steps per epoch, for `view`.
@@ -276,12 +238,12 @@ def student(
     def one_step(state: Any, batch: Any, point: Point, shared: Any) -> Any:
         if view is not None:
             batch = view(_training.keys(point["seed"]).views, state.step // per_epoch, batch)
-        return step(state, batch, shared)
+        return step(state, batch, None if teacher is None else shared)
 
     def logits(state: Any, inputs: Any, shared: Any) -> Any:
-        outputs, _ = net.apply(state.params, state.model_state, inputs)
         if method.predict is None:
-            return outputs["logits"]
+            return _training.logits(net, state, inputs)
+        outputs, _ = net.apply(state.params, state.model_state, inputs)
         return method.predict(state.connectors, state.memory, outputs)
 
     return Experiment(start, one_step, logits)
@@ -291,17 +253,15 @@ def train_teacher(
     pair: Pair, run: _seeds.Run, task: Method, tx: optax.GradientTransformation, epochs: int
 ) -> tuple[Variables, _seeds.Trained]:
     """The teacher's variables and results; trains it on the task unless it was loaded."""
-    points = _training.points(1)
-    if pair.teacher_variables is None:
-        learner = student(
-            pair.teacher, task, tx, lambda key, _: pair.teacher.init(key, pair.example)
-        )
-        trained = _seeds.train_seeds(TEACHER, learner, points, None, run, epochs)
-    else:
-        learner = student(pair.teacher, task, tx, lambda key, variables: variables)
-        trained = _seeds.train_seeds(TEACHER, learner, points, pair.teacher_variables, run, 0)
-    state = trained.state
-    return Variables(*_training.pick((state.params, state.model_state), 0)), trained
+    known = pair.teacher_variables
+
+    def init(key: Array, variables: Any) -> Variables:
+        return pair.teacher.init(key, pair.example) if known is None else variables
+
+    learner = student(pair.teacher, task, tx, init)
+    epochs = epochs if known is None else 0  # which only evaluates it
+    trained = _seeds.train_seeds(TEACHER, learner, _training.points(1), known, run, epochs)
+    return _training.pick(_training.variables(trained.state), 0), trained
 
 
 def write(
@@ -312,15 +272,9 @@ def write(
     students: Sequence[_students.Student],
     setup: Setup,
 ) -> None:
-    """Writes the teacher's file and one per student.
+    """Writes the teacher's file, and one per method's student.
 
-    Args:
-      folder: of the run.
-      pair: the models.
-      settings: as for `read_pair`, with `types.Data`.
-      frozen: the teacher.
-      students: one per method.
-      setup: with the teacher's head, for methods that predict through connectors.
+    `setup` has the teacher's head, for methods that predict through connectors.
     """
     about_teacher, about_student = (
         pair.about._replace(model=m) for m in (pair.teacher_text, settings.student)
@@ -353,12 +307,7 @@ def build_all(
 
 
 def check_weights(weights: Mapping[str, float], terms: Mapping[str, Collection[str]]) -> None:
-    """Raises UsageError if a key of `--loss-weights` is not a term of a method.
-
-    Args:
-      weights: by `term` or `method.term`.
-      terms: by method.
-    """
+    """Raises UsageError if a key of `--loss-weights` is not a `term`, or `method.term`."""
     for key in weights:
         name, dot, term = key.rpartition(".")
         candidates = [name] if dot else [method for method in terms if method != BASELINE]

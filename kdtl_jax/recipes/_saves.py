@@ -25,15 +25,9 @@ class Saves(NamedTuple):
 def restore(
     folder: Path, run: str, name: str, state: TrainState, *, resume: bool, start_time: float
 ) -> Saves:
-    """Reads a method's newest complete checkpoint; starts from `state` if there is none.
+    """Reads a resumed method's newest complete checkpoint, of the structure of `state`.
 
-    Args:
-      folder: of the run.
-      run: its identity.
-      name: of the method, under `checkpoints/`.
-      state: to start from; also the template for reading.
-      resume: whether to read checkpoints.
-      start_time: of the training, by `time.perf_counter`.
+    Without one, starts from `state`.
     """
     saves_folder, owner = folder / "checkpoints" / name, {"run": run, "method": name}
     step, meta = 0, {}

@@ -104,7 +104,9 @@ def train_seeds(
     )
     single = jax.jit(single, inline=True)  # traced once, although `_prefers_steps` traces it first
     in_turn = not epochs or run.one_by_one or _prefers_steps(single, state, points, shared, run)
-    step = _step_in_turn(single, seeds) if in_turn else _step_together(single)
+    # In turn: batches [B, ...]; together: [S, B, ...]. Metrics are [S] in both.
+    together = jax.vmap(single, in_axes=(AXES, 0, (0, None)), out_axes=(AXES, 0))
+    step = _step_in_turn(single, seeds) if in_turn else together
     order = _orders(points["seed"])
     source = _source_in_turn(run, order) if in_turn else _source_together(run, order)
     step_args, mesh = (points, shared), run.mesh
@@ -126,6 +128,8 @@ def train_seeds(
     )
     state, step_number, seconds_spent = saves.state, saves.step, saves.earlier_seconds
     calls = seeds if in_turn else 1  # per step of a seed
+    epoch = per_epoch * calls
+    total, score_key = epochs * epoch, f"validation_{measure.score_name.key}"
 
     def on_validation(state: TrainState) -> np.ndarray:
         part = run.splits.validation
@@ -133,78 +137,58 @@ def train_seeds(
 
     def validate(state: TrainState) -> dict[str, Any]:
         scores_ = on_validation(state)
-        epoch = int(state.step) // calls // per_epoch
-        score = measure.score_name.shown(scores_.mean())
-        run.say(f"{name}: epoch {epoch} of {epochs}, validation {score}", epoch == epochs)
-        return {f"validation_{measure.score_name.key}": scores_}
+        number, score = int(state.step) // epoch, measure.score_name.shown(scores_.mean())
+        run.say(f"{name}: epoch {number} of {epochs}, validation {score}", number == epochs)
+        return {score_key: scores_}
 
     evaluations = list(saves.meta.get("evaluations", []))
     evaluated = [line["step"] for line in evaluations]
-    total = epochs * per_epoch * calls
-    score_key = f"validation_{measure.score_name.key}"
     stop, keep, every = None, checkpoint.newest(1), max(1, epochs // CHECKS)
     save_every = run.save_every
     if run.patience is not None:
         stop = loop.no_improvement(score_key, run.patience, minimize=False)
         keep = checkpoint.newest_and_best(1, score_key, minimize=False)
         every = save_every = 1
-    stopped = (
-        stop is not None and step_number in evaluated and stop(evaluations)
-    )  # early, before the resume
+    # Early, before the resume.
+    stopped = stop is not None and step_number in evaluated and stop(evaluations)
     # A signal may have come before the last evaluation.
     if epochs and not stopped and (step_number < total or step_number not in evaluated):
-        epoch = per_epoch * calls
         with (
             _saves.open_saves(saves, keep) as save,
             _log(run, name, step_number, calls, evaluated) as log,
         ):
             result = loop.run(
-                step,
-                state,
-                source,
-                step_args,
-                steps=total,
-                log=log,
-                log_every=epoch,
-                evaluate=validate,
-                evaluate_every=every * epoch,
-                stop=stop,
-                save=save,
-                save_every=save_every and save_every * epoch,
+                step, state, source, step_args, steps=total, log=log, log_every=epoch,
+                evaluate=validate, evaluate_every=every * epoch, stop=stop,
+                save=save, save_every=save_every and save_every * epoch,
                 # The path is known; finding it again would need another trace.
                 meta=saves.meta or (None if in_turn else {"path": "scan"}),
                 on_nonfinite=None,  # each seed skips its own
-                place=place,
-                reached=lambda step: run.advance(step, total),
-            )
+                place=place, reached=lambda step: run.advance(step, total),
+            )  # fmt: skip
         state, evaluations = result.state, result.evaluations
         seconds_spent = _saves.seconds(saves)
-    curve = np.array(
-        [line[f"{EVALUATION}{measure.score_name.key}"] for line in evaluations], np.float64
-    )
+    curve = np.array([line[f"eval/{score_key}"] for line in evaluations], np.float64)
     best = None if run.patience is None else scores.best(list(curve))
     if best is not None:
         step_number, last = (evaluations[i]["step"] for i in (best, -1))
         if last < total:
-            last_epoch, best_epoch = (step // calls // per_epoch for step in (last, step_number))
-            run.say(
-                f"{name}: stopped after epoch {last_epoch}, the weights of {best_epoch} are kept",
-                True,
-            )
+            stopped_after = f"{name}: stopped after epoch {last // epoch}"
+            run.say(f"{stopped_after}, the weights of {step_number // epoch} are kept", True)
         state = checkpoint.restore(saves.folder, state, step=step_number, owner=saves.owner).state
     state = with_averages(state)
     answers = evaluate(state, run.splits.test.inputs)
     return Trained(
         state,
         in_turn,
-        [line["step"] // calls // per_epoch for line in evaluations],
+        [line["step"] // epoch for line in evaluations],
         curve,
         curve[-1 if best is None else best] if evaluations else on_validation(state),
         measure.score(answers, run.splits.test.labels),
         answers,
         _skipped(run, name, per_epoch) if epochs else [],
         seconds_spent,
-        None if best is None else evaluations[best]["step"] // calls // per_epoch,
+        None if best is None else evaluations[best]["step"] // epoch,
     )
 
 
@@ -258,11 +242,6 @@ def _pick_seed(state: TrainState, seed: Any) -> TrainState:
     return pick(state._replace(step=None), seed)._replace(step=state.step)
 
 
-def _step_together(step: Any) -> train.Step:
-    """All seeds at once: batches `[S, B, ...]`, metrics `[S]`."""
-    return jax.vmap(step, in_axes=(AXES, 0, (0, None)), out_axes=(AXES, 0))
-
-
 def _step_in_turn(step: Any, seeds: int) -> train.Step:
     """One seed per call, in turn: batches `[B, ...]`, metrics `[S]` with one entry filled.
 
@@ -279,14 +258,11 @@ def _step_in_turn(step: Any, seeds: int) -> train.Step:
             return jax.lax.dynamic_update_index_in_dim(stacked, part, seed, 0)
 
         shared_fields = {"step": None, "key": None}
-        result = jax.tree.map(
-            set_seed, state._replace(**shared_fields), new._replace(**shared_fields)
-        )
-        sums = (
-            jnp.zeros((seeds, *metrics.sums.shape), metrics.sums.dtype).at[seed].set(metrics.sums)
-        )
+        stacked = state._replace(**shared_fields)
+        result = jax.tree.map(set_seed, stacked, new._replace(**shared_fields))
+        zeros = jnp.zeros((seeds, *metrics.sums.shape), metrics.sums.dtype)
         result = result._replace(step=state.step + 1, key=state.key)
-        return result, Metrics(metrics.names, sums)
+        return result, Metrics(metrics.names, zeros.at[seed].set(metrics.sums))
 
     return step_one
 
@@ -312,11 +288,9 @@ def _source_together(run: Run, order: Array) -> data.Resident:
     source = source._replace(order=order)  # itself, as in `_training.fit`, not a part of it
     if run.mesh is None:
         return source
-    tensors = source.arrays, source.teacher, source.order, source.augment_key, source.rows
-    arrays, teacher, order, augment_key, rows = sharding.place(tensors, run.mesh, smallest=NEVER)
-    return source._replace(
-        arrays=arrays, teacher=teacher, order=order, augment_key=augment_key, rows=rows
-    )
+    names = ("arrays", "teacher", "order", "augment_key", "rows")
+    tensors = {name: getattr(source, name) for name in names}
+    return source._replace(**sharding.place(tensors, run.mesh, smallest=NEVER))
 
 
 def _source_in_turn(run: Run, order: Array) -> data.Source:
@@ -351,10 +325,8 @@ def _prefers_steps(step: Any, state: TrainState, points: Point, shared: Any, run
 
     state_shapes = jax.tree.map(shape, state._replace(step=state.step[None]))
     batch = jax.tree.map(lambda x: shape(x, run.batch_size), dict(run.arrays))
-    return (
-        train.step_path(step, state_shapes, batch, (jax.tree.map(shape, dict(points)), shared))
-        == "steps"
-    )
+    step_args = jax.tree.map(shape, dict(points)), shared
+    return train.step_path(step, state_shapes, batch, step_args) == "steps"
 
 
 @contextlib.contextmanager

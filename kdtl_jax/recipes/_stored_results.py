@@ -29,23 +29,16 @@ _ARRAYS = (np.ndarray, np.generic, jax.Array)
 class Store(NamedTuple):
     """Where a run stores its results."""
 
-    folder: Path | None  # None: nothing is stored
+    folder: Path
     run: str
     resume: bool
     kinds: Mapping[str, type]  # the NamedTuples that results consist of, by name
 
 
-NO_STORE = Store(None, "", False, {})
-
-
 def open_store(folder: Path, run: str, *, resume: bool, kinds: Sequence[type]) -> Store:
-    """Opens the results of a run; deletes those of an earlier run unless it is resumed.
+    """Opens the results of a run, which consist of NamedTuples of these `kinds`.
 
-    Args:
-      folder: of the run.
-      run: its identity.
-      resume: whether to use existing results.
-      kinds: the NamedTuple classes that results consist of.
+    Deletes those of an earlier run, unless it is resumed.
     """
     home = folder / FOLDER
     if not resume:
@@ -68,8 +61,8 @@ def start_or_load(
     store: Store, name: str, make: Callable[[], Any]
 ) -> Callable[[], tuple[Any, float]]:
     """As `load_or_run`, but starts the programs now; calling the result waits for them."""
-    path = None if store.folder is None else store.folder / f"{name}.npz"
-    if path is not None and store.resume and path.exists():
+    path = store.folder / f"{name}.npz"
+    if store.resume and path.exists():
         try:
             stored = _read(path, store)
         except Exception as error:  # zipfile, zlib, NumPy and json each have their own
@@ -83,9 +76,8 @@ def start_or_load(
     def wait() -> tuple[Any, float]:
         result = jax.device_get(pending)
         seconds = time.perf_counter() - start
-        if path is not None:
-            _write(path, store, result, seconds)
-            _remove_rungs(path)
+        _write(path, store, result, seconds)
+        _remove_rungs(path)
         return result, seconds
 
     return wait
@@ -100,16 +92,10 @@ def _remove_rungs(path: Path) -> None:
 def keep_rungs(store: Store, name: str, state: PyTree, last: int) -> sweep.Kept:
     """A `sweep.Kept` that stores the survivors after every rung but `last`.
 
-    Args:
-      store: where to store them.
-      name: of the method.
-      state: shapes of one point's state: its leaves, and which of them are keys.
-      last: the last rung; then the method is finished and stored as a whole.
+    After that one the method is stored as a whole. `state` has the shapes of one point's state,
+    which say which leaves are keys.
     """
     leaves, structure = jax.tree.flatten(state)
-    if store.folder is None:
-        return lambda rung, make: make()
-    folder = store.folder
 
     def raw(make: Callable[[], sweep.Halving]) -> dict[str, Any]:
         halving = make()
@@ -121,7 +107,7 @@ def keep_rungs(store: Store, name: str, state: PyTree, last: int) -> sweep.Kept:
         if rung == last:
             return make()
         stored, _ = load_or_run(store, f"{name}_rung_{rung}", lambda: raw(make))
-        (folder / f"{name}_rung_{rung - 1}.npz").unlink(missing_ok=True)
+        (store.folder / f"{name}_rung_{rung - 1}.npz").unlink(missing_ok=True)
         arrays = [
             jax.random.wrap_key_data(jnp.asarray(x)) if _checks.is_key(leaf) else jnp.asarray(x)
             for x, leaf in zip(stored["state"], leaves, strict=True)
@@ -179,9 +165,10 @@ def _restore(description: Any, kinds: Mapping[str, type], stored: Any) -> Any:
     if "named" in description:
         fields = [_restore(x, kinds, stored) for x in description["fields"]]
         return kinds[description["named"]](*fields)
-    for kind, make in (("list", list), ("tuple", tuple)):
-        if kind in description:
-            return make(_restore(x, kinds, stored) for x in description[kind])
+    if "list" in description:
+        return [_restore(x, kinds, stored) for x in description["list"]]
+    if "tuple" in description:
+        return tuple(_restore(x, kinds, stored) for x in description["tuple"])
     array = stored[f"array_{description['array']}"]
     dtype = jax.numpy.dtype(description["dtype"])  # bfloat16 and its like are stored as bytes
     return array if array.dtype == dtype else array.view(dtype)

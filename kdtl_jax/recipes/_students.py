@@ -50,11 +50,8 @@ def best(
 ) -> Student | None:
     """The student of the seed with the best validation score; None if no seed has a finite score.
 
-    Args:
-      method: its name.
-      state: stacked over seeds, a `TrainState` or `Variables`.
-      validation: accuracies `[S]`.
-      through_connectors: whether the method predicts through its connectors.
+    `state` is a `TrainState` or `Variables`, stacked over seeds; of a method that predicts
+    `through_connectors`, these and its memory belong to the student.
     """
     seed = scores.best(list(validation))
     if seed is None:
@@ -70,9 +67,7 @@ def select_best(
 ) -> tuple[list[Student], list[report.Row]]:
     """The best student of every method that has one, and the rows with the files' names.
 
-    Args:
-      rows: of the table.
-      models: `Variables` stacked over seeds, by method.
+    `models` are `Variables`, stacked over seeds, by method.
     """
     students = {
         row.method: best(row.method, models[row.method], row.validation.values)
@@ -99,10 +94,7 @@ def file_of(method: str) -> str:
 def provenance(folder: Path, settings: Any, role: str) -> dict[str, str]:
     """The metadata that a file records about its run: data, split and precision.
 
-    Args:
-      folder: of the run.
-      settings: with `types.Data`, and perhaps `precision`.
-      role: "student" or "teacher": whose source file is recorded, if it has one.
+    The role, "student" or "teacher", says whose source file is recorded, if it has one.
     """
     files = _files.read_sealed(folder / record.FILE)["files"]
     split = {"validation": settings.validation, "test": settings.test, "seed": settings.split_seed}
@@ -120,25 +112,19 @@ def write(
     setup: methods.Setup | None = None,
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the students' files.
+    """Writes the students' files, of one model, with `more` metadata.
 
-    Args:
-      folder: of the run.
-      students: one per method.
-      about: the model, classes and scaling, shared by all students.
-      setup: with the teacher's head, for methods that predict through connectors.
-      more: additional metadata.
+    `setup` has the teacher's head, for methods that predict through connectors.
     """
     _files.claim(folder / FOLDER, FOLDER)
     for student in students:
         metadata = {"method": student.method, "seed": str(student.seed), **(more or {})}
-        connected_ = None
+        connected = None
         if student.connectors is not None:
             assert setup is not None
-            connected_ = Connected(student.method, setup, student.connectors, student.memory)
-        model_files.save(
-            folder / file_of(student.method), student.variables, about, metadata, connected_
-        )
+            connected = Connected(student.method, setup, student.connectors, student.memory)
+        file = folder / file_of(student.method)
+        model_files.save(file, student.variables, about, metadata, connected)
 
 
 def diverged(rows: Sequence[report.Row]) -> list[str]:
@@ -150,22 +136,22 @@ def diverged(rows: Sequence[report.Row]) -> list[str]:
     ]
 
 
-def note(rows: Sequence[Line], baseline: str | None) -> str | None:
-    """A note on the students' files and the recommended one."""
+def notes(rows: Sequence[Line], baseline: str | None) -> list[str]:
+    """A note on the students' files and the recommended one, if there are any."""
     if (best := best_row(rows)) is None:
-        return None
+        return []
     with_file = [row for row in rows if "file" in row.settings]
-    files = ", ".join(f"{row.settings['file']} (seed {row.settings['file_seed']})"
-                      for row in with_file)  # fmt: skip
+    names = (f"{row.settings['file']} (seed {row.settings['file_seed']})" for row in with_file)
+    files = ", ".join(names)
     recommendation = f"Recommended by validation: {best.settings['file']}"
     if best.method == baseline and len(with_file) > 1:
         recommendation += (
             ", the student trained alone: no method does better on the validation split"
         )
-    return (
+    return [
         f"{recommendation}. Each method's file holds its best seed by validation: {files}. Pass "
         "one, below the run's folder, to kdtl predict, evaluate or export."
-    )
+    ]
 
 
 def recommended(rows: Sequence[Line]) -> str | None:

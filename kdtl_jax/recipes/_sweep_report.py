@@ -63,21 +63,14 @@ def lines(outcome: Sweep) -> list[Line]:
     for swept in outcome.swept:
         for k in range(len(swept.epochs)):
             setting = {name: rounded(column[k]) for name, column in swept.columns.items()}
-            ranked.append(
-                Line(
-                    swept.method,
-                    setting,
-                    report.interval(swept.validation[k], is_share=share),
-                    report.interval(swept.test[k], is_share=share),
-                    tuple(swept.epochs[k].tolist()),
-                    bool(swept.complete[k]),
-                )
+            validation, test = (
+                report.interval(score[k], is_share=share)
+                for score in (swept.validation, swept.test)
             )
-    order = scores.ranked([line.validation.mean for line in ranked])
-    is_nonfinite = [not math.isfinite(line.validation.mean) for line in ranked]
-    ranked = [
-        ranked[i] for i in sorted(order, key=lambda i: (is_nonfinite[i], not ranked[i].complete))
-    ]
+            epochs, complete = tuple(swept.epochs[k].tolist()), bool(swept.complete[k])
+            ranked.append(Line(swept.method, setting, validation, test, epochs, complete))
+    ranked = [ranked[i] for i in scores.ranked([line.validation.mean for line in ranked])]
+    ranked.sort(key=lambda line: (not math.isfinite(line.validation.mean), not line.complete))
     for swept in outcome.swept:
         first = next(i for i, x in enumerate(ranked) if x.complete and x.method == swept.method)
         student = _students.best(
@@ -177,7 +170,7 @@ def html_page(outcome: Sweep) -> str:
             "Best settings",
             [
                 "The mean over seeds with its 95% interval, which covers the variation over seeds.",
-                *([] if (advice := _students.note(ranked, None)) is None else [advice]),
+                *_students.notes(ranked, None),
             ],
             [best_table],
         ),
@@ -203,18 +196,20 @@ def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
 def _curves(outcome: Sweep) -> list[report.Section]:
     """Validation scores and losses of the best settings."""
     score, curves = _score(outcome), learning(outcome)
-    validation = [
-        plots.Line(method, curve["epoch"], curve[f"validation_{score.key}"])
-        for method, curve in curves.items()
-    ]
-    losses = [
-        plots.Line(method, range(1, len(curve["loss"]) + 1), curve["loss"])
-        for method, curve in curves.items()
-    ]
     validation_chart = plots.lines(
-        validation, x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share
-    )
-    loss_chart = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)
+        [
+            plots.Line(method, curve["epoch"], curve[f"validation_{score.key}"])
+            for method, curve in curves.items()
+        ],
+        x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share,
+    )  # fmt: skip
+    loss_chart = plots.lines(
+        [
+            plots.Line(method, range(1, len(curve["loss"]) + 1), curve["loss"])
+            for method, curve in curves.items()
+        ],
+        x_axis="epoch", y_axis="training loss", percent=False,
+    )  # fmt: skip
     loss_note = "Each method's own training objective; not comparable across methods."
     return [
         report.Section("Learning curves", ["Each method's best setting, mean over seeds."]),
@@ -250,21 +245,13 @@ def _heat_maps(outcome: Sweep) -> list[report.Section]:
             continue
         across, down = axes
         scores = np.where(swept.complete, swept.validation.mean(axis=1), np.nan)
-        columns, rows = _binned(varying[across]), _binned(varying[down])
+        columns, column_bins = _binned(varying[across])
+        rows, row_bins = _binned(varying[down])
         cells = [
-            [
-                _largest(scores[(columns.place == j) & (rows.place == i)])
-                for j in range(len(columns.labels))
-            ]
-            for i in range(len(rows.labels))
+            [_largest(scores[(column_bins == j) & (row_bins == i)]) for j in range(len(columns))]
+            for i in range(len(rows))
         ]
-        chart = plots.heat_map(
-            cells,
-            rows=rows.labels,
-            columns=columns.labels,
-            row_axis=down,
-            column_axis=across,
-        )
+        chart = plots.heat_map(cells, rows=rows, columns=columns, row_axis=down, column_axis=across)
         maps.append(report.Section(swept.method, (), [chart], level=3))
     if not maps:
         return []
@@ -272,20 +259,17 @@ def _heat_maps(outcome: Sweep) -> list[report.Section]:
     return [report.Section("Two axes at a time", [note]), *maps]
 
 
-class _Bins(NamedTuple):
-    labels: list[str]
-    place: np.ndarray  # [K], the bin of every setting
+def _binned(column: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Labels of a column's bins, and the bin of every setting, `[K]`.
 
-
-def _binned(column: np.ndarray) -> _Bins:
-    """Bins of a column: its values, or ranges with equally many if there are many values."""
+    Bins are its values, or ranges with equally many if there are many values.
+    """
     values = np.unique(column)
     if len(values) <= BINS + 2:
-        return _Bins([f"{rounded(v):g}" for v in values], np.searchsorted(values, column))
+        return [f"{rounded(v):g}" for v in values], np.searchsorted(values, column)
     parts = np.array_split(values, BINS)
-    starts = np.array([part[0] for part in parts])
-    place = np.searchsorted(starts, column, side="right") - 1
-    return _Bins([f"{part[0]:.2g}–{part[-1]:.2g}" for part in parts], place)
+    bins = np.searchsorted([part[0] for part in parts], column, side="right") - 1
+    return [f"{part[0]:.2g}–{part[-1]:.2g}" for part in parts], bins
 
 
 def _largest(scores: np.ndarray) -> float:
@@ -302,20 +286,16 @@ def print_table(outcome: Sweep) -> None:
     _tables.show(header, cells, title=title, bold=[0])
     for swept in outcome.swept:
         per_call = f", {swept.per_call} per call" if swept.path == "together" else ""
-        print(
-            f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per_call}, {swept.seconds:.1f} s"
-        )
-    for note in (*outcome.notes, _students.note(ranked, None)):
-        print(note or "no student was saved: none has a finite score")
+        print(f"{swept.method}: {PATHS[swept.path]}{per_call}, {swept.seconds:.1f} s")
+    advice = _students.notes(ranked, None) or ["no student was saved: none has a finite score"]
+    for note in (*outcome.notes, *advice):
+        print(note)
 
 
 def _cells(line: Line, axes: Sequence[str], score: report.Score) -> list[str]:
     setting = [f"{line.setting[a]:.4g}" if a in line.setting else "–" for a in axes]
-    return [
-        line.method,
-        *setting,
-        *(report.percent(x, score) for x in (line.validation, line.test)),
-    ]
+    shown = [report.percent(x, score) for x in (line.validation, line.test)]
+    return [line.method, *setting, *shown]
 
 
 def _row(line: Line, score: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kdtl_jax.recipes import _choice, _evidence, _optimizers, _training
 from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as transfer_methods
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._stored_results import NO_STORE, Store, load_or_run, start_or_load
+from kdtl_jax.recipes._stored_results import Store, load_or_run, start_or_load
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes._transfer_methods import Case, Method
 from kdtl_jax.run import report
@@ -69,7 +69,7 @@ def compare(
     settings: Any,  # `transfer.Settings`
     surgery: Surgery,
     say: Callable[[str], None],
-    store: Store = NO_STORE,
+    store: Store,
     measure: Measure = measures.CLASSES,
 ) -> Comparison:
     """Copies the source into targets of network `net` and trains them by every method.
@@ -90,11 +90,7 @@ def compare(
     check_head(heads, chosen)
     shared = {"data": data, "copied": copied, "heads": heads}
     classes = part.classes
-    kind = measure.kind
-
-    def score_seed(*args: Any) -> dict[str, Any]:
-        return transfer_scores(net, classes, kind, *args)
-
+    score_seed = functools.partial(transfer_scores, net, classes, measure.kind)
     scores = jax.jit(jax.vmap(score_seed))(copied, heads, data["inputs"], data["labels"])
     intervals = {name: report.interval(np.asarray(values)) for name, values in scores.items()}
     splits = [_choice.on_device(part) for part in (target.validation, target.test)]
@@ -113,22 +109,18 @@ def compare(
         if method.term:
             axes[method.term] = settings.strengths or method.strengths
         points = _choice.columns(seeds, **axes)
-        options = _training.FitOptions(
-            settings.epochs,
-            batch_size,
-            checks,
-            keep=lambda state, method=method: Variables(
-                method.finish(state.params), state.model_state
-            ),
-            patience=patience,
-        )
+
+        def keep(state: train.TrainState, method: Method = method) -> Variables:
+            return Variables(method.finish(state.params), state.model_state)
+
+        options = _training.FitOptions(settings.epochs, batch_size, checks, keep, patience=patience)
         # The same number of settings per call for every method, so fewer programs compile.
         chunk = seeds * len(settings.learning_rates)
         program = sweep.vmap(_training.fit(learner, options), chunk=chunk)
         fitted, seconds = load_or_run(
             store, method.name, functools.partial(program, points, shared_arrays, *splits)
         )
-        choice = _choice.best(fitted, points)
+        setting, best = _choice.best(fitted, points)
         state = jax.eval_shape(learner.start, _training.pick(points, 0), shared_arrays)
         fields = {
             "epochs": settings.epochs,
@@ -137,21 +129,20 @@ def compare(
             "llrd": settings.llrd,
             "trained_parameters": trees.count(state.params, method.trainable)
             + trees.count(state.connectors),
-            **choice.setting,
+            **setting,
         }
-        if choice.fitted.epoch is not None:
-            fields["epochs_kept"] = np.asarray(choice.fitted.epoch).tolist()  # by seed
-        params = _training.pick(choice.fitted.variables.params, 0)
+        if best.epoch is not None:
+            fields["epochs_kept"] = np.asarray(best.epoch).tolist()  # by seed
         row = measures.row(
-            measure, method.name, FAMILY, method.label, params, choice.fitted, seconds, fields,
-            targets=target.test.labels,
+            measure, method.name, FAMILY, method.label, best.variables.params, best, seconds,
+            fields, targets=target.test.labels,
         )  # fmt: skip
         comparison.rows.append(row)
         comparison.learning[method.name] = _choice.learning_curve(
-            choice.fitted, settings.epochs, measure.score_name
+            best, settings.epochs, measure.score_name
         )
-        comparison.models[method.name] = choice.fitted.variables
-        answers = np.asarray(choice.fitted.answers)
+        comparison.models[method.name] = best.variables
+        answers = np.asarray(best.answers)
         comparison.predictions[method.name] = _evidence.Predictions(method.label, answers)
     return comparison
 
@@ -232,46 +223,31 @@ def make_experiment(
     """A target trained by one method; `shared` holds the data of every seed."""
 
     def make_case(point: Point, shared: Any) -> Case:
-        seed_arrays = _training.pick(shared, point["seed"])
-        return Case(
-            net,
-            seed_arrays["begin"],
-            seed_arrays["copied"],
-            seed_arrays["heads"],
-            seed_arrays["data"],
-            classes,
-            steps,
-        )
+        own = _training.pick(shared, point["seed"])  # the seed's
+        return Case(net, own["begin"], own["copied"], own["heads"], own["data"], classes, steps)
 
-    def build(point: Point, shared: Any) -> tuple[Case, Variables, Params, Any, Any]:
+    def build(point: Point, shared: Any) -> tuple[Case, Params, Any, Any]:
         case = make_case(point, shared)
-        start_variables = case.begin
-        params = method.start(start_variables.params, _training.keys(point["seed"]).connectors)
+        params = method.start(case.begin.params, _training.keys(point["seed"]).connectors)
         connectors = (
             {"source_head": dict(case.source_head or {})} if method.needs_source_head else {}
         )
         optimized = {"params": params, "connectors": connectors} if connectors else params
         transforms_: list[optax.GradientTransformation] = []
         if settings.llrd < 1:
-            transforms_.append(
-                transfer_methods.by_depth(start_variables.params, optimized, settings.llrd)
-            )
+            decay_by_depth = transfer_methods.by_depth(case.begin.params, optimized, settings.llrd)
+            transforms_.append(decay_by_depth)
         if method.gate is not None:
             transforms_.append(method.gate(case, params))
         rate, decay = point["learning_rate"], settings.weight_decay
-        return (
-            case,
-            start_variables,
-            params,
-            connectors,
-            _optimizers.optimizer(settings, rate, decay, steps, *transforms_),
-        )
+        tx = _optimizers.optimizer(settings, rate, decay, steps, *transforms_)
+        return case, params, connectors, tx
 
     def start(point: Point, shared: Any) -> train.TrainState:
-        _, begin, params, glue, tx = build(point, shared)
+        case, params, glue, tx = build(point, shared)
         return train.init_state(
             params, tx, key=_training.keys(point["seed"]).steps, connectors=glue,
-            model_state=begin.model_state, trainable=method.trainable,
+            model_state=case.begin.model_state, trainable=method.trainable,
         )  # fmt: skip
 
     def step(state: Any, batch: Any, point: Point, shared: Any) -> Any:
@@ -279,16 +255,16 @@ def make_experiment(
         penalty = None if method.penalty is None else method.penalty(case)
 
         def terms(inputs: objective.Inputs) -> dict[str, Any]:
-            seed_arrays = {} if penalty is None else {method.term: penalty(inputs)}
             task_terms: Any = measure.task(inputs)
-            return {**task_terms, **seed_arrays}
+            return {**task_terms, **({} if penalty is None else {method.term: penalty(inputs)})}
 
         weights = {"task": 1.0} | ({method.term: point[method.term]} if method.term else {})
         model = method.apply(case)
         return train.make_step(model, terms, weights, tx, trainable=method.trainable)(state, batch)
 
     def logits(state: Any, inputs: Any, shared: Any) -> Any:
-        return net.apply(method.finish(state.params), state.model_state, inputs)[0]["logits"]
+        state = state._replace(params=method.finish(state.params))
+        return _training.logits(net, state, inputs)
 
     def data(point: Point, shared: Any) -> Any:
         """A seed's examples, with the source's outputs that the method records."""
@@ -315,14 +291,14 @@ def train_sources(
     learner = Experiment(
         start,
         lambda state, batch, point, shared: step(state, batch),
-        lambda state, x, shared: net.apply(state.params, state.model_state, x)[0]["logits"],
+        lambda state, inputs, shared: _training.logits(net, state, inputs),
     )
     options = _training.FitOptions(epochs, SOURCE_BATCH, keep=_training.variables)
     return sweep.vmap(_training.fit(learner, options))(_training.points(seeds), data, *splits)
 
 
 def start_sources(
-    net: Network, part: Dataset, *, seeds: int, epochs: int, store: Store = NO_STORE
+    net: Network, part: Dataset, *, seeds: int, epochs: int, store: Store
 ) -> Callable[[], Source]:
     """Starts training sources, whose scores are not reported; calling the result waits for them."""
     data = _choice.on_device(part)

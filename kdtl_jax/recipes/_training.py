@@ -165,6 +165,11 @@ def variables(state: TrainState) -> Variables:
     return Variables(state.params, state.model_state)
 
 
+def logits(net: Network, state: TrainState, inputs: Array) -> Array:
+    """A network's logits in evaluation mode."""
+    return net.apply(state.params, state.model_state, inputs)[0]["logits"]
+
+
 # Many points in one program.
 
 
@@ -174,46 +179,48 @@ def fit(experiment: Experiment, options: FitOptions) -> Callable[..., Fitted]:
 
     def run(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
         arrays, state = experiment.data(point, shared), experiment.start(point, shared)
-        if patience is not None:
-            return run_until(arrays, state, point, shared, validation, test)
-        state, curve, losses = advance(
-            experiment, state, point, shared, arrays, validation, options
-        )
-        return finish(with_averages(state), curve, curve[-1], losses, shared, test)
 
-    def finish(
-        state: TrainState, curve: Array, score: Array, losses: Array, shared: Any, test: Any
-    ) -> Fitted:
+        def train_on(state: TrainState, options: FitOptions) -> Any:
+            return advance(experiment, state, point, shared, arrays, validation, options)
+
+        epoch = None
+        if patience is None:
+            state, curve, losses = train_on(state, options)
+            state, score = with_averages(state), curve[-1]
+        else:
+            one_check = partial(train_on, options=options._replace(epochs=every, checks=1))
+            best, curve, losses = _until_stale(one_check, state, patience, options.checks)
+            state, score, epoch = best[0], best[1], (best[2] + 1) * every
         logits = experiment.logits(state, test["inputs"], shared)
         answers, test_score = experiment.judge(logits, test["labels"])
-        return Fitted(options.keep(state), curve, score, test_score, answers, losses)
-
-    def run_until(
-        arrays: Batch, state: TrainState, point: Point, shared: Any, validation: Any, test: Any
-    ) -> Fitted:
-        """Early stopping: trains on, as points share a program, but no longer updates the best."""
-        one_check = options._replace(epochs=every, checks=1)
-
-        def check(carry: Any, number: Array) -> Any:
-            state, best, stale = carry
-            state, curve, losses = advance(
-                experiment, state, point, shared, arrays, validation, one_check
-            )
-            candidate = with_averages(state)._replace(opt_state=None), curve[-1], number
-            running = stale < patience
-            is_better = running & ((curve[-1] > best[1]) | ~jnp.isfinite(best[1]))
-            best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), candidate, best)
-            stale = jnp.where(running, jnp.where(is_better, 0, stale + 1), stale)
-            return (state, best, stale), (jnp.where(running, curve[-1], best[1]), losses)
-
-        first = with_averages(state)._replace(opt_state=None), jnp.float32(-jnp.inf), jnp.int32(0)
-        carry = state, first, jnp.int32(0)
-        numbers = jnp.arange(options.checks, dtype=jnp.int32)
-        (_, best, _), (curve, losses) = jax.lax.scan(check, carry, numbers)
-        candidate = finish(best[0], curve, best[1], losses.reshape(-1), shared, test)
-        return candidate._replace(epoch=(best[2] + 1) * every)
+        return Fitted(options.keep(state), curve, score, test_score, answers, losses, epoch)
 
     return run
+
+
+def _until_stale(
+    train_on: Callable[[TrainState], Any], state: TrainState, patience: int, checks: int
+) -> tuple[Any, Array, Array]:
+    """Early stopping: trains on, as points share a program, but no longer updates the best.
+
+    Returns:
+      The best state, its score and the number of its check; scores `[checks]`; losses `[epochs]`.
+    """
+
+    def check(carry: Any, number: Array) -> Any:
+        state, best, stale = carry
+        state, curve, losses = train_on(state)
+        candidate = with_averages(state)._replace(opt_state=None), curve[-1], number
+        running = stale < patience
+        is_better = running & ((curve[-1] > best[1]) | ~jnp.isfinite(best[1]))
+        best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), candidate, best)
+        stale = jnp.where(running, jnp.where(is_better, 0, stale + 1), stale)
+        return (state, best, stale), (jnp.where(running, curve[-1], best[1]), losses)
+
+    first = with_averages(state)._replace(opt_state=None), jnp.float32(-jnp.inf), jnp.int32(0)
+    numbers = jnp.arange(checks, dtype=jnp.int32)
+    (_, best, _), (curve, losses) = jax.lax.scan(check, (state, first, jnp.int32(0)), numbers)
+    return best, curve, losses.reshape(-1)
 
 
 def advance(
@@ -305,16 +312,9 @@ def fit_one_by_one(experiment: Experiment, options: FitOptions) -> Callable[...,
         losses += losses[-1:] * (epochs - len(losses))
         curve += [score] * (options.checks - len(curve))
         answers, test_score = judge(best, test, shared)
+        kept, curve, losses = options.keep(best), jnp.stack(curve), jnp.stack(losses)
         epoch_kept = None if patience is None else jnp.int32(best_epoch)
-        return Fitted(
-            options.keep(best),
-            jnp.stack(curve),
-            score,
-            test_score,
-            answers,
-            jnp.stack(losses),
-            epoch_kept,
-        )
+        return Fitted(kept, curve, score, test_score, answers, losses, epoch_kept)
 
     def run(points: Point, *shared: Any) -> Fitted:
         fits = [fit_one(pick(dict(points), i), *shared) for i in range(len(points["seed"]))]
@@ -331,9 +331,7 @@ def even_checks(epochs: int) -> int:
 def default_batch(examples: int, divisor: int = 1) -> int:
     """64, or fewer if an epoch would otherwise have fewer than five steps.
 
-    Args:
-      examples: training examples per student.
-      divisor: of the batch size: devices times microbatches.
+    A multiple of `divisor`: devices times microbatches.
     """
     largest = min(BATCH, examples // FEWEST_BATCHES)
     return max(divisor, largest // divisor * divisor)

@@ -70,12 +70,9 @@ def modules_by_depth(params: Params) -> list[str]:
 
 
 def by_depth(params: Params, optimized: Params, decay: float) -> optax.GradientTransformation:
-    """Layer-wise learning-rate decay over the modules of the model; other leaves keep factor 1.
+    """Layer-wise learning-rate decay, per module of the plain model.
 
-    Args:
-      params: of the plain model.
-      optimized: the optimizer's tree, which may have more leaves.
-      decay: per module.
+    The optimizer's tree may have more leaves, which keep factor 1.
     """
     names = modules_by_depth(params)
 

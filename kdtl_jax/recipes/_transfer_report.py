@@ -22,29 +22,20 @@ def results(
 ) -> report.Results:
     """The report: the recommended target, and the data and weights of all methods.
 
-    Args:
-      settings: completed with defaults.
-      measure: of the targets.
-      target: the task.
-      source: the weights that were copied.
-      source_part: the training set of a source trained here.
-      comparison: the results; their rows name the files.
-      programs: a summary of the compiled programs.
+    A source trained here saw `source_part`; `programs` is a summary of the compiled ones.
     """
     part, labels_per_class = target.train, settings.labels_per_class or 0
-    all_text = f"with all {len(part.labels)} training examples"
-    examples_text = (
-        f"with {labels_per_class} labels each, drawn anew for every seed"
-        if labels_per_class
-        else all_text
-    )
+    examples_text = f"with all {len(part.labels)} training examples"
+    if labels_per_class:
+        examples_text = f"with {labels_per_class} labels each, drawn anew for every seed"
     outputs = f"{part.classes} {measure.kind if part.classes > 1 else 'number'} {examples_text}"
     trained_on = f"{len(source_part.labels)} examples of {source_part.classes} classes"
     where = settings.source_weights or f"one source model per seed, trained on {trained_on}"
     scores = ", ".join(f"{name} {score.mean:.2f}" for name, score in comparison.scores.items())
-    advice, sections = _students.note(comparison.rows, BASELINE), []
+    sections = []
     if measure.kind == "classes":
         sections = evidence(target.test, comparison.predictions, comparison.rows)
+    baselines = {FAMILY: BASELINE} if BASELINE in comparison.models else {}
     return report.Results(
         "kdtl transfer: a trained model's weights on a new task",
         {
@@ -56,9 +47,7 @@ def results(
             "transferability": {name: score.mean for name, score in comparison.scores.items()},
             "recommended": _students.recommended(comparison.rows),
         },
-        report.compared(
-            comparison.rows, {FAMILY: BASELINE} if BASELINE in comparison.models else {}
-        ),
+        report.compared(comparison.rows, baselines),
         comparison.learning,
         {},
         [
@@ -70,7 +59,7 @@ def results(
             "is better when comparing sources for this target.",
             *_students.diverged(comparison.rows),
             programs,
-            *([] if advice is None else [advice]),
+            *_students.notes(comparison.rows, BASELINE),
         ],
         sections=sections,
         score=measure.score_name,

@@ -53,11 +53,9 @@ class Terms:
 
 def files(settings: Terms) -> dict[str, list[Path]]:
     """The files of losses and methods, and the files they import, by role."""
-    roles = {"loss": settings.loss, "method": settings.method}
     return {
-        f"{role} {text.rpartition(':')[2]}": _imports.files_of(text)
-        for role, texts in roles.items()
-        for text in texts
+        f"{flag.removeprefix('--')} {text.rpartition(':')[2]}": _imports.files_of(text)
+        for flag, text in _sources(settings)
     }
 
 
@@ -89,11 +87,13 @@ def entries(settings: Terms) -> dict[str, Entry]:
             raise UsageError(
                 f"{flag} {text}: there is already a method called {name!r}. Rename yours."
             )
-        build = (
-            _loss_builder(text, function) if flag == "--loss" else _method_builder(text, function)
-        )
+        make_builder = _loss_builder if flag == "--loss" else _method_builder
+        build = make_builder(text, function)
+
+        def applies(setup: Setup, build: Callable[[Setup], Method] = build) -> None:
+            build(setup)  # its errors are reported; the method is never left out
+
         about = (inspect.getdoc(function) or name).splitlines()[0]
-        applies = _never_refuses(build)
         paper = _imports.file_of(text).name
         entries[name] = Entry(name, about, paper, "logits", False, build, applies)
     return entries
@@ -137,11 +137,8 @@ def _method_builder(text: str, function: Callable[..., Any]) -> Callable[[Setup]
         )
 
     def build(setup: Setup) -> Method:
-        try:
-            with _imports.importing(text):
-                method = function(setup)
-        except Exception as error:  # whatever the user's code raises
-            raise ValueError(f"--method {text}: {_imports.locate_error(text, error)}") from error
+        with _imports.located_errors(text, f"--method {text}"), _imports.importing(text):
+            method = function(setup)
         if not isinstance(method, Method):
             raise TypeError(
                 f"--method {text}: expected a methods.Method, got {type(method).__name__}. Return "
@@ -166,35 +163,27 @@ def _terms_of(text: str, terms: Callable[[Inputs], Any], setup: Setup) -> list[s
         else jax.ShapeDtypeStruct((size, setup.classes), jnp.float32),
         "index": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-
-    def trace_terms(
-        params: Any, student: Any, teacher: Any, batch: Any, step: Any, key: Any
-    ) -> Any:
-        return terms(Inputs(student, teacher, batch, params, {}, step=step, key=key))
-
-    step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
-    try:
-        outputs = jax.eval_shape(
-            trace_terms, setup.params, dict(setup.student), dict(setup.teacher), batch, step, key
-        )
-    except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"--loss {text}: {_imports.locate_error(text, error)}") from error
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    key: Any = jax.eval_shape(lambda: jax.random.key(0))
+    student: Any = dict(setup.student)
+    teacher: Any = dict(setup.teacher)
+    inputs = Inputs(student, teacher, batch, setup.params, {}, step=step, key=key)
+    outputs = _trace(f"--loss {text}", text, terms, inputs)
     return _checked_terms(text, outputs, size)
 
 
 def _try_loss(text: str, terms: Callable[[Inputs], Any]) -> None:
     """Raises ValueError for an error in a loss that no data or network could avoid."""
-    logits = {"logits": jax.ShapeDtypeStruct((EXAMPLES, CLASSES), jnp.float32)}
+    logits: Any = {"logits": jax.ShapeDtypeStruct((EXAMPLES, CLASSES), jnp.float32)}
     try:
-        outputs = jax.eval_shape(lambda s, t: terms(Inputs(s, t, {})), logits, logits)
+        outputs = jax.eval_shape(terms, Inputs(logits, logits, {}))
     except (NameError, ImportError, AttributeError) as error:
         # Other objects may have the attribute once the networks are known.
         is_certain = not isinstance(error, AttributeError) or isinstance(
             error.obj, (types.ModuleType, Inputs)
         )
         if is_certain:
-            message = _imports.locate_error(text, error)
-            raise ValueError(f"--loss {text}: {message}") from error
+            raise ValueError(f"--loss {text}: {_imports.locate_error(text, error)}") from error
     except Exception:  # may be due to these shapes; the data's are traced before training
         return
     else:
@@ -217,16 +206,6 @@ def _checked_terms(text: str, terms: Any, size: int) -> list[str]:
     return list(terms)
 
 
-def _never_refuses(build: Callable[[Setup], Method]) -> Callable[[Setup], str | None]:
-    """An `applies` that lets the builder's errors through instead of skipping the method."""
-
-    def applies(setup: Setup) -> str | None:
-        build(setup)
-        return None
-
-    return applies
-
-
 # Checks on the shapes of the data and the networks, before any training.
 
 
@@ -247,7 +226,7 @@ def try_model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping
         state = train.init_state(variables.params, tx, key=key, model_state=variables.model_state)
         return step(state, batch)
 
-    _trace(f"{flag} {text}", text, run_step, shapes(arrays, min(4, len(arrays["labels"]))))
+    _trace(f"{flag} {text}", text, run_step, _shapes(arrays, min(4, len(arrays["labels"]))))
 
 
 def check_logits(flag: str, text: str, net: Network, data: Dataset) -> None:
@@ -269,26 +248,29 @@ def check_logits(flag: str, text: str, net: Network, data: Dataset) -> None:
         if not ((logits >= 0) & (logits <= 1)).all() or not logits.any():
             return
         sums = sums and logits.shape[-1] > 1 and np.allclose(logits.sum(axis=-1), 1, atol=0.01)
-    problem = "its logits are probabilities: none is negative, and "
-    problem += "every row sums to 1." if sums else "none is above 1."
     activation = "sigmoid" if data.kind == "labels" else "softmax"
-    repair = f"Losses and temperatures apply a {activation} themselves: return what is before the "
-    repair += "model's own."
-    if data.kind == "numbers":
-        problem = "its outputs lie between 0 and 1."
-        repair = "Targets are standardized, to both sides of 0: return what is before the model's "
-        repair += "last activation."
-    print(f"note: {flag} {text}: {problem} {repair}", file=sys.stderr)
+    problem = (
+        "its outputs lie between 0 and 1. Targets are standardized, to both sides of 0: return "
+        "what is before the model's last activation."
+        if data.kind == "numbers"
+        else "its logits are probabilities: none is negative, and "
+        f"{'every row sums to 1' if sums else 'none is above 1'}. Losses and temperatures apply a "
+        f"{activation} themselves: return what is before the model's own."
+    )
+    print(f"note: {flag} {text}: {problem}", file=sys.stderr)
 
 
-def try_method(source: str, learner: Experiment, batch: Mapping[str, Any], frozen: Any) -> None:
-    """Traces a student's step and prediction with a user's loss or method.
+def try_method(
+    source: str, learner: Experiment, arrays: Mapping[str, Any], batch_size: int, frozen: Any
+) -> None:
+    """Traces a student's step and prediction with a user's loss or method, and a live teacher.
 
     Args:
       source: `--loss FILE.py:NAME` or `--method FILE.py:NAME`.
       learner: the student.
-      batch: shapes of a batch; `"teacher"` has the teacher's outputs, unless it is live.
-      frozen: shapes of the variables of a live teacher.
+      arrays: of the training part, `[N, ...]`.
+      batch_size: of a step.
+      frozen: shapes of the teacher's variables.
 
     Raises:
       ValueError: naming the loss or method and, if it is in its file, the line at fault.
@@ -298,13 +280,13 @@ def try_method(source: str, learner: Experiment, batch: Mapping[str, Any], froze
         state, _ = learner.step(learner.start(point, frozen), batch, point, frozen)
         return learner.logits(state, batch["inputs"], frozen)
 
-    point = {"seed": jax.ShapeDtypeStruct((), jnp.int32)}
-    logits = _trace(source, source.partition(" ")[2], run, point, dict(batch), frozen)
-    if getattr(logits, "ndim", None) != 2 or logits.shape[0] != batch["inputs"].shape[0]:
+    point, batch = {"seed": jax.ShapeDtypeStruct((), jnp.int32)}, _shapes(arrays, batch_size)
+    logits = _trace(source, source.partition(" ")[2], run, point, batch, frozen)
+    if getattr(logits, "ndim", None) != 2 or logits.shape[0] != batch_size:
         raise ValueError(f"{source}: its predictions must be logits [B, classes], got {logits}.")
 
 
-def shapes(arrays: Mapping[str, Any], examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(arrays: Mapping[str, Any], examples: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch of `examples` examples."""
     return {
         name: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype) for name, x in arrays.items()
@@ -312,7 +294,5 @@ def shapes(arrays: Mapping[str, Any], examples: int) -> dict[str, jax.ShapeDtype
 
 
 def _trace(source: str, text: str, run: Callable[..., Any], *args: Any) -> Any:
-    try:
+    with _imports.located_errors(text, source):
         return jax.eval_shape(run, *args)
-    except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"{source}: {_imports.locate_error(text, error)}") from error

@@ -38,7 +38,7 @@ from kdtl_jax.recipes import _transfer_methods as transfer_methods
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._logs import LogSettings, write_curves
 from kdtl_jax.recipes._progress import announce_parts
-from kdtl_jax.recipes._stored_results import NO_STORE, Store, load_or_run, open_store
+from kdtl_jax.recipes._stored_results import Store, load_or_run, open_store
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import checkpoint, report, scores
@@ -105,7 +105,6 @@ def run(settings: Settings) -> None:
         rows, learning, alpha, models = distill(splits, settings, say, store)
         student_models = {name: Variables(x) for name, x in models.items() if name != "teacher"}
         students, rows = _students.select_best(rows, student_models)
-        advice = _students.note(rows, "student_alone")
         comparison = targets()
         bar.hide()
         order = sorted(rows, key=lambda row: ORDER.index(row.method))
@@ -134,7 +133,7 @@ def run(settings: Settings) -> None:
                 "at random places on a 12×12 canvas. (On centered digits, copying does not beat "
                 "training from scratch.)",
                 programs(),
-                *([] if advice is None else [advice]),
+                *_students.notes(rows, "student_alone"),
             ],
         )
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
@@ -151,10 +150,7 @@ def run(settings: Settings) -> None:
 
 
 def distill(
-    splits: Splits,
-    settings: Settings,
-    say: Callable[[str], None],
-    store: Store = NO_STORE,
+    splits: Splits, settings: Settings, say: Callable[[str], None], store: Store
 ) -> tuple[list[report.Row], dict[str, Any], dict[str, Any], dict[str, Params]]:
     """Rows, learning curves, alpha's curves, and models by method, stacked over seeds."""
     held_out = [_choice.on_device(part) for part in (splits.validation, splits.test)]
@@ -172,18 +168,14 @@ def distill(
         ),
     )
     fields = {
-        "widths": list(TEACHER),
-        "images": len(splits.train.labels),
-        "epochs": settings.teacher_epochs,
-        "batch_size": _targets.SOURCE_BATCH,
-        "optimizer": "adam",
-        "learning_rate": _targets.SOURCE_RATE,
-    }
+        "widths": list(TEACHER), "images": len(splits.train.labels),
+        "epochs": settings.teacher_epochs, "batch_size": _targets.SOURCE_BATCH,
+        "optimizer": "adam", "learning_rate": _targets.SOURCE_RATE,
+    }  # fmt: skip
     frozen = teachers.variables.params
-    seed_params = _training.pick(frozen, 0)
     rows = [
         measures.row(
-            measures.CLASSES, "teacher", FAMILY, "Teacher", seed_params, teachers, seconds, fields,
+            measures.CLASSES, "teacher", FAMILY, "Teacher", frozen, teachers, seconds, fields,
             targets=splits.test.labels,
         )
     ]  # fmt: skip
@@ -210,10 +202,7 @@ def distill(
 
     def program(terms: Any, trainable: trees.Selector) -> Any:
         options = _training.FitOptions(
-            settings.epochs,
-            BATCH,
-            checks=_training.even_checks(settings.epochs),
-            keep=lambda state: Variables(state.params),
+            settings.epochs, BATCH, _training.even_checks(settings.epochs), _training.variables
         )
         fit = _training.fit(make_learner(student.apply, terms, trainable), options)
         return sweep.vmap(fit, chunk=seeds * len(settings.learning_rates))
@@ -239,19 +228,18 @@ def distill(
         fitted, seconds = load_or_run(
             store, method, lambda: program(sweep_points, {"data": data}, *held_out)
         )
-        choice = _choice.best(fitted, points)
+        setting, best = _choice.best(fitted, points)
         axes = ("learning_rate", "alpha") if len(alphas) > 1 else ("learning_rate",)
-        chosen = {axis: choice.setting[axis] for axis in axes}
-        seed_params = _training.pick(choice.fitted.variables.params, 0)
+        chosen = {axis: setting[axis] for axis in axes}
+        models[method] = best.variables.params
         rows.append(
             measures.row(
-                measures.CLASSES, method, FAMILY, label, seed_params, choice.fitted, seconds,
+                measures.CLASSES, method, FAMILY, label, models[method], best, seconds,
                 {**fixed, **fields, **chosen},
                 targets=splits.test.labels, teacher=teachers.answers,
             )
         )  # fmt: skip
-        learning[method] = _choice.learning_curve(choice.fitted, settings.epochs)
-        models[method] = choice.fitted.variables.params
+        learning[method] = _choice.learning_curve(best, settings.epochs)
         if len(alphas) > 1:
             alpha_curves[method] = _choice.setting_curve(fitted, points, "alpha")
 
@@ -298,13 +286,12 @@ def make_learner(
         weights = {term: point[term] for term in ("task", "kd", "mse") if term in point}
         return train.make_step(apply, terms, weights, tx, trainable=trainable)(state, batch)
 
-    def logits(state: Any, inputs: Any, shared: Any) -> Any:
-        return apply(state.params, None, inputs)[0]["logits"]
-
-    def seed_data(point: Point, shared: Any) -> Any:
-        return _training.pick(shared["data"], point["seed"])
-
-    return Experiment(start, step, logits, seed_data)
+    return Experiment(
+        start,
+        step,
+        lambda state, inputs, shared: apply(state.params, None, inputs)[0]["logits"],
+        lambda point, shared: _training.pick(shared["data"], point["seed"]),
+    )
 
 
 def kd_terms(inputs: Inputs) -> dict[str, Any]:
@@ -354,10 +341,9 @@ def project(
     fields = {"gradient_steps": 0, "ridge": ridges[best]}
     label = "Projected outputs, ridge (no gradient step)"
     chosen = _training.pick(fitted, best)
-    first_params = _training.pick(chosen.variables.params, 0)
     return measures.row(
-        measures.CLASSES, "projected_outputs", FAMILY, label, first_params, chosen, seconds, fields,
-        targets=held_out[1]["labels"], teacher=teacher_answers,
+        measures.CLASSES, "projected_outputs", FAMILY, label, chosen.variables.params, chosen,
+        seconds, fields, targets=held_out[1]["labels"], teacher=teacher_answers,
     )  # fmt: skip
 
 
@@ -365,10 +351,7 @@ def project(
 
 
 def transfer_digits(
-    splits: Splits,
-    settings: Settings,
-    say: Callable[[str], None],
-    store: Store = NO_STORE,
+    splits: Splits, settings: Settings, say: Callable[[str], None], store: Store
 ) -> Callable[[], _targets.Comparison]:
     """Starts training sources on 0-4; calling the result trains the targets on 5-9."""
     source_digits, target_digits = (

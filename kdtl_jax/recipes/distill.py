@@ -8,6 +8,7 @@ seed by seed with the student that learns from the labels alone.
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ from kdtl_jax.recipes import (
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._distill_report import STUDENTS
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
+from kdtl_jax.recipes._training import Experiment
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.train import precision
 
@@ -154,37 +156,50 @@ def run(settings: Settings) -> int:
         cache = Path(settings.teacher_cache)
         _caching.check(cache, pair, entries, precision=settings.precision)
     rows, size = None, len(inputs)
-    resolved_settings = resolved(settings, size, classes, settings.microbatches * devices)
-    if per_class_ := resolved_settings.per_class:
+    settings = resolved(settings, size, classes, settings.microbatches * devices)
+    batch_size, few = settings.batch_size, settings.per_class
+    assert batch_size is not None and settings.epochs is not None
+    if few:
         indexed = pair.splits.train._replace(inputs=pair.arrays["index"])
-        subsets = [per_class(indexed, per_class_, seed=seed) for seed in range(settings.seeds)]
+        subsets = [per_class(indexed, few, seed=seed) for seed in range(settings.seeds)]
         rows = np.stack([part.inputs for part in subsets])  # [S, n], the examples that a seed sees
         size = rows.shape[-1]
-    batch_size = resolved_settings.batch_size
     _training.check_batch(batch_size, size, settings.microbatches, devices)
     per_epoch = size // batch_size
-    steps = resolved_settings.epochs * per_epoch
+    steps = settings.epochs * per_epoch
     teacher_steps = settings.teacher_epochs * (len(inputs) // batch_size)
-    setup_args = {
-        "steps": steps,
-        "batch_size": batch_size // settings.microbatches,
-        "layers": settings.layers,
-    }
+    make_setup = functools.partial(
+        _pair.setup, pair, steps=steps, batch_size=batch_size // settings.microbatches,
+        layers=settings.layers,
+    )  # fmt: skip
     # First with a blank teacher, to report errors before one is trained.
-    blank = _pair.setup(pair, None, **setup_args)
+    blank = make_setup(None)
     built, reasons = _pair.build_all(entries, blank, settings)
     _pair.check_any(built, reasons, blank, pair.measure.kind)
     view = None
     if settings.augment:
         view = _training.views(settings.augment, classes, inputs.shape[1])
     tx = optimizer(settings, steps)
-    _pair.trace_user_methods(built, pair, settings, batch_size, tx, view)
+
+    def make_learner(method: methods.Method, *, is_live: bool) -> Experiment:
+        return _pair.student(
+            pair.student, method, tx, lambda key, _: pair.student.init(key, pair.example),
+            teacher=pair.teacher.apply if is_live else None,
+            microbatches=settings.microbatches, view=view, per_epoch=per_epoch,
+        )  # fmt: skip
+
+    for name, source in _user_code.sources_by_name(settings).items():
+        if name in built:
+            learner = make_learner(built[name], is_live=True)
+            teacher_shapes = networks.abstract(pair.teacher, pair.example)
+            _user_code.try_method(source, learner, pair.arrays, batch_size, teacher_shapes)
     print_notes(reasons)
 
-    learners = [*([TEACHER] if pair.teacher_variables is None else []), *built]
+    trains_teacher = pair.teacher_variables is None
+    learners = [*([TEACHER] if trains_teacher else []), *built]
     files = {**pair.files, **_user_code.files(settings)}
     saves = [f"checkpoints/{x}" for x in learners]
-    with _output.open_run(resolved_settings, "distill", files, saves=saves) as running:
+    with _output.open_run(settings, "distill", files, saves=saves) as running:
         folder, identity, say, programs = running
         shared_run = _seeds.Run(
             folder=folder, identity=identity, resume=settings.resume, batch_size=batch_size,
@@ -199,15 +214,14 @@ def run(settings: Settings) -> int:
             advance=_progress.track_part(say, TEACHER, 0, len(learners)),
             rate=_optimizers.rate_by_step(settings, teacher_steps),
         )
-        trains_teacher = pair.teacher_variables is None
         say(f"teacher{'' if trains_teacher else f', from {settings.teacher_weights}'}")
         frozen, teacher = _pair.train_teacher(
             pair, teacher_run, built[BASELINE], optimizer(settings, teacher_steps),
             settings.teacher_epochs,
         )  # fmt: skip
-        fields: dict[str, Any] = {"epochs": settings.teacher_epochs, "batch_size": batch_size}
-        if pair.teacher_variables is not None:
-            fields = {"weights": settings.teacher_weights}
+        fields: dict[str, Any] = {"weights": settings.teacher_weights}
+        if trains_teacher:
+            fields = {"epochs": settings.teacher_epochs, "batch_size": batch_size}
         test_labels = pair.splits.test.labels
         table = [
             _measures.row(
@@ -223,7 +237,7 @@ def run(settings: Settings) -> int:
         shared_run = shared_run._replace(
             arrays=arrays, rows=rows, rate=_optimizers.rate_by_step(settings, steps)
         )
-        setup = _pair.setup(pair, frozen, **setup_args)
+        setup = make_setup(frozen)
         built, notes = _pair.build_all(entries, setup, settings)
         entry_by_name = {entry.name: entry for entry in entries}
         points, learning, failed = _training.points(settings.seeds), {}, []
@@ -237,20 +251,11 @@ def run(settings: Settings) -> int:
             )
             entry = entry_by_name.get(name)
             is_live = outputs is None and name != BASELINE  # the teacher runs at every step
-            learner = _pair.student(
-                pair.student, method, tx, lambda key, _: pair.student.init(key, pair.example),
-                teacher=pair.teacher.apply if is_live else None,
-                microbatches=settings.microbatches, view=view, per_epoch=per_epoch,
-            )  # fmt: skip
             try:
                 trained = _seeds.train_seeds(
-                    name,
-                    learner,
-                    points,
-                    frozen if is_live else None,
-                    shared_run,
-                    resolved_settings.epochs,
-                )
+                    name, make_learner(method, is_live=is_live), points,
+                    frozen if is_live else None, shared_run, settings.epochs,
+                )  # fmt: skip
             except (ValueError, TypeError) as error:
                 if entry is None:
                     raise
@@ -266,12 +271,10 @@ def run(settings: Settings) -> int:
                     name, state, trained.validation, through_connectors=uses_connectors
                 )
             students += [] if best_student is None else [best_student]
-            inference_params = (state.params, state.connectors) if uses_connectors else state.params
+            at_inference = (state.params, state.connectors) if uses_connectors else state.params
+            fields = _distill_report.method_settings(settings, entry, method, trained, best_student)
             row = _measures.row(
-                pair.measure, name, STUDENTS, label, _training.pick(inference_params, 0), trained,
-                trained.seconds, _distill_report.method_settings(
-                    resolved_settings, entry, method, trained, best_student
-                ),
+                pair.measure, name, STUDENTS, label, at_inference, trained, trained.seconds, fields,
                 targets=test_labels, teacher=teacher.answers,
             )  # fmt: skip
             table.append(row)
@@ -295,10 +298,8 @@ def run(settings: Settings) -> int:
             return 1 if failed else 0
         _pair.write(folder, pair, settings, frozen, students, setup)
         _logs.write(folder, settings.log)
-        notes = [*notes, programs()]
-        results = _distill_report.results(
-            resolved_settings, pair, table, learning, predictions, notes
-        )
+        notes.append(programs())
+        results = _distill_report.results(settings, pair, table, learning, predictions, notes)
         _output.finish(folder, results)
     if failed:
         print(f"kdtl distill: failed: {', '.join(failed)}", file=sys.stderr)
@@ -357,11 +358,9 @@ def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) ->
         _pair.check_weights(settings.loss_weights, {BASELINE: ("task",), **terms})
 
 
-def resolved(settings: Settings, examples: int, classes: int, divisor: int = 1) -> Any:
+def resolved(settings: Settings, examples: int, classes: int, divisor: int = 1) -> Settings:
     """The settings, with defaults that depend on the data filled in."""
-    per_class = settings.per_class
-    if per_class is None:
-        per_class = types.FEW_DIGITS if settings.data == "digits" else 0
+    per_class = types.few_or_all(settings.per_class, settings.data)
     size = per_class * classes or examples
     batch_size = settings.batch_size or _training.default_batch(size, divisor)
     epochs = settings.epochs or max(EPOCHS, math.ceil(STEPS / max(1, size // batch_size)))

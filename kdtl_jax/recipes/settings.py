@@ -304,16 +304,14 @@ def mesh_sizes(value: Any, axes: Sequence[str] = ("data", "fsdp")) -> dict[str, 
 
 def augmentations(value: Any) -> tuple[str, ...]:
     """`crop,flip,mixup=0.5`, in order of application."""
-    if value in ("", [], ()):
-        return ()
-    for part in names(value):
+    for part in (chosen := some_names(value)):
         name, equals, strength = part.partition("=")
         if name not in AUGMENTATIONS or (equals and (name == "flip" or number(strength) <= 0)):
             raise ValueError(
                 f"{part!r} is not one of {', '.join(AUGMENTATIONS)} (crop=PIXELS, mixup=ALPHA, "
                 "cutmix=ALPHA)"
             )
-    return names(value)
+    return chosen
 
 
 def selector(text: str) -> trees.Selector:
@@ -363,6 +361,11 @@ def byte_size(value: Any) -> int | None:
     if size <= 0 or isinstance(value, bool):
         raise ValueError(f"{value!r} is not an amount as in 500MB or 2GB")
     return size
+
+
+def few_or_all(chosen: int | None, data: str) -> int:
+    """Examples per class: the chosen, else 10 of the built-in digits and all (0) of other data."""
+    return chosen if chosen is not None else FEW_DIGITS if data == "digits" else 0
 
 
 def class_range(value: Any) -> str | None:

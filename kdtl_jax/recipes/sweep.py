@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _files, methods, train, transforms
+from kdtl_jax import _files, methods, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import KINDS
 from kdtl_jax.interop import networks
@@ -166,8 +166,8 @@ def run(settings: Settings) -> None:
     settings = dataclasses.replace(settings, batch_size=batch_size)
     _training.check_batch(batch_size, size)
     steps = settings.epochs * (size // batch_size)
-    setup_args: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
-    blank = _pair.setup(pair, None, **setup_args)
+    make_setup = functools.partial(_pair.setup, pair, steps=steps, batch_size=batch_size)
+    blank = make_setup(None)
     entries, notes = select_suitable(chosen, blank)
     axes = {entry.name: _axes.axes_of_method(entry, blank, columns) for entry in entries}
     _axes.check(columns, axes)
@@ -182,14 +182,14 @@ def run(settings: Settings) -> None:
         rates = point.get("learning_rate", rate)
         return _optimizers.optimizer(settings, rates, decay, steps)
 
-    saves = [f"checkpoints/{_pair.TEACHER}"] if pair.teacher_variables is None else []
+    trains_teacher = pair.teacher_variables is None
+    saves = [f"checkpoints/{_pair.TEACHER}"] if trains_teacher else []
     with _output.open_run(settings, "sweep", pair.files, saves=saves) as running:
         folder, run, bar, programs = running
         say = _progress.announce_parts(bar, len(entries) + 1)
         store = _stored_results.open_store(
             folder, run, resume=settings.resume, kinds=(Swept, Fitted, Variables)
         )
-        trains_teacher = pair.teacher_variables is None
         say(f"teacher{'' if trains_teacher else f', from {settings.teacher_weights}'}")
         shared_run = _seeds.Run(
             folder=folder, identity=run, resume=settings.resume,
@@ -201,7 +201,7 @@ def run(settings: Settings) -> None:
         frozen, teacher = _pair.train_teacher(
             pair, shared_run, methods.alone(blank), tx, settings.teacher_epochs
         )
-        setup = _pair.setup(pair, frozen, **setup_args)
+        setup = make_setup(frozen)
         outputs = _training.outputs(pair.teacher, frozen, pair.arrays["inputs"])
         if all(entry.needs in ("labels", "logits") for entry in entries):
             outputs = {"logits": outputs["logits"]}
@@ -215,19 +215,14 @@ def run(settings: Settings) -> None:
             say(f"{entry.name} ({i + 1} of {len(entries)}): {count} settings")
             learner = student(pair, entry, setup, lambda point: tx_of(point, steps))
             earlier = swept[-1] if swept else None  # the fastest path is measured only once
-            args = entry.name, learner, axes[entry.name], work, earlier
-            make = functools.partial(sweep_one, *args)
+            make = functools.partial(
+                sweep_one, entry.name, learner, axes[entry.name], work, earlier
+            )
             swept.append(_stored_results.load_or_run(store, entry.name, make)[0])
         results = _sweep_report.Sweep(
-            pair,
-            settings,
-            swept,
-            [*notes, programs()],
-            float(teacher.validation[0]),
-            float(teacher.test[0]),
-            teacher.answers,
-            _folders.run_record(folder),
-        )
+            pair, settings, swept, [*notes, programs()], float(teacher.validation[0]),
+            float(teacher.test[0]), teacher.answers, _folders.run_record(folder),
+        )  # fmt: skip
         best_students = [line.student for line in _sweep_report.lines(results) if line.student]
         _pair.write(folder, pair, settings, frozen, best_students, setup)
         _logs.write_curves(folder, _sweep_report.learning(results), settings.log)
@@ -240,18 +235,8 @@ def run(settings: Settings) -> None:
 
 def student(pair: _pair.Pair, entry: Entry, setup: Setup, tx: Callable[[Point], Any]) -> Experiment:
     """A method's student; temperature, weights, rates and start are the point's."""
-    apply = pair.student.apply
 
-    def start(point: Point, shared: Shared) -> train.TrainState:
-        keys = _training.keys(point["seed"])
-        variables = pair.student.init(keys.model, pair.example)
-        params = variables.params
-        if "alpha" in point:
-            params = scaled_start(shared.teacher.params, params, point["alpha"])
-        model_state = variables.model_state
-        return train.init_state(params, tx(point), key=keys.steps, model_state=model_state)
-
-    def step(state: Any, batch: Any, point: Point, shared: Shared) -> Any:
+    def at(point: Point) -> Experiment:
         method = _pair.build(entry, setup, point.get("temperature"))
         factor = point.get("weight")
         weights = {
@@ -259,13 +244,23 @@ def student(pair: _pair.Pair, entry: Entry, setup: Setup, tx: Callable[[Point], 
             for term, weight in method.weights.items()
         }
         weights |= {term: point[term] for term in weights if term in point}
-        return train.make_step(apply, method.terms, weights, tx(point))(state, batch)
 
-    def logits(state: Any, inputs: Any, shared: Shared) -> Any:
-        return apply(state.params, state.model_state, inputs)[0]["logits"]
+        def init(key: jax.Array, shared: Shared) -> Variables:
+            variables = pair.student.init(key, pair.example)
+            if "alpha" not in point:
+                return variables
+            params = scaled_start(shared.teacher.params, variables.params, point["alpha"])
+            return variables._replace(params=params)
 
-    judged = pair.measure.judge
-    return Experiment(start, step, logits, lambda point, shared: shared.arrays, judged)
+        return _pair.student(pair.student, method._replace(weights=weights), tx(point), init)
+
+    return Experiment(
+        lambda point, shared: at(point).start(point, shared),
+        lambda state, batch, point, shared: at(point).step(state, batch, point, shared),
+        lambda state, inputs, shared: _training.logits(pair.student, state, inputs),
+        lambda point, shared: shared.arrays,
+        pair.measure.judge,
+    )
 
 
 def sweep_one(
@@ -282,8 +277,7 @@ def sweep_one(
         raise UsageError(
             f"{count} settings of {seeds} seeds are more than {_axes.MOST:,} students."
         )
-    repeated = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
-    points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **repeated}
+    points = _choice.for_every_seed(columns, seeds)
     patience = settings.early_stopping
     assert settings.batch_size is not None
     options = _training.FitOptions(

@@ -62,12 +62,9 @@ A WHERE selects target leaves: a regular expression for the whole path, or glob:
 
 @dataclass(frozen=True)
 class Settings(
-    _optimizers.OptimizerSettings,
-    _optimizers.SelectionSettings,
-    _logs.LogSettings,
-    types.Data,
+    _optimizers.OptimizerSettings, _optimizers.SelectionSettings, _logs.LogSettings, types.Data,
     types.Resumable,
-):
+):  # fmt: skip
     """Settings of `kdtl transfer`."""
 
     out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
@@ -82,12 +79,9 @@ class Settings(
         metavar="FILE", group="source",
     )  # fmt: skip
     source_classes: str | None = setting(
-        None,
-        "classes of the source; default: the first half",
-        metavar="A-B",
-        parse=types.class_range,
-        group="source",
-    )
+        None, "classes of the source; default: the first half", metavar="A-B",
+        parse=types.class_range, group="source",
+    )  # fmt: skip
     target_classes: str | None = setting(
         None, "classes of the target; default: those after the source's, all with --source-weights",
         metavar="A-B", parse=types.class_range, group="source",
@@ -144,10 +138,8 @@ class Settings(
 def run(settings: Settings) -> int | None:
     """Copies a source into targets, trains them by every method, and writes the run folder."""
     if settings.list:
-        header = ("method", "label", "paper")
-        return _tables.list_methods(
-            header, [(m.name, m.label, m.paper) for m in transfer_methods.METHODS]
-        )
+        rows = [(m.name, m.label, m.paper) for m in transfer_methods.METHODS]
+        return _tables.list_methods(("method", "label", "paper"), rows)
     chosen = types.select(settings.methods, transfer_methods.BY_NAME, "kdtl transfer")
     path, policy = settings.source_weights, types.POLICIES[settings.on_mismatch]
     surgery = Surgery(rename=types.renames(settings.rename), on_mismatch=policy)
@@ -171,11 +163,11 @@ def run(settings: Settings) -> int | None:
         source_shapes = model_files.tree(networks.abstract(source_net, example))
     else:
         record.check_finite(path, source_tree)
-    has_head = jax.eval_shape(_targets.source_head, source_shapes) is not None
-    if not has_head and settings.methods == transfer_methods.DEFAULT:
-        chosen = [method for method in chosen if not method.needs_source_head]
-    if settings.methods == transfer_methods.DEFAULT and not _targets.has_head(net, example):
-        chosen = [method for method in chosen if not method.needs_head]
+    if settings.methods == transfer_methods.DEFAULT:  # those that need a head, if there is one
+        if jax.eval_shape(_targets.source_head, source_shapes) is None:
+            chosen = [method for method in chosen if not method.needs_source_head]
+        if not _targets.has_head(net, example):
+            chosen = [method for method in chosen if not method.needs_head]
     _targets.check(net, example, source_shapes, chosen, surgery)
     arrays = {"inputs": target.train.inputs, "labels": target.train.labels}
     _user_code.try_model("--model", text, net, measure.task, arrays)
@@ -208,9 +200,9 @@ def run(settings: Settings) -> int | None:
         shape = target.train.inputs.shape[1:]
         classes, names = target.train.classes, target.train.names
         form = form._replace(names=names, outputs=classes, shape=shape)
-        preprocessing = About(text, classes, form.scaling, names, shape, form)
+        about = About(text, classes, form.scaling, names, shape, form)
         provenance = _students.provenance(folder, settings, "student")
-        _students.write(folder, students, preprocessing, more=provenance)
+        _students.write(folder, students, about, more=provenance)
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
             models = {name: model._asdict() for name, model in comparison.models.items()}
             checkpoint.save(checkpoints, settings.epochs, models, {"methods": list(models)})
@@ -228,10 +220,8 @@ def resolved(settings: Settings, measure: Measure) -> Settings:
     Raises:
       UsageError: if a setting does not apply to the targets.
     """
-    labels_per_class, is_classes = settings.labels_per_class, measure.kind == "classes"
-    if labels_per_class is None:
-        labels_per_class = types.FEW_DIGITS if settings.data == "digits" else 0
-    if labels_per_class and not is_classes:
+    labels_per_class = types.few_or_all(settings.labels_per_class, settings.data)
+    if labels_per_class and measure.kind != "classes":
         raise UsageError(
             f"--labels-per-class {labels_per_class}: the targets are {measure.kind}, not classes."
         )
@@ -247,9 +237,7 @@ def check(settings: Settings) -> None:
             "--source-classes is for a source trained here, but --source-weights names one. "
             "Give one of them."
         )
-    labels_per_class = settings.labels_per_class
-    if labels_per_class is None and settings.data == "digits":
-        labels_per_class = types.FEW_DIGITS
+    labels_per_class = types.few_or_all(settings.labels_per_class, settings.data)
     if settings.class_weights != "none" and labels_per_class:
         raise UsageError(
             f"--class-weights: every class has {labels_per_class} labels already. Give "
