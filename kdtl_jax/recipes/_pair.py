@@ -1,6 +1,7 @@
 """A teacher and a student on one data set, as `kdtl distill` and `kdtl sweep` use them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import datasets, methods, train
+from kdtl_jax import datasets, methods, train, trees
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Kind, Splits
 from kdtl_jax.interop import model_files, networks, sources
@@ -319,3 +320,60 @@ def check_weights(weights: Mapping[str, float], terms: Mapping[str, Collection[s
                 f"--loss-weights: {key!r} is not a term here. The terms are {listed}. Write "
                 "term=weight, or method.term=weight for one method."
             )
+
+
+# Checks that need no data.
+
+
+def check_layers(settings: Any) -> None:
+    """Raises UsageError if a built-in model has no layer of `--layers`.
+
+    User models, and models that do not take the example's size, are checked with the data.
+    """
+    teacher = settings.teacher or (None if settings.teacher_weights else DEFAULT_TEACHER)
+    example = np.zeros((1, 32, 32, 3), np.float32)
+    for i, (role, text) in enumerate((("student", settings.student), ("teacher", teacher))):
+        if text is None or model_files.is_own(text) or not settings.layers:
+            continue
+        try:
+            net = networks.network(_models.module(text, 2), example)
+            shapes = networks.output_shapes(net, example)
+        except ValueError:
+            continue
+        unknown = [pair[i] for pair in settings.layers if pair[i] not in shapes]
+        if unknown:
+            taps = ", ".join(sorted(shapes, key=trees.natural_key))
+            raise UsageError(f"--layers: the {role} has no tap {unknown[0]!r}. It has {taps}.")
+
+
+def terms(entries: Sequence[Entry], settings: Any) -> dict[str, Collection[str]] | None:
+    """The terms of every method that may be compared, or None if one is user-defined.
+
+    A method has the same terms wherever it applies.
+    """
+    target = "classes" if settings.data == "digits" else settings.target
+    measures = [measure for measure in _measures.ALL if target in ("auto", measure.kind)]
+    candidates = [x for measure in measures for x in select_methods(entries, settings, measure)]
+    if any(entry not in methods.table() for entry in candidates):
+        return None
+    setups = {x.name: next(s for s in _example_setups() if not x.applies(s)) for x in candidates}
+    return {entry.name: entry.build(setups[entry.name]).weights for entry in candidates}
+
+
+@functools.cache
+def _example_setups() -> tuple[Setup, ...]:
+    """Pairs of small networks, at least one for each method of the table."""
+    example, setups = np.zeros((2, 8, 8, 3), np.float32), []
+    vit = "vit:patch=4,width=8,layers=2,heads=2"
+    pairs = [("cnn:4,4", _measures.CLASSES), (vit, _measures.CLASSES)]
+    for text, measure in [*pairs, *(("mlp:4", measure) for measure in _measures.ALL)]:
+        net = networks.network(_models.module(text, 3), example)
+        variables = blank(net, example)
+        setups.append(
+            methods.setup(
+                net.apply, net.apply, student_variables=variables, teacher_variables=variables,
+                inputs=example, examples=4, steps=2, student_layout=net.layout,
+                teacher_layout=net.layout, task=measure.task, exclusive=measure.kind == "classes",
+            )
+        )  # fmt: skip
+    return tuple(setups)

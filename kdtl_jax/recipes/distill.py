@@ -38,7 +38,6 @@ from kdtl_jax.recipes import (
     _pair,
     _progress,
     _seeds,
-    _static_checks,
     _students,
     _tables,
     _training,
@@ -350,11 +349,11 @@ def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) ->
     if settings.batch_size is not None:
         size = settings.batch_size
         _training.check_batch(size, size, settings.microbatches, devices)
-    _static_checks.check_layers(settings)
+    _pair.check_layers(settings)
     if settings.teacher_cache is not None:
         has_teacher = settings.teacher_weights is not None or settings.resume
         _caching.check_folder(Path(settings.teacher_cache), has_teacher=has_teacher)
-    if settings.loss_weights and (terms := _static_checks.terms(entries, settings)):
+    if settings.loss_weights and (terms := _pair.terms(entries, settings)):
         _pair.check_weights(settings.loss_weights, {BASELINE: ("task",), **terms})
 
 

@@ -37,7 +37,6 @@ from kdtl_jax.recipes import (
     _pair,
     _progress,
     _seeds,
-    _static_checks,
     _stored_results,
     _sweep_report,
     _training,
@@ -157,7 +156,7 @@ def run(settings: Settings) -> None:
         )
     _folders.check_out(settings, "sweep")
     _measures.check(settings)
-    if columns.keys() - {*_axes.AXES} and (terms := _static_checks.terms(chosen, settings)):
+    if columns.keys() - {*_axes.AXES} and (terms := _pair.terms(chosen, settings)):
         _axes.check(columns, terms)
     pair = _pair.read_pair(settings, kinds=KINDS)
     chosen = _pair.select_methods(chosen, settings, pair.measure)
