@@ -198,6 +198,8 @@ def test_every_kind_of_field_on_the_command_line_and_in_a_file(tmp_path: Path) -
     file.write_text("rule: 3")
     with pytest.raises(UsageError, match="rule: expected text, got 3"):
         every("--config", str(file))
+    with pytest.raises(UsageError, match="unknown argument --quick"):  # it has no such setting
+        cli.parse(["env", "--quick"])
     file.write_text("teacher_weights: 3")
     with pytest.raises(UsageError, match="teacher_weights: expected text, got 3"):
         cli.parse(["distill", "--config", str(file)])

@@ -30,6 +30,14 @@ OTHER_WORDS = {
     "max-length": ("length",),
     "temperature": ("grid",),
 }
+# Flags that all commands share, which are not settings of the recipe.
+SWITCHES = {
+    "--print-config": "print all settings as YAML and exit",
+    "--debug": "show the traceback of an error",
+    "--no-compilation-cache": (
+        "recompile everything instead of keeping programs in the user's cache folder"
+    ),
+}
 DEVICES = ("device", "gpu", "cuda", "tpu", "cpu", "accelerator")
 
 
@@ -48,35 +56,26 @@ def parse(
       UsageError: in one line, naming the flag or the file's key.
       SystemExit: with code 0 after `--help`.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    _add_common(early)
-    early.add_argument("--quick", action="store_true")
-    try:
-        common, arguments = early.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error).removeprefix("argument ")) from None
     fields = {field.name: field for field in dataclasses.fields(module.Settings)}
-    values = {} if common.config is None else load(Path(common.config), fields, words)
-    quick = "quick" in fields and (common.quick or values.get("quick") is True)
-    parser = _parser(words, summary, module, fields, quick)
-    defaults = _typed(module.Settings, fields, values, f"--config {common.config}: ")
-    repeated = {name for name, field in fields.items() if field.metadata.get("repeat")}
-    parser.set_defaults(**{name: x for name, x in defaults.items() if name not in repeated})
-    if common.quick and quick:
-        arguments = [*arguments, "--quick"]
-    _refuse_unknown(parser, arguments)
+    parser = _parser(words, summary, module, fields)
+    _refuse_unknown(parser, argv)
     try:
-        namespace, extra = parser.parse_known_args(arguments)
+        flags, extra = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError(_one_line(str(error).removeprefix("argument "))) from None
     if extra:
         raise UsageError(_one_line(f"unrecognized arguments: {' '.join(extra)}"))
-    parsed = vars(namespace)
-    for name in repeated:  # flags replace the file's values instead of adding to them
-        if parsed[name] is None:
-            parsed[name] = defaults.get(name, fields[name].metadata["default"])
-    settings = {name: _value(field, parsed[name], "--") for name, field in fields.items()}
-    return module.Settings(**settings), common
+    values = {}
+    if flags.config is not None:
+        values = load(Path(flags.config), fields, words)
+        values = _typed(module.Settings, fields, values, f"--config {flags.config}: ")
+    values |= {name: value for name, value in vars(flags).items() if name in fields}
+    default = "quick" if values.get("quick") else "default"
+    settings = {}
+    for name, field in fields.items():
+        value = field.metadata.get(default, field.metadata["default"])
+        settings[name] = _value(field, values.get(name, value), "--")
+    return module.Settings(**settings), flags
 
 
 def read_yaml(path: Path, flag: str) -> dict[Any, Any]:
@@ -119,7 +118,7 @@ def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
 
 
 def _parser(
-    words: str, summary: str, module: Any, fields: Mapping[str, Any], quick: bool
+    words: str, summary: str, module: Any, fields: Mapping[str, Any]
 ) -> argparse.ArgumentParser:
     settings = module.Settings
     parser = argparse.ArgumentParser(
@@ -129,28 +128,33 @@ def _parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # so that a flag that is not given stands nowhere
     )
     hints, groups = get_type_hints(settings), {}
     for name, field in fields.items():
         title = field.metadata.get("group")
         if title not in groups:
             groups[title] = parser.add_argument_group(title) if title else parser
-        metadata = field.metadata
-        default = metadata["quick"] if quick and "quick" in metadata else metadata["default"]
-        _add(groups[title], name, hints[name], field, default)
-    _add_common(parser)
+        _add(groups[title], name, hints[name], field.metadata)
+    group = parser.add_argument_group("all commands")
+    group.add_argument(
+        "--config", metavar="FILE", default=None, help="a YAML file with flags as keys"
+    )
+    for flag, text in SWITCHES.items():
+        group.add_argument(flag, action="store_true", default=False, help=text)
     return parser
 
 
-def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
-    metadata = field.metadata
+def _add(group: Any, name: str, hint: Any, metadata: Mapping[str, Any]) -> None:
     description = metadata["help"]
     default_text = _default_text(metadata["default"])
     if default_text and "default:" not in description:
         description = f"{description}; default: {default_text}"
-    options: dict[str, Any] = {"default": default, "help": description.replace("%", "%%")}
+    options: dict[str, Any] = {"help": description.replace("%", "%%")}
     if hint is bool:
-        group.add_argument(_flag(name), dest=name, action="store_true", **options)
+        group.add_argument(
+            _flag(name), dest=name, action="store_true", default=argparse.SUPPRESS, **options
+        )
         return
     if "metavar" in metadata:
         options["metavar"] = metadata["metavar"]
@@ -159,7 +163,7 @@ def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
         if chosen := _choices(hint):
             options.setdefault("metavar", f"{{{','.join(chosen)}}}")
     if metadata.get("repeat"):
-        options |= {"action": "append", "default": None}
+        options["action"] = "append"
     if metadata.get("many"):
         options["nargs"] = "+"
     if "positional" in metadata:
@@ -220,21 +224,6 @@ def _integer(value: Any) -> int:
     except ValueError:  # also for a text of thousands of digits
         message = f"expected a whole number, got {quoted(value)}"
         raise argparse.ArgumentTypeError(message) from None
-
-
-def _add_common(parser: Any) -> None:
-    """Adds the flags that all commands share, which are not settings of the recipe."""
-    group = parser.add_argument_group("all commands")
-    group.add_argument("--config", metavar="FILE", help="a YAML file with flags as keys")
-    group.add_argument(
-        "--print-config", action="store_true", help="print all settings as YAML and exit"
-    )
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    group.add_argument(
-        "--no-compilation-cache",
-        action="store_true",
-        help="recompile everything instead of keeping programs in the user's cache folder",
-    )
 
 
 def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:

@@ -74,9 +74,10 @@ def compare(
 ) -> Comparison:
     """Copies the source into targets of network `net` and trains them by every method.
 
+    `check` has accepted source and methods.
+
     Raises:
-      ValueError: if the source does not fit (listing the leaves), a method needs the source's head
-        and there is none, or a class has too few examples.
+      ValueError: if a class has too few examples.
     """
     seeds, labels_per_class, part = settings.seeds, settings.labels_per_class, target.train
     parts = [
@@ -87,7 +88,6 @@ def compare(
     new_variables, copied, heads, report_ = make_starts(
         net, source, surgery, data["inputs"][0, :1], seeds
     )
-    check_head(heads, chosen)
     shared = {"data": data, "copied": copied, "heads": heads}
     classes = part.classes
     score_seed = functools.partial(transfer_scores, net, classes, measure.kind)
@@ -184,7 +184,12 @@ def check(
     """
     target = model_files.tree(networks.abstract(net, example))
     transforms.plan_transfer(source, target, **surgery._asdict())
-    check_head(jax.eval_shape(source_head, source), chosen)
+    lacking = [method.name for method in chosen if method.needs_source_head]
+    if lacking and jax.eval_shape(source_head, source) is None:
+        raise ValueError(
+            f"{', '.join(lacking)} train the source's head too, but the source has no head/kernel "
+            "and head/bias. Leave these methods out (--methods)."
+        )
     lacking = [method.name for method in chosen if method.needs_head]
     if lacking and not has_head(net, example):
         raise ValueError(
@@ -198,18 +203,6 @@ def has_head(net: Network, example: Any) -> bool:
     """Whether a top-level module of the model is a head by its name."""
     paths = trees.flatten(networks.abstract(net, example).params)
     return any(path.split("/")[0] in transfer_methods.HEADS for path in paths)
-
-
-def check_head(head: Any, chosen: Sequence[Method]) -> None:
-    """Raises ValueError if a method needs the source's head and there is none."""
-    methods_without_head = [
-        method.name for method in chosen if method.needs_source_head and head is None
-    ]
-    if methods_without_head:
-        raise ValueError(
-            f"{', '.join(methods_without_head)} train the source's head too, but the source has no "
-            "head/kernel and head/bias. Leave these methods out (--methods)."
-        )
 
 
 def make_experiment(

@@ -83,16 +83,11 @@ def parse(content: bytes) -> dict[Any, Any]:
     return values
 
 
-def plain(settings: Any) -> dict[str, Any]:
-    """All settings as plain data for YAML and JSON."""
-    return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
-
-
 def as_yaml(settings: Any, command: str, **overrides: Any) -> str:
     """All settings as YAML for `--config`; `overrides` replaces some."""
-    values = plain(settings)
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     values |= {name: value for name, value in overrides.items() if name in values}
-    fields = {name.removesuffix("_"): value for name, value in values.items()}
+    fields = {name.removesuffix("_"): _plain(value) for name, value in values.items()}
     return yaml.safe_dump({"command": command, **fields}, sort_keys=False, allow_unicode=True)
 
 
