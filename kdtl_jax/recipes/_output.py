@@ -108,11 +108,16 @@ def _format_program(name: str, count: int, seconds: float) -> str:
     return f"{name} {seconds:.1f} s" if count == 1 else f"{name} ({count}) {seconds:.1f} s"
 
 
+def write(folder: Path, record: Mapping[str, Any], page: str) -> None:
+    """Writes `results.json` and `report.html`."""
+    _files.write_json(folder / "results.json", record)
+    _files.write_atomic(folder / "report.html", page.encode(errors="replace"))
+
+
 def finish(folder: Path, results: report.Results, table: str | None = None) -> None:
     """Writes `results.json` and `report.html`, and prints the table."""
     results = results._replace(run=_folders.run_record(folder))
-    _files.write_json(folder / "results.json", report.to_json(results))
-    _files.write_atomic(folder / "report.html", report.html_page(results).encode(errors="replace"))
+    write(folder, report.to_json(results), report.html_page(results))
     if table is None:
         print_table(results)
     else:

@@ -1,11 +1,10 @@
 """The report of `kdtl transfer`."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdtl_jax import transforms
 from kdtl_jax.datasets import Dataset, Splits
-from kdtl_jax.recipes import _evidence, _students, _targets, _training
+from kdtl_jax.recipes import _evidence, _students, _targets
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._targets import BASELINE, FAMILY, Comparison, Source
 from kdtl_jax.run import report
@@ -32,9 +31,11 @@ def results(
     trained_on = f"{len(source_part.labels)} examples of {source_part.classes} classes"
     where = settings.source_weights or f"one source model per seed, trained on {trained_on}"
     scores = ", ".join(f"{name} {score.mean:.2f}" for name, score in comparison.scores.items())
-    sections = []
-    if measure.kind == "classes":
-        sections = evidence(target.test, comparison.predictions, comparison.rows)
+    best, predictions, sections = _students.best_row(comparison.rows), comparison.predictions, []
+    if best is not None and measure.kind == "classes":
+        student = predictions[best.method]
+        baseline = predictions.get(BASELINE, student).classes
+        sections = _evidence.sections(target.test, student, baseline, teacher_name="baseline")
     baselines = {FAMILY: BASELINE} if BASELINE in comparison.models else {}
     return report.Results(
         "kdtl transfer: a trained model's weights on a new task",
@@ -70,22 +71,8 @@ def copied_share(surgery: transforms.Report, source: Source, outputs: int) -> st
     """The share of a target copied from its source, and which modules are new."""
     paths = [path.removeprefix("params/") for path in surgery.sizes.keys() - surgery.transferred]
     new = ", ".join(sorted({path.split("/")[0] for path in paths}))
-    first_source = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
-    head = _targets.source_head(first_source)
-    head_note = (
-        "" if head is None else f" ({head['kernel'].shape[-1]} outputs there, {outputs} here)"
-    )
+    head = _targets.source_head(source.tree)
+    width = None if head is None else head["kernel"].shape[-1]
+    head_note = "" if width is None else f" ({width} outputs there, {outputs} here)"
     share = f"{100 * surgery.fraction:.1f}% of the target's parameters are copied from it"
     return f"{share}; new in the target: {new}{head_note}." if new else f"{share}."
-
-
-def evidence(
-    test: Dataset, predictions: Mapping[str, _evidence.Predictions], rows: Sequence[report.Row]
-) -> list[report.Section]:
-    """The confusion of the recommended method, and where it differs from the baseline."""
-    best_row = _students.best_row(rows)
-    if best_row is None:
-        return []
-    best = predictions[best_row.method]
-    other_classes = predictions.get(BASELINE, best).classes
-    return _evidence.sections(test, best, other_classes, teacher_name="baseline")

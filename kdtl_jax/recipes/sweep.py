@@ -225,9 +225,8 @@ def run(settings: Settings) -> None:
         best_students = [line.student for line in _sweep_report.lines(results) if line.student]
         _pair.write(folder, pair, settings, frozen, best_students, setup)
         _logs.write_curves(folder, _sweep_report.learning(results), settings.log)
-        _files.write_json(folder / "results.json", _sweep_report.to_json(results))
         _files.write_atomic(folder / "sweep.csv", _sweep_report.to_csv(results).encode())
-        _files.write_atomic(folder / "report.html", _sweep_report.html_page(results).encode())
+        _output.write(folder, _sweep_report.to_json(results), _sweep_report.html_page(results))
     _sweep_report.print_table(results)
     print(f"report: {folder / 'report.html'}")
 
