@@ -69,17 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if common.print_config:
             print(as_yaml(settings, words), end="")
             return 0
-    except SystemExit as stop:  # --help is printed
-        return int(stop.code or 0)
-    except UsageError as error:
-        if debug:
-            raise
-        print(f"{name}: {_plain(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
-    try:
         if not common.no_compilation_cache:
             keep_programs()
         from kdtl_jax.run import processes  # jax is needed from here on
@@ -91,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `kdtl ... | head`
         _discard_output()
         return 141
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:  # also after --help
         code = 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
         outcome = {130: "interrupted", 143: "terminated"}.get(code)
         if outcome:
