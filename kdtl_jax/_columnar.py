@@ -3,6 +3,9 @@
 Both formats hold compressed buffers, and parquet may store a text once for a million cells. Every
 buffer and page states its unpacked length; only these lengths are read here.
 
+Raises ValueError if a message or the header of a page is damaged, and OSError if a file cannot be
+read.
+
 Source: Arrow Columnar Format 1.5, "Serialization and Interprocess Communication".
 """
 
@@ -56,8 +59,7 @@ def arrow_bytes(path: Path, pa: Any) -> int:
     """Sums the unpacked bytes that the buffers of an Arrow file or stream declare.
 
     Raises:
-      ValueError: if a message is damaged.
-      ArrowException: likewise, from pyarrow.
+      ArrowException: if a message is damaged, from pyarrow.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -78,11 +80,7 @@ def _messages(pa: Any, source: Any) -> Iterator[_Message]:
     if bytes(data[:6]) != MAGIC:
         reader = pa.ipc.MessageReader.open_stream(pa.BufferReader(pa.py_buffer(data)))
         for message in iter(lambda: _next_message(reader), None):
-            body = message.body
-            empty = memoryview(b"")
-            yield _Message(
-                memoryview(message.metadata), empty if body is None else memoryview(body)
-            )
+            yield _Message(memoryview(message.metadata), memoryview(message.body or b""))
         return
     (length,) = struct.unpack_from("<i", data, len(data) - 10)
     footer = data[max(0, len(data) - 10 - length) : len(data) - 10]
@@ -172,12 +170,7 @@ def chunks(metadata: Any, columns: Iterable[str]) -> Iterator[Any]:
 
 
 def parquet_bytes(path: Path, columns: Iterable[Any]) -> int:
-    """Sums the unpacked bytes that the pages of a parquet file's `chunks` declare.
-
-    Raises:
-      ValueError: if the header of a page is damaged.
-      OSError: if the file cannot be read.
-    """
+    """Sums the unpacked bytes that the pages of a parquet file's `chunks` declare."""
     with path.open("rb") as file:
         return sum(page.unpacked for column in columns for page in _pages.pages(file, column))
 
@@ -204,8 +197,7 @@ def rows_per_read(path: Path, metadata: Any, columns: Iterable[str], max_rows: i
     lists; sizes come from the pages themselves.
 
     Raises:
-      ValueError: if a row's list may hold too many texts, or as `parquet_bytes`.
-      OSError: as `parquet_bytes`.
+      ValueError: if a row's list may hold too many texts.
     """
     column_chunks, pa = list(chunks(metadata, columns)), pyarrow(path)
     dictionaries = {*dictionary_columns(column_chunks)}

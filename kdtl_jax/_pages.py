@@ -1,5 +1,8 @@
 """The pages of a parquet file: their headers, and the sizes of texts that share bytes.
 
+Raises ValueError if the header of a page, or the lengths of shared prefixes, are damaged, and
+OSError if the file cannot be read.
+
 Source: parquet-format 2.11, parquet.thrift and Encodings.md.
 """
 
@@ -38,12 +41,7 @@ class SharedTexts(NamedTuple):
 
 
 def pages(file: BinaryIO, column: Any) -> Iterator[Page]:
-    """Reads the page headers of a column chunk (pyarrow's metadata of it), in order.
-
-    Raises:
-      ValueError: if the header of a page is damaged.
-      OSError: if the file cannot be read.
-    """
+    """Reads the page headers of a column chunk (pyarrow's metadata of it), in order."""
     pos = data_start = column.data_page_offset
     if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < data_start:
         pos = column.dictionary_page_offset
@@ -63,10 +61,6 @@ def shared_texts(pa: Any, file: BinaryIO, column: Any, *, in_lists: bool) -> Sha
       column: pyarrow's metadata of the chunk.
       in_lists: whether it holds lists, whose rows have any number of texts; only then is `total`
         an upper bound.
-
-    Raises:
-      ValueError: if the header of a page, or the lengths of shared prefixes, are damaged.
-      OSError: if the file cannot be read.
     """
     longest = dictionary_values = page_bytes = prefixes = 0
     for page in pages(file, column):
@@ -85,15 +79,14 @@ def shared_texts(pa: Any, file: BinaryIO, column: Any, *, in_lists: bool) -> Sha
 
 def _unpack(pa: Any, file: BinaryIO, page: Page, codec: str) -> bytes:
     """Unpacks a page's bytes, without the levels in front, which are never packed."""
-    file.seek(page.start + (page.levels or 0))
-    data = file.read(page.packed - (page.levels or 0))
+    levels = page.levels or 0
+    file.seek(page.start + levels)
+    data = file.read(page.packed - levels)
     if codec == "UNCOMPRESSED" or not page.is_packed:
         return data
     codec_name = {"LZ4": "lz4_raw"}.get(codec, codec.lower())
     try:
-        return pa.decompress(
-            data, page.unpacked - (page.levels or 0), codec=codec_name, asbytes=True
-        )
+        return pa.decompress(data, page.unpacked - levels, codec=codec_name, asbytes=True)
     except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         raise ValueError(f"a page cannot be unpacked ({error})") from None
 

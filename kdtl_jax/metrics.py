@@ -178,8 +178,8 @@ def _average_precision(ranking: np.ndarray, targets: np.ndarray) -> float:
 
 
 def _check_numbers(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
-    y, t = _check_pair(predicted, targets)
-    y, t = y.reshape(len(y), -1).astype(np.float64), t.reshape(len(t), -1).astype(np.float64)
+    pair = _check_pair(predicted, targets)
+    y, t = (x.reshape(len(x), -1).astype(np.float64) for x in pair)
     if y.shape != t.shape:
         raise ValueError(
             f"predictions and targets must be of one shape, got {list(y.shape)} and {list(t.shape)}"
@@ -251,22 +251,20 @@ def _check_multi_label(scores: Any, targets: Any) -> tuple[np.ndarray, np.ndarra
             "predictions and targets must be of one shape [examples, labels], got "
             f"{list(scores.shape)} and {list(targets.shape)}"
         )
-    _check_zero_or_one(targets=targets)
+    _check_zero_or_one("targets", targets)
     return scores, targets
 
 
 def _check_binary(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     predicted, targets = _check_multi_label(predicted, targets)
-    _check_zero_or_one(predicted=predicted)
+    _check_zero_or_one("predicted", predicted, ": compare scores with a threshold")
     return predicted.astype(bool), targets.astype(bool)
 
 
-def _check_zero_or_one(**arrays: np.ndarray) -> None:
-    for name, array in arrays.items():
-        is_invalid = (array != 0) & (array != 1)
-        if is_invalid.any():
-            repair = ": compare scores with a threshold" if name == "predicted" else ""
-            raise ValueError(f"{name} must be 0 or 1, got {array[is_invalid][0]}{repair}")
+def _check_zero_or_one(name: str, array: np.ndarray, repair: str = "") -> None:
+    is_invalid = (array != 0) & (array != 1)
+    if is_invalid.any():
+        raise ValueError(f"{name} must be 0 or 1, got {array[is_invalid][0]}{repair}")
 
 
 def _all_answered(predicted: np.ndarray) -> bool:

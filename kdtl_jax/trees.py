@@ -15,9 +15,10 @@ A Haiku key that itself contains "/" is not split.
 """
 
 import difflib
+import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -155,26 +156,29 @@ def _refuse_nnx_filter(where: Any) -> None:
 
 def any_of(*selectors: Selector) -> Predicate:
     """Selects where at least one selector does."""
-    tests = [_predicate(selector) for selector in selectors]
-    return _set_name(
-        "any_of", selectors, lambda path, leaf: any(test(path, leaf) for test in tests)
-    )
+    return _combination("any_of", any, selectors)
 
 
 def all_of(*selectors: Selector) -> Predicate:
     """Selects where every selector does."""
-    tests = [_predicate(selector) for selector in selectors]
-    return _set_name(
-        "all_of", selectors, lambda path, leaf: all(test(path, leaf) for test in tests)
-    )
+    return _combination("all_of", all, selectors)
 
 
 def none_of(*selectors: Selector) -> Predicate:
     """Selects where no selector does."""
+    return _combination("none_of", lambda matches: not any(matches), selectors)
+
+
+def _combination(
+    name: str, decide: Callable[[Iterator[bool]], bool], selectors: Sequence[Selector]
+) -> Predicate:
     tests = [_predicate(selector) for selector in selectors]
-    return _set_name(
-        "none_of", selectors, lambda path, leaf: not any(test(path, leaf) for test in tests)
-    )
+
+    def combination(path: str, leaf: Any) -> bool:
+        return decide(test(path, leaf) for test in tests)
+
+    combination.__name__ = f"{name}({', '.join(map(_describe, selectors))})"  # for messages
+    return combination
 
 
 def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") -> PyTree:
@@ -200,7 +204,7 @@ def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") ->
         selected = [bool(leaf) for leaf in jax.tree.leaves(where)]
     else:
         test = _predicate(where)
-        selected = [bool(test(path, leaf)) for path, leaf in flat.items()]
+        selected = [test(path, leaf) for path, leaf in flat.items()]
     _check_count(where, expect, sum(selected), list(flat))
     return jax.tree.unflatten(treedef, selected)
 
@@ -218,27 +222,23 @@ def labels(tree: PyTree, rules: Rules, *, default: Any = None) -> PyTree:
     """
     flat = flatten(tree)
     tests = [_leaf_test(tree, selector) for selector, _ in rules]
-    used = [False] * len(rules)
-    result, uncovered = [], []
-    for i, (path, leaf) in enumerate(flat.items()):
-        match = next((k for k, test in enumerate(tests) if test(i, path, leaf)), None)
-        if match is None:
-            uncovered.append(path)
-            result.append(default)
-        else:
-            used[match] = True
-            result.append(rules[match][1])
-    for rule, was_used in zip(rules, used, strict=True):
-        if not was_used:
+    matches = [
+        next((k for k, test in enumerate(tests) if test(i, path, leaf)), None)
+        for i, (path, leaf) in enumerate(flat.items())
+    ]
+    for k, (selector, _) in enumerate(rules):
+        if k not in matches:
             raise ValueError(
-                f"rule {_describe(rule[0])} labels no leaf: it matches nothing, or earlier "
-                f"rules take all it matches. {_did_you_mean(rule[0], list(flat))}"
+                f"rule {_describe(selector)} labels no leaf: it matches nothing, or earlier "
+                f"rules take all it matches. {_did_you_mean(selector, list(flat))}"
             )
-    if uncovered and default is None:
+    if None in matches and default is None:
+        uncovered = [path for path, k in zip(flat, matches, strict=True) if k is None]
         raise ValueError(
             f"no rule covers {_name_list(uncovered)}. Add a rule (for example "
             "('.*', label) last) or pass default=."
         )
+    result = [default if k is None else rules[k][1] for k in matches]
     return jax.tree.unflatten(jax.tree.structure(tree), result)
 
 
@@ -249,11 +249,9 @@ def partition(tree: PyTree, where: Selector) -> tuple[PyTree, PyTree]:
     pytrees that `jax.grad`, optax and `jax.tree.map` accept directly.
     """
     is_selected = mask(tree, where)
-    selected = jax.tree.map(
-        lambda flag, x: x if flag and is_inexact(x) else None, is_selected, tree
-    )
-    rest = jax.tree.map(lambda flag, x: None if flag and is_inexact(x) else x, is_selected, tree)
-    return selected, rest
+    moves = jax.tree.map(lambda flag, x: flag and is_inexact(x), is_selected, tree)
+    selected = jax.tree.map(lambda move, x: x if move else None, moves, tree)
+    return selected, jax.tree.map(lambda move, x: None if move else x, moves, tree)
 
 
 def combine(*trees: PyTree) -> PyTree:
@@ -267,12 +265,9 @@ def combine(*trees: PyTree) -> PyTree:
 
 def count(tree: PyTree, where: Selector = everything) -> int:
     """Number of selected parameters (scalars in inexact leaves)."""
-    is_selected = jax.tree.leaves(mask(tree, where, expect=None))
-    sizes = [
-        int(np.prod(np.shape(leaf), dtype=np.int64)) if is_inexact(leaf) else 0
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return sum(size for size, flag in zip(sizes, is_selected, strict=True) if flag)
+    flags = jax.tree.leaves(mask(tree, where, expect=None))
+    pairs = zip(flags, jax.tree.leaves(tree), strict=True)
+    return sum(math.prod(np.shape(leaf)) for flag, leaf in pairs if flag and is_inexact(leaf))
 
 
 def _key_paths(tree: PyTree) -> list[tuple[Any, ...]]:
@@ -319,11 +314,9 @@ def _predicate(where: Selector) -> Predicate:
             ) from None
         return lambda path, leaf: pattern.fullmatch(path) is not None
     if isinstance(where, Glob):
-        pattern = re.compile(_glob_to_regex(where.pattern), re.DOTALL)
-        return lambda path, leaf: pattern.fullmatch(path) is not None
+        return _predicate(_glob_to_regex(where.pattern))
     if callable(where) and not is_bool_tree(where):
-        test = where
-        return lambda path, leaf: bool(test(path, leaf))
+        return lambda path, leaf: bool(where(path, leaf))
     raise ValueError(
         "a tree of bools can only be used on its own; expected a regex string, Glob or "
         f"(path, leaf) -> bool, got {type(where).__name__}."
@@ -336,7 +329,7 @@ def _leaf_test(tree: PyTree, where: Selector) -> Callable[[int, str, Any], bool]
         selected = jax.tree.leaves(mask(tree, where, expect=None))
         return lambda i, path, leaf: selected[i]
     test = _predicate(where)
-    return lambda i, path, leaf: bool(test(path, leaf))
+    return lambda i, path, leaf: test(path, leaf)
 
 
 def _glob_to_regex(pattern: str) -> str:
@@ -361,12 +354,6 @@ def _check_count(where: Selector, expect: int | str | None, count: int, names: l
             f"selector {_describe(where)} matches {count} of {len(names)} leaves, "
             f"expected {'all of them' if expect == 'all' else expected}."
         )
-
-
-def _set_name(name: str, selectors: Sequence[Selector], test: Predicate) -> Predicate:
-    """Names a test `name(its selectors)`, as messages show it."""
-    test.__name__ = f"{name}({', '.join(map(_describe, selectors))})"
-    return test
 
 
 def _describe(where: Selector) -> str:

@@ -1,6 +1,9 @@
 """Arrays: an npz, and npy files in a folder or beside each other.
 
 Nothing is ever unpickled, and an array is unpacked only on request, up to the size in its header.
+
+Raises OSError if a file does not exist or cannot be read, and ValueError if it is not an npz or npy
+file, or holds pickled objects.
 """
 
 import contextlib
@@ -47,12 +50,7 @@ class Arrays(NamedTuple):
 
 
 def npz(path: Path) -> Arrays:
-    """The arrays of an npz, not yet unpacked.
-
-    Raises:
-      OSError: if the file does not exist or cannot be read.
-      ValueError: if it is not an npz.
-    """
+    """The arrays of an npz, not yet unpacked."""
     with path.open("rb") as file:
         magic = file.read(6)
     if not magic:
@@ -77,18 +75,13 @@ def npy_folder(folder: Path) -> Arrays:
 
 
 def npy_shape(path: Path) -> tuple[int, ...]:
-    """The shape of an npy file's array; raises as `read_npy`."""
+    """The shape of an npy file's array."""
     with path.open("rb") as file, _read_errors(path, "npy file"):
         return _checked_shape(file, path.name, path.stat().st_size)
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """One npy file.
-
-    Raises:
-      OSError: if the file does not exist or cannot be read.
-      ValueError: if it is not an npy file, or holds pickled objects.
-    """
+    """One npy file."""
     npy_shape(path)
     with path.open("rb") as file, _read_errors(path, "npy file"):
         return np.lib.format.read_array(file, allow_pickle=False)
@@ -115,10 +108,8 @@ def pairs(
                 f"{arrays.path}: has no array {name!r:.80}; {list_names(arrays)}. Name the arrays "
                 "of inputs (--inputs) and labels (--label)."
             )
-    x, y = (
-        _names_by_part(arrays.names, INPUTS, inputs),
-        _names_by_part(arrays.names, LABELS, label_name),
-    )
+    x = _names_by_part(arrays.names, INPUTS, inputs)
+    y = _names_by_part(arrays.names, LABELS, label_name)
     if inputs is not None and label_name is not None and not set(x) & set(y):
         return {"whole": inputs}, {"whole": label_name}
     if "train" in x:
@@ -148,15 +139,15 @@ def _names_by_part(
             for affix in affixes
             for candidate in (f"{usual}_{affix}", f"{affix}_{usual}", f"{usual}{affix}")
         )
-        if match := _first_match(candidates, by_lowercase):
-            result[part] = match
-    if match := _first_match(usual_names, by_lowercase):
-        result["whole"] = match
-    return result
+        result |= _first_match(part, candidates, by_lowercase)
+    return result | _first_match("whole", usual_names, by_lowercase)
 
 
-def _first_match(candidates: Iterable[str], by_lowercase: Mapping[str, str]) -> str | None:
-    return next((by_lowercase[name] for name in candidates if name in by_lowercase), None)
+def _first_match(
+    part: str, candidates: Iterable[str], by_lowercase: Mapping[str, str]
+) -> dict[str, str]:
+    """`{part: name}` for the first candidate that exists; {} if none does."""
+    return next(({part: by_lowercase[x]} for x in candidates if x in by_lowercase), {})
 
 
 def _sibling_parts(name: str, by_lowercase: Mapping[str, str]) -> dict[str, str]:
@@ -167,8 +158,7 @@ def _sibling_parts(name: str, by_lowercase: Mapping[str, str]) -> dict[str, str]
             result = {"train": name}
             for part in ("validation", "test"):
                 candidates = (prefix + alternative + suffix for alternative in PARTS[part])
-                if match := _first_match(candidates, by_lowercase):
-                    result[part] = match
+                result |= _first_match(part, candidates, by_lowercase)
             return result
     return {"whole": name}
 

@@ -4,9 +4,13 @@
 
 Names of classes come from the `datasets` features in its files. Images are read from the bytes in
 the file; files that it only points to are never opened.
+
+Raises ImportError if pyarrow is not installed, OSError if a file does not exist or cannot be read,
+and ValueError if it is damaged.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,15 +25,8 @@ SUFFIXES = (".parquet", ".arrow", ".feather")
 BUFFER_BYTES = 2**16  # bytes of a file read at once
 ROWS = 2**16  # of a parquet file read at once, if its texts have to be counted
 IMAGE_SIGNATURES = (
-    b"\x89PNG",
-    b"\xff\xd8\xff",
-    b"GIF8",
-    b"BM",
-    b"RIFF",
-    b"II*\x00",
-    b"MM\x00*",
-    b"P5",
-    b"P6",
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF"),
+    *(b"II*\x00", b"MM\x00*", b"P5", b"P6"),
 )
 BOOLEANS = ("False", "True")  # the names of their classes
 
@@ -46,18 +43,12 @@ class ArrowTable(NamedTuple):
 
 
 def header_of(path: Path) -> list[str]:
-    """The names of a file's columns; nothing else is read.
-
-    Raises:
-      ImportError: if pyarrow is not installed.
-      OSError: if the file does not exist or cannot be read.
-      ValueError: if it is damaged.
-    """
+    """The names of a file's columns; nothing else is read."""
     return list(_schema(_columnar.pyarrow(path), path).names)
 
 
 def array_columns(path: Path) -> list[str]:
-    """The columns whose types may hold images or arrays; raises as `header_of`."""
+    """The columns whose types may hold images or arrays."""
     pa = _columnar.pyarrow(path)
     scalar_types = (pa.types.is_primitive, pa.types.is_string, pa.types.is_large_string)
     return [
@@ -80,9 +71,7 @@ def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
     """One table of these columns, from the files of one part.
 
     Raises:
-      ImportError: if pyarrow is not installed.
-      OSError: if a file does not exist or cannot be read.
-      ValueError: if a file is damaged, or files have different columns.
+      ValueError: if the files have different columns.
     """
     pa = _columnar.pyarrow(paths[0])
     tables = [_read(pa, path, columns) for path in paths]
@@ -95,11 +84,7 @@ def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
 
 
 def first_row(path: Path, columns: Sequence[str]) -> ArrowTable:
-    """The first row of these columns, if there is one; little more of the file is read.
-
-    Raises:
-      ImportError, OSError, ValueError: as `read_arrow`.
-    """
+    """The first row of these columns, if there is one; little more of the file is read."""
     if not columns:
         return ArrowTable(str(path), {}, {}, {}, {}, {})
     pa = _columnar.pyarrow(path)
@@ -114,10 +99,9 @@ def _columns(pa: Any, path: Path, table: Any) -> ArrowTable:
         chunks, dtype = table.column(0).chunks, table.field(0).type
         table = table.remove_column(0)
         try:
-            column = (
-                chunks[0] if len(chunks) == 1 else pa.chunked_array(chunks, dtype).combine_chunks()
-            )
-            del chunks
+            if len(chunks) != 1:
+                chunks = [pa.chunked_array(chunks, dtype).combine_chunks()]
+            column = chunks.pop()
             _columnar.check_unpacked(path, _columnar.expanded_bytes(pa, column))
             _add_column(pa, result, name, column)
         except _read_errors(pa) as error:
@@ -148,16 +132,11 @@ def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = Fal
             # Without a selection the columns are memory-mapped, not copied.
             positions = None if len(positions) == len(names) else positions
             with pa.memory_map(str(path)) as source:
-                reader = _stream(pa, path, source, positions)
-                batch_count = getattr(reader, "num_record_batches", None)
-                record_batches = (
-                    reader if batch_count is None else map(reader.get_batch, range(batch_count))
-                )
+                reader = record_batches = _stream(pa, path, source, positions)
+                if hasattr(reader, "num_record_batches"):
+                    record_batches = map(reader.get_batch, range(reader.num_record_batches))
                 batches = _batches(path, record_batches, len(columns))
-                if only_first:
-                    table = _first(pa, batches, reader.schema)
-                else:
-                    table = pa.Table.from_batches([*batches], reader.schema)
+                table = _table(pa, batches, reader.schema, only_first=only_first)
         # A column's name may be another's prefix: "a" also selects "a.b".
         table = table.select([i for i, name in enumerate(table.column_names) if name in columns])
         table.validate(full=True)  # offsets in a damaged file may point anywhere
@@ -171,10 +150,8 @@ def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bo
     values = sum(column.num_values for column in chunks)  # a list row has many
     _check_size(path, metadata.num_rows, len(columns), values)
     _columnar.check_unpacked(path, _columnar.parquet_bytes(path, chunks))
-    rows, texts = (
-        _columnar.rows_per_read(path, metadata, columns, ROWS),
-        _columnar.dictionary_columns(chunks),
-    )
+    rows = _columnar.rows_per_read(path, metadata, columns, ROWS)
+    texts = _columnar.dictionary_columns(chunks)
     # Buffered, so that encoded data are not kept in memory.
     with pa.parquet.ParquetFile(
         path, buffer_size=BUFFER_BYTES, pre_buffer=False, read_dictionary=texts
@@ -183,15 +160,15 @@ def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bo
             return file.read(columns=list(columns))
         record_batches = file.iter_batches(1 if only_first else rows, columns=list(columns))
         batches = _batches(path, record_batches, len(columns))
-        if only_first:
-            return _first(pa, batches, file.schema_arrow)
-        return pa.Table.from_batches([*batches], file.schema_arrow)
+        return _table(pa, batches, file.schema_arrow, only_first=only_first)
 
 
-def _first(pa: Any, batches: Iterator[Any], schema: Any) -> Any:
-    """A table with the first row, or none."""
-    batch = next((batch for batch in batches if len(batch)), None)
-    return schema.empty_table() if batch is None else pa.Table.from_batches([batch.slice(0, 1)])
+def _table(pa: Any, batches: Iterator[Any], schema: Any, *, only_first: bool) -> Any:
+    """A table of the batches, or of their first row, if there is one."""
+    if only_first:
+        batches = (batch.slice(0, 1) for batch in batches if len(batch))
+        batches = itertools.islice(batches, 1)
+    return pa.Table.from_batches([*batches], schema)
 
 
 def _stream(pa: Any, path: Path, source: Any, positions: Sequence[int] | None = None) -> Any:
@@ -254,9 +231,7 @@ def _add_column(pa: Any, table: ArrowTable, name: str, column: Any) -> None:
             table.lists[name] = objects(column.to_pylist())
         else:
             table.vectors[name] = inner.reshape(len(column), *lengths)
-    elif types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or (
-        types.is_decimal(kind) or types.is_null(kind)
-    ):  # fmt: skip
+    elif _is_number(types, kind) or types.is_decimal(kind) or types.is_null(kind):
         if types.is_boolean(kind):
             table.names[name] = BOOLEANS
         values = column.cast(pa.uint8()) if types.is_boolean(kind) else column
@@ -289,6 +264,10 @@ def _is_text(types: Any, kind: Any) -> bool:
     return plain or types.is_large_string(kind) or types.is_large_binary(kind)
 
 
+def _is_number(types: Any, kind: Any) -> bool:
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
+
+
 def _is_list(types: Any, kind: Any) -> bool:
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
@@ -304,8 +283,7 @@ def _flatten_lists(pa: Any, column: Any) -> tuple[list[int], np.ndarray | None]:
             return [], None
         lengths.append(len(inner) // length)
         column = inner
-    kind = column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+    if not _is_number(pa.types, column.type):
         return [], None
     return lengths, np.array(column.to_numpy(zero_copy_only=False))
 

@@ -4,6 +4,9 @@ A first pass reads every column as numbers; columns that are not numbers are the
 text. Booleans are 0 and 1; empty cells and the usual words for a missing value are missing.
 Files are UTF-8, or UTF-16 with a byte-order mark; any other is read as Windows-1252, with a notice.
 They may be gzipped, as in `people.csv.gz`.
+
+Raises OSError if a file does not exist or cannot be read, and ValueError if it is not text, a row
+is longer than any in a table, or a gzipped file unpacks to hundreds of times its size.
 """
 
 import array
@@ -42,12 +45,7 @@ def is_text_table(path: Path) -> bool:
 
 
 def header_of(path: Path) -> tuple[list[str], str]:
-    """The names of the columns, and the delimiter.
-
-    Raises:
-      OSError: if the file does not exist or cannot be read.
-      ValueError: if it is not text, or a row is longer than any in a table.
-    """
+    """The names of the columns, and the delimiter."""
     header, cells, delimiter = _header_and_first_row(path)
     names = [name.strip() for name in header]
     if names and len(cells) == len(names) + 1 and "" not in names:
@@ -78,12 +76,7 @@ def _header_and_first_row(path: Path) -> tuple[list[str], list[str], str]:
 
 
 def encoding_of(path: Path) -> str:
-    """UTF-8 or UTF-16 if the file is valid, else Windows-1252, a superset of printable Latin-1.
-
-    Raises:
-      OSError: if the file does not exist or cannot be read.
-      ValueError: if it is gzipped and unpacks to hundreds of times its size.
-    """
+    """UTF-8 or UTF-16 if the file is valid, else Windows-1252, a superset of printable Latin-1."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     if _is_gzipped(path):
         _check_unpacked(path)
@@ -135,9 +128,7 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
       targets: columns to always read as text.
 
     Raises:
-      OSError: if the file does not exist or cannot be read.
-      ValueError: if it is empty, or a row is too long or has a wrong number of cells (its line is
-        named).
+      ValueError: if it is empty, or a row has a wrong number of cells (its line is named).
     """
     header, delimiter = header_of(path)
     names = unique_names(header)
@@ -179,7 +170,7 @@ def _rows(path: Path, names: Sequence[str], delimiter: str) -> Iterator[tuple[in
 
 
 def _nonblank_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and cells of every row that is not blank, each at most `LONGEST` long."""
+    """Line numbers and cells of every row that is not blank, each at most `MAX_ROW_LENGTH` long."""
     length = 0
 
     def lines() -> Iterator[str]:

@@ -62,10 +62,7 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
 def files_of(text: str, *, label: str = "label", inputs: str | None = None) -> tuple[Path, ...]:
     """The files that reading the data opens: a file or folder, or an .npy file and its siblings.
 
-    Args:
-      text: as for `read_splits`.
-      label: as for `read_splits`.
-      inputs: as for `read_splits`.
+    The arguments are those of `read_splits`.
     """
     path = Path(text)
     if _csv.is_text_table(path) and path.is_file():
@@ -223,8 +220,7 @@ def _npy_sources(path: Path, choices: Choices) -> dict[str, Source]:
 
 def _array_sources(arrays: Arrays, choices: Choices) -> dict[str, Source]:
     _check_no_drop(arrays.path, choices)
-    label = choices.label
-    inputs = choices.inputs
+    label, inputs = choices.label, choices.inputs
     if not choices.with_targets:
         label = "label"
         inputs = inputs if inputs in arrays.names else None  # new data may use the usual names

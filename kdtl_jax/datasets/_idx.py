@@ -105,13 +105,13 @@ def _idx_array(path: Path, file: Any, max_bytes: int, *, is_gzipped: bool) -> np
         content += chunk
     size = start + len(content)
     if size != expected:
-        found = str(size if is_gzipped else max_bytes)
+        actual = str(size if is_gzipped else max_bytes)
         if is_gzipped and expected > max_bytes:
-            found = f"at most {max_bytes}"
+            actual = f"at most {max_bytes}"
         elif is_gzipped and size > expected:
-            found = f"at least {size}"
+            actual = f"at least {size}"
         raise ValueError(
-            f"{path}: holds {found} bytes, but its header {shape} of {dtype} asks for {expected}. "
+            f"{path}: holds {actual} bytes, but its header {shape} of {dtype} asks for {expected}. "
             "Is the download complete?"
         )
     try:

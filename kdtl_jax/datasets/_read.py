@@ -3,6 +3,9 @@
 splits = datasets.read_splits("photos/", image_size=(64, 64))
 splits, preprocessing = datasets.prepared(splits)  # standardized by the training part
 inputs = datasets.read_inputs("new/", preprocessing)  # later, without labels
+
+Raises OSError if a file does not exist or cannot be read, and ValueError if there are no such data,
+or their contents are not valid or not what a model reads.
 """
 
 from collections.abc import Sequence
@@ -59,10 +62,6 @@ def read_splits(
       preprocessing: a model's; inputs and targets are read as the model expects. It replaces the
         choices above, except that rows may be dropped and images resized to the model's size.
         Nothing is scaled.
-
-    Raises:
-      OSError: if a file does not exist or cannot be read.
-      ValueError: if there are no such data, or their contents are not valid.
     """
     if text == "digits":
         if drop or image_size is not None:
@@ -83,13 +82,9 @@ def read_splits(
     first = stored.get("train") or stored["whole"]._replace(name=path.name)
     train = _number_targets(first, target, _model_dataset(preprocessing))
     others = {p: _number_targets(stored[p], target, train) for p in PARTS[1:] if p in stored}
-    splits = with_drawn_parts(
-        train, others.get("validation"), others.get("test"), validation, test, seed
-    )
-    origins = [first, *(stored[p] if p in others else first for p in PARTS[1:])]
-    form, notices = _model_form(preprocessing, choices, origins), []
-    if form is None:
-        form, notices = _fit_form(first, splits.train, choices)
+    splits = with_drawn_parts(train, others, validation, test, seed)
+    origins = [first, *(stored.get(part, first) for part in PARTS[1:])]
+    form, notices = _form(preprocessing, choices, origins, splits.train)
     parts = [
         _encode(origin, part, form)._replace(name=path.name)
         for origin, part in zip(origins, splits, strict=True)
@@ -120,28 +115,16 @@ def read(
     Args:
       path: as for `read_splits`, or the idx file of images.
       labels: the idx file of labels; only for idx.
-      label: as for `read_splits`.
-      inputs: as for `read_splits`.
-      target: as for `read_splits`.
-      missing: as for `read_splits`.
-      one_hot: as for `read_splits`.
-      drop: as for `read_splits`.
-      image_size: as for `read_splits`.
+      label, inputs, target, missing, one_hot, drop, image_size: as for `read_splits`.
       classes: number of classes, as in `checked`; None numbers the labels that occur.
       preprocessing: a model's; inputs and targets are read as the model expects. Nothing is scaled.
-
-    Raises:
-      OSError: if a file does not exist or cannot be read.
-      ValueError: if its contents are not valid.
     """
     path = _checks.path(path=path)
     choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
     stored = _training_first(_idx_files(path, labels) or sources(path, choices))
     first = _number_targets(stored[0], target, _model_dataset(preprocessing), classes)
     parts = [first, *(_number_targets(source, target, first) for source in stored[1:])]
-    form, notices = _model_form(preprocessing, choices, stored), []
-    if form is None:
-        form, notices = _fit_form(stored[0], first, choices)
+    form, notices = _form(preprocessing, choices, stored, first)
     parts = [_encode(source, part, form) for source, part in zip(stored, parts, strict=True)]
     data = parts[0]
     notices = (*(n for source in stored for n in source.notices), *data.notices, *notices)
@@ -160,10 +143,6 @@ def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
       path: anything that `read_splits` takes (columns and arrays of targets are ignored), or one
         `.npy` array, one idx file of images, one image, or a folder of images.
       preprocessing: the model's.
-
-    Raises:
-      OSError: if a file does not exist or cannot be read.
-      ValueError: if its contents are not what the model reads.
     """
     return read_unlabeled(path, preprocessing).inputs
 
@@ -177,12 +156,7 @@ class Unlabeled(NamedTuple):
 
 
 def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
-    """As `read_inputs`, with the files that the inputs come from, and notices.
-
-    Raises:
-      ValueError: if the files cannot be read, hold no examples, or do not fit what the model was
-        trained on.
-    """
+    """As `read_inputs`, with the files that the inputs come from, and notices."""
     if str(path) == "digits":
         return Unlabeled(digits().inputs)
     choices = Choices(
@@ -223,8 +197,8 @@ def _choices(
         raise ValueError(
             f"missing must be one of {', '.join(_tables.MISSING)}, got {missing!r:.40}."
         )
+    is_labels = target == "labels"
     if preprocessing is None:
-        is_labels = target == "labels"
         return Choices(
             label, inputs, missing, tuple(drop), image_size, one_hot, allow_unlabeled=is_labels
         )
@@ -235,14 +209,12 @@ def _choices(
         )
     if label == "label" and preprocessing.targets:
         label = ",".join(preprocessing.targets)
-    missing = "drop" if preprocessing.leaves_out else missing
-    is_labels = "labels" in (target, preprocessing.kind)
     return Choices(
         label,
         inputs or preprocessing.inputs,
-        missing,
+        "drop" if preprocessing.leaves_out else missing,
         image_size=image_size,
-        allow_unlabeled=is_labels,
+        allow_unlabeled=is_labels or preprocessing.kind == "labels",
         model=preprocessing,
     )
 
@@ -287,12 +259,22 @@ def _number_targets(
     return data
 
 
-def _model_form(
-    preprocessing: Preprocessing | None, choices: Choices, stored: Sequence[Source]
-) -> Preprocessing | None:
-    """A model's form with the user's choices: rows dropped, images resized to its size."""
+def _form(
+    preprocessing: Preprocessing | None,
+    choices: Choices,
+    stored: Sequence[Source],
+    train: Dataset,
+) -> tuple[Preprocessing, list[str]]:
+    """The form of a model or, without one, of the training part, and notices about it."""
     if preprocessing is None:
-        return None
+        return _fit_form(stored[0], train, choices)
+    return _model_form(preprocessing, choices, stored), []
+
+
+def _model_form(
+    preprocessing: Preprocessing, choices: Choices, stored: Sequence[Source]
+) -> Preprocessing:
+    """A model's form with the user's choices: rows dropped, images resized to its size."""
     images = preprocessing.images
     if choices.image_size is not None:
         for source in stored:

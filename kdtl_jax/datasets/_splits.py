@@ -1,5 +1,6 @@
 """Train, validation and test parts: split and standardized, identically on every machine."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -101,15 +102,11 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
     rows = np.flatnonzero(np.isin(data.labels, classes))
     if not len(rows):
         raise ValueError(f"{data.name} has no example of classes {list(classes)}.")
-    subset = data.subset(rows)
-    return subset._replace(
-        labels=subset.labels - np.int32(classes.start),
-        classes=len(classes),
-        # Class 5 keeps its name when it becomes number 0.
-        names=data.class_names()[classes.start : classes.stop]
-        if data.names or classes.start
-        else (),
-    )
+    subset, names = data.subset(rows), data.names
+    if names or classes.start:  # class 5 keeps its name when it becomes number 0
+        names = data.class_names()[classes.start : classes.stop]
+    labels = subset.labels - np.int32(classes.start)
+    return subset._replace(labels=labels, classes=len(classes), names=names)
 
 
 def standardizer(train: Dataset) -> Standardizer:
@@ -163,37 +160,19 @@ def scaled(splits: Splits, preprocessing: Preprocessing) -> Splits:
     scaling, target_scaling = preprocessing.scaling, preprocessing.target_scaling
     parts = [part if scaling is None else scaling.apply(part) for part in splits]
     if target_scaling is not None:
-        parts = [
-            part._replace(
-                labels=((part.labels - target_scaling.mean) / target_scaling.scale).astype(
-                    np.float32
-                )
-            )
-            for part in parts
-        ]
+        mean, scale = target_scaling
+        labels = [((part.labels - mean) / scale).astype(np.float32) for part in parts]
+        parts = [part._replace(labels=x) for part, x in zip(parts, labels, strict=True)]
     return Splits(*(part._replace(form=part.form._replace(scaling=scaling)) for part in parts))
 
 
 def with_drawn_parts(
-    train: Dataset,
-    validation_part: Dataset | None,
-    test_part: Dataset | None,
-    validation: float,
-    test: float,
-    seed: int,
+    train: Dataset, others: Mapping[str, Dataset], validation: float, test: float, seed: int
 ) -> Splits:
-    """All three parts; missing ones are drawn from the training part."""
-    parts = stratified(
-        train,
-        validation=validation if validation_part is None else 0.0,
-        test=test if test_part is None else 0.0,
-        seed=seed,
-    )
-    return Splits(
-        parts.train,
-        parts.validation if validation_part is None else validation_part,
-        parts.test if test_part is None else test_part,
-    )
+    """All three parts; those that `others` lack are drawn from the training part."""
+    fractions = {"validation": validation, "test": test}
+    fractions |= dict.fromkeys(others, 0.0)
+    return stratified(train, **fractions, seed=seed)._replace(**others)
 
 
 def _target_standardizer(train: Dataset) -> Standardizer:

@@ -12,6 +12,7 @@ be biased and is not offered.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,23 +75,25 @@ def stored_outputs(
     draw_key, apply_hidden = key, _terms.model(_methods.within_vocabulary(teacher, vocabulary))
 
     def of_logits(logits: Array, keys: Any) -> dict[str, Array]:
-        small = _smallest(logits.shape[-1])
+        dtype = _smallest_dtype(logits.shape[-1])
         if top_k is not None:
-            cut = losses.top_k_targets(logits, k=top_k)
-            return {**cut._asdict(), "indices": cut.indices.astype(small)}
+            targets = losses.top_k_targets(logits, k=top_k)
+            return {**targets._asdict(), "indices": targets.indices.astype(dtype)}
         assert draws is not None and draw_key is not None
-        count = draws
-        kind = jax.random.key_impl(draw_key)
+        num_draws, impl = draws, jax.random.key_impl(draw_key)
 
-        def drawn(data: Array, row: Array) -> Array:
-            key = jax.random.wrap_key_data(data, impl=kind)
-            return losses.random_sampling_draws(key, row, num_draws=count)
+        def draw(data: Array, row: Array) -> Array:
+            key = jax.random.wrap_key_data(data, impl=impl)
+            return losses.random_sampling_draws(key, row, num_draws=num_draws)
 
-        indices, counts = _counted(jax.vmap(drawn)(keys, logits))
+        indices, counts = _count_draws(jax.vmap(draw)(keys, logits))
         # A draw from NaN is an arbitrary token. Counts of 0 make such a position's loss NaN.
-        broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1, keepdims=True)
-        counts = jnp.where(broken, jnp.zeros_like(counts), counts)
-        return {"indices": indices.astype(small), "counts": counts.astype(_smallest(draws + 1))}
+        is_invalid = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1, keepdims=True)
+        counts = jnp.where(is_invalid, jnp.zeros_like(counts), counts)
+        return {
+            "indices": indices.astype(dtype),
+            "counts": counts.astype(_smallest_dtype(draws + 1)),
+        }
 
     def apply(
         params: Params,
@@ -134,16 +137,7 @@ def stored_divergence(divergence: Divergence | None = None, *, chunk_size: int =
     def terms(inputs: Inputs) -> dict[str, Mean]:
         _, where = _terms.counted(inputs)
         loss, targets = _loss(inputs.teacher, divergence)
-        head: Any = inputs.student["head"]
-        kd = losses.chunked_loss(
-            loss,
-            inputs.student["hidden"],
-            head,
-            targets,
-            where=where,
-            chunk_size=chunk_size,
-        )
-        return {"kd": kd}
+        return {"kd": _terms.student_loss(loss, inputs, targets, where, chunk_size)}
 
     return terms
 
@@ -178,8 +172,8 @@ def _loss(stored: Mapping[str, Any], divergence: Divergence | None) -> tuple[Any
         if divergence is None:
             return losses.top_k_kl_tail, targets
 
-        def in_buckets(logits: Array, cut: Any) -> Array:
-            return divergence(*losses.top_k_buckets(logits, cut))
+        def in_buckets(logits: Array, targets: Any) -> Array:
+            return divergence(*losses.top_k_buckets(logits, targets))
 
         return in_buckets, targets
     raise ValueError(
@@ -188,16 +182,16 @@ def _loss(stored: Mapping[str, Any], divergence: Divergence | None) -> tuple[Any
     )
 
 
-def _counted(draws: Array) -> tuple[Array, Array]:
+def _count_draws(draws: Array) -> tuple[Array, Array]:
     """Distinct draws first, each with its count; then entries of count 0."""
     ordered = jnp.sort(draws, axis=-1)
     before = jnp.pad(ordered[..., :-1], [(0, 0)] * (draws.ndim - 1) + [(1, 0)], constant_values=-1)
     is_first = ordered != before
     counts = jnp.sum(ordered[..., :, None] == ordered[..., None, :], axis=-1) * is_first
-    places = jnp.argsort(~is_first, axis=-1, stable=True)
-    first, second = (jnp.take_along_axis(x, places, axis=-1) for x in (ordered, counts))
-    return first, second
+    order = jnp.argsort(~is_first, axis=-1, stable=True)
+    take = partial(jnp.take_along_axis, indices=order, axis=-1)
+    return take(ordered), take(counts)
 
 
-def _smallest(size: int) -> Any:
+def _smallest_dtype(size: int) -> Any:
     return next(t for t in (jnp.uint8, jnp.uint16, jnp.uint32) if size - 1 <= jnp.iinfo(t).max)

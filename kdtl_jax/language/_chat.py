@@ -58,19 +58,13 @@ def chat(
       ValueError: if there is no template, the template raises an error, or it rewrites the text
         before a reply (no part of the text then belongs to the reply alone).
     """
-    marked = _rendered(tokenizer, messages, variables, prompts=False)
-    if any(is_learned for _, is_learned in marked):
-        pieces = marked
-    else:
-        pieces = _by_prefixes(tokenizer, messages, variables, _plain(marked))
-    ids = [tokenizer.encode(text) for text, _ in pieces]
-    learned = [
-        np.full(len(piece_ids), is_learned)
-        for piece_ids, (_, is_learned) in zip(ids, pieces, strict=True)
-    ]
+    pieces = _render(tokenizer, messages, variables, prompts=False)
+    if not any(is_learned for _, is_learned in pieces):
+        pieces = _split_by_prefixes(tokenizer, messages, variables, _join(pieces))
+    ids = [(i, is_learned) for text, is_learned in pieces for i in tokenizer.encode(text)]
     return Chat(
-        np.concatenate([np.asarray(piece_ids, np.int32) for piece_ids in ids], dtype=np.int32),
-        np.concatenate(learned).astype(np.bool_),
+        np.array([i for i, _ in ids], np.int32),
+        np.array([is_learned for _, is_learned in ids], np.bool_),
     )
 
 
@@ -83,7 +77,7 @@ def chat_prompt(
 
     Args and errors are those of `chat`.
     """
-    return _plain(_rendered(tokenizer, messages, variables, prompts=True))
+    return _join(_render(tokenizer, messages, variables, prompts=True))
 
 
 def chat_text(
@@ -92,40 +86,40 @@ def chat_text(
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """A conversation's text, as the template writes it. Args and errors are those of `chat`."""
-    return _plain(_rendered(tokenizer, messages, variables, prompts=False))
+    return _join(_render(tokenizer, messages, variables, prompts=False))
 
 
-def _by_prefixes(
+def _split_by_prefixes(
     tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any], text: str
 ) -> list[tuple[str, bool]]:
-    """The pieces of the whole text, with each reply found by comparing two renderings."""
+    """The pieces of the whole text; each reply is what two renderings differ by."""
     pieces: list[tuple[str, bool]] = []
-    written = ""
+    previous = ""
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = _plain(_rendered(tokenizer, messages[:i], variables, prompts=True))
+        before = _join(_render(tokenizer, messages[:i], variables, prompts=True))
         after = text
         if i + 1 < len(messages):
-            after = _plain(_rendered(tokenizer, messages[: i + 1], variables, prompts=False))
-        if not (before.startswith(written) and after.startswith(before)):
+            after = _join(_render(tokenizer, messages[: i + 1], variables, prompts=False))
+        if not (before.startswith(previous) and after.startswith(before)):
             raise ValueError(
                 f"chat_template: the text of the first {i + 1} messages does not begin with the "
                 "prompt for the last of them, so the assistant's words cannot be separated from "
                 "the rest. Mark them in the template with {% generation %}."
             )
-        pieces += [(before[len(written) :], False), (after[len(before) :], True)]
-        written = after
-    if not text.startswith(written):
+        pieces += [(before[len(previous) :], False), (after[len(before) :], True)]
+        previous = after
+    if not text.startswith(previous):
         raise ValueError("chat_template: a later message changes the text of an earlier reply.")
-    return [*pieces, (text[len(written) :], False)]
+    return [*pieces, (text[len(previous) :], False)]
 
 
-def _plain(pieces: Sequence[tuple[str, bool]]) -> str:
+def _join(pieces: Sequence[tuple[str, bool]]) -> str:
     return "".join(text for text, _ in pieces)
 
 
-def _rendered(
+def _render(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     variables: Mapping[str, Any],
@@ -151,7 +145,7 @@ def _rendered(
     context = {**tokenizer.special, **variables}
     context |= {"messages": messages, "add_generation_prompt": prompts}
     try:
-        code = _compiled(tokenizer.chat_template)
+        code = _compile(tokenizer.chat_template)
         template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
         text = template.render(context)
     except Exception as error:  # a template is a program, which may raise anything
@@ -167,17 +161,16 @@ _WIDEST = 100  # characters of a date's format, and between the parts of JSON
 
 
 def _environment() -> Sandbox:
-    environment = Sandbox(
+    return Sandbox(
         {"tojson": _to_json},
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, "jinja2.ext.loopcontrols"],
     )
-    return environment
 
 
 @functools.lru_cache(8)
-def _compiled(template: str) -> CodeType:
+def _compile(template: str) -> CodeType:
     if len(template) > _LONGEST:
         raise ValueError(f"{len(template):,} characters, more than {_LONGEST:,}")
     return _environment().compile(template)

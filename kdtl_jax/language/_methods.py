@@ -244,22 +244,18 @@ def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        longer, width = inputs["privileged"], inputs["privileged"]["tokens"].shape[1]
+        prompts, width = inputs["privileged"], inputs["privileged"]["tokens"].shape[1]
         if width < prompt:
             raise ValueError(
                 f"the privileged prompt must have at least the prompt's {prompt} columns, got "
                 f"{width}. Pad it on the left, with segment 0."
             )
 
-        def joined(name: str) -> Array:
-            return jnp.concatenate([longer[name], inputs[name][:, prompt:]], axis=1)
-
-        segments = joined("segments")
         teacher_inputs = {
-            "tokens": joined("tokens"),
-            "segments": segments,
-            "positions": segment_positions(segments),
+            name: jnp.concatenate([prompts[name], inputs[name][:, prompt:]], axis=1)
+            for name in ("tokens", "segments")
         }
+        teacher_inputs["positions"] = segment_positions(teacher_inputs["segments"])
         outputs, model_state = teacher(params, model_state, teacher_inputs)
         aligned = {n: x if n == "head" else x[:, width - prompt :] for n, x in outputs.items()}
         return aligned, model_state

@@ -129,12 +129,12 @@ def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> It
             )
         begin, stop = runs[-1]
         start, end = max(0, begin - prompt), min(stop, begin + length - prompt)
-        answered = Document(document.tokens[start:end], np.arange(start, end) >= begin)
+        visible = Document(document.tokens[start:end], np.arange(start, end) >= begin)
         privileged = np.concatenate([document.privileged, document.tokens[start:begin]])
-        visible = privileged[-length:]
-        tokens, segments = np.zeros(length, np.int32), np.zeros(length, np.int32)
-        tokens[length - len(visible) :], segments[length - len(visible) :] = visible, 1
-        row = joined_row([answered], length, start=prompt - (begin - start))
+        padding = max(0, length - len(privileged))
+        tokens = np.pad(privileged[-length:].astype(np.int32), (padding, 0))
+        segments = (np.arange(length) >= padding).astype(np.int32)
+        row = joined_row([visible], length, start=prompt - (begin - start))
         is_cut = start > 0 or end < stop or len(privileged) > length
         yield row._replace(privileged=(tokens, segments), is_cut=is_cut)
 

@@ -91,10 +91,8 @@ def rollout(
         }
         if "privileged" in tokens:
             privileged = _privileged_tokens(tokens["privileged"])
-            result["privileged"] = {
-                **privileged,
-                "segments": last_text(privileged["segments"]).astype(jnp.int32),
-            }
+            segments = last_text(privileged["segments"]).astype(jnp.int32)
+            result["privileged"] = {**privileged, "segments": segments}
         return jax.lax.stop_gradient(result)
 
     return draw
@@ -144,25 +142,25 @@ def on_samples(
     _checks.scalar(share=share)
     _checks.within(0, 1, share=share)
 
-    def sampled(
+    def step_on_samples(
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
         sampler_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _SAMPLER_KEY)
         key_choice, key = jax.random.split(sampler_key)
         data = batch["inputs"]
 
-        def drawn() -> Tokens:
+        def draw_tokens() -> Tokens:
             return draw(choice(state, teacher_params), data, key)
 
         if share >= 1:
-            tokens = drawn()
+            tokens = draw_tokens()
         else:
             is_drawn = jax.random.uniform(key_choice) < share
-            tokens = jax.lax.cond(is_drawn, drawn, lambda: _with_sample_entries(data))
+            tokens = jax.lax.cond(is_drawn, draw_tokens, lambda: _with_sample_entries(data))
         rest = {n: x for n, x in data.items() if n not in tokens}
         return step(state, {**batch, "inputs": {**rest, **tokens}}, teacher_params)
 
-    return sampled
+    return step_on_samples
 
 
 def _privileged_tokens(privileged: Any) -> Tokens:
@@ -192,11 +190,9 @@ def _with_sample_entries(data: Any) -> Tokens:
     tokens = jnp.asarray(data["tokens"], jnp.int32)
     segments = jnp.asarray(data.get("segments", jnp.ones_like(tokens)), jnp.int32)
     positions = data.get("positions", segment_positions(segments))
-    privileged = (
-        {"privileged": _privileged_tokens(data["privileged"])} if "privileged" in data else {}
-    )
+    names = {"privileged"} & data.keys()
     return {
-        **privileged,
+        **{name: _privileged_tokens(data[name]) for name in names},
         "tokens": tokens,
         "segments": segments,
         "positions": jnp.asarray(positions, jnp.int32),

@@ -110,16 +110,16 @@ def _filter(
         _checks.within(1, float("inf"), top_k=top_k)
         _checks.integers(top_k=top_k)
         ranked = jnp.flip(jnp.sort(z, axis=-1), axis=-1)
-        place = jnp.minimum(rows("top_k", top_k, jnp.int32), z.shape[-1]) - 1
-        place = jnp.broadcast_to(place, (*z.shape[:-1], 1))
-        z = jnp.where(z >= jnp.take_along_axis(ranked, place, axis=-1), z, -jnp.inf)
+        last = jnp.minimum(rows("top_k", top_k, jnp.int32), z.shape[-1]) - 1
+        last = jnp.broadcast_to(last, (*z.shape[:-1], 1))
+        z = jnp.where(z >= jnp.take_along_axis(ranked, last, axis=-1), z, -jnp.inf)
     if top_p is not None:
         _checks.within(0, 1, top_p=top_p)
         order = jnp.argsort(z, axis=-1)
         mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(z, order, axis=-1), axis=-1), axis=-1)
-        out = (mass <= 1 - rows("top_p", top_p)).at[..., -1].set(False)
-        place = jnp.argsort(order, axis=-1)
-        z = jnp.where(jnp.take_along_axis(out, place, axis=-1), -jnp.inf, z)
+        is_dropped = (mass <= 1 - rows("top_p", top_p)).at[..., -1].set(False)
+        rank = jnp.argsort(order, axis=-1)
+        z = jnp.where(jnp.take_along_axis(is_dropped, rank, axis=-1), -jnp.inf, z)
     if min_p is not None:
         _checks.within(0, 1, min_p=min_p)
         p = jax.nn.softmax(z, axis=-1)
@@ -140,19 +140,18 @@ def _draw(keys: Array, z: Array) -> tuple[Array, Array]:
     mass = jnp.exp(z - jnp.where(top != -jnp.inf, top, 0))
     size = 2 ** round(math.log2(vocabulary) / 2)
     blocks = jnp.pad(mass, ((0, 0), (0, -vocabulary % size))).reshape(len(z), -1, size)
-    of_blocks = jnp.sum(blocks, axis=-1)
+    block_mass = jnp.sum(blocks, axis=-1)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), z.dtype))(keys)
-    block = _select_by_mass(of_blocks, uniforms[:, :1])
-    place = _select_by_mass(
-        jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0], uniforms[:, 1:]
-    )
-    token = jnp.minimum(block[:, 0] * size + place[:, 0], vocabulary - 1)
-    log_total = jnp.log(jnp.sum(of_blocks, axis=-1)) + top[:, 0]
+    block = _select_by_mass(block_mass, uniforms[:, :1])
+    token_mass = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+    offset = _select_by_mass(token_mass, uniforms[:, 1:])
+    token = jnp.minimum(block[:, 0] * size + offset[:, 0], vocabulary - 1)
+    log_total = jnp.log(jnp.sum(block_mass, axis=-1)) + top[:, 0]
     return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - log_total
 
 
 def _select_by_mass(mass: Array, share: Array) -> Array:
-    """The index at which the share `at` `[B, 1]` of the mass `[B, n]` is reached; it has mass.
+    """The index at which the share `[B, 1]` of the mass `[B, n]` is reached; it has mass.
 
     Cumulative sums of neighbors may differ only by rounding, so the mass itself is checked.
     """
@@ -225,57 +224,47 @@ def sample(
     last = width - 1 - jnp.argmax(jnp.flip(mask, axis=1), axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     head, stops = model.head(params), jnp.asarray(stop_tokens, jnp.int32)[None]
-    ends = jnp.sum(segments, axis=1)  # the position of the first new token
-
-    def draw_token(hidden: Array, at: Array) -> tuple[Array, Array]:
-        logits = losses.head_logits(hidden, head)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, at)
-        token, log_prob = _draw(step_keys, _filter(logits, temperature, top_k, top_p, min_p))
-        return token, log_prob.astype(jnp.float32)
+    first_positions = jnp.sum(segments, axis=1)  # of the new tokens
 
     class Carry(NamedTuple):
-        at: Array
+        index: Array  # of the token to sample
         hidden: Array
         cache: Cache
-        going: Array
+        is_running: Array  # bool [B]
         samples: Samples
 
     def step(carry: Carry) -> Carry:
-        at, going = carry.at, carry.going
-        token, log_prob = draw_token(carry.hidden, at)
-        token, log_prob = jnp.where(going, token, 0), jnp.where(going, log_prob, 0)
+        index, is_running, samples = carry.index, carry.is_running, carry.samples
+        logits = losses.head_logits(carry.hidden, head)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        token, log_prob = _draw(step_keys, _filter(logits, temperature, top_k, top_p, min_p))
+        token = jnp.where(is_running, token, 0)
+        log_prob = jnp.where(is_running, log_prob.astype(jnp.float32), 0)
         samples = Samples(
-            carry.samples.tokens.at[:, at].set(token),
-            carry.samples.mask.at[:, at].set(going),
-            carry.samples.log_probs.at[:, at].set(log_prob),
+            samples.tokens.at[:, index].set(token),
+            samples.mask.at[:, index].set(is_running),
+            samples.log_probs.at[:, index].set(log_prob),
         )
-        going = going & ~jnp.any(token[:, None] == stops, axis=1)
-        hidden, cache = model.apply(
-            params,
-            token[:, None],
-            (ends + at)[:, None],
-            going[:, None].astype(jnp.int32),
-            carry.cache,
-        )
+        is_running = is_running & ~jnp.any(token[:, None] == stops, axis=1)
+        positions = (first_positions + index)[:, None]
+        new_segments = is_running[:, None].astype(jnp.int32)
+        hidden, cache = model.apply(params, token[:, None], positions, new_segments, carry.cache)
         assert cache is not None
-        return Carry(at + 1, hidden[:, 0], cache, going, samples)
+        return Carry(index + 1, hidden[:, 0], cache, is_running, samples)
 
     empty = Samples(
-        jnp.zeros((batch, length), jnp.int32),
-        jnp.zeros((batch, length), jnp.bool_),
-        jnp.zeros((batch, length), jnp.float32),
+        *(jnp.zeros((batch, length), dtype) for dtype in (jnp.int32, jnp.bool_, jnp.float32))
     )
     start = Carry(jnp.zeros((), jnp.int32), hidden, cache, jnp.ones(batch, jnp.bool_), empty)
-    final = jax.lax.while_loop(lambda c: (c.at < length) & jnp.any(c.going), step, start)
+    final = jax.lax.while_loop(lambda c: (c.index < length) & jnp.any(c.is_running), step, start)
     return final.samples
 
 
 def joined(prompts: Array, samples: Samples, *, prompt_mask: Array | None = None) -> Sequences:
     """Prompts and continuations as rows to train on: `[B, P + N]`."""
     mask = jnp.ones(prompts.shape, jnp.bool_) if prompt_mask is None else prompt_mask
-    real = jnp.concatenate([mask, samples.mask], axis=1)
     return Sequences(
         jnp.concatenate([prompts.astype(jnp.int32), samples.tokens], axis=1),
-        real.astype(jnp.int32),
+        jnp.concatenate([mask, samples.mask], axis=1).astype(jnp.int32),
         jnp.concatenate([jnp.zeros_like(mask), samples.mask], axis=1),
     )

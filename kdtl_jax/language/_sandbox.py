@@ -62,7 +62,7 @@ class _Generator(CodeGenerator):
         return nodes.Call(nodes.EnvironmentAttribute(name), numbers, [], None, None)
 
     def _count(self, body: list[nodes.Node]) -> list[nodes.Node]:
-        return [nodes.Output([self._counter("counted", _nodes(body))]), *body]
+        return [nodes.Output([self._counter("count_pass", _nodes(body))]), *body]
 
     def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
         for block in node.find_all(nodes.Block):
@@ -72,7 +72,7 @@ class _Generator(CodeGenerator):
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         node.body = self._count(node.body)
         if node.test is not None:  # it also runs for entries that it excludes
-            node.test = nodes.And(self._counter("tried", _nodes([node.test])), node.test)
+            node.test = nodes.And(self._counter("count_test", _nodes([node.test])), node.test)
         super().visit_For(node, frame)
 
     def visit_Macro(self, node: nodes.Macro, frame: Frame) -> None:
@@ -84,21 +84,21 @@ class _Generator(CodeGenerator):
         super().visit_CallBlock(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.joined((")
+        self.write("environment.concatenate((")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._within("weighed", super().visit_List, node, frame)
+        self._wrap_in_call("pay_value", super().visit_List, node, frame)
 
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._within("weighed", super().visit_Dict, node, frame)
+        self._wrap_in_call("pay_value", super().visit_Dict, node, frame)
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
         if node.ctx == "load":
-            self._within("weighed", super().visit_Tuple, node, frame)
+            self._wrap_in_call("pay_value", super().visit_Tuple, node, frame)
         else:
             super().visit_Tuple(node, frame)
 
@@ -112,19 +112,19 @@ class _Generator(CodeGenerator):
             if is_cheap:
                 self.visit(operand.expr, frame)
             else:
-                self._within("compared", self.visit, operand.expr, frame)
+                self._wrap_in_call("pay_operand", self.visit, operand.expr, frame)
         self.write(")")
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
         if isinstance(node.arg, nodes.Slice):
-            self._within("sliced", self.visit, node.node, frame)
+            self._wrap_in_call("pay_slice", self.visit, node.node, frame)
             self.write("[")
             self.visit(node.arg, frame)
             self.write("]")
         else:
             super().visit_Getitem(node, frame)
 
-    def _within(
+    def _wrap_in_call(
         self, name: str, visit: Callable[[Any, Frame], None], node: nodes.Node, frame: Frame
     ) -> None:
         self.write(f"environment.{name}(")
@@ -140,13 +140,13 @@ _OPERATORS = {
 
 def _nodes(body: Iterable[nodes.Node]) -> int:
     """The number of nodes run in one pass of a body, without bodies that are counted separately."""
-    found, waiting = 0, list(body)
-    while waiting:
-        node = waiting.pop()
-        found += 1
-        own = ("body",) if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)) else ()
-        waiting += node.iter_child_nodes(exclude=own)
-    return found
+    count, stack = 0, list(body)
+    while stack:
+        node = stack.pop()
+        count += 1
+        has_body = isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock))
+        stack += node.iter_child_nodes(exclude=("body",) if has_body else ())
+    return count
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -156,11 +156,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self, filters: Mapping[str, Callable[..., Any]], **options: Any) -> None:
-        super().__init__(finalize=self.printed, **options)
+        super().__init__(finalize=self.pay_printed, **options)
         self.passes, self.work = 0, 0
         self.filters |= filters
-        self.filters = {name: self._guarded(name, made) for name, made in self.filters.items()}
-        self.tests = {name: self._guarded(name, made) for name, made in self.tests.items()}
+        self.filters = {name: self._pay_for(name, f) for name, f in self.filters.items()}
+        self.tests = {name: self._pay_for(name, f) for name, f in self.tests.items()}
         del self.globals["lipsum"]
 
     def spend(self, cost: int) -> None:
@@ -169,7 +169,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if self.work > WORK:
             raise SecurityError("more work than any conversation asks for")
 
-    def counted(self, size: int) -> str:
+    def count_pass(self, size: int) -> str:
         """Counts a pass of a body of `size` nodes; returns an empty text."""
         self.passes += 1
         if self.passes > PASSES:
@@ -177,27 +177,27 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.spend(NODE * size)
         return ""
 
-    def tried(self, size: int) -> bool:
+    def count_test(self, size: int) -> bool:
         """Pays for the condition of a loop; returns True."""
         self.spend(NODE * size)
         return True
 
-    def weighed(self, value: Any) -> Any:
+    def pay_value(self, value: Any) -> Any:
         """Returns a value after paying for it and its contents."""
         self.spend(weight(value))
         return value
 
-    def compared(self, value: Any) -> Any:
+    def pay_operand(self, value: Any) -> Any:
         """An operand of a comparison. Looking up a key in a mapping is cheap."""
         self.spend(1 if isinstance(value, Mapping) else weight(value))
         return value
 
-    def sliced(self, value: Any) -> Any:
+    def pay_slice(self, value: Any) -> Any:
         """A value that is sliced."""
         self.spend(_size(value))
         return value
 
-    def printed(self, value: Any) -> Any:
+    def pay_printed(self, value: Any) -> Any:
         """A value printed by `{{ }}`: in a container, a letter may take four characters."""
         if not isinstance(value, str):
             self.spend(4 * weight(value))
@@ -205,16 +205,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def concat(self, parts: Iterable[str]) -> str:
         """The printed text."""
-        return "".join(self._paid(parts))
+        return "".join(self._pay_parts(parts, len))
 
-    def _paid(self, parts: Iterable[str]) -> Iterator[str]:
+    def _pay_parts(self, parts: Iterable[Any], cost: Callable[[Any], int]) -> Iterator[Any]:
         for part in parts:
-            self.spend(len(part))
+            self.spend(cost(part))
             yield part
 
-    def joined(self, parts: tuple[Any, ...]) -> str:
+    def concatenate(self, parts: tuple[Any, ...]) -> str:
         """`a ~ b`."""
-        texts = [str(self.printed(part)) for part in parts]
+        texts = [str(self.pay_printed(part)) for part in parts]
         self.spend(_check(sum(map(len, texts))))
         return "".join(texts)
 
@@ -240,54 +240,51 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of a function or of a value's method."""
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
-        own = getattr(method, "__self__", None)
+        owner = getattr(method, "__self__", None)
         __self.spend(NODE)
-        if isinstance(own, (str, bytes, int, float, list, tuple, dict)):
-            __self._pay_call(getattr(method, "__name__", ""), (own, *args), kwargs)
+        if isinstance(owner, (str, bytes, int, float, list, tuple, dict)):
+            __self._pay_call(getattr(method, "__name__", ""), (owner, *args), kwargs)
         elif not isinstance(__obj, Macro):  # a macro's body pays
             __self.spend(sum(map(weight, (*args, *kwargs.values()))))
-        made = super().call(__context, __obj, *args, **kwargs)
-        __self.spend(_size(made))
-        return made
+        result = super().call(__context, __obj, *args, **kwargs)
+        __self.spend(_size(result))
+        return result
 
-    def _guarded(self, name: str, made: Callable[..., Any]) -> Callable[..., Any]:
-        first = int(hasattr(made, "jinja_pass_arg"))  # jinja2's own first argument
+    def _pay_for(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter or a test that pays for each of its calls."""
+        first = int(hasattr(function, "jinja_pass_arg"))  # jinja2's own first argument
 
-        @functools.wraps(made)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
             self._pay_call(name, args[first:], kwargs)
-            found = made(*args, **kwargs)
-            self.spend(_size(found))
-            return self._metered(found) if isinstance(found, Iterator) else found
+            result = function(*args, **kwargs)
+            self.spend(_size(result))
+            is_lazy = isinstance(result, Iterator)
+            return self._pay_parts(result, lambda _: ENTRY) if is_lazy else result
 
-        return guarded
-
-    def _metered(self, entries: Iterator[Any]) -> Iterator[Any]:
-        for entry in entries:
-            self.spend(ENTRY)
-            yield entry
+        return call
 
     def _pay_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pays for a filter, a test or a method, by what it reads and the most it can produce."""
-        given = [*args, *kwargs.values()]
-        for i, x in enumerate(given):
+        values = [*args, *kwargs.values()]
+        for i, x in enumerate(values):
             if isinstance(x, int):
                 _check_integer(x.bit_length())
                 if i and abs(x) > WIDEST:
                     raise SecurityError(f"a number above {WIDEST:,} in {name}")
         weigh = _size if name in _SHALLOW else weight
-        weights = [max(1, weigh(x)) for x in given]
+        weights = [max(1, weigh(x)) for x in values]
         cost = sum(weights)
         if name in ("format", "format_map"):
-            cost = _check_format(next((x for x in args if isinstance(x, str)), ""), given)
-        elif name == "join" and len(given) > 1:  # either may be the separator
-            cost += _entries(given[0]) * weights[1] + _entries(given[1]) * weights[0]
-        elif name == "replace" and len(given) > 2 and isinstance(given[1], str):
-            cost += str(given[0]).count(given[1]) * weights[2]
-        elif name in _QUADRATIC or (name == "sum" and len(given) > 1):
+            cost = _check_format(next((x for x in args if isinstance(x, str)), ""), values)
+        elif name == "join" and len(values) > 1:  # either may be the separator
+            cost += _entries(values[0]) * weights[1] + _entries(values[1]) * weights[0]
+        elif name == "replace" and len(values) > 2 and isinstance(values[1], str):
+            cost += str(values[0]).count(values[1]) * weights[2]
+        elif name in _QUADRATIC or (name == "sum" and len(values) > 1):
             cost = math.prod(weights) + cost**2 // 64
         elif name not in _ADDITIVE:
-            numbers = [abs(x) for x in given if isinstance(x, int)]
+            numbers = [abs(x) for x in values if isinstance(x, int)]
             cost = math.prod(weights) * math.prod(max(1, x) for x in numbers)
         self.spend(_check(cost))
 
@@ -300,22 +297,22 @@ def weight(value: Any) -> int:
     """
     if isinstance(value, (str, bytes)):
         return len(value)
-    found, waiting = 0, [value]
-    while waiting:
-        x = waiting.pop()
-        found += _size(x)
+    total, stack = 0, [value]
+    while stack:
+        x = stack.pop()
+        total += _size(x)
         if isinstance(x, Namespace):
             x = object.__getattribute__(x, "_Namespace__attrs")
-            found += 4 * ENTRY + _size(x)
+            total += 4 * ENTRY + _size(x)
         if isinstance(x, Mapping):
-            found += 4 * ENTRY
-            waiting += x.keys()
-            waiting += x.values()
+            total += 4 * ENTRY
+            stack += x.keys()
+            stack += x.values()
         elif hasattr(x, "__len__") and not isinstance(x, (str, bytes, range)):
-            found += ENTRY
-            waiting += x
-        _check(found)
-    return found
+            total += ENTRY
+            stack += x
+        _check(total)
+    return total
 
 
 def _size(value: Any) -> int:
@@ -342,10 +339,10 @@ def _check_integer(bits: int) -> None:
         raise SecurityError(f"an integer of {bits:,} bits, more characters than any number has")
 
 
-def _check_format(text: str, given: Iterable[Any]) -> int:
+def _check_format(text: str, values: Iterable[Any]) -> int:
     """The most characters that a format can make: each field the longest value and its width."""
     if _WIDE_FIELD.search(text):
         raise SecurityError("a field of a format is too wide")
     widest = max(re.findall(r"\d+", text), key=int, default="0")
-    longest = 4 * sum(weight(x) for x in given if x is not text) + int(widest) + 32
+    longest = 4 * sum(weight(x) for x in values if x is not text) + int(widest) + 32
     return _check(len(text) + len(_FIELD.findall(text)) * longest)

@@ -13,7 +13,9 @@ weight.
 
 Outputs are `{"hidden": [B, L, width], "head": losses.Head}` and the taps. Every term is a `Mean`,
 so sums and counts of microbatches, devices and padded rows add up exactly to those of the whole
-batch.
+batch. `chunk_size` is the number of tokens whose logits exist at a time.
+
+Raises ValueError if a `chunk_size` is below 1, and TypeError if it is not a whole number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,11 +58,11 @@ def model(
     Raises:
       ValueError: if a tap matches nothing.
     """
-    of = decoder.config
-    every = (*models.tap_names(of), *models.attention_names(of), *models.unit_names(of))
-    names = {name: name for name in every}
+    config = decoder.config
+    inner_names = (*models.attention_names(config), *models.unit_names(config))
+    names = {name: name for name in (*models.tap_names(config), *inner_names)}
     masks = [trees.mask(names, tap) for tap in taps]
-    chosen = [name for name in names if any(mask[name] for mask in masks)]
+    tap_names = [name for name in names if any(mask[name] for mask in masks)]
 
     def apply(
         params: Params,
@@ -71,15 +73,9 @@ def model(
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
         decoder_params = weights(params)
-        hidden, tapped = decoder.tap(
-            chosen,
-            decoder_params,
-            inputs["tokens"],
-            inputs.get("positions"),
-            inputs.get("segments"),
-        )
-        outputs: dict[str, Any] = {"hidden": hidden, "head": decoder.head(decoder_params), **tapped}
-        return outputs, model_state
+        arrays = inputs["tokens"], inputs.get("positions"), inputs.get("segments")
+        hidden, tapped = decoder.tap(tap_names, decoder_params, *arrays)
+        return {"hidden": hidden, "head": decoder.head(decoder_params), **tapped}, model_state
 
     return apply
 
@@ -108,26 +104,28 @@ def counted(inputs: Inputs) -> tuple[Array, Array]:
     return targets, where if inputs.real is None else where & inputs.real[:, None]
 
 
-def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
-    """The terms `{"task": mean of -log p_S(next token)}`, nats per learned token.
+def student_loss(
+    loss: Callable[..., Array], inputs: Inputs, targets: Any, where: Array, chunk_size: int
+) -> Mean:
+    """The mean of `loss(student logits, targets)` over the tokens `where`, in chunks."""
+    return losses.chunked_loss(
+        loss,
+        inputs.student["hidden"],
+        _head(inputs.student),
+        targets,
+        where=where,
+        chunk_size=chunk_size,
+    )
 
-    Raises:
-      ValueError: if `chunk_size` is below 1.
-      TypeError: if it is not a whole number.
-    """
+
+def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
+    """The terms `{"task": mean of -log p_S(next token)}`, nats per learned token."""
     _checks.count(1, chunk_size=chunk_size)
 
     def terms(inputs: Inputs) -> dict[str, Mean]:
-        targets, where = counted(inputs)
-        task = losses.chunked_loss(
-            _softmax.cross_entropy,
-            inputs.student["hidden"],
-            _head(inputs.student),
-            jnp.where(where, targets, 0),
-            where=where,
-            chunk_size=chunk_size,
-        )
-        return {"task": task}
+        tokens, where = counted(inputs)
+        tokens = jnp.where(where, tokens, 0)
+        return {"task": student_loss(_softmax.cross_entropy, inputs, tokens, where, chunk_size)}
 
     return terms
 
@@ -140,11 +138,6 @@ def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
     Args:
       loss: `losses.forward_kl`, `reverse_kl`, `jsd_normalized`, `skew_forward_kl`, … with its
         hyper-parameters bound by `functools.partial`.
-      chunk_size: number of tokens whose logits exist at a time.
-
-    Raises:
-      ValueError: if `chunk_size` is below 1.
-      TypeError: if it is not a whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 
@@ -184,31 +177,20 @@ def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
     at every position, with the tokens before it constant. The batch's inputs hold the sampler's
     `log_probs`, as returned by a rollout. The exact KL at each position has the same expectation
     and far less variance; use this for teachers that only score tokens.
-
-    Raises:
-      ValueError: if `chunk_size` is below 1.
-      TypeError: if it is not a whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 
     def loss(teacher_head: losses.Head, logits: Array, targets: Any) -> Array:
         tokens, teacher_hidden, sampler = targets
-        ours = losses.token_log_probs(logits, tokens)
-        theirs = losses.token_log_probs(losses.head_logits(teacher_hidden, teacher_head), tokens)
-        return losses.sampled_reverse_kl(ours, theirs, sampler)
+        student = losses.token_log_probs(logits, tokens)
+        teacher = losses.token_log_probs(losses.head_logits(teacher_hidden, teacher_head), tokens)
+        return losses.sampled_reverse_kl(student, teacher, sampler)
 
     def terms(inputs: Inputs) -> dict[str, Mean]:
         tokens, where = counted(inputs)
         targets = (jnp.where(where, tokens, 0), inputs.teacher["hidden"], _sampler(inputs))
-        kd = losses.chunked_loss(
-            partial(loss, jax.lax.stop_gradient(_head(inputs.teacher))),
-            inputs.student["hidden"],
-            _head(inputs.student),
-            targets,
-            where=where,
-            chunk_size=chunk_size,
-        )
-        return {"kd": kd}
+        against_teacher = partial(loss, jax.lax.stop_gradient(_head(inputs.teacher)))
+        return {"kd": student_loss(against_teacher, inputs, targets, where, chunk_size)}
 
     return terms
 
@@ -224,10 +206,6 @@ def policy_gradient(*, chunk_size: int = CHUNK) -> TermsFn:
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543), eq. 5.
-
-    Raises:
-      ValueError: if `chunk_size` is below 1.
-      TypeError: if it is not a whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 
@@ -238,7 +216,7 @@ def policy_gradient(*, chunk_size: int = CHUNK) -> TermsFn:
     def terms(inputs: Inputs) -> dict[str, Mean]:
         tokens, where = counted(inputs)
         tokens = jnp.where(where, tokens, 0)
-        ours, theirs = (
+        student, teacher = (
             losses.chunked_map(
                 losses.token_log_probs,
                 *jax.lax.stop_gradient((out["hidden"], _head(out))),
@@ -248,19 +226,12 @@ def policy_gradient(*, chunk_size: int = CHUNK) -> TermsFn:
             )
             for out in (inputs.student, inputs.teacher)
         )
-        rewards = theirs - ours
+        rewards = teacher - student
         later, count = (
             losses.reward_to_go(x, where=where) - x for x in (rewards, where.astype(rewards.dtype))
         )
-        long = losses.chunked_loss(
-            loss,
-            inputs.student["hidden"],
-            _head(inputs.student),
-            (tokens, later / jnp.maximum(count, 1), _sampler(inputs)),
-            where=where,
-            chunk_size=chunk_size,
-        )
-        return {"long": long}
+        targets = (tokens, later / jnp.maximum(count, 1), _sampler(inputs))
+        return {"long": student_loss(loss, inputs, targets, where, chunk_size)}
 
     return terms
 

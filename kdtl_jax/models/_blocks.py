@@ -7,7 +7,8 @@ Submodule names are the same in all families (`attention/query`, `attention/out`
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -35,30 +36,39 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 
-def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(epsilon: float, name: str | None = None, *, use_bias: bool = True) -> nn.LayerNorm:
     """LayerNorm with the two-pass variance: the one-pass form loses digits when |mean| >> std."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name)
+    return nn.LayerNorm(epsilon, use_bias=use_bias, use_fast_variance=False, name=name)
 
 
-def attend(
+def share_fields(module: nn.Module, part: type[nn.Module]) -> Callable[..., nn.Module]:
+    """The class of a part of a module, with the module's values of the fields that both have."""
+    names = part.__dataclass_fields__.keys() & module.__dataclass_fields__.keys()
+    return partial(part, **{name: getattr(module, name) for name in names - {"name", "parent"}})
+
+
+def run_layers(layer: Callable[..., nn.Module], count: int, x: Array, *args: Any) -> Array:
+    """Runs `layers_0` to the last, one after another; `layer(name=)` makes each of them."""
+    for i in range(count):
+        x = layer(name=f"layers_{i}")(x, *args)
+    return x
+
+
+def attention_probs(
     query: Array,
     key: Array,
-    value: Array,
     where: Array | None,
     bias: Array | None = None,
     scale: float | None = None,
-) -> tuple[Array, Callable[[Array], Array]]:
-    """Attention probabilities, and the function that applies them to the values.
+) -> Array:
+    """Attention probabilities `[B, H, Q, K]`.
 
     Args:
       query: `[B, Q, H, D]`.
-      key, value: `[B, K, H, D]`.
+      key: `[B, K, H, D]`.
       where: bool, broadcastable to `[B, H, Q, K]`: the keys that a query may attend to.
       bias: added to the scaled scores, broadcastable to `[B, H, Q, K]`.
       scale: factor of the scores; None means `1 / sqrt(D)`.
-
-    Returns:
-      `(probs [B, H, Q, K], mix)` with `mix(probs) -> [B, Q, H * D]`; dropout can go in between.
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -67,17 +77,20 @@ def attend(
         scores = scores + bias.astype(jnp.float32)
     if where is not None:
         scores = jnp.where(where, scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
 
-    def mix(weights: Array) -> Array:
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        return mixed.reshape(*mixed.shape[:2], -1)
 
-    return probs, mix
+def mix_values(probs: Array, value: Array) -> Array:
+    """The heads' outputs side by side: `[B, H, Q, K], [B, K, H, D] -> [B, Q, H * D]`."""
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", probs, value)
+    return mixed.reshape(*mixed.shape[:2], -1)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, with an optional bias added to the scores."""
+    """Multi-head self-attention, with three projections or a fused one.
+
+    Optionally, a bias is added to the scores, and queries and keys are rotated by position.
+    """
 
     heads: int
     head_width: int | None = None
@@ -85,6 +98,7 @@ class SelfAttention(nn.Module):
     out_bias: bool = True
     dropout: float = 0.0
     scale: float | None = None
+    is_fused: bool = False
 
     @nn.compact
     def __call__(
@@ -93,92 +107,47 @@ class SelfAttention(nn.Module):
         where: Array | None,
         train: bool = False,
         bias: Array | None = None,
+        rotate: Callable[[Array], Array] = lambda heads: heads,
     ) -> Array:
-        width = self.head_width or x.shape[-1] // self.heads
-
-        def project(name: str) -> Array:
-            y = nn.Dense(self.heads * width, use_bias=self.use_bias, name=name)(x)
-            return y.reshape(*x.shape[:2], self.heads, width)
-
-        query, key, value = (project(name) for name in ("query", "key", "value"))
-        probs, mix = attend(query, key, value, where, bias, self.scale)
+        width = self.heads * (self.head_width or x.shape[-1] // self.heads)
+        dense = partial(nn.Dense, use_bias=self.use_bias)
+        if self.is_fused:
+            parts = jnp.split(dense(3 * width, name="qkv")(x), 3, axis=-1)
+        else:
+            parts = [dense(width, name=name)(x) for name in ("query", "key", "value")]
+        query, key, value = (part.reshape(*x.shape[:2], self.heads, -1) for part in parts)
+        probs = attention_probs(rotate(query), rotate(key), where, bias, self.scale)
         self.sow("intermediates", "probs", probs)
         probs = nn.Dropout(self.dropout, deterministic=not train)(probs)
-        return nn.Dense(x.shape[-1], use_bias=self.out_bias, name="out")(mix(probs))
-
-
-class FusedSelfAttention(nn.Module):
-    """Multi-head self-attention with one projection for query, key and value."""
-
-    heads: int
-    dropout: float = 0.0
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        where: Array | None,
-        train: bool = False,
-        rotate: Callable[[Array], Array] | None = None,
-    ) -> Array:
-        fused = nn.Dense(3 * x.shape[-1], use_bias=self.use_bias, name="qkv")(x)
-        query, key, value = (
-            part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(fused, 3, axis=-1)
-        )
-        if rotate is not None:
-            query, key = rotate(query), rotate(key)
-        probs, mix = attend(query, key, value, where)
-        self.sow("intermediates", "probs", probs)
-        probs = nn.Dropout(self.dropout, deterministic=not train)(probs)
-        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="out")(mix(probs))
+        mixed = mix_values(probs, value)
+        return nn.Dense(x.shape[-1], use_bias=self.out_bias, name="out")(mixed)
 
 
 class FeedForward(nn.Module):
-    """`down(activation(up(x)))`."""
+    """`down(activation(up(x)))`, or with a gate `down(activation(gate(x)) * up(x))`.
+
+    If the gate is fused, gate and up are the two halves of one projection.
+    """
 
     hidden: int
     activation: Activation = gelu
     use_bias: bool = True
     dropout: float = 0.0
+    gate: Literal["separate", "fused"] | None = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        y = self.activation(nn.Dense(self.hidden, use_bias=self.use_bias, name="up")(x))
+        dense = partial(nn.Dense, use_bias=self.use_bias)
+        if self.gate == "fused":
+            gate, up = jnp.split(dense(2 * self.hidden, name="gate_up")(x), 2, axis=-1)
+            y = self.activation(gate) * up
+        elif self.gate == "separate":
+            y = self.activation(dense(self.hidden, name="gate")(x))
+            y = y * dense(self.hidden, name="up")(x)
+        else:
+            y = self.activation(dense(self.hidden, name="up")(x))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(y)
-
-
-class GatedFeedForward(nn.Module):
-    """`down(activation(gate(x)) * up(x))`."""
-
-    hidden: int
-    activation: Activation
-    use_bias: bool = False
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        gate = self.activation(nn.Dense(self.hidden, use_bias=self.use_bias, name="gate")(x))
-        up = nn.Dense(self.hidden, use_bias=self.use_bias, name="up")(x)
-        y = nn.Dropout(self.dropout, deterministic=not train)(gate * up)
-        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(y)
-
-
-class FusedGatedFeedForward(nn.Module):
-    """`down(activation(first half) * second half)`, with the halves of one projection."""
-
-    hidden: int
-    activation: Activation
-    use_bias: bool = True
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        both = nn.Dense(2 * self.hidden, use_bias=self.use_bias, name="gate_up")(x)
-        gate, up = jnp.split(both, 2, axis=-1)
-        y = nn.Dropout(self.dropout, deterministic=not train)(self.activation(gate) * up)
-        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(y)
+        return dense(x.shape[-1], name="down")(y)
 
 
 def token_inputs(inputs: Any, vocabulary: int | None) -> tuple[Array, Array | None, Array | None]:
@@ -190,25 +159,24 @@ def token_inputs(inputs: Any, vocabulary: int | None) -> tuple[Array, Array | No
       ValueError: if the tokens are missing, not `[B, L]`, or another array has another shape.
       TypeError: if the tokens are not integers.
     """
-    given = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
-    known = {"tokens", "mask", "types"}
-    if "tokens" not in given or not given.keys() <= known:
+    arrays = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
+    if "tokens" not in arrays or not arrays.keys() <= {"tokens", "mask", "types"}:
         raise ValueError(
             f"inputs must be an int array [B, L] or a dict with 'tokens' and optionally "
-            f"'mask' (bool) and 'types', got keys {sorted(given)}."
+            f"'mask' (bool) and 'types', got keys {sorted(arrays)}."
         )
-    tokens = given["tokens"]
+    tokens = arrays["tokens"]
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens must be integers, got {tokens.dtype}{list(tokens.shape)}.")
-    for name, array in given.items():
+    for name, array in arrays.items():
         if array.ndim != 2 or array.shape != tokens.shape:
             raise ValueError(
                 f"{name} must be [B, L] like the tokens, got {list(array.shape)} for "
                 f"tokens{list(tokens.shape)}."
             )
-    mask = None if given.get("mask") is None else given["mask"].astype(jnp.bool_)
+    mask = None if arrays.get("mask") is None else arrays["mask"].astype(jnp.bool_)
     ids = tokens if vocabulary is None else known_ids(tokens, vocabulary, mask)
-    return ids, mask, given.get("types")
+    return ids, mask, arrays.get("types")
 
 
 def known_ids(tokens: Array, vocabulary: int, where: Array | None = None) -> Array:
@@ -220,6 +188,15 @@ def known_ids(tokens: Array, vocabulary: int, where: Array | None = None) -> Arr
     if where is not None:
         usable |= ~where
     return jnp.where(usable, safe, vocabulary)
+
+
+def check_images(model: str, inputs: Array) -> None:
+    """Raises ValueError unless the inputs of a model are images `[B, H, W, C]`."""
+    if inputs.ndim != 4:
+        raise ValueError(
+            f"{model}: images must be [B, H, W, C], got {list(inputs.shape)}. "
+            "Gray images need a last axis of one: images[..., None]."
+        )
 
 
 def check_length(tokens: Array, positions: int) -> None:
@@ -266,32 +243,39 @@ def sentence_embedding(hidden: Array, mask: Array | None = None) -> Array:
     return jnp.where(square > 0, pooled / jnp.sqrt(safe), 0)
 
 
-def relative_buckets(length: int, buckets: int, most: int = 128) -> Array:
+def relative_bias(length: int, heads: int, buckets: int, max_distance: int = 128) -> Array:
+    """A module's bias of the scores `[1, heads, L, L]`: a table by `relative_buckets`."""
+    table = nn.Embed(buckets, heads, name="relative")
+    return jnp.moveaxis(table(relative_buckets(length, buckets, max_distance)), -1, 0)[None]
+
+
+def relative_buckets(length: int, buckets: int, max_distance: int) -> Array:
     """int32 `[L, L]`: T5's bucket of `key - query`, with half of the buckets for each direction.
 
     Distances below a quarter of the number of buckets have their own bucket; beyond that, buckets
-    grow logarithmically up to the distance `most`.
+    grow logarithmically up to `max_distance`.
 
     Raises:
-      ValueError: if there are fewer than 4 buckets, or `most` is no more than a quarter of them.
+      ValueError: if there are fewer than 4 buckets, or `max_distance` is no more than a quarter of
+        them.
     """
-    at = np.arange(length)
-    offset = at[None, :] - at[:, None]
+    position = np.arange(length)
+    offset = position[None, :] - position[:, None]
     half = buckets // 2
     exact = half // 2
-    if not 0 < exact < most:
+    if not 0 < exact < max_distance:
         raise ValueError(
             "relative positions need at least 4 buckets, and a largest distance above a quarter of "
-            f"their number; got {buckets} buckets, and {most} as the largest distance."
+            f"their number; got {buckets} buckets, and {max_distance} as the largest distance."
         )
     distance = np.abs(offset)
     # In float32, as in the published code, since rounding can decide the bucket.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(
-        math.log(most / exact)
+        math.log(max_distance / exact)
     )
-    far = np.minimum(exact + (ratio * np.float32(half - exact)).astype(np.int64), half - 1)
-    bucket = np.where(distance < exact, distance, far) + np.where(offset > 0, half, 0)
-    return jnp.asarray(bucket, jnp.int32)
+    logarithmic = exact + (ratio * np.float32(half - exact)).astype(np.int64)
+    bucket = np.where(distance < exact, distance, np.minimum(logarithmic, half - 1))
+    return jnp.asarray(bucket + np.where(offset > 0, half, 0), jnp.int32)
 
 
 def rotary(length: int, frequencies: Sequence[float]) -> Callable[[Array], Array]:
@@ -304,8 +288,8 @@ def rotary(length: int, frequencies: Sequence[float]) -> Callable[[Array], Array
 
     def rotate(x: Array) -> Array:
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return turned.astype(x.dtype)
+        rotated = first * cos - second * sin, second * cos + first * sin
+        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
     return rotate
 

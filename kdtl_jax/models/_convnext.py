@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax.models._blocks import Activation, FeedForward, gelu, layer_norm
+from kdtl_jax.models._blocks import Activation, FeedForward, check_images, gelu, layer_norm
 
 
 class ConvNextBlock(nn.Module):
@@ -20,8 +20,7 @@ class ConvNextBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         channels = x.shape[-1]
-        around = ((3, 3), (3, 3))
-        y = nn.Conv(channels, (7, 7), padding=around, feature_group_count=channels, name="conv")(x)
+        y = nn.Conv(channels, (7, 7), padding=3, feature_group_count=channels, name="conv")(x)
         y = layer_norm(1e-6, "norm")(y)
         y = FeedForward(4 * channels, self.activation, name="mlp")(y)
         if self.has_scale:
@@ -50,8 +49,7 @@ class ConvNext(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        if inputs.ndim != 4:
-            raise ValueError(f"images must be [B, H, W, C], got {list(inputs.shape)}.")
+        check_images("ConvNext", inputs)
         x = nn.Conv(self.widths[0], self.patch, self.patch, padding="VALID", name="stem")(inputs)
         x = layer_norm(1e-6, "stem_norm")(x)
         outputs, rates = {}, iter(np.linspace(0, self.drop_path, sum(self.depths)).tolist())

@@ -15,10 +15,12 @@ from jax import Array
 from kdtl_jax.models._blocks import (
     Activation,
     FeedForward,
-    attend,
+    attention_probs,
     check_length,
     gelu,
     layer_norm,
+    mix_values,
+    share_fields,
     token_inputs,
 )
 from kdtl_jax.models._encoders import LanguageHead
@@ -96,7 +98,7 @@ class Deberta(nn.Module):
         def drop(rate: float, y: Array) -> Array:
             return nn.Dropout(rate, deterministic=not train)(y)
 
-        def masked(y: Array) -> Array:
+        def mask_padding(y: Array) -> Array:
             return y if mask is None else jnp.where(mask[..., None], y, 0)
 
         width = self.embedding_width or self.width
@@ -110,29 +112,27 @@ class Deberta(nn.Module):
             x = x + nn.Embed(self.types, width, name="types")(types)
         if width != self.width:
             x = nn.Dense(self.width, use_bias=False, name="project")(x)
-        first = x = drop(self.dropout, masked(layer_norm(self.norm_epsilon, "tokens_norm")(x)))
+        x = drop(self.dropout, mask_padding(layer_norm(self.norm_epsilon, "tokens_norm")(x)))
         relative = None
         if self.span is not None:
-            places = nn.Embed(2 * self.span, self.width, name="relative")
-            relative = places(jnp.arange(2 * self.span))
+            table_of_positions = nn.Embed(2 * self.span, self.width, name="relative")
+            relative = table_of_positions(jnp.arange(2 * self.span))
             if self.norms_positions:
                 relative = layer_norm(self.norm_epsilon, "relative_norm")(relative)
         layout = Layout(*(getattr(self, name) for name in Layout._fields))
-        beside = None
+        add_convolution = None
         if self.window:
             groups = self.window_groups
             conv = nn.Conv(self.width, (self.window,), feature_group_count=groups, name="conv")
-            y = self.window_activation(drop(self.dropout, masked(conv(first))))
+            y = self.window_activation(drop(self.dropout, mask_padding(conv(x))))
             norm = layer_norm(self.norm_epsilon, "conv_norm")
 
-            def added(x: Array) -> Array:
-                return masked(norm(x + y))
-
-            beside = added
+            def add_convolution(x: Array) -> Array:
+                return mask_padding(norm(x + y))
 
         for i in range(self.layers):
             layer = DebertaLayer(layout, name=f"layers_{i}")
-            x = layer(x, where, relative, train, beside if i == 0 else None)
+            x = layer(x, where, relative, train, add_convolution if i == 0 else None)
         outputs = {"last_hidden": x}
         rate = self.dropout if self.head_dropout is None else self.head_dropout
         if self.classes is not None:
@@ -143,14 +143,7 @@ class Deberta(nn.Module):
         if self.token_classes is not None:
             outputs["logits"] = nn.Dense(self.token_classes, name="head")(drop(self.dropout, x))
         if self.has_language_head:
-            language = LanguageHead(
-                self.activation,
-                self.norm_epsilon,
-                self.is_tied,
-                has_own_bias=self.has_own_bias,
-                name="language",
-            )
-            outputs["logits"] = language(x, table)
+            outputs["logits"] = share_fields(self, LanguageHead)(name="language")(x, table)
         return outputs
 
 
@@ -166,17 +159,17 @@ class DebertaLayer(nn.Module):
         where: Array | None,
         relative: Array | None,
         train: bool,
-        beside: Callable[[Array], Array] | None,
+        add_convolution: Callable[[Array], Array] | None,
     ) -> Array:
         m = self.layout
         drop = nn.Dropout(m.dropout, deterministic=not train)
-        places = None if relative is None else drop(relative)
-        y = DisentangledAttention(m, name="attention")(x, where, places, train)
+        relative = None if relative is None else drop(relative)
+        y = DisentangledAttention(m, name="attention")(x, where, relative, train)
         x = layer_norm(m.norm_epsilon, "attention_norm")(x + drop(y))
         y = FeedForward(m.hidden, m.activation, name="mlp")(x)
         x = layer_norm(m.norm_epsilon, "mlp_norm")(x + drop(y))
         # Inside the layer, so that its tap is the hidden state that transformers returns.
-        return x if beside is None else beside(x)
+        return x if add_convolution is None else add_convolution(x)
 
 
 class DisentangledAttention(nn.Module):
@@ -188,12 +181,16 @@ class DisentangledAttention(nn.Module):
     def __call__(self, x: Array, where: Array | None, relative: Array | None, train: bool) -> Array:
         m = self.layout
         width, length = m.width, x.shape[1]
-        to = {name: nn.Dense(width, name=name) for name in ("query", "key", "value")}
+        projections = {name: nn.Dense(width, name=name) for name in ("query", "key", "value")}
 
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], m.heads, -1)
 
-        query, key, value = (heads(to[name](x)) for name in ("query", "key", "value"))
+        def relative_heads(name: str) -> Array:
+            shared = projections[name] if m.shares_projections else None
+            return heads((shared or nn.Dense(width, name=f"place_{name}"))(relative))
+
+        query, key, value = (heads(project(x)) for project in projections.values())
         scale = (query.shape[-1] * (1 + m.by_key + m.by_query)) ** -0.5
         bias = None
         if relative is not None and (m.by_key or m.by_query):
@@ -202,45 +199,41 @@ class DisentangledAttention(nn.Module):
             index = jnp.clip(index, 0, 2 * m.span - 1)[None, None]
             bias = jnp.zeros((), jnp.float32)
             if m.by_key:
-                project = to["key"] if m.shares_projections else nn.Dense(width, name="place_key")
-                scores = jnp.einsum("bqhd,phd->bhqp", query, heads(project(relative)))
-                bias = jnp.take_along_axis(scores, index, axis=-1).astype(jnp.float32) * scale
+                scores = jnp.einsum("bqhd,phd->bhqp", query, relative_heads("key"))
+                scores = jnp.take_along_axis(scores, index, axis=-1)
+                bias = bias + scores.astype(jnp.float32) * scale
             if m.by_query:
-                own = m.shares_projections
-                project = to["query"] if own else nn.Dense(width, name="place_query")
-                scores = jnp.einsum("bkhd,phd->bhkp", key, heads(project(relative)))
-                moved = jnp.take_along_axis(scores, jnp.swapaxes(index, -1, -2), axis=-1)
-                part = jnp.swapaxes(moved, -1, -2).astype(jnp.float32) * scale
-                bias = bias + part if m.by_key else part
-        probs, mix = attend(query, key, value, where, bias, scale)
+                scores = jnp.einsum("bkhd,phd->bhkp", key, relative_heads("query"))
+                scores = jnp.take_along_axis(scores, jnp.swapaxes(index, -1, -2), axis=-1)
+                bias = bias + jnp.swapaxes(scores, -1, -2).astype(jnp.float32) * scale
+        probs = attention_probs(query, key, where, bias, scale)
         self.sow("intermediates", "probs", probs)
         probs = nn.Dropout(m.attention_dropout, deterministic=not train)(probs)
-        return nn.Dense(width, name="out")(mix(probs))
+        return nn.Dense(width, name="out")(mix_values(probs, value))
 
 
-def log_buckets(length: int, buckets: int, most: int) -> Array:
+def log_buckets(length: int, buckets: int, max_distance: int) -> Array:
     """int32 `[L, L]`: `query - key`; if `buckets` > 0, log-spaced buckets beyond half of it.
 
     Raises:
       ValueError: if there is one bucket, or tokens are further apart than half of the buckets,
-        which reach no further than `most`.
+        which reach no further than `max_distance`.
     """
-    at = np.arange(length)
-    offset = at[:, None] - at[None, :]
+    position = np.arange(length)
+    offset = position[:, None] - position[None, :]
     middle = buckets // 2
     if buckets <= 0 or length - 1 <= middle:
         return jnp.asarray(offset, jnp.int32)
-    if not 0 < middle < most - 1:
+    if not 0 < middle < max_distance - 1:
         raise ValueError(
             f"relative positions of {length} tokens need at least 2 buckets, and a largest "
-            f"distance above half of their number; got {buckets} buckets, and {most} as the "
-            "largest distance."
+            f"distance above half of their number; got {buckets} buckets, and {max_distance} as "
+            "the largest distance."
         )
     distance = np.maximum(np.abs(offset), middle - 1).astype(np.float32)
-    distance[np.abs(offset) < middle] = middle - 1
     # In float32, as in the published code, since rounding can decide the bucket.
     ratio = np.log(np.maximum(distance, 1) / np.float32(middle)) / np.log(
-        np.float32((most - 1) / middle)
+        np.float32((max_distance - 1) / middle)
     )
-    far = np.ceil(ratio * np.float32(middle - 1)) + middle
-    return jnp.asarray(np.where(distance <= middle, offset, far * np.sign(offset)), jnp.int32)
+    bucket = (np.ceil(ratio * np.float32(middle - 1)) + middle) * np.sign(offset)
+    return jnp.asarray(np.where(distance <= middle, offset, bucket), jnp.int32)

@@ -144,30 +144,26 @@ def decoder(
         positions: Array | None = None,
         segments: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        known = {name: i for i, name in enumerate(tap_names(config))}
+        streams = {name: i for i, name in enumerate(tap_names(config))}
         layers = {
             name: int(name.split("/")[0].removeprefix("layers_"))
             for name in (*attention_names(config), *unit_names(config))
         }
-        if unknown := [name for name in names if name not in known | layers]:
-            raise ValueError(f"a decoder has the taps {[*known, *layers]}, got {unknown}.")
+        if unknown := [name for name in names if name not in streams | layers]:
+            raise ValueError(f"a decoder has the taps {[*streams, *layers]}, got {unknown}.")
         # Values inside a layer are computed from its input.
-        places = tuple((known | layers)[name] for name in names)
+        indices = tuple((streams | layers)[name] for name in names)
         hidden, _, states = _apply(
-            config, params, tokens, positions, segments, None, dtype, remat_policy, places
+            config, params, tokens, positions, segments, None, dtype, remat_policy, indices
         )
         outputs = dict(zip(names, states, strict=True))
         if outputs.keys() & layers.keys():
             pair = _positions_and_segments(tokens, positions, segments, None)
-            where = _decoder_layer.token_positions(*pair, None)
+            visibility = _decoder_layer.token_positions(*pair, None)
             for name in outputs.keys() & layers.keys():
-                weights, kind = _layer_params(config, params, layers[name])
-                args = config, outputs[name], weights, kind, where
-                part = name.split("/", 1)[1]
-                if part == "attention/probs":
-                    outputs[name] = _decoder_layer.attention_probs(*args)
-                else:
-                    outputs[name] = _decoder_layer.projection_inputs(*args)[part]
+                layer = _layer_params(config, params, layers[name])
+                values = _decoder_layer.inner_values(config, outputs[name], *layer, visibility)
+                outputs[name] = values[name.split("/", 1)[1]]
         return hidden, outputs
 
     def head(params: Params) -> Head:
@@ -234,31 +230,32 @@ def _apply(
     """Hidden states, cache, and the inputs of layers `taps[0]`, `taps[1]`, …"""
     _checks.integers(tokens=tokens)
     _checks.rank(2, 2, tokens=tokens)
-    for name, given in (("positions", positions), ("segments", segments)):
-        if given is not None:
-            _checks.integers(**{name: given})
-            _checks.same_shape(tokens=tokens, **{name: given})
-    at, own = _positions_and_segments(tokens, positions, segments, cache)
+    for name, array in (("positions", positions), ("segments", segments)):
+        if array is not None:
+            _checks.integers(**{name: array})
+            _checks.same_shape(tokens=tokens, **{name: array})
+    may_have_padding = segments is not None
+    positions, segments = _positions_and_segments(tokens, positions, segments, cache)
     if cache is not None:
         cache = cache._replace(
-            positions=_decoder_layer.write_slots(cache.positions, at, cache.length),
-            segments=_decoder_layer.write_slots(cache.segments, own, cache.length),
+            positions=_decoder_layer.write_slots(cache.positions, positions, cache.length),
+            segments=_decoder_layer.write_slots(cache.segments, segments, cache.length),
         )
-    places = _decoder_layer.token_positions(at, own, cache)
+    visibility = _decoder_layer.token_positions(positions, segments, cache)
 
     table = params["tokens"]["embedding"]
-    if segments is not None:  # padding may hold anything, and an id out of range would be NaN
-        tokens, at = (jnp.where(own > 0, x, 0) for x in (tokens, at))
+    if may_have_padding:  # which may hold anything, and an id out of range would be NaN
+        tokens, positions = (jnp.where(segments > 0, x, 0) for x in (tokens, positions))
     x = jnp.take(table, known_ids(tokens, len(table)), axis=0).astype(dtype or table.dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.learned_positions:
-        x = x + jnp.take(params["positions"]["embedding"], at, axis=0).astype(x.dtype)
+        x = x + jnp.take(params["positions"]["embedding"], positions, axis=0).astype(x.dtype)
 
     def layer(
-        x: Array, weights: Params, kind: LayerConstants, slots: Slots | None
+        x: Array, weights: Params, constants: LayerConstants, slots: Slots | None
     ) -> tuple[Array, Slots | None]:
-        return _decoder_layer.layer(config, x, weights, kind, places, slots)
+        return _decoder_layer.layer(config, x, weights, constants, visibility, slots)
 
     if remat_policy is not None:
         layer = jax.checkpoint(layer, policy=remat_policy)
@@ -267,15 +264,15 @@ def _apply(
         slots = Slots(cache.keys, cache.values, jnp.int32(0), cache.length)
     if "layers" in params:
         # Only the requested layers' outputs are kept; the others are dropped at once.
-        tapped = [x if place == 0 else jnp.zeros_like(x) for place in taps]
+        tapped = [x if tap == 0 else jnp.zeros_like(x) for tap in taps]
 
         def next_layer(carry: Any, each: Any) -> Any:
-            (x, slots), (number, weights, kind) = carry[0], each
+            (x, slots), (number, weights, constants) = carry[0], each
             if slots is not None:
                 slots = slots._replace(layer=number - 1)
-            x, slots = layer(x, weights, kind, slots)
+            x, slots = layer(x, weights, constants, slots)
             pairs = zip(taps, carry[1], strict=True)
-            return ((x, slots), [jnp.where(number == place, x, old) for place, old in pairs]), None
+            return ((x, slots), [jnp.where(number == tap, x, old) for tap, old in pairs]), None
 
         numbers = jnp.arange(1, config.layers + 1, dtype=jnp.int32)
         start = (x, slots), tapped
@@ -288,7 +285,7 @@ def _apply(
                 slots = slots._replace(layer=jnp.int32(i))
             x, slots = layer(x, *_layer_params(config, params, i), slots)
             states.append(x)
-        tapped = [states[place] for place in taps]
+        tapped = [states[tap] for tap in taps]
     if cache is not None and slots is not None:
         length = cache.length + jnp.int32(tokens.shape[1])
         cache = cache._replace(keys=slots.keys, values=slots.values, length=length)
@@ -299,22 +296,23 @@ def _positions_and_segments(
     tokens: Array, positions: Array | None, segments: Array | None, cache: Cache | None
 ) -> tuple[Array, Array]:
     """Position and segment of each token, int32 `[B, L]`."""
-    own = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
+    segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
+    segments = segments.astype(jnp.int32)
     if positions is not None:
-        return positions.astype(jnp.int32), own
-    at = segment_positions(own)
+        return positions.astype(jnp.int32), segments
+    positions = segment_positions(segments)
     if cache is not None:
-        used = jnp.where(cache.segments > 0, cache.positions, -1)
-        at = at + jnp.max(used, axis=1, keepdims=True) + 1
-    return at, own
+        cached = jnp.where(cache.segments > 0, cache.positions, -1)
+        positions = positions + jnp.max(cached, axis=1, keepdims=True) + 1
+    return positions, segments
 
 
 def _layer_params(config: DecoderConfig, params: Params, i: int) -> tuple[Params, LayerConstants]:
     """A layer's parameters, stacked or not, and its `LayerConstants`."""
-    kind = jax.tree.map(lambda a: a[i], layer_constants(config))
+    constants = jax.tree.map(lambda a: a[i], layer_constants(config))
     if "layers" in params:
-        return jax.tree.map(lambda a: a[i], params["layers"]), kind
-    return params[f"layers_{i}"], kind
+        return jax.tree.map(lambda a: a[i], params["layers"]), constants
+    return params[f"layers_{i}"], constants
 
 
 def _init(config: DecoderConfig, key: Array) -> Params:
@@ -381,10 +379,10 @@ def _init(config: DecoderConfig, key: Array) -> Params:
 
 def _check(config: DecoderConfig) -> None:
     for name in ("ropes", "windows"):
-        given = getattr(config, name)
-        if given and len(given) != config.layers:
+        per_layer = getattr(config, name)
+        if per_layer and len(per_layer) != config.layers:
             raise ValueError(
-                f"{name} must have one entry per layer, got {len(given)} for {config.layers} "
+                f"{name} must have one entry per layer, got {len(per_layer)} for {config.layers} "
                 "layers; an empty tuple means none."
             )
     if config.heads % config.key_heads:

@@ -125,33 +125,24 @@ def _attention(
     return y.reshape(batch, length, -1), slots
 
 
-def attention_probs(
-    config: DecoderConfig,
-    x: Array,
-    weights: Params,
-    constants: LayerConstants,
-    positions: Positions,
-) -> Array:
-    """Attention probabilities `[B, heads, L, L]` of a layer with input `x`."""
-    y = _pre_norm(config, x, weights, "attention_norm")
-    query, key, _ = _project(config, y, weights["attention"], constants, positions)
-    probs = _probs(config, query, key, positions.visible & (positions.distance < constants.window))
-    return probs.reshape(len(x), config.heads, *probs.shape[-2:])
-
-
-def projection_inputs(
+def inner_values(
     config: DecoderConfig,
     x: Array,
     weights: Params,
     constants: LayerConstants,
     positions: Positions,
 ) -> dict[str, Array]:
-    """The inputs of the two output projections of a layer with input `x`."""
+    """The attention probabilities and the inputs of both output projections, for an input `x`."""
     y = _pre_norm(config, x, weights, "attention_norm")
+    query, key, _ = _project(config, y, weights["attention"], constants, positions)
+    probs = _probs(config, query, key, positions.visible & (positions.distance < constants.window))
     heads, _ = _attention(config, y, weights["attention"], constants, positions, None)
     x = _add_residual(config, x, heads, weights, "attention")
-    units = _units(config, _pre_norm(config, x, weights, "mlp_norm"), weights["mlp"])
-    return {"attention/heads": heads, "mlp/units": units}
+    return {
+        "attention/probs": probs.reshape(len(x), config.heads, *probs.shape[-2:]),
+        "attention/heads": heads,
+        "mlp/units": _units(config, _pre_norm(config, x, weights, "mlp_norm"), weights["mlp"]),
+    }
 
 
 def _project(

@@ -16,7 +16,9 @@ from kdtl_jax.models._blocks import (
     check_length,
     gelu,
     layer_norm,
-    relative_buckets,
+    relative_bias,
+    run_layers,
+    share_fields,
     token_inputs,
 )
 
@@ -33,9 +35,9 @@ class BertEmbeddings(nn.Module):
 
     def setup(self) -> None:
         self.tokens = nn.Embed(self.vocabulary, self.width)
-        self.places = nn.Embed(self.positions, self.width, name="positions")
+        self.position_table = nn.Embed(self.positions, self.width, name="positions")
         if self.types:
-            self.kinds = nn.Embed(self.types, self.width, name="types")
+            self.type_table = nn.Embed(self.types, self.width, name="types")
         self.norm = layer_norm(self.norm_epsilon)
 
     def __call__(self, tokens: Array, types: Array | None) -> Array:
@@ -45,9 +47,9 @@ class BertEmbeddings(nn.Module):
             # RoBERTa counts from padding + 1, and padding itself uses the padding's row.
             present = (tokens != self.first_position - 1).astype(jnp.int32)
             position = jnp.cumsum(present, axis=1) * present + self.first_position - 1
-        x = self.tokens(tokens) + self.places(position)
+        x = self.tokens(tokens) + self.position_table(position)
         if self.types:
-            x = x + self.kinds(jnp.zeros_like(tokens) if types is None else types)
+            x = x + self.type_table(jnp.zeros_like(tokens) if types is None else types)
         return self.norm(x)
 
 
@@ -86,9 +88,7 @@ class LanguageHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array, table: nn.Embed) -> Array:
         x = self.activation(nn.Dense(table.features, self.dense_bias, name="dense")(x))
-        x = nn.LayerNorm(
-            self.norm_epsilon, use_bias=self.norm_bias, use_fast_variance=False, name="norm"
-        )(x)
+        x = layer_norm(self.norm_epsilon, "norm", use_bias=self.norm_bias)(x)
         if self.is_tied:
             logits = table.attend(x)
         else:
@@ -156,33 +156,15 @@ class Bert(nn.Module):
         def drop(rate: float, x: Array) -> Array:
             return nn.Dropout(rate, deterministic=not train)(x)
 
-        embeddings = BertEmbeddings(
-            self.vocabulary,
-            self.embedding_width or self.width,
-            self.positions,
-            self.types,
-            self.norm_epsilon,
-            self.first_position,
-            name="embeddings",
-        )
+        width = self.embedding_width or self.width
+        embeddings = share_fields(self, BertEmbeddings)(width=width, name="embeddings")
         x = drop(self.dropout, embeddings(tokens, types))
-        if self.embedding_width is not None and self.embedding_width != self.width:
+        if width != self.width:
             x = nn.Dense(self.width, name="project")(x)
         bias = None
         if self.relative_buckets is not None:
-            shared = nn.Embed(self.relative_buckets, self.heads, name="relative")
-            bias = shared(relative_buckets(tokens.shape[1], self.relative_buckets))
-            bias = jnp.moveaxis(bias, -1, 0)[None]
-        for i in range(self.layers):
-            x = BertLayer(
-                self.heads,
-                self.hidden,
-                self.activation,
-                self.norm_epsilon,
-                self.dropout,
-                self.attention_dropout,
-                name=f"layers_{i}",
-            )(x, where, train, bias)
+            bias = relative_bias(tokens.shape[1], self.heads, self.relative_buckets)
+        x = run_layers(share_fields(self, BertLayer), self.layers, x, where, train, bias)
         outputs = {"last_hidden": x}
         pooled = x[:, 0]
         if self.has_pooler:
@@ -195,12 +177,7 @@ class Bert(nn.Module):
         if self.token_classes is not None:
             outputs["logits"] = nn.Dense(self.token_classes, name="head")(drop(rate, x))
         if self.has_language_head:
-            language = LanguageHead(
-                self.language_activation,
-                self.norm_epsilon,
-                self.is_tied,
-                has_own_bias=self.has_own_bias,
-                name="language",
-            )
+            language = share_fields(self, LanguageHead)
+            language = language(activation=self.language_activation, name="language")
             outputs["logits"] = language(x, embeddings.tokens)
         return outputs

@@ -40,12 +40,12 @@ def named(text: str, classes: int) -> nn.Module:
         return _vit(rest, classes)
     if colon:
         raise ValueError(f"only mlp, cnn and vit take values after a colon, not {name!r}.")
-    if found := re.fullmatch(r"resnet(\d+)x4", name):
-        return resnet_x4(int(found[1]), classes)
-    if found := re.fullmatch(r"resnet(\d+)", name):
-        return resnet(int(found[1]), classes)
-    if found := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
-        return wide_resnet(int(found[1]), int(found[2]), classes)
+    if match := re.fullmatch(r"resnet(\d+)x4", name):
+        return resnet_x4(int(match[1]), classes)
+    if match := re.fullmatch(r"resnet(\d+)", name):
+        return resnet(int(match[1]), classes)
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+        return wide_resnet(int(match[1]), int(match[2]), classes)
     raise ValueError("its name is not known.")
 
 
@@ -54,11 +54,8 @@ def canonical_name(text: str) -> str:
     name, _, rest = text.replace(" ", "").partition(":")
     if name != "vit":
         return f"{name}:{rest}" if rest or name == "mlp" else name
-    given: dict[str, str] = {}
-    for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        given[key] = value
-    return "vit:" + ",".join(f"{key}={given.get(key, VIT[key])}" for key in VIT)
+    settings = {key: value for key, _, value in (x.partition("=") for x in rest.split(","))}
+    return "vit:" + ",".join(f"{key}={settings.get(key, VIT[key])}" for key in VIT)
 
 
 def depth(text: str) -> int:
@@ -67,10 +64,10 @@ def depth(text: str) -> int:
     if name in ("mlp", "cnn"):
         return rest.count(",") + 1 if rest else 0
     if name == "vit":
-        found = re.findall(r"layers=(\d{1,9})", rest)  # the last one counts
+        depths = re.findall(r"layers=(\d{1,9})", rest)  # the last one counts
     else:
-        found = re.findall(r"^(?:resnet|wrn-)(\d{1,9})", name)
-    return int(found[-1]) if found else 0
+        depths = re.findall(r"^(?:resnet|wrn-)(\d{1,9})", name)
+    return int(depths[-1]) if depths else 0
 
 
 def _numbers(text: str) -> list[int]:
@@ -81,13 +78,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def _vit(text: str, classes: int) -> nn.Module:
-    chosen = dict(VIT)
+    settings = dict(VIT)
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name.strip() not in VIT or not value.strip().isdecimal() or int(value) < 1:
             raise ValueError(f"{part!r} is not one of {', '.join(VIT)} with a whole number.")
-        chosen[name.strip()] = int(value)
-    if chosen["width"] % chosen["heads"]:
-        raise ValueError(f"width {chosen['width']} does not divide into {chosen['heads']} heads.")
-    width, layers, heads = (chosen[name] for name in ("width", "layers", "heads"))
-    return ViT(width, layers, heads, chosen["hidden"], chosen["patch"], classes=classes)
+        settings[name.strip()] = int(value)
+    if settings["width"] % settings["heads"]:
+        width, heads = settings["width"], settings["heads"]
+        raise ValueError(f"width {width} does not divide into {heads} heads.")
+    return ViT(**settings, classes=classes)

@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax.models._blocks import Activation
+from kdtl_jax.models._blocks import Activation, check_images, share_fields
 
 _fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_conv3x3 = partial(
-    nn.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)), use_bias=False, kernel_init=_fan_out
-)
+_conv3x3 = partial(nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=_fan_out)
 _conv1x1 = partial(
     nn.Conv, kernel_size=(1, 1), padding="VALID", use_bias=False, kernel_init=_fan_out
 )
@@ -60,7 +58,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        x = _conv3x3(self.channels[0], name="stem_conv")(_images("ResNet", inputs))
+        check_images("ResNet", inputs)
+        x = _conv3x3(self.channels[0], name="stem_conv")(inputs)
         x = jax.nn.relu(_norm(use_running_average=not train, name="stem_norm")(x))
         outputs = {"stem": x}
         for stage, channels in enumerate(self.channels[1:], start=1):
@@ -106,7 +105,8 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        x = _conv3x3(16, name="stem_conv")(_images("WideResNet", inputs))
+        check_images("WideResNet", inputs)
+        x = _conv3x3(16, name="stem_conv")(inputs)
         outputs = {"stem": x}
         for stage in (1, 2, 3):
             channels = 16 * self.width * 2 ** (stage - 1)
@@ -170,15 +170,6 @@ def _blocks(depth: int, extra: int) -> int:
     return (depth - extra) // 6
 
 
-def _images(model: str, inputs: Array) -> Array:
-    if inputs.ndim != 4:
-        raise ValueError(
-            f"{model}: images must be [B, H, W, C], got {list(inputs.shape)}. "
-            "Gray images need a last axis of one: images[..., None]."
-        )
-    return inputs
-
-
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, activation."""
 
@@ -189,17 +180,10 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
+        window, strides = (self.window,) * 2, (self.stride,) * 2
         pad = self.window // 2
-        x = nn.Conv(
-            self.features,
-            (self.window, self.window),
-            (self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
-            use_bias=False,
-            name="conv",
-        )(x)
-        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="norm")
-        x = norm(x)
+        x = nn.Conv(self.features, window, strides, padding=pad, use_bias=False, name="conv")(x)
+        x = _norm(use_running_average=not train, name="norm")(x)
         return x if self.activation is None else self.activation(x)
 
 
@@ -255,23 +239,17 @@ class ImageResNet(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        if inputs.ndim != 4:
-            raise ValueError(f"ImageResNet: images must be [B, H, W, C], got {list(inputs.shape)}.")
+        check_images("ImageResNet", inputs)
         x = ConvNorm(self.stem, 7, 2, self.activation, name="stem")(inputs, train)
         around = ((0, 0), (1, 1), (1, 1), (0, 0))
         x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), around)
         outputs = {"stem": x}
+        block = share_fields(self, ImageResNetBlock)
         for stage, (features, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             for i in range(depth):
                 halves = i == 0 and (stage > 0 or self.downsample_first)
-                x = ImageResNetBlock(
-                    features,
-                    2 if halves else 1,
-                    self.is_bottleneck,
-                    self.downsample_in_first_conv,
-                    self.activation,
-                    name=f"stage{stage}_block{i}",
-                )(x, train)
+                name, stride = f"stage{stage}_block{i}", 2 if halves else 1
+                x = block(features=features, stride=stride, name=name)(x, train)
             outputs[f"stage{stage}"] = x
         outputs["pooled"] = jnp.mean(x, axis=(1, 2))
         if self.classes is not None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kdtl_jax.models._blocks import check_images
+
 
 class MLP(nn.Module):
     """ReLU layers of any widths, then a linear head; positively homogeneous in its parameters.
@@ -75,11 +77,7 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        if inputs.ndim != 4:
-            raise ValueError(
-                f"CNN: images must be [B, H, W, C], got {list(inputs.shape)}. "
-                "Gray images need a last axis of one: images[..., None]."
-            )
+        check_images("CNN", inputs)
         x, outputs = inputs, {}
         for i, channels in enumerate(self.channels):
             if i:

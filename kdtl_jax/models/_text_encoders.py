@@ -4,6 +4,8 @@ Inputs are those of `Bert`. Outputs: `last_hidden` `[B, L, width]`, and with a h
 `layers_0` …, `layers_0/attention/probs`.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,6 @@ from jax import Array
 from kdtl_jax.models._blocks import (
     Activation,
     FeedForward,
-    FusedGatedFeedForward,
-    FusedSelfAttention,
-    GatedFeedForward,
     SelfAttention,
     causal,
     check_length,
@@ -24,12 +23,14 @@ from kdtl_jax.models._blocks import (
     layer_norm,
     mean_pool,
     quick_gelu,
-    relative_buckets,
+    relative_bias,
     rotary,
+    run_layers,
+    share_fields,
     token_inputs,
 )
 from kdtl_jax.models._encoders import LanguageHead
-from kdtl_jax.models._vit import in_turn, pre_norm
+from kdtl_jax.models._vit import ViTLayer
 
 
 class T5Layer(nn.Module):
@@ -49,21 +50,14 @@ class T5Layer(nn.Module):
             return nn.Dropout(self.dropout, deterministic=not train)(y)
 
         attention = SelfAttention(
-            self.heads,
-            head_width=self.head_width,
-            use_bias=False,
-            out_bias=False,
-            dropout=self.dropout,
-            scale=1.0,
-            name="attention",
+            self.heads, self.head_width, False, False, self.dropout, scale=1.0, name="attention"
         )
         y = nn.RMSNorm(epsilon=self.norm_epsilon, name="attention_norm")(x)
         x = x + drop(attention(y, where, train=train, bias=bias))
         y = nn.RMSNorm(epsilon=self.norm_epsilon, name="mlp_norm")(x)
-        kind = GatedFeedForward if self.is_gated else FeedForward
-        return x + drop(
-            kind(self.hidden, self.activation, False, self.dropout, name="mlp")(y, train)
-        )
+        gate = "separate" if self.is_gated else None
+        mlp = FeedForward(self.hidden, self.activation, False, self.dropout, gate, name="mlp")
+        return x + drop(mlp(y, train))
 
 
 class T5Encoder(nn.Module):
@@ -94,20 +88,8 @@ class T5Encoder(nn.Module):
         where = None if mask is None else mask[:, None, None, :]
         x = nn.Embed(self.vocabulary, self.width, name="tokens")(tokens)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        shared = nn.Embed(self.buckets, self.heads, name="relative")
-        bias = shared(relative_buckets(tokens.shape[1], self.buckets, self.most))
-        bias = jnp.moveaxis(bias, -1, 0)[None]
-        for i in range(self.layers):
-            x = T5Layer(
-                self.heads,
-                self.head_width,
-                self.hidden,
-                self.is_gated,
-                self.activation,
-                self.norm_epsilon,
-                self.dropout,
-                name=f"layers_{i}",
-            )(x, where, bias, train)
+        bias = relative_bias(tokens.shape[1], self.heads, self.buckets, self.most)
+        x = run_layers(share_fields(self, T5Layer), self.layers, x, where, bias, train)
         x = nn.RMSNorm(epsilon=self.norm_epsilon, name="norm")(x)
         return {"last_hidden": nn.Dropout(self.dropout, deterministic=not train)(x)}
 
@@ -151,42 +133,24 @@ class ModernBert(nn.Module):
         tokens, mask, _ = token_inputs(inputs, self.vocabulary)
         length = tokens.shape[1]
         table = nn.Embed(self.vocabulary, self.width, name="tokens")
-
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(
-                self.norm_epsilon, use_bias=self.norm_bias, use_fast_variance=False, name=name
-            )
+        norm = partial(layer_norm, self.norm_epsilon, use_bias=self.norm_bias)
 
         def drop(rate: float, y: Array) -> Array:
             return nn.Dropout(rate, deterministic=not train)(y)
 
         x = drop(self.dropout, norm("tokens_norm")(table(tokens)))
+        layer = share_fields(self, ModernBertLayer)
         for i in range(self.layers):
-            layer = ModernBertLayer(
-                self.heads,
-                self.hidden,
-                i > 0,
-                self.activation,
-                self.norm_epsilon,
-                self.norm_bias,
-                self.attention_bias,
-                self.mlp_bias,
-                self.attention_dropout,
-                self.mlp_dropout,
-                self.ropes[i],
-                name=f"layers_{i}",
-            )
-            x = layer(x, _near(length, self.windows[i], mask), train)
+            where = _window_mask(length, self.windows[i], mask)
+            fields = {"has_attention_norm": i > 0, "rope": self.ropes[i]}
+            x = layer(**fields, name=f"layers_{i}")(x, where, train)
         x = norm("norm")(x)
         outputs = {"last_hidden": x}
         if self.has_language_head:
-            language = LanguageHead(
-                self.head_activation,
-                self.norm_epsilon,
-                self.is_tied,
-                self.decoder_bias,
-                self.head_bias,
-                self.norm_bias,
+            language = share_fields(self, LanguageHead)(
+                activation=self.head_activation,
+                has_bias=self.decoder_bias,
+                dense_bias=self.head_bias,
                 name="language",
             )
             outputs["logits"] = language(x, table)
@@ -218,19 +182,20 @@ class ModernBertLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, where: Array | None, train: bool) -> Array:
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(
-                self.norm_epsilon, use_bias=self.norm_bias, use_fast_variance=False, name=name
-            )
-
-        attention = FusedSelfAttention(
-            self.heads, self.attention_dropout, self.attention_bias, name="attention"
+        norm = partial(layer_norm, self.norm_epsilon, use_bias=self.norm_bias)
+        attention = SelfAttention(
+            self.heads,
+            use_bias=self.attention_bias,
+            out_bias=self.attention_bias,
+            dropout=self.attention_dropout,
+            is_fused=True,
+            name="attention",
         )
         y = norm("attention_norm")(x) if self.has_attention_norm else x
-        y = attention(y, where, train, rotary(x.shape[1], self.rope))
+        y = attention(y, where, train, rotate=rotary(x.shape[1], self.rope))
         x = x + nn.Dropout(self.attention_dropout, deterministic=not train)(y)
-        mlp = FusedGatedFeedForward(
-            self.hidden, self.activation, self.mlp_bias, self.mlp_dropout, name="mlp"
+        mlp = FeedForward(
+            self.hidden, self.activation, self.mlp_bias, self.mlp_dropout, "fused", name="mlp"
         )
         return x + mlp(norm("mlp_norm")(x), train)
 
@@ -303,16 +268,16 @@ def _text_tower(
     length = tokens.shape[1]
     check_length(tokens, module.positions)
     x = nn.Embed(module.vocabulary, module.width, name="tokens")(tokens)
-    places = nn.Embed(module.positions, module.width, name="positions")
-    x = x + places(jnp.arange(length))[None]
-    return in_turn(pre_norm(module), module.layers, x, train, where)
+    positions = nn.Embed(module.positions, module.width, name="positions")
+    x = x + positions(jnp.arange(length))[None]
+    return run_layers(share_fields(module, ViTLayer), module.layers, x, train, where)
 
 
-def _near(length: int, window: int | None, mask: Array | None) -> Array | None:
+def _window_mask(length: int, window: int | None, mask: Array | None) -> Array | None:
     """Which keys a query sees: those within the window that are tokens."""
     where = None if mask is None else mask[:, None, None, :]
     if window is None:
         return where
-    at = np.arange(length)
-    near = jnp.asarray(np.abs(at[:, None] - at[None, :]) <= window)[None, None]
-    return near if where is None else near & where
+    position = np.arange(length)
+    is_near = jnp.asarray(np.abs(position[:, None] - position[None, :]) <= window)[None, None]
+    return is_near if where is None else is_near & where

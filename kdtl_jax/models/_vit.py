@@ -1,8 +1,6 @@
 """Vision Transformers as Linen modules: ViT, DeiT, DINOv2, and the towers of CLIP and SigLIP."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,13 +10,15 @@ from jax import Array
 from kdtl_jax.models._blocks import (
     Activation,
     FeedForward,
-    FusedGatedFeedForward,
     SelfAttention,
-    attend,
+    attention_probs,
     gelu,
     gelu_tanh,
     layer_norm,
+    mix_values,
     quick_gelu,
+    run_layers,
+    share_fields,
 )
 
 
@@ -31,8 +31,8 @@ class ViTEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        window = self.patch
-        x = nn.Conv(self.width, window, window, padding="VALID", name="patches")(images)
+        convolve = nn.Conv(self.width, self.patch, self.patch, padding="VALID", name="patches")
+        x = convolve(images)
         x = x.reshape(x.shape[0], -1, self.width)
         for name in ("distillation", "cls") if self.has_distillation_token else ("cls",):
             token = self.param(name, nn.initializers.zeros_init(), (1, 1, self.width))
@@ -62,15 +62,6 @@ class ViTLayer(nn.Module):
         x = x + drop(attention(y, where, train=train))
         y = layer_norm(self.norm_epsilon, "mlp_norm")(x)
         return x + drop(FeedForward(self.hidden, self.activation, name="mlp")(y))
-
-
-def in_turn(
-    layer: Callable[..., nn.Module], count: int, x: Array, train: bool, where: Array | None = None
-) -> Array:
-    """Runs `layers_0` to the last, one after another; `layer(name=)` makes each of them."""
-    for i in range(count):
-        x = layer(name=f"layers_{i}")(x, train, where)
-    return x
 
 
 class ViT(nn.Module):
@@ -114,23 +105,14 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        patch = check_images(inputs, self.patch, self.grid, self.unseen)
+        patch = check_grid(inputs, self.patch, self.grid, self.unseen)
         embeddings = ViTEmbeddings(
             self.width, patch, self.has_distillation_token, name="embeddings"
         )
         x = embeddings(inputs)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        layer = partial(
-            ViTLayer,
-            self.heads,
-            self.hidden,
-            self.activation,
-            self.norm_epsilon,
-            self.qkv_bias,
-            self.dropout,
-            self.attention_dropout,
-        )
-        x = layer_norm(self.norm_epsilon, "norm")(in_turn(layer, self.layers, x, train))
+        x = run_layers(share_fields(self, ViTLayer), self.layers, x, train)
+        x = layer_norm(self.norm_epsilon, "norm")(x)
         outputs = {"last_hidden": x}
         pooled = x[:, 0]
         if self.has_pooler:
@@ -161,9 +143,8 @@ class Dinov2Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, where: Array | None = None) -> Array:
-        def scaled(name: str, y: Array) -> Array:
-            shape = (x.shape[-1],)
-            y = y * self.param(name, nn.initializers.ones_init(), shape)[None, None]
+        def scale(name: str, y: Array) -> Array:
+            y = y * self.param(name, nn.initializers.ones_init(), (x.shape[-1],))[None, None]
             return nn.Dropout(self.drop_path, (1, 2), deterministic=not train)(y)
 
         attention = SelfAttention(
@@ -171,13 +152,13 @@ class Dinov2Layer(nn.Module):
         )
         y = layer_norm(self.norm_epsilon, "attention_norm")(x)
         y = nn.Dropout(self.dropout, deterministic=not train)(attention(y, where, train=train))
-        x = x + scaled("attention_scale", y)
+        x = x + scale("attention_scale", y)
         y = layer_norm(self.norm_epsilon, "mlp_norm")(x)
         if self.is_gated:
-            mlp = FusedGatedFeedForward(self.hidden, jax.nn.silu, name="gated_mlp")
+            mlp = FeedForward(self.hidden, jax.nn.silu, gate="fused", name="gated_mlp")
         else:
             mlp = FeedForward(self.hidden, self.activation, name="mlp")
-        return x + scaled("mlp_scale", mlp(y))
+        return x + scale("mlp_scale", mlp(y))
 
 
 class Dinov2(nn.Module):
@@ -207,7 +188,7 @@ class Dinov2(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        patch = check_images(inputs, self.patch, self.grid, self.unseen)
+        patch = check_grid(inputs, self.patch, self.grid, self.unseen)
         x = ViTEmbeddings(self.width, patch, name="embeddings")(inputs)
         if self.registers:
             shape = (1, self.registers, self.width)
@@ -215,24 +196,13 @@ class Dinov2(nn.Module):
             tokens = jnp.broadcast_to(tokens, (x.shape[0], *shape[1:]))
             x = jnp.concatenate([x[:, :1], tokens, x[:, 1:]], axis=1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        layer = partial(
-            Dinov2Layer,
-            self.heads,
-            self.hidden,
-            self.is_gated,
-            self.activation,
-            self.norm_epsilon,
-            self.qkv_bias,
-            self.dropout,
-            self.attention_dropout,
-            self.drop_path,
-        )
-        x = layer_norm(self.norm_epsilon, "norm")(in_turn(layer, self.layers, x, train))
+        x = run_layers(share_fields(self, Dinov2Layer), self.layers, x, train)
+        x = layer_norm(self.norm_epsilon, "norm")(x)
         outputs = {"last_hidden": x, "pooled": x[:, 0]}
         if self.classes is not None:
             patches = x[:, 1 + self.registers :]
-            both = jnp.concatenate([x[:, 0], jnp.mean(patches, axis=1)], axis=-1)
-            outputs["logits"] = nn.Dense(self.classes, name="head")(both)
+            features = jnp.concatenate([x[:, 0], jnp.mean(patches, axis=1)], axis=-1)
+            outputs["logits"] = nn.Dense(self.classes, name="head")(features)
         return outputs
 
 
@@ -245,15 +215,8 @@ class TowerEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        convolve = nn.Conv(
-            self.width,
-            self.patch,
-            self.patch,
-            padding="VALID",
-            use_bias=not self.has_class,
-            name="patches",
-        )
-        x = convolve(images)
+        convolve = partial(nn.Conv, padding="VALID", use_bias=not self.has_class, name="patches")
+        x = convolve(self.width, self.patch, self.patch)(images)
         x = x.reshape(x.shape[0], -1, self.width)
         if self.has_class:
             cls = self.param("cls", nn.initializers.normal(0.02), (self.width,))
@@ -284,10 +247,10 @@ class ClipVision(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        patch = check_images(inputs, self.patch, self.grid, self.unseen)
+        patch = check_grid(inputs, self.patch, self.grid, self.unseen)
         x = TowerEmbeddings(self.width, patch, True, name="embeddings")(inputs)
         x = layer_norm(self.norm_epsilon, "first_norm")(x)
-        x = in_turn(pre_norm(self), self.layers, x, train)
+        x = run_layers(share_fields(self, ViTLayer), self.layers, x, train)
         pooled = layer_norm(self.norm_epsilon, "norm")(x[:, 0])
         outputs = {"last_hidden": x, "pooled": pooled}
         if self.projection is not None:
@@ -316,8 +279,8 @@ class AttentionPool(nn.Module):
         query, key, value = (
             part.reshape(*part.shape[:2], self.heads, -1) for part in (query, key, value)
         )
-        probs, mix = attend(query, key, value, None)
-        y = nn.Dense(width, name="out")(mix(probs))
+        mixed = mix_values(attention_probs(query, key, None), value)
+        y = nn.Dense(width, name="out")(mixed)
         mlp = FeedForward(self.hidden, self.activation, name="mlp")
         return (y + mlp(layer_norm(self.norm_epsilon, "norm")(y)))[:, 0]
 
@@ -343,25 +306,17 @@ class SiglipVision(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        patch = check_images(inputs, self.patch, self.grid, self.unseen)
+        patch = check_grid(inputs, self.patch, self.grid, self.unseen)
         x = TowerEmbeddings(self.width, patch, False, name="embeddings")(inputs)
-        x = layer_norm(self.norm_epsilon, "norm")(in_turn(pre_norm(self), self.layers, x, train))
+        x = run_layers(share_fields(self, ViTLayer), self.layers, x, train)
+        x = layer_norm(self.norm_epsilon, "norm")(x)
         outputs = {"last_hidden": x}
         if self.has_pooler:
-            pool = AttentionPool(
-                self.heads, self.hidden, self.activation, self.norm_epsilon, name="pooler"
-            )
-            outputs["pooled"] = pool(x)
+            outputs["pooled"] = share_fields(self, AttentionPool)(name="pooler")(x)
         return outputs
 
 
-def pre_norm(module: Any) -> Callable[..., nn.Module]:
-    """The layers of an image or text tower of CLIP or SigLIP."""
-    widths = module.heads, module.hidden, module.activation, module.norm_epsilon
-    return partial(ViTLayer, *widths, attention_dropout=module.attention_dropout)
-
-
-def check_images(
+def check_grid(
     images: Array,
     patch: int | tuple[int, int],
     grid: tuple[int, int] | None,
@@ -372,19 +327,20 @@ def check_images(
     The last `unseen` rows and columns are not covered.
     """
     height, width = (patch, patch) if isinstance(patch, int) else patch
-    rest = tuple(images.shape[i + 1] - unseen[i] for i in (0, 1)) if images.ndim == 4 else ()
-    if not rest or rest[0] % height or rest[1] % width:
+    seen = tuple(images.shape[i + 1] - unseen[i] for i in (0, 1)) if images.ndim == 4 else ()
+    if not seen or seen[0] % height or seen[1] % width:
         sides = f"{height}" if height == width else f"{height} and {width}"
         less = f" after {unseen[0]} and {unseen[1]} pixels are left out" if any(unseen) else ""
         raise ValueError(
             f"images must be [B, H, W, C] with sides divisible by {sides}{less}, got "
             f"{list(images.shape)}. Resize them, or resample the patch embedding."
         )
-    came = (rest[0] // height, rest[1] // width)
-    if grid is not None and came != tuple(grid):
+    image_grid = (seen[0] // height, seen[1] // width)
+    if grid is not None and image_grid != tuple(grid):
         raise ValueError(
-            f"images {list(images.shape)} have a grid of {came[0]} x {came[1]} patches, but the "
-            f"positions belong to {grid[0]} x {grid[1]}. Resize the images, or the positions "
-            "(transforms.resize_positions_bicubic) and clone the module with the new grid."
+            f"images {list(images.shape)} have a grid of {image_grid[0]} x {image_grid[1]} "
+            f"patches, but the positions belong to {grid[0]} x {grid[1]}. Resize the images, or "
+            "the positions (transforms.resize_positions_bicubic) and clone the module with the new "
+            "grid."
         )
     return height, width

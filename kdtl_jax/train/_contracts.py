@@ -31,22 +31,15 @@ def check_carried(**states: tuple[PyTree, PyTree]) -> None:
       ValueError: naming both, and the first leaf that differs.
     """
     for name, (new, old) in states.items():
-        new_leaves, old_leaves = trees.flatten({name: new}), trees.flatten({name: old})
+        leaves = [trees.flatten({name: tree}) for tree in (new, old)]
+        changed = [name]
         if jax.tree.structure(new) == jax.tree.structure(old):
-            changed = [
-                path
-                for path in new_leaves
-                if np.shape(new_leaves[path]) != np.shape(old_leaves[path])
-            ]
-        else:
-            changed = [name]
+            shapes = [{path: np.shape(leaf) for path, leaf in flat.items()} for flat in leaves]
+            changed = [path for path in shapes[0] if shapes[0][path] != shapes[1][path]]
         if changed:
             path = changed[0]
             new_form, old_form = (
-                describe(leaves[path])
-                if path in leaves and len(leaves)
-                else f"{len(leaves)} leaves"
-                for leaves in (new_leaves, old_leaves)
+                describe(flat[path]) if path in flat else f"{len(flat)} leaves" for flat in leaves
             )
             source = "the terms return" if name == "memory" else "the model returns"
             raise ValueError(
@@ -67,8 +60,7 @@ def call_terms(terms: TermsFn, inputs: Inputs) -> Any:
             )
         if len(error.args) == 1:
             error.args = (_missing_message(error.args[0], inputs),)
-        missing = [n for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))]
-        if missing:
+        if missing := _empty_fields(inputs):
             arguments = ", ".join(f"{name}=method.{name}(key)" for name in missing)
             error.add_note(
                 f"The state has no {' and no '.join(missing)}. If the terms are a method's, write "
@@ -77,23 +69,23 @@ def call_terms(terms: TermsFn, inputs: Inputs) -> Any:
         raise
 
 
+def _empty_fields(inputs: Inputs) -> list[str]:
+    return [name for name in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, name))]
+
+
 def _missing_message(entry: Any, inputs: Inputs) -> str:
     """The message for an entry that the terms read and that is not available."""
     fields = {name: getattr(inputs, name) for name in ("student", "teacher", "batch")}
     available = {name: sorted(map(str, x)) for name, x in fields.items() if isinstance(x, Mapping)}
-    available |= {
-        n: [] for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))
-    }
-    listed = ", ".join(
-        f"inputs.{name} has {names or 'nothing'}" for name, names in available.items()
-    )
+    available |= {name: [] for name in _empty_fields(inputs)}
+    contents = ", ".join(f"inputs.{n} has {names or 'nothing'}" for n, names in available.items())
     advice = ""
     if entry in available.get("student", ()) and not available.get("teacher"):
         advice = (
             " There is no teacher: pass teacher= to make_step and teacher_params to the step, or "
             'its outputs as batch["teacher"].'
         )
-    return f"the terms read {entry}, which is not there: {listed}.{advice}"
+    return f"the terms read {entry}, which is not there: {contents}.{advice}"
 
 
 def check_batch(batch: Any) -> Mapping[str, Any]:
@@ -136,13 +128,10 @@ def check_statistics(batch: Mapping[str, Any], old_state: PyTree, new_state: PyT
     concrete = _checks.concrete(weights)
     if concrete is not None and np.all(concrete != 0):
         return
-    old_leaves, new_leaves = (
-        jax.tree.leaves(old_state),
-        jax.tree_util.tree_leaves_with_path(new_state),
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(new_state)
     changing = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for (path, leaf), previous in zip(new_leaves, old_leaves, strict=True)
+        trees.path_string(path)
+        for (path, leaf), previous in zip(leaves, jax.tree.leaves(old_state), strict=True)
         if trees.is_inexact(leaf) and leaf is not previous
     ]
     if changing:

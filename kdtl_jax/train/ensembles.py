@@ -25,7 +25,10 @@ which any loss accepts as a teacher's. The mixtures differ in meaning:
   gradient of `mean_probabilities` and the same minimum.
 
 `weights` are per teacher, `[K]`, or per teacher and example, `[K, B]`; they must not be negative
-and are normalized.
+and are normalized over teachers. By default they are equal.
+
+Raises ValueError if there is no teacher axis, weights do not fit it, are negative or sum to 0, or a
+temperature is not positive, and TypeError if logits are not floating point.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,12 +58,10 @@ def stack_teachers(teachers: Sequence[Params]) -> Params:
     Raises:
       ValueError: if there are none, or their leaves differ in path or shape.
     """
-    if isinstance(teachers, Mapping):
-        raise TypeError("teachers must be a list of parameter trees, got one tree (a dict).")
     if not isinstance(teachers, Sequence) or isinstance(teachers, str):
-        raise TypeError(
-            f"teachers must be a list of parameter trees, got {type(teachers).__name__}."
-        )
+        is_dict = isinstance(teachers, Mapping)
+        kind = "one tree (a dict)" if is_dict else type(teachers).__name__
+        raise TypeError(f"teachers must be a list of parameter trees, got {kind}.")
     if not teachers:
         raise ValueError("expected at least one teacher, got none.")
     first, *others = [trees.flatten(teacher) for teacher in teachers]
@@ -102,17 +103,9 @@ def vmap_teacher(teacher: ModelFn) -> ModelFn:
 def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
     """`sum_k w_k z_k`: the geometric mixture; its `softmax` is the normalized `prod_k p_k^w_k`.
 
-    Args:
-      logits: `[K, ..., num_classes]`.
-      weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
-
     Returns:
       `[..., num_classes]` logits, float32 or wider; -inf where any teacher with a weight above 0
       excludes a class.
-
-    Raises:
-      ValueError: if there is no teacher axis, or weights do not fit it, are negative or sum to 0.
-      TypeError: if the logits are not floating point.
 
     References:
       TextBrewer averages logits. Hinton et al., 2015 (1503.02531), section 1.
@@ -129,17 +122,8 @@ def mean_probabilities(
     `softmax(result / T)` is the mean of the teachers' softened probabilities, so give the loss
     the same temperature.
 
-    Args:
-      logits: `[K, ..., num_classes]`.
-      temperature: softens each teacher before averaging.
-      weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
-
     Returns:
       `[..., num_classes]`, at most 0; -inf where all teachers exclude a class.
-
-    Raises:
-      ValueError: as `mean_logits`, or if the temperature is not positive.
-      TypeError: if the logits are not floating point.
     """
     logits = _check_logits(logits)
     _checks.several_classes(logits=logits)
@@ -156,18 +140,6 @@ def log_sum_exp(
 
     Adding a constant to one teacher's logits changes the result, which `mean_probabilities` does
     not; on log-probabilities the two are equal.
-
-    Args:
-      logits: `[K, ..., num_classes]`.
-      temperature: of the exponentials.
-      weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
-
-    Returns:
-      `[..., num_classes]` logits.
-
-    Raises:
-      ValueError: as `mean_probabilities`.
-      TypeError: if the logits are not floating point.
     """
     logits = _check_logits(logits)
     _checks.positive(temperature=temperature)
@@ -193,10 +165,6 @@ def gated_logits(logits: Array, scores: Array) -> Array:
 
     Returns:
       `[B, num_classes]`.
-
-    Raises:
-      ValueError: if `scores` is not `[B, K]`.
-      TypeError: if either is not floating point.
 
     References:
       Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, 2018 (1806.04606).
@@ -279,25 +247,14 @@ def _shares(weights: Weights | None, logits: Array) -> Array:
 
 def _mean(logits: Array, share: Array) -> Array:
     """`sum_k share_k z_k`; `0 * -inf = 0`: a teacher without a share excludes no class."""
-    total = jnp.sum(share * _zero_absent(logits), axis=0)
-    return _restore_absent(total, jnp.any(_is_absent(logits) & (share > 0), axis=0))
-
-
-def _is_absent(logits: Array) -> Array:
-    return logits == -jnp.inf
-
-
-def _zero_absent(logits: Array) -> Array:
-    return jnp.where(_is_absent(logits), 0, logits)
-
-
-def _restore_absent(logits: Array, absent: Array) -> Array:
-    return jnp.where(absent, -jnp.inf, logits)
+    is_absent = logits == -jnp.inf
+    total = jnp.sum(share * jnp.where(is_absent, 0, logits), axis=0)
+    return jnp.where(jnp.any(is_absent & (share > 0), axis=0), -jnp.inf, total)
 
 
 def _log_mixture(log_values: Array, share: Array) -> Array:
     """`log sum_k share_k exp(log_values_k)`; gradients are finite even where terms are absent."""
-    is_present = (share > 0) & ~_is_absent(log_values)
+    is_present = (share > 0) & (log_values != -jnp.inf)
     safe = jnp.where(is_present, log_values, jnp.finfo(log_values.dtype).min)
     largest = jax.lax.stop_gradient(jnp.max(safe, axis=0))
     shifted = jnp.where(is_present, log_values - largest[None], 0)

@@ -15,6 +15,7 @@ then computes no gradient for them. Frozen batch statistics are `normalization.f
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -221,12 +222,14 @@ def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
     table = trees.flatten(by_leaf)
 
     def init(params: Params) -> optax.EmptyState:
-        _check_covered(params, table)
+        _look_up(table, params)
         return optax.EmptyState()
 
+    def multiply(factor: Scalar, update: Array) -> Array:
+        return jnp.asarray(factor).astype(update.dtype) * update
+
     def update(updates: PyTree, state: Any, params: Params | None = None) -> tuple[PyTree, Any]:
-        _check_covered(updates, table)
-        return trees.map_with_path(lambda path, u: _multiply(table[path], u), updates), state
+        return jax.tree.map(multiply, _look_up(table, updates), updates), state
 
     return optax.GradientTransformation(init, update)
 
@@ -244,13 +247,9 @@ def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformati
     """
     numbered = [(selector, str(i)) for i, (selector, _) in enumerate(rules)]
     table = trees.flatten(trees.labels(params, numbered))
-
-    def label(tree: PyTree) -> PyTree:
-        _check_covered(tree, table)
-        return trees.map_with_path(lambda path, _: table[path], tree)
-
     # A rule whose leaves are all outside the trainable partition does nothing.
-    return optax.partition({str(i): tx for i, (_, tx) in enumerate(rules)}, label)
+    transforms = {str(i): tx for i, (_, tx) in enumerate(rules)}
+    return optax.partition(transforms, partial(_look_up, table))
 
 
 class GateState(NamedTuple):
@@ -287,17 +286,17 @@ def unfreeze_gate(params: Params, rules: trees.Rules) -> optax.GradientTransform
     first_steps = trees.flatten(trees.labels(params, rules))
 
     def init(params: Params) -> GateState:
-        _check_covered(params, first_steps)
+        _look_up(first_steps, params)
         return GateState(jnp.zeros((), jnp.int32))
 
     def update(
         updates: PyTree, state: Any, params: Params | None = None
     ) -> tuple[PyTree, GateState]:
-        def gate(path: str, leaf: Array) -> Array:
-            return jnp.where(state.step >= first_steps[path], leaf, jnp.zeros((), leaf.dtype))
+        def gate(first_step: int, leaf: Array) -> Array:
+            return jnp.where(state.step >= first_step, leaf, jnp.zeros((), leaf.dtype))
 
-        _check_covered(updates, first_steps)
-        return trees.map_with_path(gate, updates), GateState(state.step + 1)
+        gated = jax.tree.map(gate, _look_up(first_steps, updates), updates)
+        return gated, GateState(state.step + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -356,20 +355,17 @@ def carry_opt_state(old: PyTree, new: PyTree) -> Carried:
         jax.lax.convert_element_type(old_leaves[path], leaf.dtype) if path in old_leaves else leaf
         for path, leaf in new_leaves.items()
     ]
+    fresh = tuple(path for path in new_leaves if path not in old_leaves)
     state = jax.tree.unflatten(jax.tree.structure(new), leaves)
-    return Carried(
-        state, tuple(shared), tuple(path for path in new_leaves if path not in old_leaves)
-    )
+    return Carried(state, tuple(shared), fresh)
 
 
-def _check_covered(tree: PyTree, table: Mapping[str, Any]) -> None:
-    for path in trees.flatten(tree):
+def _look_up(table: Mapping[str, Any], tree: PyTree) -> PyTree:
+    """The table's entries for the leaves of a tree, by path."""
+    for path in trees.leaf_paths(tree):
         if path not in table:
             raise ValueError(
                 f"no rule was made for {path!r}; nearest paths: "
                 f"{trees.nearest(path, list(table))}. Make the rules from all the parameters."
             )
-
-
-def _multiply(factor: Scalar, update: Array) -> Array:
-    return jnp.asarray(factor).astype(update.dtype) * update
+    return trees.map_with_path(lambda path, _: table[path], tree)

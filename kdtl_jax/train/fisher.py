@@ -6,6 +6,10 @@ Three quantities are called "the Fisher"; they differ by factors of up to the ba
 - `true_fisher`: the same with labels drawn from the model's own distribution, summed exactly;
 - `batch_fisher`: mean over batches of the squared gradient of the batch mean, as in Avalanche; it
   is too small by a factor of up to the batch size.
+
+`params` are any pytree, of which leaves that are not inexact pass through, and `examples` a pytree
+of arrays `[N, ...]`. The result is a tree like `params`, float32 or wider. Raises ValueError if the
+examples differ in number or are empty.
 """
 
 from collections.abc import Callable
@@ -29,15 +33,7 @@ def empirical_fisher(
 
     Args:
       loss: `loss(params, example) -> []`, the negative log-likelihood of one example.
-      params: any pytree; leaves that are not inexact pass through.
-      examples: a pytree of arrays `[N, ...]`.
       chunk: examples differentiated at once; memory is `chunk` gradients.
-
-    Returns:
-      A tree like `params`, float32 or wider.
-
-    Raises:
-      ValueError: if the examples differ in number or are empty.
     """
 
     def squares(trained: Params, frozen: Params, example: Any) -> PyTree:
@@ -63,16 +59,10 @@ def true_fisher(
 
     Args:
       logits: `logits(params, example) -> [C]`; labels are not used.
-      params: any pytree; leaves that are not inexact pass through.
-      examples: a pytree of arrays `[N, ...]`.
       chunk: examples differentiated at once; memory is `chunk * C` gradients.
 
-    Returns:
-      A tree like `params`, float32 or wider.
-
     Raises:
-      ValueError: if the examples differ in number or are empty, or there is only one logit: its
-        softmax is 1, so its information is 0.
+      ValueError: if there is only one logit: its softmax is 1, so its information is 0.
 
     References:
       Amari, Natural gradient works efficiently in learning, 1998.
@@ -98,10 +88,8 @@ def true_fisher(
 def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_size: int) -> PyTree:
     """`mean_batches (d mean_i loss_i / d theta)^2` over consecutive batches: Avalanche's EWC.
 
-    Arguments are as for `empirical_fisher`; `N` must be a multiple of `batch_size`.
-
     Raises:
-      ValueError: if `N` is not a multiple of `batch_size`, or 0.
+      ValueError: if `N` is not a multiple of `batch_size`.
     """
     count = _count(examples)
     _checks.count(1, batch_size=batch_size)

@@ -3,7 +3,8 @@
 Each is a few lines on top of the losses; a paper adds which network teaches which, and where the
 gradient stops. The teaching side is always under `stop_gradient` here: unlike the losses, these
 functions decide which side teaches. Functions named `..._terms` return `{name: [B]}` for the
-objective:
+objective. Their `labels` are int `[B]`, and `where` says which examples are real, bool `[B]`
+(`inputs.real`); the labels of the others may be anything.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from kdtl_jax import train
@@ -44,9 +45,7 @@ def mutual_terms(
 
     Args:
       logits: `[K, B, num_classes]`, K >= 2 peers.
-      labels: `[B]` int.
       temperature: 1 in the paper.
-      where: bool `[B]`, real examples (`inputs.real`); the labels of the others may be anything.
 
     Returns:
       `{"task": [B], "mutual": [B]}`.
@@ -86,9 +85,7 @@ def one_terms(
     Args:
       branches: `[K, B, num_classes]` logits.
       scores: `[B, K]` of the gate (see `ensembles.gated_logits`).
-      labels: `[B]` int.
       temperature: 3 in the paper.
-      where: bool `[B]`, real examples, as for `mutual_terms`.
 
     Returns:
       `{"task": [B], "ensemble": [B], "distill": [B]}`, all with weight 1 in the paper. The gate
@@ -125,11 +122,9 @@ def self_teaching_terms(
 
     Args:
       exits: `[B, num_classes]` logits of every classifier, the deepest last.
-      labels: `[B]` int.
       features: one `[B, D]` per exit, brought to equal size by connectors, the deepest last; if
         empty, the hint is omitted.
       temperature: 3 in the published code.
-      where: bool `[B]`, real examples, as for `mutual_terms`.
 
     Returns:
       `{"task": [B], "distill": [B]}`, sums over exits, and with features `"hint"`, the sum of

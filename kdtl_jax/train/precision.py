@@ -16,6 +16,7 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics, _softmax, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
+from kdtl_jax.train._contracts import check_optimizer
 from kdtl_jax.train._state import cast_like
 
 
@@ -36,16 +37,9 @@ def compute_in(model: ModelFn, dtype: Any) -> ModelFn:
         raise TypeError(f"dtype must be floating point such as jnp.bfloat16, got {dtype!r:.80}.")
 
     def apply(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
+        params: Params, model_state: PyTree, inputs: Any, **mode: Any
     ) -> tuple[Outputs, PyTree]:
-        outputs, new_state = model(
-            _cast(params, dtype), model_state, _cast(inputs, dtype), key=key, train=train
-        )
+        outputs, new_state = model(_cast(params, dtype), model_state, _cast(inputs, dtype), **mode)
         restored = jax.tree.map(
             lambda new, old: new.astype(old.dtype) if trees.is_inexact(old) else new,
             new_state,
@@ -64,15 +58,10 @@ def rematerialized(model: ModelFn, *, policy: Callable[..., Any] | None = None) 
     """
 
     def apply(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
+        params: Params, model_state: PyTree, inputs: Any, **mode: Any
     ) -> tuple[Outputs, PyTree]:
         def run(params: Params, inputs: Any) -> tuple[Outputs, PyTree]:
-            return model(params, model_state, inputs, key=key, train=train)
+            return model(params, model_state, inputs, **mode)
 
         return jax.checkpoint(run, policy=policy)(params, inputs)
 
@@ -113,8 +102,7 @@ def loss_scaling(
     _checks.scalar(initial=initial, factor=factor, smallest=smallest)
     _checks.positive(initial=initial, factor=factor, smallest=smallest)
     _checks.count(1, period=period)
-    if not hasattr(tx, "init") or not hasattr(tx, "update"):
-        raise TypeError(f"tx must be an optimizer such as optax.adam(1e-3), got {tx!r:.80}.")
+    check_optimizer(tx)
     if factor <= 1:
         raise ValueError(f"factor must be above 1, got {factor}.")
 
@@ -265,14 +253,9 @@ def with_int8(model: ModelFn) -> ModelFn:
     """`model` on quantized parameters, which are dequantized where they are used."""
 
     def apply(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
+        params: Params, model_state: PyTree, inputs: Any, **mode: Any
     ) -> tuple[Outputs, PyTree]:
-        return model(dequantize(params), model_state, inputs, key=key, train=train)
+        return model(dequantize(params), model_state, inputs, **mode)
 
     return apply
 

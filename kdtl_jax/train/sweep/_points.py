@@ -4,12 +4,11 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks
+from kdtl_jax import _checks, trees
 from kdtl_jax._types import PyTree
 
 # `{name: [N]}`; a column may be a whole pytree of arrays [N, ...].
@@ -35,10 +34,9 @@ def grid(**axes: Iterable[Any]) -> dict[str, Array]:
         float32.
       TypeError: if an axis is not a sequence.
     """
-    lists = {name: _as_list(name, values) for name, values in axes.items()}
-    rows = list(itertools.product(*lists.values()))
-    columns = zip(*rows, strict=True)
-    return {name: _column(name, column) for name, column in zip(lists, columns, strict=True)}
+    lists = [_as_list(name, values) for name, values in axes.items()]
+    columns = zip(*itertools.product(*lists), strict=True)
+    return {name: _column(name, column) for name, column in zip(axes, columns, strict=True)}
 
 
 def size(points: Points) -> int:
@@ -47,10 +45,7 @@ def size(points: Points) -> int:
     Raises:
       ValueError: if there are none, the columns' lengths differ, or one is not an array.
     """
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(points))
-    }
+    leaves = trees.flatten(dict(points))
     numbers = [name for name, leaf in leaves.items() if not np.ndim(leaf)]
     if numbers:
         raise ValueError(
@@ -112,10 +107,9 @@ def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
     """
     _checks.mappings(points=points)
     columns = {name: np.asarray(column) for name, column in points.items()}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(results):
-        name = jax.tree_util.keystr(key_path, simple=True, separator="/") or "result"
+    for path, leaf in trees.flatten(results).items():
         value = np.asarray(leaf)
-        columns[name] = value.reshape(len(value), -1)[:, -1]
+        columns[path or "result"] = value.reshape(len(value), -1)[:, -1]
     return [
         {name: column[i].item() for name, column in columns.items()} for i in range(size(points))
     ]
