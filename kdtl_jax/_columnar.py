@@ -79,7 +79,7 @@ def _messages(pa: Any, source: Any) -> Iterator[_Message]:
     data = memoryview(source.read_buffer())
     if bytes(data[:6]) != MAGIC:
         reader = pa.ipc.MessageReader.open_stream(pa.BufferReader(pa.py_buffer(data)))
-        for message in iter(lambda: _next_message(reader), None):
+        for message in reader:
             yield _Message(memoryview(message.metadata), memoryview(message.body or b""))
         return
     (length,) = struct.unpack_from("<i", data, len(data) - 10)
@@ -93,13 +93,6 @@ def _messages(pa: Any, source: Any) -> Iterator[_Message]:
             prefix = 8 if bytes(data[start : start + 4]) == b"\xff\xff\xff\xff" else 4
             body = start + size
             yield _Message(data[start + prefix : body], data[body : body + body_size])
-
-
-def _next_message(reader: Any) -> Any:
-    try:
-        return reader.read_next_message()
-    except StopIteration:
-        return None
 
 
 class _Table(NamedTuple):

@@ -180,8 +180,9 @@ def _read_page(file: BinaryIO, pos: int) -> Page:
     while True:
         file.seek(pos)
         data = file.read(size)
+        fields = _Fields({}, {})
         try:
-            header_size, fields = _read_struct(data)
+            header_size = _read_fields(data, 0, fields, 0)
         except IndexError:
             if len(data) < size or size >= MAX_HEADER_BYTES:
                 raise ValueError("the header of a page is damaged") from None
@@ -205,14 +206,8 @@ def _read_page(file: BinaryIO, pos: int) -> Page:
         )
 
 
-def _read_struct(data: bytes) -> tuple[int, _Fields]:
-    """Reads a struct in Thrift's compact protocol; returns its length and fields."""
-    fields = _Fields({}, {})
-    return _read_fields(data, 0, fields, 0), fields
-
-
 def _read_fields(data: bytes, pos: int, fields: _Fields, depth: int) -> int:
-    """Reads the fields of a struct; returns its end."""
+    """Reads the fields of a struct in Thrift's compact protocol; returns its end."""
     if depth > MAX_DEPTH:
         raise ValueError("the header of a page is damaged")
     number = 0

@@ -372,6 +372,5 @@ def _did_you_mean(where: Selector, names: list[str]) -> str:
     )
 
 
-def _name_list(names: Sequence[str], max_names: int = 8) -> str:
-    quoted = ", ".join(repr(name) for name in names[:max_names])
-    return quoted + (f" and {len(names) - max_names} more" if len(names) > max_names else "")
+def _name_list(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if names[8:] else "")

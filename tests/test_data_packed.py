@@ -133,6 +133,18 @@ def test_texts_that_parquet_stores_once_are_counted(
         datasets.read(path)
 
 
+def test_columns_can_be_dropped_from_texts_that_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_columnar, "MAX_SHARED_BYTES", 2**8)  # so that rows come in batches
+    texts = [f"word {i % 7} and more" for i in range(300)]
+    table = pa.table({"text": texts, "id": np.arange(300), "label": LABEL})
+    encoding = {"text": "DELTA_BYTE_ARRAY", "id": "PLAIN", "label": "PLAIN"}
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, column_encoding=encoding)
+    data = datasets.read(tmp_path / "a.parquet", drop=["id"], one_hot=True)
+    np.testing.assert_array_equal(data.inputs.argmax(axis=1), np.arange(300) % 7)
+
+
 @pytest.mark.parametrize("name", ["texts", "messages", "pages", "beginnings"])
 def test_records_of_text_come_row_by_row_where_they_share(tmp_path: Path, name: str) -> None:
     path = parquet(tmp_path / "a.parquet", name)

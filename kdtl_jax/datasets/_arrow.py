@@ -163,12 +163,13 @@ def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bo
         return _table(pa, batches, file.schema_arrow, only_first=only_first)
 
 
-def _table(pa: Any, batches: Iterator[Any], schema: Any, *, only_first: bool) -> Any:
+def _table(pa: Any, batches: Iterable[Any], schema: Any, *, only_first: bool) -> Any:
     """A table of the batches, or of their first row, if there is one."""
     if only_first:
-        batches = (batch.slice(0, 1) for batch in batches if len(batch))
-        batches = itertools.islice(batches, 1)
-    return pa.Table.from_batches([*batches], schema)
+        rows = (batch.slice(0, 1) for batch in batches if len(batch))
+        batches = itertools.islice(rows, 1)
+    batches = [*batches]  # of the selected columns, the schema's or fewer
+    return pa.Table.from_batches(batches) if batches else schema.empty_table()
 
 
 def _stream(pa: Any, path: Path, source: Any, positions: Sequence[int] | None = None) -> Any:

@@ -35,13 +35,13 @@ def columns_of(
     Raises:
       ValueError: naming the row and column of text, or of a missing value without a fill.
     """
+    missing = None if missing == "drop" else missing
     result = []
     for name, column in table.columns.items():
         part = column[rows]
         present = part[~missing_mask(part)]
         is_missing = missing_mask(column)
-        fill = missing not in (None, "drop")
-        if is_missing.any() and not fill:
+        if is_missing.any() and missing is None:
             row = int(np.flatnonzero(is_missing)[0])
             raise ValueError(
                 f"{table.name}: {table.at(row)}, column {name!r:.80}: no value "
@@ -51,7 +51,7 @@ def columns_of(
         if not len(present):
             raise ValueError(
                 f"{table.name}: column {name!r:.80} has no value in the training part. Drop it "
-                f"(--drop-columns)."
+                "(--drop-columns)."
             )
         # Text whose cells are all plain numbers is text by its file's type, such as codes.
         if (parsed := _numbers_in(table, column)) is not None and (
@@ -59,7 +59,7 @@ def columns_of(
         ):
             values, unit = parsed
             values = values[rows][~missing_mask(part)]
-            result.append(Column(name, (), _fill(values, missing) if fill else None, unit))
+            result.append(Column(name, (), missing and _fill(values, missing), unit))
         else:
             result.append(_text_column(table, name, column, present, missing, one_hot))
     return tuple(result)
@@ -93,15 +93,13 @@ def encode(table: Table, columns: Sequence[Column]) -> np.ndarray:
             inputs[:, start:end] = texts[:, None] == np.array(column.categories, object)[None]
             start = end
             continue
-        parsed = (np.full(len(values), np.nan), column.unit)
         if not is_missing.all():
             parsed = _numbers_in(table, values)
-        if parsed is None or parsed[1] != column.unit:
-            raise _not_a_number(table, column.name, values, column.unit)
-        values = parsed[0]
+            if parsed is None or parsed[1] != column.unit:
+                raise _not_a_number(table, column.name, values, column.unit)
+            inputs[:, start] = parsed[0]
         if column.fill is not None:
-            values = np.where(is_missing, column.fill, values)
-        inputs[:, start] = values
+            inputs[is_missing, start] = column.fill
         start += 1
     return inputs
 
@@ -117,15 +115,13 @@ def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
     """Notices about categories that the training part does not have."""
     notices = []
     for column in columns:
-        if column.categories:
-            values = table.columns[column.name]
-            texts = _as_text(values[~missing_mask(values)])
-            unknown = sorted(set(texts) - set(column.categories))
-            if unknown:
-                notices.append(
-                    f"column {column.name!r:.80}: {unknown[0]!r:.80} does not occur in the "
-                    f"training part ({len(unknown)} such categories): all of its inputs are 0"
-                )
+        values = table.columns[column.name]
+        texts = _as_text(values[~missing_mask(values)]) if column.categories else ()
+        if unknown := sorted({*texts} - {*column.categories}):
+            notices.append(
+                f"column {column.name!r:.80}: {unknown[0]!r:.80} does not occur in the training "
+                f"part ({len(unknown)} such categories): all of its inputs are 0"
+            )
     return notices
 
 
@@ -160,9 +156,7 @@ def _text_column(
             f"{len(texts)} rows, too many for one input each: a name or an id? Drop it "
             "(--drop-columns)."
         )
-    fill = None
-    if missing not in (None, "drop"):  # text has no mean
-        fill = str(categories[counts.argmax()])
+    fill = missing and str(categories[counts.argmax()])  # text has no mean
     return Column(name, tuple(map(str, categories)), fill)
 
 
@@ -205,7 +199,7 @@ def _not_a_number(
     )
 
 
-def _fill(values: np.ndarray, missing: Missing | None) -> float:
+def _fill(values: np.ndarray, missing: Missing) -> float:
     if missing == "mean":
         return float(values.mean())
     if missing == "median":

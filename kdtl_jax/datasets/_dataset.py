@@ -256,24 +256,18 @@ def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
     # Values that overflow float32 become infinite, and are refused below.
     with np.errstate(over="ignore", invalid="ignore"):
         single = np.ascontiguousarray(inputs, np.float32)
-    feature_axes = tuple(range(1, single.ndim))
-    finite = [
-        np.isfinite(single[start : start + ROWS_PER_CHECK]).all(axis=feature_axes)
-        for start in range(0, len(single), ROWS_PER_CHECK)
-    ]
-    finite = np.concatenate([np.zeros(0, bool), *finite])
-    if not finite.all():
-        rows = np.flatnonzero(~finite)
+    is_finite = np.empty(len(single), bool)
+    for start in range(0, len(single), ROWS_PER_CHECK):
+        rows = slice(start, start + ROWS_PER_CHECK)
+        is_finite[rows] = np.isfinite(single[rows]).all(axis=tuple(range(1, single.ndim)))
+    if not is_finite.all():
+        rows = np.flatnonzero(~is_finite)
         raise ValueError(
             f"{name}: {len(rows)} of {len(single)} examples hold NaN or infinity, the first at row "
             f"{rows[0]}. Drop or impute them first."
         )
-    if (
-        not inputs.size
-        or inputs.ndim != 2
-        or inputs.dtype.itemsize < 4
-        or inputs.dtype == np.float32
-    ):
+    is_exact = inputs.dtype.itemsize < 4 or inputs.dtype == np.float32
+    if is_exact or not inputs.size or inputs.ndim != 2:
         return single
     low, high = (x.astype(np.float64) for x in (inputs.min(axis=0), inputs.max(axis=0)))
     rounding = np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(high))

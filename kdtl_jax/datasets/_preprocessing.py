@@ -76,8 +76,8 @@ def preprocessing_to_json(preprocessing: Preprocessing) -> str:
     for name in ("scaling", "target_scaling"):
         if (scaling := record[name]) is not None:
             record[name] = {
-                "mean": _array_to_json(scaling.mean),
-                "scale": _array_to_json(scaling.scale),
+                field: {"dtype": str(x.dtype), "values": x.tolist()}
+                for field, x in scaling._asdict().items()
             }
     return json.dumps(record)
 
@@ -113,20 +113,12 @@ def preprocessing_from_json(text: str) -> Preprocessing:
         raise ValueError(f"no description of preprocessing ({_text.shown(str(error))}).") from None
 
 
-def _array_to_json(x: np.ndarray) -> dict[str, Any]:
-    return {"dtype": str(x.dtype), "values": x.tolist()}
-
-
 def _standardizer_from_json(record: Mapping[str, Any] | None) -> Standardizer | None:
     if record is None:
         return None
-    mean, scale = (
-        np.asarray(
-            record[name]["values"],
-            np.float64 if record[name]["dtype"] == "float64" else np.float32,
-        )
-        for name in ("mean", "scale")
-    )
+    arrays = [record[name] for name in Standardizer._fields]
+    dtypes = [np.float64 if x["dtype"] == "float64" else np.float32 for x in arrays]
+    mean, scale = (np.asarray(x["values"], t) for x, t in zip(arrays, dtypes, strict=True))
     if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale != 0).all()):
         raise ValueError("a scale that is 0 or not finite")
     return Standardizer(mean, scale)

@@ -84,16 +84,14 @@ def read_splits(
     others = {p: _number_targets(stored[p], target, train) for p in PARTS[1:] if p in stored}
     splits = with_drawn_parts(train, others, validation, test, seed)
     origins = [first, *(stored.get(part, first) for part in PARTS[1:])]
-    form, notices = _form(preprocessing, choices, origins, splits.train)
-    parts = [
-        _encode(origin, part, form)._replace(name=path.name)
-        for origin, part in zip(origins, splits, strict=True)
-    ]
-    notices = (*first.notices, *parts[0].notices, *notices, *_input_notices(stored, form))
+    parts, notices = _encode_parts(preprocessing, choices, origins, splits)
+    train = parts[0]
+    notices = (*first.notices, *train.notices, *notices, *_input_notices(stored, train.form))
     shapes = [part.inputs.shape[1:] for part in parts]
     if len(set(shapes)) > 1:
         raise ValueError(f"{path}: parts have examples of different shapes, {shapes}.")
-    return Splits(parts[0]._replace(notices=tuple(dict.fromkeys(notices))), *parts[1:])
+    parts[0] = train._replace(notices=tuple(dict.fromkeys(notices)))
+    return Splits(*(part._replace(name=path.name) for part in parts))
 
 
 def read(
@@ -124,8 +122,7 @@ def read(
     stored = _training_first(_idx_files(path, labels) or sources(path, choices))
     first = _number_targets(stored[0], target, _model_dataset(preprocessing), classes)
     parts = [first, *(_number_targets(source, target, first) for source in stored[1:])]
-    form, notices = _form(preprocessing, choices, stored, first)
-    parts = [_encode(source, part, form) for source, part in zip(stored, parts, strict=True)]
+    parts, notices = _encode_parts(preprocessing, choices, stored, parts)
     data = parts[0]
     notices = (*(n for source in stored for n in source.notices), *data.notices, *notices)
     if len(parts) > 1:
@@ -259,16 +256,28 @@ def _number_targets(
     return data
 
 
-def _form(
+def _encode_parts(
     preprocessing: Preprocessing | None,
     choices: Choices,
     stored: Sequence[Source],
-    train: Dataset,
-) -> tuple[Preprocessing, list[str]]:
-    """The form of a model or, without one, of the training part, and notices about it."""
+    parts: Sequence[Dataset],
+) -> tuple[list[Dataset], list[str]]:
+    """The parts with encoded inputs, as a model takes them or as the training part decides.
+
+    The form of each records which targets were read. Also returns notices about the form.
+    """
     if preprocessing is None:
-        return _fit_form(stored[0], train, choices)
-    return _model_form(preprocessing, choices, stored), []
+        form, notices = _fit_form(stored[0], parts[0], choices)
+    else:
+        form, notices = _model_form(preprocessing, choices, stored), []
+    encoded = []
+    for source, part in zip(stored, parts, strict=True):
+        inputs = part.inputs  # or rows
+        if not isinstance(source.inputs, np.ndarray):
+            inputs = _encode_inputs(source, inputs, form)
+        part_form = form._replace(kind=part.kind, targets=source.columns or form.targets)
+        encoded.append(part._replace(inputs=inputs, form=part_form))
+    return encoded, notices
 
 
 def _model_form(
@@ -321,15 +330,6 @@ def _check_no_resizing(name: str, choices: Choices) -> None:
         raise ValueError(
             f"{name}: holds no image files, and only those are resized (--image-size)."
         )
-
-
-def _encode(source: Source, part: Dataset, form: Preprocessing) -> Dataset:
-    """Encodes the inputs of a part; its form records which targets were read."""
-    inputs = part.inputs
-    if not isinstance(source.inputs, np.ndarray):
-        inputs = _encode_inputs(source, inputs, form)
-    form = form._replace(kind=part.kind, targets=source.columns or form.targets)
-    return part._replace(inputs=inputs, form=form)
 
 
 def _encode_inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.ndarray:

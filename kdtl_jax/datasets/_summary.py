@@ -47,11 +47,8 @@ def warnings(splits: Splits) -> list[str]:
 
 def _targets(train: Dataset) -> str:
     if train.kind == "numbers":
-        names = (
-            train.names
-            or ("target",) * (train.classes == 1)
-            or tuple(f"target {i}" for i in range(train.classes))
-        )
+        numbered = [f"target {i}" for i in range(train.classes)]
+        names = train.names or (["target"] if train.classes == 1 else numbered)
         low, high, mean = train.labels.min(0), train.labels.max(0), train.labels.mean(0)
         parts = [
             f"{_text.shown(name)} from {low[i]:.4g} to {high[i]:.4g}, mean {mean[i]:.4g}"
@@ -60,9 +57,8 @@ def _targets(train: Dataset) -> str:
         return "; ".join(parts) + ("; …" if train.classes > MAX_LISTED else "")
     counts = _counts(train)
     names = train.class_names()
-    parts = ", ".join(
-        f"{_text.shown(names[i])} {counts[i]}" for i in range(min(MAX_LISTED, len(names)))
-    )
+    pairs = list(zip(names, counts, strict=True))[:MAX_LISTED]
+    parts = ", ".join(f"{_text.shown(name)} {count}" for name, count in pairs)
     rest = f", … (from {counts.min()} to {counts.max()})" if train.classes > MAX_LISTED else ""
     kind = "classes"
     if train.kind != "classes":

@@ -265,12 +265,10 @@ def _targets(table: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple
                     f"{table.name}: row {np.flatnonzero(missing)[0]} has no label "
                     f"({int(missing.sum())} such rows)."
                 )
-        elif name in table.lists:
-            column = table.lists[name]
-        elif name in table.vectors:
-            column = table.vectors[name]
-        else:
+        elif name in table.pictures:
             raise ValueError(f"{table.name}: column {name!r:.80} holds images, not labels.")
+        else:
+            column = table.lists[name] if name in table.lists else table.vectors[name]
         columns.append(column)
     if len(columns) > 1:
         return np.stack(columns, axis=1), ()

@@ -5,6 +5,9 @@
     loss = losses.alm(*chunks)
 
 Vocabularies are compared token by token, never by size: `shared_ids`, `require_same_ids`.
+
+Raises TypeError if log-probabilities are not floating point, or tokens, groups or numbers of chunks
+are not integers, and ValueError if shapes do not fit.
 """
 
 from collections.abc import Mapping
@@ -35,12 +38,12 @@ def align_tokens(
     """
     sides = {"student_ends": np.asarray(student_ends), "teacher_ends": np.asarray(teacher_ends)}
     _checks.rank(1, 1, **sides)
-    for name, ends in sides.items():
-        if np.any(np.diff(ends) < 0):
-            raise ValueError(f"{name} must not decrease, got {ends}.")
-    groups = [np.full(len(ends), -1, np.int32) for ends in sides.values()]
-    start, positions, count = [0, 0], [0, 0], 0
+    for name, side in sides.items():
+        if np.any(np.diff(side) < 0):
+            raise ValueError(f"{name} must not decrease, got {side}.")
     ends = list(sides.values())
+    groups = [np.full(len(side), -1, np.int32) for side in ends]
+    start, positions, count = [0, 0], [0, 0], 0
     while positions[0] < len(ends[0]) and positions[1] < len(ends[1]):
         left, right = ends[0][positions[0]], ends[1][positions[1]]
         positions[0] += int(left <= right)
@@ -77,8 +80,7 @@ def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: 
       with a token outside the vocabulary before its last token.
 
     Raises:
-      TypeError: if log_probs is not floating point, or tokens are not integers.
-      ValueError: if the shapes do not fit, or a token that is used is outside the vocabulary.
+      ValueError: if a token that is used is outside the vocabulary.
 
     References:
       TRL's GOLD trainer with "bayesian" merging.
@@ -109,10 +111,6 @@ def chunk_log_probs(log_probs: Array, groups: Array, *, num_chunks: int) -> Arra
 
     Returns:
       `[..., num_chunks]`, <= 0; 0 for a chunk without tokens (mask it with `chunk_lengths`).
-
-    Raises:
-      TypeError: if log_probs is not floating point, or groups or num_chunks are not integers.
-      ValueError: if the shapes differ or num_chunks is below 1.
     """
     _checks.floating(log_probs=log_probs)
     _checks.rank(1, log_probs=log_probs)
@@ -124,23 +122,17 @@ def chunk_log_probs(log_probs: Array, groups: Array, *, num_chunks: int) -> Arra
     rows = log_probs.reshape(-1, log_probs.shape[-1])
     row = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0).reshape(log_probs.shape)
     total = rows.shape[0] * num_chunks
-    place = jnp.where(inside, row * num_chunks + groups.astype(jnp.int32), total)
+    segment = jnp.where(inside, row * num_chunks + groups.astype(jnp.int32), total)
     values = jnp.where(inside, log_probs, 0)
-    summed = jax.ops.segment_sum(values.reshape(-1), place.reshape(-1), total)
-    return summed.reshape(*log_probs.shape[:-1], num_chunks)
+    sums = jax.ops.segment_sum(values.reshape(-1), segment.reshape(-1), total)
+    return sums.reshape(*log_probs.shape[:-1], num_chunks)
 
 
 def chunk_lengths(groups: Array, *, num_chunks: int) -> Array:
-    """The number of tokens in each chunk: int32 `[..., num_chunks]`, 0 for an unused chunk.
-
-    Raises:
-      TypeError: if groups are not integers.
-    """
+    """The number of tokens in each chunk: int32 `[..., num_chunks]`, 0 for an unused chunk."""
     _checks.integers(groups=groups)
-    counted = chunk_log_probs(
-        jnp.ones(np.shape(groups), jnp.float32), groups, num_chunks=num_chunks
-    )
-    return counted.astype(jnp.int32)
+    ones = jnp.ones(np.shape(groups), jnp.float32)
+    return chunk_log_probs(ones, groups, num_chunks=num_chunks).astype(jnp.int32)
 
 
 def merge_chunks(groups: Array, closes: Array) -> Array:
@@ -156,9 +148,6 @@ def merge_chunks(groups: Array, closes: Array) -> Array:
 
     Returns:
       int `[..., L]`, the merged chunk of each token.
-
-    Raises:
-      TypeError: if groups are not integers.
     """
     _checks.integers(groups=groups)
     _checks.arrays(closes=closes)
@@ -189,17 +178,17 @@ def shared_ids(
       ValueError: if no token is shared.
     """
     _checks.mappings(student_vocabulary=student_vocabulary, teacher_vocabulary=teacher_vocabulary)
-    both = sorted(
+    pairs = sorted(
         (i, teacher_vocabulary[token])
         for token, i in student_vocabulary.items()
         if token in teacher_vocabulary
     )
-    if not both:
+    if not pairs:
         raise ValueError(
             "the two vocabularies share no token; compare chunks of text (losses.alm)."
         )
-    ours, theirs = np.asarray(both, np.int32).T
-    return ours, theirs
+    student_ids, teacher_ids = np.asarray(pairs, np.int32).T
+    return student_ids, teacher_ids
 
 
 def require_same_ids(

@@ -96,12 +96,7 @@ def stored_outputs(
         }
 
     def apply(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
+        params: Params, model_state: PyTree, inputs: Any, *, key: Any = None, train: bool = False
     ) -> tuple[Outputs, PyTree]:
         outputs, model_state = apply_hidden(params, model_state, inputs)
         hidden: Any = outputs["hidden"]

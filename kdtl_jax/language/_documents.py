@@ -147,12 +147,9 @@ def _text(name: str, value: Any) -> str:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    if not (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
-        )
+    is_list = isinstance(value, list) and value
+    if not is_list or not all(
+        isinstance(x, dict) and isinstance(x.get("role"), str) for x in value
     ):
         raise ValueError("messages must be a list of objects with a 'role', at least one")
     # Readers of tables give each message all keys.

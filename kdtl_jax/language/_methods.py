@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from kdtl_jax import losses, train, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
@@ -237,12 +236,7 @@ def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
     """
 
     def apply(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
+        params: Params, model_state: PyTree, inputs: Any, *, key: Any = None, train: bool = False
     ) -> tuple[Outputs, PyTree]:
         prompts, width = inputs["privileged"], inputs["privileged"]["tokens"].shape[1]
         if width < prompt:

@@ -3,9 +3,12 @@
 Documents in one row are segments: attention and next tokens never cross from one to another. The
 attention mask (`segments`) and the loss mask (`learned`) are separate, and both go by position: the
 padding token may equal the end token, and the end token that closes a document is learned.
+
+Raises TypeError if a size is not an integer, and ValueError if it is too small.
 """
 
 import bisect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,10 +55,6 @@ def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0)
       length: tokens per row.
       prompt: if positive, `privileged` holds a row's first `prompt` tokens, preceded by at most as
         many tokens that come before them in the same document.
-
-    Raises:
-      TypeError: if `length` is not an integer.
-      ValueError: if `length` is below 2.
     """
     _checks.count(2, length=length)
     _checks.count(0, prompt=prompt)
@@ -91,9 +90,6 @@ def packed(documents: Iterable[Document], length: int, *, window: int = WINDOW) 
       documents: read as they are needed.
       length: tokens per row.
       window: number of documents that may share rows; more needs less padding and more memory.
-
-    Raises:
-      ValueError: if a size is too small.
     """
     _checks.count(2, length=length)
     _checks.count(1, window=window)
@@ -115,8 +111,7 @@ def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> It
     for methods that sample from the prompt.
 
     Raises:
-      ValueError: if the columns leave no room for either, or a document has no prompt or nothing
-        to learn.
+      ValueError: if a document has no prompt or nothing to learn.
     """
     _checks.count(1, prompt=prompt)
     _checks.count(prompt + 1, length=length)
@@ -183,15 +178,9 @@ def batch(rows: Iterable[Row]) -> dict[str, Any]:
       ValueError: if there are no rows.
     """
     # A single row takes several times the memory of its numbers, so few are held at once.
-    parts: list[dict[str, Any]] = []
-    pending: list[dict[str, Any]] = []
-    for row in rows:
-        pending.append(as_batch(row))
-        if len(pending) == ROWS_PER_STACK:
-            parts.append(_join_batches(np.stack, pending))
-            pending = []
-    if pending:
-        parts.append(_join_batches(np.stack, pending))
+    arrays = map(as_batch, rows)
+    stacks = iter(lambda: list(itertools.islice(arrays, ROWS_PER_STACK)), [])
+    parts = [_join_batches(np.stack, stack) for stack in stacks]
     if not parts:
         raise ValueError("there are no rows: no document has a token to learn.")
     return parts[0] if len(parts) == 1 else _join_batches(np.concatenate, parts)

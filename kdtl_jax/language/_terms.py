@@ -65,12 +65,7 @@ def model(
     tap_names = [name for name in names if any(mask[name] for mask in masks)]
 
     def apply(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
+        params: Params, model_state: PyTree, inputs: Any, *, key: Any = None, train: bool = False
     ) -> tuple[Outputs, PyTree]:
         decoder_params = weights(params)
         arrays = inputs["tokens"], inputs.get("positions"), inputs.get("segments")

@@ -199,10 +199,6 @@ def _template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
             raise ValueError(f"{file} is not UTF-8 text ({error}).") from None
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
-        templates = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
-        template = templates.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {x.get("name"): x.get("template") for x in entries}.get("default")
     return template if isinstance(template, str) else None

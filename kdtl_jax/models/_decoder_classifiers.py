@@ -1,10 +1,12 @@
 """Classifiers on a decoder's last hidden states: of a text, or of each of its tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from kdtl_jax import losses
 from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.models._blocks import known_ids, token_inputs
 from kdtl_jax.models._decoder import Decoder
@@ -27,47 +29,36 @@ def text_classifier(decoder: Decoder, *, padding: int | None = None) -> ModelFn:
       `[B, classes]`.
     """
 
-    def model(
-        params: Params, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
-    ) -> tuple[dict[str, Array], Any]:
-        real, hidden = _hidden(decoder, params, inputs, padding)
-        places = jnp.where(real, jnp.arange(real.shape[1])[None], -1)
-        last = jnp.argmax(places, axis=1)[:, None, None]
-        pooled = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-        return {"last_hidden": hidden, "logits": _scores(params, pooled)}, model_state
+    def last_token(hidden: Array, real: Array) -> Array:
+        position = jnp.where(real, jnp.arange(real.shape[1])[None], -1)
+        last = jnp.argmax(position, axis=1)[:, None, None]
+        return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
-    return model
+    return _classifier(decoder, padding, last_token)
 
 
 def token_classifier(decoder: Decoder) -> ModelFn:
     """A classifier of each token; as `text_classifier`, with `logits` `[B, L, classes]`."""
+    return _classifier(decoder, None, lambda hidden, real: hidden)
+
+
+def _classifier(
+    decoder: Decoder, padding: int | None, pool: Callable[[Array, Array], Array]
+) -> ModelFn:
+    """A head on `pool(hidden states [B, L, width], which tokens are real [B, L])`."""
 
     def model(
         params: Params, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
     ) -> tuple[dict[str, Array], Any]:
-        hidden = _hidden(decoder, params, inputs, None)[1]
-        return {"last_hidden": hidden, "logits": _scores(params, hidden)}, model_state
+        tokens, mask, _ = token_inputs(inputs, None)
+        real = jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask
+        if padding is not None:
+            real &= tokens != padding
+        segments = None if mask is None else mask.astype(jnp.int32)
+        ids = known_ids(tokens, decoder.config.vocabulary, real)
+        hidden, _ = decoder.apply(params, ids, segments=segments)
+        score = losses.Head(params["score"]["kernel"], params["score"].get("bias"))
+        logits = losses.head_logits(pool(hidden, real), score)
+        return {"last_hidden": hidden, "logits": logits}, model_state
 
     return model
-
-
-def _hidden(
-    decoder: Decoder, params: Params, inputs: Any, padding: int | None
-) -> tuple[Array, Array]:
-    """Which tokens are real, bool `[B, L]`, and the hidden states."""
-    tokens, mask, _ = token_inputs(inputs, None)
-    real = jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask
-    if padding is not None:
-        real &= tokens != padding
-    segments = None if mask is None else mask.astype(jnp.int32)
-    ids = known_ids(tokens, decoder.config.vocabulary, real)
-    return real, decoder.apply(params, ids, segments=segments)[0]
-
-
-def _scores(params: Params, hidden: Array) -> Array:
-    score = params["score"]
-    kernel = score["kernel"].astype(hidden.dtype)
-    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-    if "bias" not in score:
-        return logits
-    return logits + score["bias"].reshape((1,) * (hidden.ndim - 1) + (-1,)).astype(jnp.float32)

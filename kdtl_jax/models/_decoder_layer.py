@@ -262,9 +262,8 @@ def normalize(norm: Norm, x: Array, weights: Mapping[str, Array]) -> Array:
 
 
 def write_slots(slots: Array, new: Array, start: Array) -> Array:
-    """`slots` `[B, S, ...]` with `new` `[B, L, ...]` from slot `start` on."""
-    start_indices = (jnp.int32(0), start) + (jnp.int32(0),) * (slots.ndim - 2)
-    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), start_indices)
+    """`slots` `[B, S]` with `new` `[B, L]` from slot `start` on."""
+    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (jnp.int32(0), start))
 
 
 def _expand_vector(vector: Array, x: Array) -> Array:

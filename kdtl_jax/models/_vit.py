@@ -142,7 +142,7 @@ class Dinov2Layer(nn.Module):
     drop_path: float
 
     @nn.compact
-    def __call__(self, x: Array, train: bool, where: Array | None = None) -> Array:
+    def __call__(self, x: Array, train: bool) -> Array:
         def scale(name: str, y: Array) -> Array:
             y = y * self.param(name, nn.initializers.ones_init(), (x.shape[-1],))[None, None]
             return nn.Dropout(self.drop_path, (1, 2), deterministic=not train)(y)
@@ -151,7 +151,7 @@ class Dinov2Layer(nn.Module):
             self.heads, use_bias=self.qkv_bias, dropout=self.attention_dropout, name="attention"
         )
         y = layer_norm(self.norm_epsilon, "attention_norm")(x)
-        y = nn.Dropout(self.dropout, deterministic=not train)(attention(y, where, train=train))
+        y = nn.Dropout(self.dropout, deterministic=not train)(attention(y, None, train=train))
         x = x + scale("attention_scale", y)
         y = layer_norm(self.norm_epsilon, "mlp_norm")(x)
         if self.is_gated:
@@ -327,15 +327,15 @@ def check_grid(
     The last `unseen` rows and columns are not covered.
     """
     height, width = (patch, patch) if isinstance(patch, int) else patch
-    seen = tuple(images.shape[i + 1] - unseen[i] for i in (0, 1)) if images.ndim == 4 else ()
-    if not seen or seen[0] % height or seen[1] % width:
+    covered = tuple(images.shape[i + 1] - unseen[i] for i in (0, 1)) if images.ndim == 4 else ()
+    if not covered or covered[0] % height or covered[1] % width:
         sides = f"{height}" if height == width else f"{height} and {width}"
         less = f" after {unseen[0]} and {unseen[1]} pixels are left out" if any(unseen) else ""
         raise ValueError(
             f"images must be [B, H, W, C] with sides divisible by {sides}{less}, got "
             f"{list(images.shape)}. Resize them, or resample the patch embedding."
         )
-    image_grid = (seen[0] // height, seen[1] // width)
+    image_grid = (covered[0] // height, covered[1] // width)
     if grid is not None and image_grid != tuple(grid):
         raise ValueError(
             f"images {list(images.shape)} have a grid of {image_grid[0]} x {image_grid[1]} "

@@ -85,10 +85,9 @@ def jit_epoch(step: Step) -> Epoch:
     step = jax.jit(step, inline=True)  # one trace for the path and for the program
     scanned = jax.jit(scan_epoch(step), donate_argnums=0)
 
-    def single_step(state: TrainState, data: Batch, rows: Array, teacher_params: Any) -> Any:
-        return step(state, take(data, rows), teacher_params)
-
-    jitted_step = jax.jit(single_step, donate_argnums=0)
+    jitted_step = jax.jit(
+        lambda state, data, rows, teacher: step(state, take(data, rows), teacher), donate_argnums=0
+    )
 
     def epoch(
         state: TrainState, data: Batch, index: Array, teacher_params: Any = None

@@ -4,7 +4,7 @@ Through its state, an optimizer may request the gradient of some terms separatel
 both gradients then come from one forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -81,28 +81,21 @@ def microbatched(spec: Objective, trained: Params, carried: Carried, parts: Any)
     )
 
 
-def full_batch_loss(spec: Objective, carried: Carried, batch: Any) -> Callable[[Params], Array]:
-    """`trained -> loss` over the whole batch."""
-
-    def loss(trained: Params) -> Array:
-        means, _ = spec.forward(trained, carried, batch, _first())
-        return objective.weighted_sum(means, spec.weights)
-
-    return loss
+def full_batch_loss(spec: Objective, carried: Carried, batch: Any, trained: Params) -> Array:
+    """The loss of the whole batch."""
+    means, _ = spec.forward(trained, carried, batch, _first())
+    return objective.weighted_sum(means, spec.weights)
 
 
-def microbatched_loss(spec: Objective, carried: Carried, parts: Any) -> Callable[[Params], Array]:
-    """`trained -> loss` over parts, as in `microbatched`."""
+def microbatched_loss(spec: Objective, carried: Carried, parts: Any, trained: Params) -> Array:
+    """The loss of parts, as in `microbatched`."""
 
-    def loss(trained: Params) -> Array:
-        def body(carried: Carried, part: tuple[Any, Array]) -> tuple[Carried, Means]:
-            means, new_carried = spec.forward(trained, carried, *part)
-            return cast_like(new_carried, carried), means
+    def body(carried: Carried, part: tuple[Any, Array]) -> tuple[Carried, Means]:
+        means, new_carried = spec.forward(trained, carried, *part)
+        return cast_like(new_carried, carried), means
 
-        _, means = jax.lax.scan(body, carried, _with_index(parts))
-        return objective.weighted_sum(_sum_parts(means), spec.weights)
-
-    return loss
+    _, means = jax.lax.scan(body, carried, _with_index(parts))
+    return objective.weighted_sum(_sum_parts(means), spec.weights)
 
 
 def _part_gradient(
@@ -147,13 +140,11 @@ def _split_loss(spec: Objective, means: Means) -> tuple[Array, Array]:
             f"task's, got {sorted(spec.separate)}."
         )
 
-    def total(names: set[str]) -> Array:
-        return objective.weighted_sum(
-            {name: mean for name, mean in means.items() if name in names},
-            {name: weight for name, weight in spec.weights.items() if name in names},
-        )
+    def total(names: Set[str]) -> Array:
+        parts = ({name: x for name, x in d.items() if name in names} for d in (means, spec.weights))
+        return objective.weighted_sum(*parts)
 
-    return total(means.keys() - spec.separate), total(set(spec.separate))
+    return total(means.keys() - spec.separate), total(spec.separate)
 
 
 def _with_index(parts: Any) -> tuple[Any, Array]:

@@ -120,12 +120,12 @@ def make_step(
         spec = Objective(forward, objective.resolve(weights, state.step), scale, separate)
         carried = state.model_state, state.memory
         if microbatches == 1:
-            result = _gradients.full_batch(spec, parts.trained, carried, batch)
-            value_fn = _gradients.full_batch_loss(spec, carried, batch)
+            gradient, loss, examples = _gradients.full_batch, _gradients.full_batch_loss, batch
         else:
-            parts_of_batch = _deal(batch, microbatches)
-            result = _gradients.microbatched(spec, parts.trained, carried, parts_of_batch)
-            value_fn = _gradients.microbatched_loss(spec, carried, parts_of_batch)
+            gradient, loss = _gradients.microbatched, _gradients.microbatched_loss
+            examples = _deal(batch, microbatches)
+        result = gradient(spec, parts.trained, carried, examples)
+        value_fn = functools.partial(loss, spec, carried, examples)
         updates, opt_state = _updates(
             optimizer, result, state.opt_state, parts.trained, value_fn, scale
         )

@@ -90,8 +90,10 @@ def scale_by_dot(
                 "use make_step(microbatches=) instead of optax.MultiSteps."
             )
 
-        nodes = jax.tree.leaves(updates, is_leaf=_is_masked)
-        if any(map(_is_masked, nodes)):
+        def is_masked(node: Any) -> bool:
+            return isinstance(node, optax.MaskedNode)
+
+        if any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked))):
             raise ValueError(
                 "scale_by_dot must see every parameter: those that optax.masked or "
                 "optax.partition keeps from it would lose their distillation gradient. Select "
@@ -126,7 +128,3 @@ def distilled(opt_state: PyTree) -> frozenset[str]:
     if len(names) > 1:
         raise ValueError("scale_by_dot is used once: name all distillation terms in one.")
     return names[0] if names else frozenset()
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)

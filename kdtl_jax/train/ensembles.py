@@ -82,12 +82,7 @@ def vmap_teacher(teacher: ModelFn) -> ModelFn:
     """
 
     def stacked(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
+        params: Params, model_state: PyTree, inputs: Any, *, key: Any = None, train: bool = False
     ) -> tuple[Outputs, PyTree]:
         count = jax.tree.leaves(params)[0].shape[0]
         keys = None if key is None else jax.random.split(key, count)

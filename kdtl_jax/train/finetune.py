@@ -1,8 +1,9 @@
 """Fine-tuning policies: layer-wise learning rates, gradual unfreezing, carrying state over.
 
 Learning-rate policies are trees of multipliers, made once from *all* the parameters, so a rule that
-covers nothing, or a leaf that no rule covers, raises an error. One optax transform applies them.
-Put it last, after the learning rate:
+covers nothing, or a leaf that no rule covers, raises a ValueError. The optimizer may later see only
+a trainable partition: leaves are found by path. Of ordered rules `[(selector, value), ...]`, the
+first match wins. One optax transform applies the multipliers. Put it last, after the learning rate:
 
     multipliers = layer_decay(layer_ids(params, stem=..., block=..., head=...), decay=0.75)
     tx = optax.chain(optax.adamw(schedule), scale_by_multipliers(multipliers))
@@ -163,11 +164,8 @@ def by_layer(
 
         optax.chain(optax.adamw(1e-4), by_layer(params, stem=..., block=..., head=...))
 
-    The arguments are those of `layer_ids` and `layer_decay`; the multipliers are applied by
-    `scale_by_multipliers`.
-
-    Raises:
-      ValueError: as they do.
+    The arguments and errors are those of `layer_ids` and `layer_decay`; the multipliers are applied
+    by `scale_by_multipliers`.
     """
     ids = layer_ids(params, stem=stem, block=block, head=head, last=last, stacked=stacked)
     return scale_by_multipliers(layer_decay(ids, decay=decay))
@@ -189,35 +187,24 @@ def discriminative_rates(ids: PyTree, *, factor: float = 2.6) -> PyTree:
 
 
 def multipliers(params: Params, rules: trees.Rules) -> PyTree:
-    """One learning-rate multiplier per leaf from ordered rules; the first match wins.
+    """One learning-rate multiplier per leaf from ordered rules.
 
     `[("head/.*", 1.0), (".*", 0.1)]` is the usual 0.1 for the backbone;
     `[(".*/b", 16.0), (".*/a", 1.0)]` on an adapter's weights is LoRA+.
-
-    Raises:
-      ValueError: if a rule is never used or a leaf is not covered.
     """
     _checks.non_negative(**_names_for_messages("multiplier", rules))
     return trees.labels(params, rules)
 
 
 def _names_for_messages(quantity: str, rules: trees.Rules) -> dict[str, Any]:
-    """`{"the … of 'selector'": value}`, for messages."""
     return {f"the {quantity} of {selector!r:.80}": value for selector, value in rules}
 
 
 def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
-    """Multiplies every update by its leaf's multiplier; put it last in the chain.
+    """A stateless transform that multiplies every update by its leaf's multiplier.
 
-    Args:
-      by_leaf: a tree of numbers or broadcastable arrays, made for all the parameters. The
-        optimizer may see fewer (a trainable partition): leaves are found by path.
-
-    Returns:
-      A stateless optax transform.
-
-    Raises:
-      ValueError: from `init` and `update`, if an update has no multiplier.
+    `by_leaf` is a tree of numbers or broadcastable arrays. An update without a multiplier raises
+    ValueError, from `init` and `update`.
     """
     table = trees.flatten(by_leaf)
 
@@ -237,13 +224,7 @@ def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
 def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformation:
     """One optimizer per leaf from ordered rules `[(selector, tx), ...]` that cover every leaf.
 
-    Args:
-      params: all the parameters; the optimizer may later see a trainable partition.
-      rules: the first match wins. Equal transforms under two rules keep separate states, and
-        norms (clipping) are taken per rule.
-
-    Raises:
-      ValueError: if a rule is never used or a leaf is not covered.
+    Equal transforms under two rules keep separate states, and norms (clipping) are taken per rule.
     """
     numbered = [(selector, str(i)) for i, (selector, _) in enumerate(rules)]
     table = trees.flatten(trees.labels(params, numbered))
@@ -270,14 +251,7 @@ def unfreeze_gate(params: Params, rules: trees.Rules) -> optax.GradientTransform
 
     The backward pass covers all parameters. To compute gradients for the trainable part only,
     change the step's `trainable` selector between stages and carry the state over
-    (`carry_opt_state`).
-
-    Args:
-      params: all the parameters; the optimizer may see a trainable partition.
-      rules: `[(selector, first step), ...]`; the first match wins; steps count from 0.
-
-    Raises:
-      ValueError: if a rule is never used or a leaf is not covered.
+    (`carry_opt_state`). The rules are `[(selector, first step), ...]`; steps count from 0.
 
     References:
       Howard and Ruder, ULMFiT, 2018 (1801.06146), section 3.3.
@@ -307,7 +281,7 @@ def lp_ft(
     """Linear probing, then fine-tuning: the head alone for `probe_steps`, then everything.
 
     Raises:
-      ValueError: if `probe_steps` is negative, or `head` matches no leaf.
+      ValueError: if `probe_steps` is negative.
       TypeError: if `probe_steps` is not a whole number.
 
     References:

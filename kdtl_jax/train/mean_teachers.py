@@ -143,12 +143,12 @@ def ema_update(
 
 def _average(teacher: Variables, student: Variables, decay: Scalar) -> Variables:
     params = transforms.ema(teacher.params, student.params, decay=decay)
-    if not any(trees.is_inexact(leaf) for leaf in jax.tree.leaves(student.model_state)):
-        return Variables(params, student.model_state)
-    averaged = transforms.ema(teacher.model_state, student.model_state, decay=decay)
-    state = jax.tree.map(
-        lambda mean, new: mean if trees.is_inexact(new) else new, averaged, student.model_state
-    )
+    state = student.model_state
+    if any(map(trees.is_inexact, jax.tree.leaves(state))):
+        averaged = transforms.ema(teacher.model_state, state, decay=decay)
+        state = jax.tree.map(
+            lambda mean, new: mean if trees.is_inexact(new) else new, averaged, state
+        )
     return Variables(params, state)
 
 

@@ -4,7 +4,8 @@ Each is a few lines on top of the losses; a paper adds which network teaches whi
 gradient stops. The teaching side is always under `stop_gradient` here: unlike the losses, these
 functions decide which side teaches. Functions named `..._terms` return `{name: [B]}` for the
 objective. Their `labels` are int `[B]`, and `where` says which examples are real, bool `[B]`
-(`inputs.real`); the labels of the others may be anything.
+(`inputs.real`); the labels of the others may be anything. They raise ValueError if shapes do not
+fit.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from kdtl_jax import train
@@ -51,7 +52,7 @@ def mutual_terms(
       `{"task": [B], "mutual": [B]}`.
 
     Raises:
-      ValueError: if there are fewer than two peers, or labels do not fit.
+      ValueError: if there are fewer than two peers.
 
     References:
       Zhang et al., Deep Mutual Learning, 2017 (1706.00384).
@@ -91,9 +92,6 @@ def one_terms(
       `{"task": [B], "ensemble": [B], "distill": [B]}`, all with weight 1 in the paper. The gate
       learns only from "ensemble": the ensemble does not follow its branches.
 
-    Raises:
-      ValueError: if shapes do not fit.
-
     References:
       Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, 2018 (1806.04606).
     """
@@ -132,7 +130,7 @@ def self_teaching_terms(
       beta 1e-6.
 
     Raises:
-      ValueError: if there are fewer than two exits, or shapes differ.
+      ValueError: if there are fewer than two exits.
 
     References:
       Zhang et al., Be Your Own Teacher, 2019 (1905.08094).
@@ -150,9 +148,8 @@ def self_teaching_terms(
     }
     if len(features):
         target = jax.lax.stop_gradient(features[-1])
-        terms["hint"] = jnp.sum(
-            jnp.stack([_squared_distance(feature, target) for feature in features[:-1]]), axis=0
-        )
+        hints = [_squared_distance(feature, target) for feature in features[:-1]]
+        terms["hint"] = jnp.sum(jnp.stack(hints), axis=0)
     return terms
 
 

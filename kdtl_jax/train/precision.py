@@ -198,7 +198,7 @@ def _guard_flags(opt_state: PyTree) -> list[Array]:
 def all_finite(tree: PyTree) -> Array:
     """Whether every inexact leaf is finite: one bool []."""
     leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if trees.is_inexact(x)]
-    return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+    return jnp.all(jnp.array(leaves, jnp.bool_))
 
 
 class Int8(NamedTuple):

@@ -93,7 +93,8 @@ def _in_chunks(
 
     def program(points: Points, /, *shared: Any) -> PyTree:
         total = size(points)
-        columns = jax.tree.map(_on_host, dict(points))
+        # Host arrays, from which any chunk can be sliced; PRNG keys stay.
+        columns = jax.tree.map(lambda x: x if _checks.is_key(x) else np.asarray(x), dict(points))
         # A multiple of the number of devices.
         width = -(-min(chunk or total, total) // device_count) * device_count
         parts = []
@@ -107,8 +108,3 @@ def _in_chunks(
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
     return program
-
-
-def _on_host(column: Any) -> Any:
-    """The column as a host array, so any chunk can be sliced from it; PRNG keys are unchanged."""
-    return column if _checks.is_key(column) else np.asarray(column)
