@@ -227,36 +227,36 @@ def sample(
     first_positions = jnp.sum(segments, axis=1)  # of the new tokens
 
     class Carry(NamedTuple):
-        index: Array  # of the token to sample
+        step: Array  # int32 []: the token to sample
         hidden: Array
         cache: Cache
         is_running: Array  # bool [B]
         samples: Samples
 
-    def step(carry: Carry) -> Carry:
-        index, is_running, samples = carry.index, carry.is_running, carry.samples
+    def advance(carry: Carry) -> Carry:
+        step, is_running, samples = carry.step, carry.is_running, carry.samples
         logits = losses.head_logits(carry.hidden, head)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         token, log_prob = _draw(step_keys, _filter(logits, temperature, top_k, top_p, min_p))
         token = jnp.where(is_running, token, 0)
         log_prob = jnp.where(is_running, log_prob.astype(jnp.float32), 0)
         samples = Samples(
-            samples.tokens.at[:, index].set(token),
-            samples.mask.at[:, index].set(is_running),
-            samples.log_probs.at[:, index].set(log_prob),
+            samples.tokens.at[:, step].set(token),
+            samples.mask.at[:, step].set(is_running),
+            samples.log_probs.at[:, step].set(log_prob),
         )
         is_running = is_running & ~jnp.any(token[:, None] == stops, axis=1)
-        positions = (first_positions + index)[:, None]
+        positions = (first_positions + step)[:, None]
         new_segments = is_running[:, None].astype(jnp.int32)
         hidden, cache = model.apply(params, token[:, None], positions, new_segments, carry.cache)
         assert cache is not None
-        return Carry(index + 1, hidden[:, 0], cache, is_running, samples)
+        return Carry(step + 1, hidden[:, 0], cache, is_running, samples)
 
     empty = Samples(
         *(jnp.zeros((batch, length), dtype) for dtype in (jnp.int32, jnp.bool_, jnp.float32))
     )
     start = Carry(jnp.zeros((), jnp.int32), hidden, cache, jnp.ones(batch, jnp.bool_), empty)
-    final = jax.lax.while_loop(lambda c: (c.index < length) & jnp.any(c.is_running), step, start)
+    final = jax.lax.while_loop(lambda c: (c.step < length) & jnp.any(c.is_running), advance, start)
     return final.samples
 
 

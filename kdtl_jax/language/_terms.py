@@ -70,7 +70,8 @@ def model(
         decoder_params = weights(params)
         arrays = inputs["tokens"], inputs.get("positions"), inputs.get("segments")
         hidden, tapped = decoder.tap(tap_names, decoder_params, *arrays)
-        return {"hidden": hidden, "head": decoder.head(decoder_params), **tapped}, model_state
+        outputs: dict[str, Any] = {"hidden": hidden, "head": decoder.head(decoder_params), **tapped}
+        return outputs, model_state
 
     return apply
 

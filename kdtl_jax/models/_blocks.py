@@ -225,11 +225,8 @@ def mean_pool(hidden: Array, mask: Array | None = None) -> Array:
     _checks.rank(3, 3, hidden=hidden)
     hidden = _numerics.upcast(hidden)
     _checks.mask(mask, hidden.shape[:2])
-    if mask is None:
-        return jnp.mean(hidden, axis=1)
-    present = mask[..., None]
-    count = jnp.maximum(jnp.sum(present.astype(hidden.dtype), axis=1), 1)
-    return jnp.sum(jnp.where(present, hidden, 0), axis=1) / count
+    where = None if mask is None else mask[..., None]
+    return _numerics.masked_mean(hidden, where, axis=1)
 
 
 def sentence_embedding(hidden: Array, mask: Array | None = None) -> Array:

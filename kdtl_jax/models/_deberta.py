@@ -120,7 +120,7 @@ class Deberta(nn.Module):
             if self.norms_positions:
                 relative = layer_norm(self.norm_epsilon, "relative_norm")(relative)
         layout = Layout(*(getattr(self, name) for name in Layout._fields))
-        add_convolution = None
+        after_first_layer: Callable[[Array], Array] | None = None
         if self.window:
             groups = self.window_groups
             conv = nn.Conv(self.width, (self.window,), feature_group_count=groups, name="conv")
@@ -130,9 +130,11 @@ class Deberta(nn.Module):
             def add_convolution(x: Array) -> Array:
                 return mask_padding(norm(x + y))
 
+            after_first_layer = add_convolution
+
         for i in range(self.layers):
             layer = DebertaLayer(layout, name=f"layers_{i}")
-            x = layer(x, where, relative, train, add_convolution if i == 0 else None)
+            x = layer(x, where, relative, train, None if i else after_first_layer)
         outputs = {"last_hidden": x}
         rate = self.dropout if self.head_dropout is None else self.head_dropout
         if self.classes is not None:
@@ -159,7 +161,7 @@ class DebertaLayer(nn.Module):
         where: Array | None,
         relative: Array | None,
         train: bool,
-        add_convolution: Callable[[Array], Array] | None,
+        finish: Callable[[Array], Array] | None,
     ) -> Array:
         m = self.layout
         drop = nn.Dropout(m.dropout, deterministic=not train)
@@ -169,7 +171,7 @@ class DebertaLayer(nn.Module):
         y = FeedForward(m.hidden, m.activation, name="mlp")(x)
         x = layer_norm(m.norm_epsilon, "mlp_norm")(x + drop(y))
         # Inside the layer, so that its tap is the hidden state that transformers returns.
-        return x if add_convolution is None else add_convolution(x)
+        return x if finish is None else finish(x)
 
 
 class DisentangledAttention(nn.Module):

@@ -1,6 +1,7 @@
 """Models by name, such as `mlp:128,64`, for command lines and for files that name their model."""
 
 import re
+from typing import Any
 
 import flax.linen as nn
 
@@ -87,4 +88,5 @@ def _vit(text: str, classes: int) -> nn.Module:
     if settings["width"] % settings["heads"]:
         width, heads = settings["width"], settings["heads"]
         raise ValueError(f"width {width} does not divide into {heads} heads.")
-    return ViT(**settings, classes=classes)
+    fields: dict[str, Any] = {**settings, "classes": classes}
+    return ViT(**fields)

@@ -141,8 +141,10 @@ def _split_loss(spec: Objective, means: Means) -> tuple[Array, Array]:
         )
 
     def total(names: Set[str]) -> Array:
-        parts = ({name: x for name, x in d.items() if name in names} for d in (means, spec.weights))
-        return objective.weighted_sum(*parts)
+        return objective.weighted_sum(
+            {name: means[name] for name in means if name in names},
+            {name: spec.weights[name] for name in spec.weights if name in names},
+        )
 
     return total(means.keys() - spec.separate), total(spec.separate)
 

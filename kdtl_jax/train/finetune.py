@@ -229,8 +229,9 @@ def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformati
     numbered = [(selector, str(i)) for i, (selector, _) in enumerate(rules)]
     table = trees.flatten(trees.labels(params, numbered))
     # A rule whose leaves are all outside the trainable partition does nothing.
-    transforms = {str(i): tx for i, (_, tx) in enumerate(rules)}
-    return optax.partition(transforms, partial(_look_up, table))
+    return optax.partition(
+        {str(i): tx for i, (_, tx) in enumerate(rules)}, partial(_look_up, table)
+    )
 
 
 class GateState(NamedTuple):
