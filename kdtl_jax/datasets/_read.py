@@ -119,7 +119,11 @@ def read(
     """
     path = _checks.path(path=path)
     choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
-    stored = _training_first(_idx_files(path, labels) or sources(path, choices))
+    if labels is not None and not (path.is_dir() or path.suffix):
+        images = _source.with_channels(read_idx_array(path))
+        stored = [Source(str(path), images, read_idx_array(labels))]
+    else:
+        stored = _training_first(sources(path, choices))
     first = _number_targets(stored[0], target, _model_dataset(preprocessing), classes)
     parts = [first, *(_number_targets(source, target, first) for source in stored[1:])]
     parts, notices = _encode_parts(preprocessing, choices, stored, parts)
@@ -223,13 +227,6 @@ def _model_dataset(preprocessing: Preprocessing | None) -> Dataset | None:
     empty = np.zeros(0, np.float32)
     outputs, names = preprocessing.outputs, preprocessing.names
     return Dataset("the model", empty, empty, outputs, names, form=preprocessing)
-
-
-def _idx_files(path: Path, labels: str | Path | None) -> dict[str, Source]:
-    if labels is not None and not (path.is_dir() or path.suffix):
-        inputs = _source.with_channels(read_idx_array(path))
-        return {"whole": Source(str(path), inputs, read_idx_array(labels))}
-    return {}
 
 
 def _number_targets(

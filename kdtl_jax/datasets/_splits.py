@@ -151,7 +151,9 @@ def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
         scaling=standardizer(train),
     )
     if train.kind == "numbers":
-        form = form._replace(target_scaling=_target_standardizer(train))
+        mean, deviation = train.labels.mean(axis=0), train.labels.std(axis=0)
+        target_scaling = Standardizer(mean, np.where(deviation > 0, deviation, 1.0))
+        form = form._replace(target_scaling=target_scaling)
     return scaled(splits, form), form
 
 
@@ -173,8 +175,3 @@ def with_drawn_parts(
     fractions = {"validation": validation, "test": test}
     fractions |= dict.fromkeys(others, 0.0)
     return stratified(train, **fractions, seed=seed)._replace(**others)
-
-
-def _target_standardizer(train: Dataset) -> Standardizer:
-    mean, deviation = train.labels.mean(axis=0), train.labels.std(axis=0)
-    return Standardizer(mean, np.where(deviation > 0, deviation, 1.0))

@@ -192,7 +192,12 @@ def _arrow_source(paths: Sequence[Path], choices: Choices, first: Source | None)
             class_names = data.names.get(names[0], ()) if len(names) == 1 else ()
             notices = (*ignored_notices, *source.notices)
             return source._replace(names=class_names or source.names, notices=notices)
-    inputs: Any = table if array_column is None else _column_inputs(data, array_column)
+    inputs: Any = table
+    if array_column in data.pictures:
+        pictures = data.pictures[array_column]
+        inputs = Pictures(f"{data.name}: column {array_column!r}", pictures)
+    elif array_column is not None:
+        inputs = _source.with_channels(data.vectors[array_column])
     notices = ()
     ignored = [name for name in input_columns if name != array_column]
     if array_column is not None and ignored:
@@ -246,12 +251,6 @@ def _array_column(table: ArrowTable, input_columns: Sequence[str], choices: Choi
             "--inputs."
         )
     return matches[0] if matches else None
-
-
-def _column_inputs(table: ArrowTable, name: str) -> Pictures | np.ndarray:
-    if name in table.pictures:
-        return Pictures(f"{table.name}: column {name!r}", table.pictures[name])
-    return _source.with_channels(table.vectors[name])
 
 
 def _targets(table: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:

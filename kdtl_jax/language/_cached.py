@@ -166,11 +166,7 @@ def _loss(stored: Mapping[str, Any], divergence: Divergence | None) -> tuple[Any
         )
         if divergence is None:
             return losses.top_k_kl_tail, targets
-
-        def in_buckets(logits: Array, targets: Any) -> Array:
-            return divergence(*losses.top_k_buckets(logits, targets))
-
-        return in_buckets, targets
+        return lambda logits, cut: divergence(*losses.top_k_buckets(logits, cut)), targets
     raise ValueError(
         f'the batch has no stored teacher: "teacher" has {sorted(stored)}, expected the outputs of '
         "stored_outputs."

@@ -77,15 +77,11 @@ class Setup(NamedTuple):
     chunk_size: int = _terms.CHUNK
 
 
-def _unchanged(state: TrainState) -> TrainState:
-    return state
-
-
 class Learner(NamedTuple):
     """A method's step, and the function that makes its first state from `train.init_state`'s."""
 
     step: Step
-    begin: Callable[[TrainState], TrainState] = _unchanged
+    begin: Callable[[TrainState], TrainState] = lambda state: state
 
 
 class LanguageMethod(NamedTuple):

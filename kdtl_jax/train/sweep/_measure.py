@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax.train.sweep._points import Points, size
-from kdtl_jax.train.sweep._programs import Experiment, Program, select_rows
+from kdtl_jax.train.sweep._programs import Experiment, Program, all_points, select_rows
 
 
 def timings(
@@ -48,7 +48,7 @@ def chunk_for_memory(experiment: Experiment, points: Points, *shared: Any, bytes
     Raises:
       ValueError: if not even one point fits, or the back end does not report its memory.
     """
-    run_all = jax.jit(lambda points, *shared: jax.vmap(lambda p: experiment(p, *shared))(points))
+    run_all = all_points(experiment)
 
     def bytes_for(n: int) -> int:
         shapes = jax.tree.map(

@@ -39,11 +39,12 @@ def vmap(
     Raises:
       ValueError: if the chunk is not positive; when called, if columns differ in length.
     """
+    return _in_chunks(all_points(experiment), chunk, devices)
 
-    def all_points(points: Points, *shared: Any) -> PyTree:
-        return jax.vmap(lambda point: experiment(point, *shared))(points)
 
-    return _in_chunks(jax.jit(all_points), chunk, devices)
+def all_points(experiment: Experiment) -> Any:
+    """The compiled function of `(points, *shared)` that runs all points at once."""
+    return jax.jit(lambda points, *shared: jax.vmap(lambda p: experiment(p, *shared))(points))
 
 
 def map(
@@ -53,11 +54,8 @@ def map(
 
     Arguments are those of `vmap`; each device maps over its own points.
     """
-
-    def points_in_turn(points: Points, *shared: Any) -> PyTree:
-        return jax.lax.map(lambda point: experiment(point, *shared), points)
-
-    return _in_chunks(jax.jit(points_in_turn), chunk, devices)
+    run = jax.jit(lambda points, *shared: jax.lax.map(lambda p: experiment(p, *shared), points))
+    return _in_chunks(run, chunk, devices)
 
 
 def sequential(experiment: Experiment) -> Program:
