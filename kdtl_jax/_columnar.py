@@ -168,7 +168,7 @@ def parquet_bytes(path: Path, columns: Iterable[Any]) -> int:
         return sum(page.unpacked for column in columns for page in _pages.pages(file, column))
 
 
-def dictionary_columns(columns: Sequence[Any]) -> list[str]:
+def _dictionary_columns(columns: Sequence[Any]) -> list[str]:
     """The columns of `chunks` to read as dictionaries, which hold a text of many cells once."""
     sizes: dict[str, int] = {}
     excluded: set[str] = set()
@@ -182,18 +182,22 @@ def dictionary_columns(columns: Sequence[Any]) -> list[str]:
     return [name for name in fits if name not in excluded]
 
 
-def rows_per_read(path: Path, metadata: Any, columns: Iterable[str], max_rows: int) -> int:
-    """The number of rows of these columns that may be decoded at once, at most `max_rows`.
+def rows_per_read(
+    path: Path, metadata: Any, columns: Iterable[str], max_rows: int
+) -> tuple[int, list[str]]:
+    """How many rows of these columns to decode at once, and which columns as dictionaries.
 
     Decoded texts may be much larger than stored ones: one text may stand for many cells, or share a
     prefix with the previous one. `metadata`, the file's FileMetaData, only says which columns hold
     lists; sizes come from the pages themselves.
 
     Raises:
-      ValueError: if a row's list may hold too many texts.
+      ValueError: if the columns unpack to thousands of times their stored size, or a row's list may
+        hold too many texts.
     """
     column_chunks, pa = list(chunks(metadata, columns)), pyarrow(path)
-    dictionaries = {*dictionary_columns(column_chunks)}
+    check_unpacked(path, parquet_bytes(path, column_chunks))
+    dictionaries = _dictionary_columns(column_chunks)
     leaves = map(metadata.schema.column, range(metadata.num_columns))
     lists = {leaf.path for leaf in leaves if leaf.max_repetition_level}
     with path.open("rb") as file:
@@ -206,7 +210,7 @@ def rows_per_read(path: Path, metadata: Any, columns: Iterable[str], max_rows: i
             if name in lists:  # one row may hold all of them
                 description = f"lists of texts that share their bytes, {texts.total:,} written out,"
                 check_unpacked(path, texts.total, description)
-    return max_rows
+    return max_rows, dictionaries
 
 
 def expanded_bytes(pa: Any, column: Any) -> int:

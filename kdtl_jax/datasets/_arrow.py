@@ -146,15 +146,12 @@ def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = Fal
 def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool) -> Any:
     with pa.parquet.ParquetFile(path) as file:
         metadata = file.metadata
-    chunks = list(_columnar.chunks(metadata, columns))
-    values = sum(column.num_values for column in chunks)  # a list row has many
-    _check_size(path, metadata.num_rows, len(columns), values)
-    _columnar.check_unpacked(path, _columnar.parquet_bytes(path, chunks))
-    rows = _columnar.rows_per_read(path, metadata, columns, ROWS)
-    texts = _columnar.dictionary_columns(chunks)
+    values = sum(chunk.num_values for chunk in _columnar.chunks(metadata, columns))
+    _check_size(path, metadata.num_rows, len(columns), values)  # a list row has many values
+    rows, dictionaries = _columnar.rows_per_read(path, metadata, columns, ROWS)
     # Buffered, so that encoded data are not kept in memory.
     with pa.parquet.ParquetFile(
-        path, buffer_size=BUFFER_BYTES, pre_buffer=False, read_dictionary=texts
+        path, buffer_size=BUFFER_BYTES, pre_buffer=False, read_dictionary=dictionaries
     ) as file:
         if rows == ROWS and not only_first:
             return file.read(columns=list(columns))

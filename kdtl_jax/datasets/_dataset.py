@@ -8,6 +8,7 @@ distributes them, stored here as integers 0..16 without any other change.
 
 import importlib.resources
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -139,10 +140,7 @@ def _label_vector(
 
 def _integers_or_text(name: str, labels: np.ndarray) -> np.ndarray:
     """Labels as integers of any width, or as text that is not numeric."""
-    if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels):
-        labels = labels.astype(str)
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8", "replace")
+    labels = decode_text(labels)
     if labels.dtype.kind == "U":
         labels = from_text(name, np.char.strip(labels))
     if labels.dtype.kind == "U":
@@ -169,6 +167,20 @@ def _integers_or_text(name: str, labels: np.ndarray) -> np.ndarray:
             "Is this the label column?"
         )
     return labels.astype(np.int64)
+
+
+def decode_text(cells: np.ndarray) -> np.ndarray:
+    """Bytes, and objects that all are text, as text; other cells are unchanged."""
+    if cells.dtype.kind == "S":
+        return np.char.decode(cells, "utf-8", "replace")
+    is_text = cells.dtype.kind == "O" and cells.size
+    is_text = is_text and all(isinstance(cell, str) for cell in cells.ravel())
+    return cells.astype(str) if is_text else cells
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first names, for a message."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def from_text(name: str, labels: np.ndarray) -> np.ndarray:
@@ -216,10 +228,10 @@ def _number_classes_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[
     numbers = order[positions]
     bad = np.flatnonzero(np.array(like.names)[numbers] != text)
     if len(bad):
-        class_list = ", ".join(like.names[:8]) + (", …" if like.classes > 8 else "")
+        classes = _text.shown(first_of(like.names, 8), 800)
         raise ValueError(
             f"{name}: label {_text.quoted(str(text[bad[0]]))} at row {bad[0]} does not occur "
-            f"in the training part or the model, whose classes are {_text.shown(class_list, 800)}."
+            f"in the training part or the model, whose classes are {classes}."
         )
     return numbers, like.classes
 
@@ -245,7 +257,7 @@ def _number_classes(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[st
     if not is_text and distinct[0] == 0 and distinct[-1] == len(distinct) - 1:
         return labels, (), []
     names = tuple(map(str, distinct))
-    label_list = _text.shown(", ".join(names[:6]) + (", …" if len(names) > 6 else ""), 600)
+    label_list = _text.shown(first_of(names, 6), 600)
     return numbers, names, [f"labels {label_list} are numbered 0..{len(names) - 1} in this order"]
 
 

@@ -13,7 +13,14 @@ import numpy as np
 
 from kdtl_jax import _text
 from kdtl_jax.datasets import _amounts
-from kdtl_jax.datasets._dataset import Dataset, checked, finite_numbers, from_text
+from kdtl_jax.datasets._dataset import (
+    Dataset,
+    checked,
+    decode_text,
+    finite_numbers,
+    first_of,
+    from_text,
+)
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 from kdtl_jax.datasets._tables import is_number
 
@@ -116,14 +123,11 @@ def _match_columns(
 
 def _simplify(targets: np.ndarray) -> np.ndarray:
     """Converts objects to text or numbers if all are, bytes to text, and `[N, 1]` to `[N]`."""
+    targets = decode_text(targets)
     if targets.dtype.kind == "O" and targets.size:
-        cells = targets.ravel()
-        if all(isinstance(cell, str) for cell in cells):
-            targets = targets.astype(str)
-        elif all(isinstance(cell, (int, float, np.number, np.bool_)) for cell in cells):
+        number_types = (int, float, np.number, np.bool_)
+        if all(isinstance(cell, number_types) for cell in targets.ravel()):
             targets = targets.astype(np.float64)
-    if targets.dtype.kind == "S":
-        targets = np.char.decode(targets, "utf-8", "replace")
     return targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
 
 
@@ -221,14 +225,12 @@ def _multi_hot_labels(
     for i, row in enumerate(rows):
         for label in row:
             if label not in column_of:
-                label_list = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
                 raise ValueError(
                     f"{name}: label {label!r:.80} at row {i} does not occur in the training part "
-                    f"or the model, whose labels are {label_list}."
+                    f"or the model, whose labels are {first_of(labels, 8)}."
                 )
             multi_hot[i, column_of[label]] = 1
-    label_list = ", ".join(labels[:6]) + (", …" if len(labels) > 6 else "")
-    notice = f"several labels per example, {len(labels)} in all: {label_list}"
+    notice = f"several labels per example, {len(labels)} in all: {first_of(labels, 6)}"
     return multi_hot, labels, [] if like is not None else [notice]
 
 

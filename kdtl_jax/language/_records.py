@@ -204,19 +204,14 @@ def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
             raise ValueError(f"its columns are {listed(names)}, but neither {FORMS}")
         start, stop = _range(metadata.num_rows, between)
         columns = [name for name in COLUMNS if name in names]
-        column_chunks = list(_columnar.chunks(metadata, columns))
-        _columnar.check_unpacked(file, _columnar.parquet_bytes(file, column_chunks))
-        rows_per_read = _columnar.rows_per_read(file, metadata, columns, ROWS_PER_READ)
-        dictionaries = _columnar.dictionary_columns(column_chunks)
+        size, dictionaries = _columnar.rows_per_read(file, metadata, columns, ROWS_PER_READ)
         with pa.parquet.ParquetFile(file, read_dictionary=dictionaries) as table:
             for group in range(table.num_row_groups):
-                size = metadata.row_group(group).num_rows
-                if row + size <= start or row >= stop:
-                    row += size
+                rows = metadata.row_group(group).num_rows
+                if row + rows <= start or row >= stop:
+                    row += rows
                     continue
-                batches = table.iter_batches(
-                    batch_size=rows_per_read, row_groups=[group], columns=columns
-                )
+                batches = table.iter_batches(size, row_groups=[group], columns=columns)
                 for value in (value for batch in batches for value in _values(pa, batch)):
                     if start <= row < stop:
                         yield _record(f"{file}: row {row + 1}", value)
