@@ -7,6 +7,7 @@ whether a value *is* the special case (`== 0`, `!= -inf`), so NaN passes through
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,16 @@ def at_usable(values: Array, usable: Array, where: Array | None = None) -> Array
 def nan_of(value: Array, source: Array) -> Array:
     """`value`, but NaN where `source` is NaN, which a comparison would hide."""
     return jnp.where(jnp.isnan(source), jnp.nan, value)
+
+
+def nonzero(x: Array) -> Array:
+    """`x` as a divisor: 1 where it is 0."""
+    return jnp.where(x != 0, x, 1)
+
+
+def ratio(x: Any, y: Array, otherwise: Any = 0) -> Array:
+    """`x / y`; where y is 0, `otherwise`, and no NaN in the gradient."""
+    return jnp.where(y != 0, x / nonzero(y), otherwise)
 
 
 def log1mexp(x: Array) -> Array:

@@ -233,7 +233,7 @@ def mcc(
     confusion = _numerics.gram((p * weights[:, None]).T, p.T)
     columns = jnp.sum(confusion, axis=0, keepdims=True)
     # A class that is never predicted adds no confusion.
-    confusion = confusion / jnp.where(columns != 0, columns, 1)
+    confusion = confusion / _numerics.nonzero(columns)
     return (jnp.sum(confusion) - jnp.trace(confusion)) / logits.shape[1]
 
 

@@ -71,7 +71,7 @@ def moments(
     w = jnp.ones(f.shape[:1], f.dtype) if weights is None else _check_weights(weights, f, where)
     w = _numerics.kept(w, where)
     total = jnp.sum(w)
-    share = (w / jnp.where(total != 0, total, 1))[:, None]
+    share = (w / _numerics.nonzero(total))[:, None]
     f, y = _numerics.kept(f, w != 0), _numerics.kept(y, w != 0)
     feature_mean, target_mean = jnp.sum(share * f, axis=0), jnp.sum(share * y, axis=0)
     centered = f - feature_mean[None]
@@ -89,7 +89,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two disjoint sets (Chan's pairwise update): associative."""
     _checks.same_shape(**{"a.cross": a.cross, "b.cross": b.cross})
     total = a.weight + b.weight
-    share = b.weight / jnp.where(total != 0, total, 1)
+    share = b.weight / _numerics.nonzero(total)
     df, dy = b.feature_mean - a.feature_mean, b.target_mean - a.target_mean
     correction = a.weight * share
     return Moments(

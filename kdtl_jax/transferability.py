@@ -42,7 +42,7 @@ def leep(
     )
     joint = one_hot.T @ theta
     mass = jnp.sum(joint, axis=0, keepdims=True)
-    conditional = joint / jnp.where(mass != 0, mass, 1)
+    conditional = joint / _numerics.nonzero(mass)
     likelihood = jnp.sum(conditional[labels] * theta, axis=-1)
     # The smallest number of the dtype: the log of a likelihood of 0 would be minus infinity.
     logs = jnp.log(jnp.maximum(likelihood, jnp.finfo(theta.dtype).tiny))
@@ -77,7 +77,7 @@ def nce(
     )
     joint = one_hot.T @ source_one_hot / _numerics.row_count(ones, where)
     mass = jnp.sum(joint, axis=0, keepdims=True)
-    ratio = joint / jnp.where(mass != 0, mass, 1)
+    ratio = joint / _numerics.nonzero(mass)
     return source_nan_if_invalid(
         nan_if_invalid(jnp.sum(joint * jnp.log(jnp.where(joint != 0, ratio, 1))))
     )
@@ -193,7 +193,7 @@ def regularized_h_score(
     spread = jnp.sum(jnp.square(covariance - mu * jnp.eye(width, dtype=covariance.dtype)))
     fourth = jnp.sum(jnp.square(jnp.sum(jnp.square(centered), axis=-1))) / count
     noise = jnp.minimum((fourth - jnp.sum(jnp.square(covariance))) / count, spread)
-    shrinkage = jnp.where(spread != 0, noise / jnp.where(spread != 0, spread, 1), 1)
+    shrinkage = _numerics.ratio(noise, spread, 1)
     eye = jnp.eye(width, dtype=covariance.dtype)
     # Features that never vary explain nothing; any invertible matrix then gives 0.
     regularized = (1 - shrinkage) * covariance + shrinkage * jnp.where(mu != 0, mu, 1) * eye
@@ -293,7 +293,7 @@ def reverse_relation(conditional: Array, prior: Array) -> Array:
     joint = (conditional * prior[:, None]).T
     total = jnp.sum(joint, axis=-1, keepdims=True)
     fallback = (prior / jnp.sum(prior))[None, :]
-    return jnp.where(total != 0, joint / jnp.where(total != 0, total, 1), fallback)
+    return _numerics.ratio(joint, total, fallback)
 
 
 def _check_several_classes(**probabilities: Array) -> None:

@@ -73,7 +73,7 @@ def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -
 
 def _trace_one(gram: Array) -> Array:
     trace = jnp.trace(gram)
-    return jnp.where(trace != 0, gram / jnp.where(trace != 0, trace, 1), 0)
+    return _numerics.ratio(gram, trace)
 
 
 def feature_correlation(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
@@ -141,7 +141,7 @@ def _standardize(x: Array, ddof: int, eps: Scalar, where: Array | None) -> Array
     freedom = jnp.maximum(_numerics.row_count(rows, of_rows) - ddof, 1)
     squares = jnp.sum(jnp.square(centered), axis=0, keepdims=True)
     deviation = _numerics.safe_sqrt(squares / freedom) + _numerics.scalar(eps, x, "eps")
-    factor = jnp.where(deviation != 0, 1 / jnp.where(deviation != 0, deviation, 1), 0)
+    factor = _numerics.ratio(1, deviation)
     return (centered * factor).reshape(x.shape)
 
 
@@ -176,7 +176,7 @@ def ridge_hint(
     of_rows = None if where is None else jnp.repeat(where, len(x) // len(student))
     x, y = _numerics.centered(x, of_rows), _numerics.centered(y, of_rows)
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))  # it cancels
-    x = x / jnp.where(scale != 0, scale, 1)
+    x = x / _numerics.nonzero(scale)
     count = _numerics.row_count(x, of_rows)
     covariance, cross = _numerics.gram(x.T, x.T) / count, _numerics.gram(x.T, y.T) / count
     penalty = _numerics.scalar(ridge, x, "ridge") * jnp.trace(covariance) / x.shape[-1]

@@ -112,7 +112,7 @@ def _power(x: Array, p: float) -> Array:
 def _unit(x: Array, q: float) -> Array:
     """Rows over their q-norm; a zero row stays zero."""
     norm = _vector_norm(x, q)[:, None]
-    return x * jnp.where(norm != 0, 1 / jnp.where(norm != 0, norm, 1), 0)
+    return x * _numerics.ratio(1, norm)
 
 
 def _vector_norm(x: Array, p: float) -> Array:

@@ -149,7 +149,7 @@ def _relative_distances(x: Array, where: Array | None) -> Array:
     distances = _distances(_centered_gram(x, where), where)
     count = _numerics.row_count(x, where)
     mean = jnp.sum(distances) / jnp.maximum(count * (count - 1), 1)
-    return jnp.where(mean != 0, distances / jnp.where(mean != 0, mean, 1), 0)
+    return _numerics.ratio(distances, mean)
 
 
 def rkd_angle(

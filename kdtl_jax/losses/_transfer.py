@@ -61,7 +61,7 @@ def delta_attention(damage: Array, *, temperature: Scalar = 5.0) -> Array:
     _checks.positive(temperature=temperature)
     centered = damage - jnp.mean(damage)
     deviation = _numerics.safe_sqrt(jnp.sum(jnp.square(centered)) / max(damage.shape[0] - 1, 1))
-    standard = jnp.where(deviation != 0, centered / jnp.where(deviation != 0, deviation, 1), 0)
+    standard = _numerics.ratio(centered, deviation)
     return jax.nn.softmax(standard / _numerics.scalar(temperature, damage, "temperature"))
 
 
