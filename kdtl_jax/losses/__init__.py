@@ -4,6 +4,10 @@ The student comes first. No loss reduces, weights, mixes, holds parameters or st
 objective and the step do. For task losses, use optax; published methods, which combine losses, are
 in `kdtl_jax.methods`. The losses are listed first, followed by the pieces that go into them:
 targets, weights, schedules and alignments.
+
+Results are float32 or wider. Everywhere, arrays that are not real floating point, masks that are
+not bool and labels or ids that are not integers raise TypeError; empty arrays, shapes that do not
+fit, and hyper-parameters, concrete labels and ids out of their range raise ValueError.
 """
 
 from kdtl_jax.losses._attention import attention_kl as attention_kl

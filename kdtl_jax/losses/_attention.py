@@ -5,8 +5,6 @@ All take float arrays, student first: attention scores `[B, heads, L, L]` before
 in float32 or wider; KLs are in nats. `where` (bool `[B, L]`) marks real tokens: other tokens are
 never keys, and their values as queries are 0. To compare states token by token, use `last_axis_mse`
 or `cosine_distance`; the objective averages over real tokens (`Masked(values, where)`).
-
-TypeError: an array is not floating point. ValueError: shapes do not fit, or an array is empty.
 """
 
 from collections.abc import Mapping

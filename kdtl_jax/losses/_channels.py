@@ -2,9 +2,6 @@
 
 Maps are float `[B, ..., C]`, channels last, student first, and of one shape unless stated
 otherwise. All return `[B]` in float32 or wider.
-
-TypeError: an array is not floating point. ValueError: shapes do not fit (each docstring says which
-axes must agree), or an array is empty.
 """
 
 from collections.abc import Sequence

@@ -7,9 +7,6 @@ nats, float32 or wider. Labels are int `[B]`. Temperatures are > 0 and may be le
 
 `where` (bool `[B]`) marks the real examples. The others have the value 0 and serve as neither
 positives nor negatives, so a padded batch gives the same numbers as its real rows alone.
-
-TypeError: an array is not floating point, or labels are not integers. ValueError: shapes do not
-fit, an array is empty, labels are out of range, or a hyper-parameter is.
 """
 
 import math

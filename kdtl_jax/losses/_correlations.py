@@ -4,9 +4,6 @@ All take float arrays, student first, `[B, ...]` of one shape, flattened per exa
 `[B]` in float32 or wider unless stated otherwise; each value depends on the whole batch. `where`
 (bool `[B]`) marks the real examples. The others have the value 0 and enter no statistic, so a
 padded batch gives the same numbers as its real rows alone.
-
-TypeError: an array is not floating point. ValueError: shapes do not fit, an array is empty, or a
-hyper-parameter is out of its range.
 """
 
 import jax

@@ -3,7 +3,7 @@
 What all functions here share:
 
 - `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, at least two
-  classes; dtypes other than real floating point raise TypeError, other errors ValueError.
+  classes.
 - `temperature > 0` softens both sides (`p = softmax(z / T)`); it and every other hyper-parameter is
   a scalar or one value per example.
 - `where`, bool of the logits' shape, marks the classes that count; logits of -inf never count.

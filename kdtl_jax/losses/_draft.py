@@ -3,8 +3,7 @@
 A token that the draft proposes is accepted with probability `alpha = sum_v min(p_T(v), p_S(v))`,
 which is `1 - total_variation`. `draft_logits` are `[..., draft_vocabulary]` and `target_logits` are
 `[..., vocabulary]`; `draft_ids`, int `[draft_vocabulary]`, lists the tokens that the draft knows,
-by default all. Results are `[...]`, float32 or wider. Shapes and ids that do not fit raise
-ValueError; dtypes other than real floating point raise TypeError.
+by default all. Results are `[...]`, float32 or wider.
 """
 
 import jax

@@ -7,8 +7,7 @@ unbiased one. Draws come from `q ~ p_T^exponent`; a drawn class has the weight `
     targets = losses.random_sampling_targets(teacher_logits, draws)
     loss = losses.random_sampling_cross_entropy(student_logits, targets)
 
-Logits are `[..., num_classes]`. Arrays that are not floating point raise TypeError; shapes and
-ranges that do not fit raise ValueError.
+Logits are `[..., num_classes]`.
 
 References:
   Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs, 2025

@@ -7,9 +7,6 @@ their channels last. The losses return one value per example, `[B]`, in float32 
 
 `where` is bool, with the arrays' shape or its leading axes, and marks the entries to include; an
 example with no included entries has the value 0.
-
-TypeError: an array is not floating point. ValueError: shapes differ, an array is empty, or a
-hyper-parameter is out of its range.
 """
 
 import math

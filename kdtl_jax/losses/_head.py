@@ -1,8 +1,4 @@
-"""Output layers: from hidden states `[..., width]` to logits `[..., vocabulary]`.
-
-TypeError: hidden states, kernel, bias or delta are not floating point. ValueError: shapes do not
-fit (`Head`), or the softcap is not finite and > 0.
-"""
+"""Output layers: from hidden states `[..., width]` to logits `[..., vocabulary]`."""
 
 from typing import NamedTuple
 

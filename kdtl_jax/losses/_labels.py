@@ -3,10 +3,8 @@
 What all functions here share:
 
 - `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, with at least two
-  classes; dtypes other than real floating point raise TypeError, other invalid arguments raise
-  ValueError.
-- `labels` are class numbers `[...]` in `0..num_classes-1`; for soft labels, pass the argmax. Labels
-  that are not integers raise TypeError; concrete labels out of range raise ValueError.
+  classes.
+- `labels` are class numbers `[...]` in `0..num_classes-1`; for soft labels, pass the argmax.
 - `where`, bool `[...]`, marks the examples that count. The labels and logits of the others may be
   anything (-100, 255); their value is 0, with gradient 0. Under `jit`, an unmasked label out of
   range gives the value NaN, with gradient 0, so a mask applied later (`Masked`) leaves no NaN.

@@ -3,9 +3,6 @@
 Maps are float `[B, ..., C]`, channels last, student first, and of one shape unless stated
 otherwise. All return `[B]` in float32 or wider. Most compare normalized maps, so only *where* the
 response is matters, not how strong it is.
-
-TypeError: an array is not floating point. ValueError: shapes do not fit (each docstring says which
-axes must agree), an array is empty, or a hyper-parameter is out of its range.
 """
 
 from collections.abc import Sequence

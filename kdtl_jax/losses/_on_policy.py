@@ -1,8 +1,7 @@
 """Divergences on the student's own text, given all or part of the teacher's distribution.
 
 As in `forward_kl`, logits are `[..., num_classes]` of one shape; temperatures > 0 soften both sides
-and are a scalar or one value per example; results are `[...]`, in nats, float32 or wider. Dtypes
-other than real floating point raise TypeError; other invalid arguments raise ValueError.
+and are a scalar or one value per example; results are `[...]`, in nats, float32 or wider.
 """
 
 import jax

@@ -4,8 +4,7 @@ What all functions here share:
 
 - `student_logits` and `teacher_logits` have one shape: `[..., num_classes]` if each example is
   compared separately, `[B, num_classes]` if examples are compared with each other (flatten a map's
-  positions into the batch). Dtypes other than real floating point raise TypeError; other invalid
-  arguments raise ValueError.
+  positions into the batch).
 - `temperature > 0` softens both sides and is a scalar or one value per example. No `T^2`.
 - A class whose logit is -inf on both sides (vocabulary padding) does not count. If only one side
   has -inf, that side gives the class no probability.

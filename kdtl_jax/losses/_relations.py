@@ -7,9 +7,6 @@ sharded over devices, the values are those of the whole batch.
 
 `where` (bool `[B]`) marks the real examples. The others have the value 0, and no row is related to
 them, so a padded batch gives the same numbers as its real rows alone.
-
-TypeError: an array is not floating point. ValueError: batch sizes differ or are 0, or a
-hyper-parameter is out of its range.
 """
 
 import math

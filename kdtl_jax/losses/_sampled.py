@@ -16,8 +16,7 @@ distribution that was sampled from, after temperature and filtering (`language.S
 Everything but the student's log-probabilities is a constant. Ratios are bounded at `exp(20)`.
 `where`, bool of the same shape, marks the positions that count; the others may hold anything (even
 -inf) and give 0. The result has the arguments' shape, float32 or wider: losses and returns in nats,
-weights without a unit, gates as bool. Arrays that are not floating point raise TypeError; shapes
-that differ raise ValueError.
+weights without a unit, gates as bool.
 """
 
 import jax

@@ -2,9 +2,6 @@
 
 Every divergence in the package maps `[B, L, V]` to `[B, L]`; mask it in the objective with
 `Masked(values, where)`, which keeps sum and count exact over microbatches. Nothing here is a loss.
-
-All functions raise ValueError if shapes or ranges do not fit, and TypeError if logits are not
-floating point or labels are not integers.
 """
 
 from typing import NamedTuple

@@ -2,9 +2,6 @@
 
 Here the "teacher" is usually the pretrained model itself, run on the target task's data. All return
 one value per example, `[B]`, in float32 or wider.
-
-TypeError: an array is not floating point. ValueError: shapes do not fit, an array is empty, or a
-hyper-parameter is out of its range.
 """
 
 from collections.abc import Callable

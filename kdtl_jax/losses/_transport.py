@@ -3,8 +3,7 @@
 Sorted probabilities (universal logit distillation) need no common vocabulary: student and teacher,
 `[..., student_vocabulary]` and `[..., teacher_vocabulary]` with other dimensions equal, may differ
 in the number and the meaning of their classes. Temperatures are > 0, a scalar or one value per
-example. Results are `[...]`, float32 or wider. Shapes and values that do not fit raise ValueError;
-dtypes other than real floating point raise TypeError.
+example. Results are `[...]`, float32 or wider.
 """
 
 import jax

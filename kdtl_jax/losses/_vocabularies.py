@@ -15,9 +15,6 @@ text on both sides, which is why only this binary comparison, the observed chunk
 is exact. Both arguments are log-probabilities <= 0 of one shape, e.g. `[B, C]`; the result has that
 shape, in nats, float32 or wider.
 
-Arrays that are not floating point raise TypeError; ids, shapes and ranges that do not fit raise
-ValueError.
-
 References:
   Minixhofer, Vulić and Ponti, Cross-Tokenizer Distillation via Approximate Likelihood Matching,
   2025 (2503.20083), and its code, tokenkit.
