@@ -181,7 +181,7 @@ def make_student(
     return Student(decoder, start, weights, r"adapter/.*")
 
 
-def int_rounding(bits: int, group: int = 32) -> Callable[[Params], Params]:
-    """Fake quantization of the layers' kernels: `bits` per weight, a scale per group of inputs."""
-    quantizer = partial(transforms.int_by_group, bits=bits, group=group)
+def int_rounding(bits: int) -> Callable[[Params], Params]:
+    """Fake quantization of the layers' kernels: `bits` per weight, a scale per 32 inputs."""
+    quantizer = partial(transforms.int_by_group, bits=bits, group=32)
     return partial(transforms.fake_quantize, quantizer=quantizer, where=KERNELS)

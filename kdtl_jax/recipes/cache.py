@@ -126,15 +126,14 @@ def verify(folder: Path, settings: Settings) -> int:
     if problems:
         print(f"kdtl cache: write {folder} again to compute what is damaged.", file=sys.stderr)
         return 1
-    provenance = ""
+    expect, provenance = None, ""
     if settings.teacher_weights is not None:
         train, _, variables, made_of = load_teacher(settings)
         expect = teacher_cache.fingerprint(variables, {"inputs": train.inputs}, **made_of)
         # The form may be any; network, weights and data must match.
         any_form = dict.fromkeys(("taps", "logits", "dtype", "preprocessing", "views"))
-        teacher_cache.open_cache(folder, expect=expect._replace(**any_form), contents=False)
-        provenance = ", made by these weights from these data"
-    cache = teacher_cache.open_cache(folder, expect=None, contents=False)
+        expect, provenance = expect._replace(**any_form), ", made by these weights from these data"
+    cache = teacher_cache.open_cache(folder, expect=expect, contents=False)
     print_plan(folder, cache.plan)
     print(f"whole: every byte is as it was written{provenance}")
     return 0

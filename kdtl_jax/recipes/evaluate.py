@@ -70,14 +70,11 @@ def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
     header = list(rows[0])
     _tables.show(header, [[_cell(value) for value in row.values()] for row in rows])
     if "confusion" in result and len(names) <= LARGEST_CONFUSION:
-        counts = [
-            [name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)
-        ]
-        lines_ = [
-            f"of class {name}: " + ", ".join(f"{n} named {other}" for n, other in zip(
-                row, names, strict=True) if n)
-            for name, row in zip(names, result["confusion"], strict=True)
-        ]  # fmt: skip
+        counts, lines_ = [], []
+        for name, row in zip(names, result["confusion"], strict=True):
+            counts.append([name, *map(str, row)])
+            answers = [f"{n} named {other}" for n, other in zip(row, names, strict=True) if n]
+            lines_.append(f"of class {name}: {', '.join(answers)}")
         _tables.show(["is \\ named", *names], counts, lines_)
 
 
@@ -155,10 +152,10 @@ def score_numbers(predicted: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
 
 def class_rows(scores_: metrics.PerClass, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row per class."""
-    columns = {field: np.asarray(x).tolist() for field, x in scores_._asdict().items()}
+    rows = zip(*(np.asarray(column).tolist() for column in scores_), strict=True)
     return [
-        {"class": name, **{field: column[i] for field, column in columns.items()}}
-        for i, name in enumerate(names)
+        {"class": name, **dict(zip(scores_._fields, row, strict=True))}
+        for name, row in zip(names, rows, strict=True)
     ]
 
 

@@ -165,14 +165,16 @@ def merged(settings: Settings, examples: str) -> Rewrite:
     if options.weights is not None and divides and not sum(options.weights):
         raise UsageError(f"--weights {options.weights}: their sum, a divisor, is 0")
     inputs = [*base, *models]
-    report, specs = _report(settings, inputs), inputs[0].specs
+    specs = inputs[0].specs
+    where = _checkpoints.selected(settings, specs)
+    rules = _checkpoints.rules("rule", settings.rule, float)
+    report = _report(inputs, where, keeps_mismatches=settings.on_mismatch == "keep")
     if method.has_grams:
         transforms.check_grams([checkpoint.specs for checkpoint in statistics], specs)
     elif statistics:
         _checks.same_leaves(
             models={p: specs[p] for p in report.merged}, **{x.name: x.specs for x in statistics}
         )
-    rules = _checkpoints.rules("rule", settings.rule, float)
     t_by_path = trees.labels(specs, rules, default=options.t) if rules else {}
     parts = {
         path: Part(
@@ -220,21 +222,20 @@ def _options(settings: Settings) -> Options:
     return Options(**options)
 
 
-def _report(settings: Any, inputs: Sequence[Opened]) -> Report:
+def _report(inputs: Sequence[Opened], where: trees.Selector, *, keeps_mismatches: bool) -> Report:
     """What will be merged and what is kept; names every difference, unless it is to be kept."""
     first, *others = inputs
-    where = trees.any_of(_checkpoints.selected(settings, first.specs))
-    chosen = trees.mask(first.specs, where)
+    chosen, is_selected = trees.mask(first.specs, where), trees.any_of(where)
     selected = {p: s for p, s in first.specs.items() if chosen[p] and trees.is_inexact(s)}
     _refuse_codes(inputs, {path for path in first.specs if chosen[path]}, selected)
-    if settings.on_mismatch == "error":
+    if not keeps_mismatches:
         specs_by_model = {first.name: selected}
         for i, model in enumerate(others):
             key = model.name if model.name not in specs_by_model else f"{model.name} ({i + 1})"
             specs_by_model[key] = {
                 path: spec
                 for path, spec in model.specs.items()
-                if path in selected or (where(path, spec) and path not in first.specs)
+                if path in selected or (is_selected(path, spec) and path not in first.specs)
             }
         try:
             _checks.same_leaves(**specs_by_model)

@@ -96,16 +96,10 @@ def resident(
             )
         teacher = jax.tree.map(_put, outputs)
     order, views_key = (None, None) if key is None else _split(key)
+    arrays = jax.tree.map(lambda x: _put(canonical(x)), dict(arrays))
+    rows = None if rows is None else jax.device_put(rows)
     return Resident(
-        arrays=jax.tree.map(lambda x: _put(canonical(x)), dict(arrays)),
-        batch_size=batch_size,
-        order=order,
-        drop_remainder=drop_remainder,
-        augment=augment,
-        augment_key=views_key,
-        teacher=teacher,
-        views=views,
-        rows=None if rows is None else jax.device_put(rows),
+        arrays, batch_size, order, drop_remainder, augment, views_key, teacher, views, rows
     )
 
 

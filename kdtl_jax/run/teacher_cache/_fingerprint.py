@@ -149,22 +149,27 @@ def count(arrays: Mapping[str, Any]) -> int:
 
 def differences(cached: Fingerprint, expect: Fingerprint) -> list[str]:
     """Lists the differences between a cache's fingerprint and the expected one."""
+
+    def differs(name: str) -> bool:
+        expected = getattr(expect, name)
+        return expected is not None and getattr(cached, name) != expected
+
     result = []
-    if _differ(cached.model, expect.model):
+    if differs("model"):
         origin = f"is of {cached.model!r}"
         origin = "does not say which model made it" if cached.model is None else origin
         result.append(f"models differ: the cache {origin}, this is {expect.model!r}")
-    if _differ(cached.classes, expect.classes):
+    if differs("classes"):
         stored, expected = (list(x or ()) for x in (cached.classes, expect.classes))
         result.append(f"classes differ: {stored} in the cache, {expected} here")
-    if _differ(cached.teacher, expect.teacher):
+    if differs("teacher"):
         result.append(
             f"teacher weights differ: the cache was made by {_short(cached.teacher)}, these are "
             f"{_short(expect.teacher)} (SHA-256)"
         )
-    if _differ(cached.size, expect.size):
+    if differs("size"):
         result.append(f"number of examples differs: {cached.size} in the cache, {expect.size} here")
-    elif _differ(cached.data, expect.data):
+    elif differs("data"):
         result.append(
             f"data differ: the cache was made from inputs {_short(cached.data)}, these are "
             f"{_short(expect.data)} (SHA-256; the order of the rows counts)"
@@ -176,10 +181,9 @@ def differences(cached: Fingerprint, expect: Fingerprint) -> list[str]:
         result.append(
             f"taps are missing: {missing} requested, but the cache holds {list(cached.taps or ())}"
         )
-    for name in ("logits", "dtype", "views"):
+    for name in filter(differs, ("logits", "dtype", "views")):
         stored, expected = getattr(cached, name), getattr(expect, name)
-        if _differ(stored, expected):
-            result.append(f"{name} differ: {stored} in the cache, {expected} requested")
+        result.append(f"{name} differ: {stored} in the cache, {expected} requested")
     return [_text.shown(line, MAX_CHARACTERS) for line in result]
 
 
@@ -215,10 +219,6 @@ def _setting_differences(stored: Mapping[str, Any], expected: Mapping[str, Any])
         if (name in stored) != (name in expected) or stored[name] != expected[name]
     ]
     return [f"preprocessing differs: {', '.join(changed)}"] if changed else []
-
-
-def _differ(stored: Any, expected: Any) -> bool:
-    return expected is not None and stored != expected
 
 
 def _short(sha: str | None) -> str:
