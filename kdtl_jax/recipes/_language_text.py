@@ -75,8 +75,6 @@ def read(
 
     Args:
       paths: what `language.text_files` reads.
-      tokenizer: the teacher's.
-      shape: of the rows.
       folder: where rows of large text are stored.
       identity: of this text; rows of another text in the folder are replaced.
     """

@@ -173,11 +173,6 @@ def train_model(
 
     Args:
       name: of the method, in the metrics file and under `checkpoints/`.
-      learner: the step and its initialization.
-      state: from `train.init_state`.
-      work: the run, whose rows the model trains on.
-      teacher_params: passed to the step.
-      steps: number of steps.
       measure: metrics of the parameters, during training and at the end.
       cache: the teacher's outputs on the rows, if the step reads them.
       on_nonfinite: as `loop.run`; the state before such an update is saved and returned.

@@ -84,9 +84,9 @@ def merged(settings: Settings) -> Rewrite:
         places = []
         for source, path_there in zip(part.sources, names, strict=True):
             checkpoint = inputs[source.model]
-            stored = _stored(checkpoint, path_there)
+            stored_name = _stored(checkpoint, path_there)
             scopes = (source.parameters, part.parameters, shared)
-            tensor, spec = checkpoint.tensors[stored], checkpoint.specs[stored]
+            tensor, spec = checkpoint.tensors[stored_name], checkpoint.specs[stored_name]
             places.append(Place(path_there, tensor, spec, scopes))
         if len({place.spec.shape for place in places}) > 1:
             shapes = [list(place.spec.shape) for place in places]

@@ -55,10 +55,8 @@ def stream(
             for i in range(step % steps if epoch == step // steps else 0, steps):
                 batch = dict(read(epoch, rows[i]))
                 if not drop_remainder:
-                    real_weights = (np.arange(batch_size) + i * batch_size < size).astype(
-                        np.float32
-                    )
-                    batch["weights"] = real_weights * batch.get("weights", np.float32(1))
+                    is_real = np.arange(batch_size) + i * batch_size < size
+                    batch["weights"] = np.float32(is_real) * batch.get("weights", np.float32(1))
                 yield batch
 
     return batches

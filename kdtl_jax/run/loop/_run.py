@@ -286,15 +286,11 @@ def fit(
     For logging, evaluation, saving, and resuming, call these three yourself.
 
     Args:
-      model: the model function.
-      params: initial parameters; they are copied, not donated.
-      tx: an optax optimizer.
-      terms: the objective, as for `train.make_step`, such as `objective.classification`.
-      weights: one weight per term.
+      model, tx, terms, weights, trainable: as for `train.make_step`; terms such as
+        `objective.classification`.
+      params, model_state: the initial ones; they are copied, not donated.
       source: the batches, `data.resident(...)` or a `data.Source`.
       steps: the number of updates.
-      trainable: selector of the parameters to train; the others cost no gradient.
-      model_state: the model's state in addition to its parameters.
       teacher_params: frozen parameters that penalties such as L2-SP read.
       key: for dropout and other randomness; None means `jax.random.key(0)`.
 
