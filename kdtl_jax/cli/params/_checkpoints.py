@@ -88,7 +88,7 @@ class Rewrite(NamedTuple):
     produce: Callable[[str], Any]
     report: Report
     inputs: Sequence[Opened]  # the first gives the metadata and, for a folder, the configuration
-    names: Mapping[str, str]  # canonical path -> name in the file
+    names: Mapping[str, str] | None = None  # canonical path -> name; None: as in the first input
     layers: Sequence[int] | None = None  # the first input's layers that were kept, in order
     dtype: str | None = None  # to write, unless `--dtype` names another
 
@@ -196,7 +196,8 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
     recipe = {RECIPE: _recipe(settings, command, rewrite.inputs)}
     metadata = rewrite.inputs[0].checkpoint.metadata | recipe
     nonfinite: list[str] = []
-    paths = {rewrite.names.get(path, path): path for path in specs}
+    names = rewrite.inputs[0].names if rewrite.names is None else rewrite.names
+    paths = {names.get(path, path): path for path in specs}
     specs_by_name = {name: specs[path] for name, path in paths.items()}
     advance = progress(total, "writing: ")
 

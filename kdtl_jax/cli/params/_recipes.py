@@ -118,8 +118,7 @@ def merged(settings: Settings) -> Rewrite:
     produce = _merging.by_tensor(method, method.mergekit or method.merge, parts, copies)
     # For each layer of the result, its number in the first source.
     layers = [part.sources[0].first + j for part in slices for j in range(part.length or 0)]
-    models = [*inputs.values()]
-    return Rewrite(specs, produce, report, models, models[0].names, layers, dtype)
+    return Rewrite(specs, produce, report, [*inputs.values()], layers=layers, dtype=dtype)
 
 
 # --- from YAML to slices -------------------------------------------------------------------------

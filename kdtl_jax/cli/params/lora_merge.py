@@ -74,7 +74,7 @@ def run(settings: Settings) -> int:
         shapes={path: spec.shape for path, spec in base.specs.items()},
         sizes={p: math.prod(s.shape) for p, s in base.specs.items() if trees.is_inexact(s)},
     )
-    rewrite = Rewrite(base.specs, produce, report, [base, adapter], base.names)
+    rewrite = Rewrite(base.specs, produce, report, [base, adapter])
     return _checkpoints.finish(settings, "lora-merge", rewrite)
 
 

@@ -191,7 +191,7 @@ def merged(settings: Settings, examples: str) -> Rewrite:
     else:
         merge = method.merge if is_paper else method.mergekit or method.merge
         produce = _merging.by_tensor(method, merge, parts, copies)
-    return Rewrite(specs, produce, report, [*inputs, *statistics], inputs[0].names)
+    return Rewrite(specs, produce, report, [*inputs, *statistics])
 
 
 def _options(settings: Settings) -> Options:

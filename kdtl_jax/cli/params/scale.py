@@ -46,8 +46,7 @@ def run(settings: Settings) -> int:
     plan = transforms.plan_transfer(
         source.specs, source.specs, where=where, alpha=alphas(settings, source.specs)
     )
-    produce = planned(plan, source, source)
-    rewrite = Rewrite(source.specs, produce, plan.report, [source], source.names)
+    rewrite = Rewrite(source.specs, planned(plan, source, source), plan.report, [source])
     return _checkpoints.finish(settings, "scale", rewrite)
 
 

@@ -78,7 +78,7 @@ def run(settings: Settings) -> int:
     except ValueError as error:
         raise ValueError(_as_flags(str(error))) from None
     produce = scale.planned(plan, source, target)
-    rewrite = Rewrite(target.specs, produce, plan.report, [target, source], target.names)
+    rewrite = Rewrite(target.specs, produce, plan.report, [target, source])
     return _checkpoints.finish(settings, "transfer", rewrite)
 
 

@@ -82,14 +82,17 @@ def open_program(
         batch = _example_batch(source, batch_at)
         # A resumed run stays on the path it started on: the two may differ in the last bit.
         path = meta.get("path") or train.step_path(step, state, batch, teacher)
-        make_program = _scan_program if path == "scan" else _step_program
         update = _make_update(step, check_finite)
-        move = make_program(update, source, batch_at, teacher, batch)
+        if path == "scan":
+            move = _scan_program(update, source, batch_at, teacher, batch)
+        else:
+            move = _step_program(update, source, batch_at, teacher, source.batch_size)
         remainder = data.examples(source) % source.batch_size
         if uses_statistics and remainder == 1 and not source.drop_remainder:
             _warn_single_row()  # the padding rows have no weights
         elif uses_statistics and remainder and not source.drop_remainder:
-            move = _with_short_batch(move, update, source, batch_at, teacher, remainder)
+            finish = _step_program(update, source, batch_at, teacher, remainder)
+            move = _with_short_batch(move, finish, data.steps_per_epoch(source) - 1)
         yield _first_carry(step, state, teacher, batch, meta), _with_pacing(move), path
         return
     source_batches = _real_rows(source, start) if uses_statistics else source(start)
@@ -227,13 +230,13 @@ def _scan_program(
 
 
 def _step_program(
-    update: Update, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any
+    update: Update, source: data.Resident, batch_at: BatchAt, teacher: Any, size: int
 ) -> Move:
-    """One step per call, with rows gathered in the same program."""
+    """One step per call, with the first `size` rows of a batch gathered in the same program."""
 
     def batch_of(step: Array, arrays: Any, index: Array) -> Batch:
         position = step % len(index)
-        return batch_at(arrays, index[position], step, position)
+        return batch_at(arrays, index[position][..., :size], step, position)
 
     advance, length = _single_step(update, batch_of), data.steps_per_epoch(source)
     arrays, epochs = _device_arrays(source), _epoch_cache(source)
@@ -257,28 +260,14 @@ def _single_step(
     return advance
 
 
-def _with_short_batch(
-    move: Move,
-    update: Update,
-    source: data.Resident,
-    batch_at: BatchAt,
-    teacher: Any,
-    remainder: int,
-) -> Move:
-    """`move` for the full batches of an epoch, and a separate program for the `remainder` rows."""
-    arrays, epochs = _device_arrays(source), _epoch_cache(source)
-    last = data.steps_per_epoch(source) - 1
-
-    def batch_of(step: Array, arrays: Any, index: Array) -> Batch:
-        return batch_at(arrays, index[-1][..., :remainder], step, jnp.asarray(last, jnp.int32))
-
-    advance = _single_step(update, batch_of)
+def _with_short_batch(move: Move, finish: Move, last: int) -> Move:
+    """`move` for the full batches of an epoch, `finish` for the short one at position `last`."""
 
     def move_or_finish(carry: Carry, start: int, max_steps: int) -> tuple[Carry, Array, int]:
-        epoch, position = divmod(start, last + 1)
+        position = start % (last + 1)
         if position < last:
             return move(carry, start, min(max_steps, last - position))
-        return *advance(carry, teacher, arrays, epochs(epoch)), 1
+        return finish(carry, start, 1)
 
     return move_or_finish
 
