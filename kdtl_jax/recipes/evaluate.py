@@ -68,7 +68,8 @@ def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
     if not rows:
         return
     header = list(rows[0])
-    _tables.show(header, [[_cell(value) for value in row.values()] for row in rows])
+    cells = [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    _tables.show(header, cells)
     if "confusion" in result and len(names) <= LARGEST_CONFUSION:
         counts, lines_ = [], []
         for name, row in zip(names, result["confusion"], strict=True):
@@ -76,10 +77,6 @@ def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
             answers = [f"{n} named {other}" for n, other in zip(row, names, strict=True) if n]
             lines_.append(f"of class {name}: {', '.join(answers)}")
         _tables.show(["is \\ named", *names], counts, lines_)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def score_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:

@@ -304,15 +304,11 @@ def rescaled(sparsify: Sparsify, *, default: bool) -> Sparsify:
 # --- on spheres ----------------------------------------------------------------------------------
 
 
-def _vectors(x: Members) -> list[Tree]:
-    """The task vectors if there is a base, else the models."""
-    return taus(x) if x.base else x.models
-
-
 def pieces(read: Read) -> Iterator[list[Array]]:
-    """Block by block, the models' vectors (`[rows, ...]` each) in one floating dtype."""
+    """Block by block, the task vectors (the models without a base), in one floating dtype."""
     for x in read():
-        yield transforms.one_dtype([leaf for tree in _vectors(x) for leaf in tree.values()])
+        vectors = taus(x) if x.base else x.models
+        yield transforms.one_dtype([leaf for tree in vectors for leaf in tree.values()])
 
 
 def mixed(x: Members, o: Options) -> Tree:

@@ -46,7 +46,9 @@ def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> d
     """
     continues = history.file and len(lines) >= history.count
     if not continues or (history.count and _text(lines[history.count - 1]) != history.last):
-        _begin(history, f"{KEY}-{step}-{os.urandom(4).hex()}.jsonl")
+        history.file = f"{KEY}-{step}-{os.urandom(4).hex()}.jsonl"
+        history.count, history.size, history.last = 0, 0, b""
+        history.digest = hashlib.sha256()
     new_lines = [_text(line) for line in lines[history.count :]]
     if new_lines or not history.size:
         with (folder / history.file).open("r+b" if history.size else "wb") as file:
@@ -91,12 +93,6 @@ def _content(folder: Path, entry: Mapping[str, Any]) -> bytes:
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise ValueError(f"{path.name} was altered: its SHA-256 does not match")
     return content
-
-
-def _begin(history: History, file: str) -> None:
-    """Resets it to the empty history of a new file."""
-    history.file, history.count, history.size, history.last = file, 0, 0, b""
-    history.digest = hashlib.sha256()
 
 
 def _extend(history: History, lines: Sequence[bytes]) -> None:

@@ -97,9 +97,9 @@ def resident(
         teacher = jax.tree.map(_put, outputs)
     order, views_key = (None, None) if key is None else _split(key)
     arrays = jax.tree.map(lambda x: _put(canonical(x)), dict(arrays))
-    rows = None if rows is None else jax.device_put(rows)
+    chosen = None if rows is None else jnp.asarray(rows)
     return Resident(
-        arrays, batch_size, order, drop_remainder, augment, views_key, teacher, views, rows
+        arrays, batch_size, order, drop_remainder, augment, views_key, teacher, views, chosen
     )
 
 

@@ -226,9 +226,8 @@ def run(
                     break
                 save_state()
             # 2. Train up to the next step at which something is due.
-            max_steps = (
-                min(_next_due(current, log_every, evaluate_every, save_every), steps) - current
-            )
+            next_due = ((current // n + 1) * n for n in (log_every, *given.values()))
+            max_steps = min(steps, *next_due) - current
             try:
                 with _donation.explained(carry.state, teacher_params=teacher_params):
                     carry, step_reached, count = move(carry, current, max_steps)
@@ -323,8 +322,3 @@ def _nonfinite_event(carry: _programs.Carry) -> Nonfinite | None:
 
 def _is_due(step: int, interval: int | None, end: int | None) -> bool:
     return step == end or (interval is not None and step % interval == 0)
-
-
-def _next_due(step: int, *intervals: int | None) -> int:
-    """The next multiple of any of the intervals."""
-    return min((step // interval + 1) * interval for interval in intervals if interval is not None)

@@ -82,7 +82,7 @@ _MAX_DRAWN, _MIN_DRAWN = 1e30, 1e-30  # matplotlib finds no ticks beyond these
 def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
     """One row per method: a dot with its interval; the full label is beside it."""
     ax = _rows([bar.label for bar in bars], axis)
-    number = _percent if percent else _decimal
+    number = _percent if percent else "{:.3f}".format
     factor, unit = (100, "%") if percent else (1, "")
     for i, bar in enumerate(bars):
         if _is_drawable(factor * bar.value):
@@ -385,10 +385,6 @@ def _shorten(label: str) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _decimal(value: float) -> str:
-    return f"{value:.3f}"
 
 
 def _si(value: float) -> str:

@@ -99,6 +99,7 @@ def fingerprint(
         )
     _checks.scalar(temperature=temperature)
     _checks.positive(temperature=temperature)
+    key_words = [] if view_key is None else np.ravel(jax.random.key_data(view_key))
     return Fingerprint(
         model=model,
         classes=None if classes is None else tuple(map(str, classes)),
@@ -111,7 +112,7 @@ def fingerprint(
         if top_k is not None
         else "dense",
         dtype=dtype_name,
-        views="none" if view_key is None else f"{views} of key {_key_words(view_key)}",
+        views="none" if view_key is None else f"{views} of key {' '.join(map(str, key_words))}",
     )
 
 
@@ -204,10 +205,6 @@ def from_json(value: Mapping[str, Any]) -> Fingerprint:
 def as_numpy(x: Any) -> np.ndarray:
     """A host view; memory-mapped arrays stay mapped, without their subclass's cost per index."""
     return x.view(np.ndarray) if isinstance(x, np.ndarray) else np.asarray(x)
-
-
-def _key_words(key: Array) -> str:
-    return " ".join(map(str, np.asarray(jax.random.key_data(key)).ravel()))
 
 
 def _setting_differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
