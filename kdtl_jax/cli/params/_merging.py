@@ -111,21 +111,18 @@ def _slabs(part: Part, axis: int | None) -> Iterator[tuple[Part, int | None]]:
         yield part, None
         return
     count = math.prod(part.models[0].shape[:axis])
-    for number in range(count):
 
-        def slab_of(tensor: Tensor | None, number: int = number) -> Tensor | None:
-            if tensor is None:
-                return None
-            size = (tensor.stop - tensor.start) // count
-            shape = (tensor.shape[axis], math.prod(tensor.shape[axis:][1:]))
-            start = tensor.start + number * size
-            return tensor._replace(shape=shape, start=start, stop=start + size)
+    def slab_of(tensor: Tensor, number: int) -> Tensor:
+        size = (tensor.stop - tensor.start) // count
+        shape = (tensor.shape[axis], math.prod(tensor.shape[axis:][1:]))
+        start = tensor.start + number * size
+        return tensor._replace(shape=shape, start=start, stop=start + size)
 
-        models = tuple(t for each in part.models if (t := slab_of(each)))
-        yield (
-            Part(models, part.options, slab_of(part.base), tuple(map(slab_of, part.statistics))),
-            -2,
-        )
+    for i in range(count):
+        models = tuple(slab_of(tensor, i) for tensor in part.models)
+        statistics = tuple(tensor and slab_of(tensor, i) for tensor in part.statistics)
+        base = part.base and slab_of(part.base, i)
+        yield part._replace(models=models, base=base, statistics=statistics), -2
 
 
 def _one_model(part: Part, i: int) -> Part:
