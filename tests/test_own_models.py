@@ -86,6 +86,19 @@ class Pair:
         return inputs @ params["w"]
 
 
+class Statistics(eqx.Module):
+    norm: eqx.nn.BatchNorm
+    out: eqx.nn.Linear
+
+    def __init__(self, in_features: int, classes: int, *, key: Any) -> None:
+        self.norm = eqx.nn.BatchNorm(in_features, "batch", mode="batch")
+        self.out = eqx.nn.Linear(in_features, classes, key=key)
+
+    def __call__(self, x: Any, state: Any) -> Any:
+        normalized, state = self.norm(x, state)
+        return self.out(normalized), state
+
+
 def with_statistics(classes: int, key: Any) -> Any:
     def build(key: Any) -> Any:
         first, second = jax.random.split(key)
@@ -108,6 +121,7 @@ FORMS = {
     "nnx class": NNX,
     "equinox class": Equinox,
     "equinox with state": with_statistics,
+    "equinox class with state": Statistics,
     "functions": Pair(),
     "two functions": (lambda key: jnp.zeros((5, 3)), lambda params, x: x @ params),
 }
@@ -314,6 +328,15 @@ def averaged(params: Any, x: Any) -> Any:
         ),
         ((lambda key: jnp.ones((5, 3)), averaged), r"gives logits \[\] for one example"),
         (
+            (lambda key: jnp.ones((5, 3)), lambda p, x: (x @ p).astype(jnp.int32)),
+            "gives logits int32, expected floating point",
+        ),
+        (
+            (lambda key: jnp.ones((5, 3)), lambda p, x: {0: x, "logits": x @ p}),
+            "returns an output named 0. Names of outputs must be text",
+        ),
+        ((lambda key: {}, lambda p, x: x[:, :3]), "has no floating-point parameters"),
+        (
             (lambda key: jnp.ones((5, 3)), lambda p, x: {"hidden": x}),
             r"returns \['hidden'\]: no \"logits\"",
         ),
@@ -322,6 +345,12 @@ def averaged(params: Any, x: Any) -> Any:
 def test_what_is_no_model_says_what_to_write(found: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         own.network(found, classes=3, example=X[:1])
+
+
+def test_an_equinox_module_without_its_state_says_how_to_make_it() -> None:
+    module = Statistics(5, 3, key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"Statistics keeps a state.*make_with_state\(Statistics\)"):
+        from_equinox.model(module)
 
 
 def test_one_logit_for_two_classes_is_shown_its_place() -> None:

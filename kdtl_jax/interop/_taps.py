@@ -66,7 +66,7 @@ def outputs_of(returned: Any) -> dict[str, Array]:
     """Converts what a module returns to a dict; a bare array becomes `"logits"`.
 
     In a tuple, the first array is the logits and the others are `"features"`. Nested outputs are
-    named by their path, `"features/first"` or `"features/0"`, and must be arrays.
+    named by their path, `"features/first"` or `"features/0"`, and must be arrays; names are text.
     """
     outputs = returned
     if isinstance(returned, (tuple, list)) and hasattr(next(iter(returned), None), "shape"):
@@ -76,6 +76,10 @@ def outputs_of(returned: Any) -> dict[str, Array]:
         return {"logits": outputs}
     arrays: dict[str, Any] = {}
     for name, x in outputs.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"the model returns an output named {name!r}. Names of outputs must be text."
+            )
         for suffix, leaf in ({"": x} if name == "logits" else trees.flatten(x)).items():
             arrays[path := f"{name}/{suffix}" if suffix else name] = leaf
             if name != "logits" and not hasattr(leaf, "shape"):

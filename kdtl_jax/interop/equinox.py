@@ -66,6 +66,7 @@ def model(
       axis_name: the axis that the module's batch norms reduce over.
 
     Raises:
+      TypeError: if this is not a module, or keeps a state that is not given.
       ValueError: when `apply` is traced, if dropout or batch statistics are not in the requested
         mode.
     """
@@ -75,6 +76,11 @@ def model(
             "Give the module itself, and pass call= to say how it is called."
         )
     _modes.check_module(module, callable(module) and not isinstance(module, type), "Equinox")
+    if state is None and call is None and keeps_state(module):
+        raise TypeError(
+            f"{type(module).__name__} keeps a state, such as batch statistics. Make both, and give "
+            f"both: module, state = eqx.nn.make_with_state({type(module).__name__})(...)."
+        )
     params, static = eqx.partition(module, eqx.is_inexact_array)
 
     def apply(
@@ -132,6 +138,15 @@ def model(
         return _taps.outputs_of(outputs), new_state if train else model_state
 
     return Equinox(apply, params, state)
+
+
+def keeps_state(module: eqx.Module) -> bool:
+    """Whether a module keeps values apart, in a state of `eqx.nn.make_with_state`."""
+
+    def is_index(x: Any) -> bool:
+        return isinstance(x, eqx.nn.StateIndex)
+
+    return any(map(is_index, jax.tree.leaves(module, is_leaf=is_index)))
 
 
 def _ways(module: Any, train: bool) -> list[Call]:

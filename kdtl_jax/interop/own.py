@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, methods
+from kdtl_jax import _checks, methods, trees
 from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
 from kdtl_jax.interop import _modes, _taps, networks
 from kdtl_jax.interop.networks import Network
@@ -92,8 +92,13 @@ def network(model: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
             f"{name} gives logits {list(shape)} for one example, expected [1, {classes}]: one "
             f"output per class. An argument called classes= is filled in.{hint}"
         )
+    dtype_of_logits = outputs["logits"].dtype
+    if not jnp.issubdtype(dtype_of_logits, jnp.floating):
+        raise ValueError(f"{name} gives logits {dtype_of_logits}, expected floating point.")
+    variables = networks.abstract(net, example)
+    if not any(map(trees.is_inexact, jax.tree.leaves(variables.params))):
+        raise ValueError(f"{name} has no floating-point parameters: there is nothing to train.")
     if not net.layout.features:
-        variables = networks.abstract(net, example)
         net = net._replace(layout=methods.layout(net.apply, variables, example))
     if dtype is not None:
         net = net._replace(apply=precision.compute_in(net.apply, dtype))
@@ -229,7 +234,7 @@ def _pair_network(
 
         def modes(flags: _modes.Flags) -> dict[str, bool]:
             # This only checks that `apply` accepts the flags; its layers cannot be inspected.
-            jax.eval_shape(lambda: call(flags))
+            jax.eval_shape(lambda: _taps.outputs_of(call(flags)))
             return {}
 
         flags = _modes.first_that_follows(_modes.candidates(apply, train), train, modes)
@@ -241,6 +246,10 @@ def _pair_network(
 def _framework_network(kind: str, model: Any, build: Callable[[Array], Any]) -> Network:
     """Builds a network of an NNX or Equinox module; `build` makes another one from a key."""
     adapter = importlib.import_module(f"kdtl_jax.interop.{kind}")
+
+    if kind == "equinox" and not isinstance(model, tuple) and adapter.keeps_state(model):
+        build = adapter.eqx.nn.make_with_state(build)
+        model = build(jax.random.key(0))
 
     def adapt(model: Any) -> Any:
         return adapter.model(*model) if isinstance(model, tuple) else adapter.model(model)
