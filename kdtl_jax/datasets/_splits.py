@@ -144,12 +144,8 @@ def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
             f"splits must be those of datasets.read_splits, got {type(splits).__name__}."
         )
     train = splits.train
-    form = train.form._replace(
-        names=train.names,
-        outputs=train.classes,
-        shape=train.inputs.shape[1:],
-        scaling=standardizer(train),
-    )
+    form = train.form._replace(names=train.names, outputs=train.classes)
+    form = form._replace(shape=train.inputs.shape[1:], scaling=standardizer(train))
     if train.kind == "numbers":
         mean, deviation = train.labels.mean(axis=0), train.labels.std(axis=0)
         target_scaling = Standardizer(mean, np.where(deviation > 0, deviation, 1.0))

@@ -67,20 +67,20 @@ def labeled_sources(files: Mapping[str, Sequence[Path]], choices: Choices) -> di
 
 def _csv_source(path: Path, choices: Choices, first: Source | None) -> Source | None:
     header, _ = _csv.header_of(path)
-    reads_images = choices.model is not None and choices.model.images is not None
-    if not choices.with_targets:
-        if header and not reads_images:
-            _source.check_columns(str(path), _csv.unique_names(header), choices.model)
-        table = _drop_targets(_csv.read_csv(path, choices.targets), choices)
-        return _with_named_images(path, Source(str(path), table), choices)
     if not header:
         _csv.read_csv(path)  # raises: it is empty
-    if first is not None and not set(first.columns) & set(header):
-        return None
-    names = _label_columns(str(path), header, choices)
-    if not reads_images:
+    names = choices.targets
+    if choices.with_targets:
+        if first is not None and not set(first.columns) & set(header):
+            return None
+        names = _label_columns(str(path), header, choices)
+    if choices.model is None or choices.model.images is None:
         _source.check_columns(str(path), _csv.unique_names(header), choices.model)
-    source = _table_source(_csv.read_csv(path, names), names, choices)
+    table = _csv.read_csv(path, names)
+    if choices.with_targets:
+        source = _table_source(table, names, choices)
+    else:
+        source = Source(str(path), _drop_targets(table, choices))
     return _with_named_images(path, source, choices)
 
 

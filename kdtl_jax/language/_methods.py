@@ -159,8 +159,7 @@ def minillm(setup: Setup) -> Learner:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
     """
     terms = _terms.together(
-        _divergence(setup, losses.reverse_kl),
-        _terms.policy_gradient(chunk_size=setup.chunk_size),
+        _divergence(setup, losses.reverse_kl), _terms.policy_gradient(chunk_size=setup.chunk_size)
     )
     step = _step(setup, terms, {"kd": 1.0, "long": 1.0}, teacher=_teacher(setup))
     return _on_own(setup, step)

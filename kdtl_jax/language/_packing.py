@@ -66,12 +66,10 @@ def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0)
         owner = np.concatenate([owner, np.full(len(document.tokens), i)])
         complete = len(tokens) // length * length
         for start in range(0, complete, length):
-            ids, owners = tokens[start : start + length], owner[start : start + length]
-            row = Row(
-                ids,
-                (owners - owners[0] + 1).astype(np.int32),
-                learned[start : start + length].copy(),
-            )
+            columns = slice(start, start + length)
+            ids, owners = tokens[columns], owner[columns]
+            segments = (owners - owners[0] + 1).astype(np.int32)
+            row = Row(ids, segments, learned[columns].copy())
             if prompt:
                 row = row._replace(privileged=_context(previous, ids, owners, prompt))
                 previous = ids[-prompt:], owners[-prompt:]
@@ -93,14 +91,9 @@ def packed(documents: Iterable[Document], length: int, *, window: int = WINDOW) 
     """
     _checks.count(2, length=length)
     _checks.count(1, window=window)
-    pending: list[Document] = []
-    for document in documents:
-        for piece in split(document, length):
-            pending.append(piece)
-            if len(pending) == window:
-                yield from _best_fit(pending, length)
-                pending = []
-    yield from _best_fit(pending, length)
+    pieces = (piece for document in documents for piece in split(document, length))
+    while pending := list(itertools.islice(pieces, window)):
+        yield from _best_fit(pending, length)
 
 
 def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> Iterator[Row]:
@@ -178,9 +171,9 @@ def batch(rows: Iterable[Row]) -> dict[str, Any]:
       ValueError: if there are no rows.
     """
     # A single row takes several times the memory of its numbers, so few are held at once.
-    arrays = map(as_batch, rows)
-    stacks = iter(lambda: list(itertools.islice(arrays, ROWS_PER_STACK)), [])
-    parts = [_join_batches(np.stack, stack) for stack in stacks]
+    arrays, parts = map(as_batch, rows), []
+    while pending := list(itertools.islice(arrays, ROWS_PER_STACK)):
+        parts.append(_join_batches(np.stack, pending))
     if not parts:
         raise ValueError("there are no rows: no document has a token to learn.")
     return parts[0] if len(parts) == 1 else _join_batches(np.concatenate, parts)
@@ -286,11 +279,9 @@ def _best_fit(documents: Sequence[Document], length: int) -> Iterator[Row]:
         size = len(document.tokens)
         index = bisect.bisect_left(free, (size, -1))
         if index == len(free):
-            rows.append([document])
-            remaining, row = length - size, len(rows) - 1
-        else:
-            remaining, row = free.pop(index)
-            rows[row].append(document)
-            remaining -= size
-        bisect.insort(free, (remaining, row))
+            rows.append([])
+            free.append((length, len(rows) - 1))
+        remaining, row = free.pop(index)
+        rows[row].append(document)
+        bisect.insort(free, (remaining - size, row))
     yield from (joined_row(row, length) for row in rows)

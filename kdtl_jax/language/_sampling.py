@@ -240,11 +240,8 @@ def sample(
         token, log_prob = _draw(step_keys, _filter(logits, temperature, top_k, top_p, min_p))
         token = jnp.where(is_running, token, 0)
         log_prob = jnp.where(is_running, log_prob.astype(jnp.float32), 0)
-        samples = Samples(
-            samples.tokens.at[:, step].set(token),
-            samples.mask.at[:, step].set(is_running),
-            samples.log_probs.at[:, step].set(log_prob),
-        )
+        pairs = zip(samples, (token, is_running, log_prob), strict=True)
+        samples = Samples(*(array.at[:, step].set(column) for array, column in pairs))
         is_running = is_running & ~jnp.any(token[:, None] == stops, axis=1)
         positions = (first_positions + step)[:, None]
         new_segments = is_running[:, None].astype(jnp.int32)

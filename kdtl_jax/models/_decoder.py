@@ -105,10 +105,7 @@ class Decoder(NamedTuple):
 
 
 def decoder(
-    config: DecoderConfig,
-    *,
-    dtype: Any = None,
-    remat_policy: Callable[..., Any] | None = None,
+    config: DecoderConfig, *, dtype: Any = None, remat_policy: Callable[..., Any] | None = None
 ) -> Decoder:
     """The functions of a decoder.
 

@@ -104,10 +104,7 @@ def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_s
 
 
 def _mean_over(
-    squares: Callable[[Params, Params, Any], PyTree],
-    params: Params,
-    examples: PyTree,
-    chunk: int,
+    squares: Callable[[Params, Params, Any], PyTree], params: Params, examples: PyTree, chunk: int
 ) -> PyTree:
     count = _count(examples)
     _checks.count(1, chunk=chunk)
