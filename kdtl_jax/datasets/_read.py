@@ -77,7 +77,8 @@ def read_splits(
     if not path.exists():
         expected = "" if path.suffix else f" Expected {FORMATS}."  # a suffix means a file
         raise ValueError(f"{text}: no such file or folder.{expected}")
-    choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
+    choices = Choices(label, inputs, missing, tuple(drop), image_size, one_hot)
+    choices = _for_model(choices, target, preprocessing)
     stored = sources(path, choices)
     first = stored.get("train") or stored["whole"]._replace(name=path.name)
     train = _number_targets(first, target, _model_dataset(preprocessing))
@@ -118,7 +119,8 @@ def read(
       preprocessing: a model's; inputs and targets are read as the model expects. Nothing is scaled.
     """
     path = _checks.path(path=path)
-    choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
+    choices = Choices(label, inputs, missing, tuple(drop), image_size, one_hot)
+    choices = _for_model(choices, target, preprocessing)
     if labels is not None and not (path.is_dir() or path.suffix):
         images = _source.with_channels(read_idx_array(path))
         stored = [Source(str(path), images, read_idx_array(labels))]
@@ -184,37 +186,26 @@ def _training_first(stored: dict[str, Source]) -> list[Source]:
     return [stored[part] for part in ("whole", *PARTS) if part in stored]
 
 
-def _choices(
-    label: str,
-    inputs: str | None,
-    target: Target,
-    missing: Missing | None,
-    one_hot: bool,
-    drop: Sequence[str],
-    image_size: tuple[int, int] | None,
-    preprocessing: Preprocessing | None,
-) -> Choices:
-    if missing is not None and missing not in _tables.MISSING:
+def _for_model(choices: Choices, target: Target, preprocessing: Preprocessing | None) -> Choices:
+    """The choices, checked; with a model, what it does not determine."""
+    if choices.missing is not None and choices.missing not in _tables.MISSING:
         raise ValueError(
-            f"missing must be one of {', '.join(_tables.MISSING)}, got {missing!r:.40}."
+            f"missing must be one of {', '.join(_tables.MISSING)}, got {choices.missing!r:.40}."
         )
     is_labels = target == "labels"
     if preprocessing is None:
-        return Choices(
-            label, inputs, missing, tuple(drop), image_size, one_hot, allow_unlabeled=is_labels
-        )
+        return choices._replace(allow_unlabeled=is_labels)
     if not isinstance(preprocessing, Preprocessing):
         raise TypeError(
             "preprocessing must be a model's Preprocessing (datasets.prepared returns it), got "
             f"{type(preprocessing).__name__}."
         )
-    if label == "label" and preprocessing.targets:
-        label = ",".join(preprocessing.targets)
+    is_default = choices.label == "label" and preprocessing.targets
     return Choices(
-        label,
-        inputs or preprocessing.inputs,
-        "drop" if preprocessing.leaves_out else missing,
-        image_size=image_size,
+        ",".join(preprocessing.targets) if is_default else choices.label,
+        choices.inputs or preprocessing.inputs,
+        "drop" if preprocessing.leaves_out else choices.missing,
+        image_size=choices.image_size,
         allow_unlabeled=is_labels or preprocessing.kind == "labels",
         model=preprocessing,
     )
