@@ -94,7 +94,7 @@ def minilm_relation(
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
     """
     _checks.count(1, relation_heads=relation_heads)
-    _sides.check_sequences(2, 2, student=student, teacher=teacher)
+    _sides.check_sequences(2, student=student, teacher=teacher)
     _sides.same_positions(student[0], teacher[0], at_most=3)
     _checks.mask(where, student[0].shape[:-1])
     scores_s = _relation(*student, relation_heads, where)
@@ -199,7 +199,7 @@ def token_gram(
     References:
       TextBrewer, 2020 (2002.12620).
     """
-    _sides.check_sequences(2, 2, student=student, teacher=teacher)
+    _sides.check_sequences(2, student=student, teacher=teacher)
     _sides.same_positions(student[0], teacher[0], at_most=3)
     _checks.mask(where, student[0].shape[:-1])
     grams = []

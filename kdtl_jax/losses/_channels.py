@@ -132,7 +132,7 @@ def fsp(
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
-    _sides.check_sequences(2, 2, student=student, teacher=teacher)
+    _sides.check_sequences(2, student=student, teacher=teacher)
     for maps in zip(student, teacher, strict=True):
         _sides.same_channels(*maps)
     difference = flow_matrix(*student, where=where) - flow_matrix(*teacher, where=where)
@@ -184,7 +184,7 @@ def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> 
       Lee, Kim and Song, Self-supervised Knowledge Distillation Using Singular Value
       Decomposition, 2018 (1807.06819).
     """
-    _sides.check_sequences(2, student=student, teacher=teacher)
+    _sides.check_sequences(student=student, teacher=teacher)
     _checks.count(1, k=k)
     layers = []
     for maps in zip(student, teacher, strict=True):

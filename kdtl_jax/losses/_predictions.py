@@ -248,7 +248,7 @@ def _count(rows: Array, where: Array | None) -> Array:
 
 
 def _pearson_terms(
-    x: Array, y: Array, axis: int, eps: Scalar, where: Array | None = None
+    x: Array, y: Array, axis: int, eps: Scalar, where: Array | None
 ) -> tuple[Array, Array]:
     """Terms >= 0 along `axis` and a remainder; their sum is `1 - <x', y'> / (|x'| |y'| + eps)`.
 

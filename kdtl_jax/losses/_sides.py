@@ -79,14 +79,14 @@ def single(x: Array, name: str, *, at_least: int, at_most: int | None = None) ->
     return _check_and_upcast(at_least, at_most, **{name: x})[0]
 
 
-def check_sequences(at_least: int, at_most: int | None = None, **sides: Sequence[Array]) -> None:
-    """Checks that both sides are equally long sequences of `at_least` to `at_most` arrays."""
+def check_sequences(at_most: int | None = None, **sides: Sequence[Array]) -> None:
+    """Checks that both sides are equally long sequences of two to `at_most` arrays."""
     for name, side in sides.items():
         if not isinstance(side, Sequence) or isinstance(side, str):
             raise TypeError(f"{name} must be a sequence of arrays, got {type(side).__name__}.")
     lengths = [len(side) for side in sides.values()]
     low, high = min(lengths), max(lengths)
-    if low != high or low < at_least or (at_most is not None and high > at_most):
+    if low != high or low < 2 or (at_most is not None and high > at_most):
         expected = "two arrays each" if at_most == 2 else "equally many arrays, two or more"
         raise ValueError(
             f"{' and '.join(sides)} must hold {expected}, got {' and '.join(map(str, lengths))}."

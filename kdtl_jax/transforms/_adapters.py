@@ -25,7 +25,7 @@ from kdtl_jax._types import Array, ModelFn, Outputs, Params, PyTree, Scalar
 from kdtl_jax.transforms import _leaves
 
 AdapterWeights = dict[str, Any]  # path of the adapted leaf -> NamedTuple of arrays
-AxisSpec = int | tuple[int, ...]
+Axes = int | tuple[int, ...]
 
 
 class AdaptedParams(NamedTuple):
@@ -95,7 +95,7 @@ class MatrixView(NamedTuple):
     restore: Callable[[Array], Array]
 
 
-def matrix_view(path: str, leaf: Any, in_axis: AxisSpec, out_axis: AxisSpec) -> MatrixView:
+def matrix_view(path: str, leaf: Any, in_axis: Axes, out_axis: Axes) -> MatrixView:
     """`leaf` in float32 or wider as `[..., in, out]`; several axes on a side are flattened.
 
     Axes on neither side come first: each of their entries is a separate matrix. Which axes are
@@ -164,7 +164,7 @@ def rewrite(
 
 
 def over_matrices(
-    change: Callable[[str, Array, Any], Array], in_axis: AxisSpec, out_axis: AxisSpec
+    change: Callable[[str, Array, Any], Array], in_axis: Axes, out_axis: Axes
 ) -> Callable[[Params, AdapterWeights], Params]:
     """`apply` that makes each matrix `change(path, matrix, its weights)`."""
 
@@ -179,8 +179,8 @@ def per_matrix(
     start: Callable[[str, Array], Any],
     change: Callable[[str, Array, Any], Array],
     join: Callable[[Sequence[Any], Sequence[Scalar]], Any],
-    in_axis: AxisSpec,
-    out_axis: AxisSpec,
+    in_axis: Axes,
+    out_axis: Axes,
 ) -> Adapter:
     """An adapter of weights `start(path, matrix)`, combined by `join(members' weights, shares)`."""
 

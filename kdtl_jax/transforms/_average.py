@@ -32,9 +32,7 @@ def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
     For WiSE-FT, the source is the zero-shot model and the target the fine-tuned one.
 
     Args:
-      alpha: a number or traced scalar; a function `(path) -> number`; rules
-        `[(selector, number), ...]`, where leaves that match no rule stay the source's; or a
-        pytree prefix of numbers.
+      alpha: a coefficient as in `scale`; leaves that match no rule stay the source's.
 
     References:
       Wortsman et al., Robust fine-tuning of zero-shot models, 2022 (2109.01903), eq. 1.
@@ -54,8 +52,7 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
     """`sum_i w_i theta_i`, leaf by leaf; the weights are not normalized.
 
     Args:
-      weights: one per model: an array `[N]`, or a list whose entries are numbers or anything
-        that gives a number per leaf (see `interpolate`).
+      weights: one per model: an array `[N]`, or a list of coefficients as in `scale`.
     """
     trees_by_name = _leaves.name_members("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
@@ -168,8 +165,7 @@ def apply_task_vectors(
 
     Args:
       weights: 1 each when None, else one per task vector as in `weighted_sum`.
-      scale: lambda: a number, traced scalar, or anything that gives one number per leaf; leaves
-        that match no rule stay the base's.
+      scale: lambda; leaves that match no rule stay the base's.
 
     References:
       Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).

@@ -15,7 +15,7 @@ import numpy as np
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
 from kdtl_jax.transforms import _adapters, _leaves
-from kdtl_jax.transforms._adapters import Adapter, AdapterWeights, AxisSpec
+from kdtl_jax.transforms._adapters import Adapter, AdapterWeights, Axes
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -40,7 +40,7 @@ class RotationWeights(NamedTuple):
 
 
 def ia3_output(
-    *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1, bias: Sequence[str] = ("bias", "b")
+    *, in_axis: Axes = -2, out_axis: Axes = -1, bias: Sequence[str] = ("bias", "b")
 ) -> Adapter:
     """`y' = (x W + b) * l`: one learned factor per output, for keys and values.
 
@@ -74,7 +74,7 @@ def ia3_output(
     return kernels._replace(apply=apply, merge=apply)
 
 
-def ia3_input(*, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
+def ia3_input(*, in_axis: Axes = -2, out_axis: Axes = -1) -> Adapter:
     """`y' = (x * l) W + b`: one learned factor per input, for feed-forward layers.
 
     Otherwise as `ia3_output`; biases are not changed.
@@ -87,8 +87,8 @@ def vera(
     rank: int = 256,
     *,
     start: float = 0.1,
-    in_axis: AxisSpec = -2,
-    out_axis: AxisSpec = -1,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
 ) -> Adapter:
     """`W' = W + (A * d) (B * b)` with A and B random, frozen, and the same for every layer.
 
@@ -134,7 +134,7 @@ def vera(
     return _adapters.per_matrix(initial, add, join, in_axis, out_axis)
 
 
-def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
+def oft(block_size: int = 32, *, in_axis: Axes = -2, out_axis: Axes = -1) -> Adapter:
     """`W' = R W`, R block-diagonal and orthogonal: rotates inputs, keeping angles and norms.
 
     `R = (I + Q)(I - Q)^-1` with Q skew (Cayley), solved exactly.
@@ -187,7 +187,7 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
     return _adapters.per_matrix(initial, rotate, join, in_axis, out_axis)
 
 
-def _scaling_adapter(in_axis: AxisSpec, out_axis: AxisSpec, side: int) -> Adapter:
+def _scaling_adapter(in_axis: Axes, out_axis: Axes, side: int) -> Adapter:
     """An adapter of factors along one side of the matrix (-1 outputs, -2 inputs)."""
 
     def shape_of(matrix: Array) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
 from kdtl_jax.transforms import _adapters, _blocks, _leaves
-from kdtl_jax.transforms._adapters import AdaptedParams, Adapter, AdapterWeights, AxisSpec
+from kdtl_jax.transforms._adapters import AdaptedParams, Adapter, AdapterWeights, Axes
 
 Scaling = Callable[[Scalar, int], Scalar]  # (alpha, rank) -> factor of a b
 Start = Callable[[Array, Array, int, Array, Array | None], tuple[Array, Array]]
@@ -162,8 +162,8 @@ def lora(
     *,
     scaling: Scaling = scale_by_rank,
     start: Start = kaiming_start,
-    in_axis: AxisSpec = -2,
-    out_axis: AxisSpec = -1,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
 ) -> Adapter:
     """`W' = W + s a b` with `s = scaling(alpha, r)`.
 
@@ -232,8 +232,8 @@ def dora(
     *,
     scaling: Scaling = scale_by_rank,
     start: Start = kaiming_start,
-    in_axis: AxisSpec = -2,
-    out_axis: AxisSpec = -1,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
 ) -> Adapter:
     """`W' = m V / ||V||`, `V = W + s a b`, one length per output; the norm is held constant.
 

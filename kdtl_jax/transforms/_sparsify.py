@@ -30,8 +30,7 @@ def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
     bias of 3 entries at density 0.2 keeps none; `trim_global` ranks all leaves together instead.
 
     Args:
-      density: share to keep, in `[0, 1]`: a number, traced scalar, or one number per leaf;
-        leaves that match no rule are kept whole.
+      density: share to keep, in `[0, 1]`; leaves that match no rule are kept whole.
 
     References:
       PEFT's `magnitude_prune`, which is the first step of PEFT's and mergekit's TIES.
@@ -121,12 +120,9 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
     `floor(density n)` entries remain; if that leaves no room, fewer outliers are dropped.
 
     Args:
-      density: share to keep in `[0, 1]`; a number, traced scalar, or one number per leaf.
+      density: share to keep, in `[0, 1]`; leaves that match no rule are kept whole.
       outliers: share of largest entries to drop, likewise (the paper's 1 - gamma; its mask keeps
         the entries between the beta and gamma percentiles, density = gamma - beta).
-
-    Returns:
-      A tree of the same structure and dtypes; leaves that match no rule are kept whole.
 
     References:
       Davari and Belilovsky, Model Breadcrumbs, 2023 (2312.06795). mergekit before 0.1.5
@@ -161,8 +157,8 @@ def dare(
     are drawn independently. So are leaves that are partly in other processes, even outside `jit`.
 
     Args:
-      density: probability of keeping an entry, in (0, 1], the paper's 1 - p; a number, traced
-        scalar, or one number per leaf; leaves that match no rule are kept whole.
+      density: probability of keeping an entry, in (0, 1], the paper's 1 - p; leaves that match no
+        rule are kept whole.
 
     References:
       Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales like this;
@@ -195,8 +191,7 @@ def della_probabilities(
 
     Args:
       task_vector: any pytree; a leaf without axes gets `density`.
-      density: mean probability; a number, traced scalar, or one number per leaf; leaves that
-        match no rule get 1.
+      density: mean probability; leaves that match no rule get 1.
       epsilon: half the spread; reduced if `density -+ epsilon` would leave `[0, 1]`.
 
     Returns:
@@ -239,13 +234,10 @@ def della(
 ) -> PyTree:
     """Drops entries at random, small ones more often; divides those kept by their probability.
 
-    Tied leaves share their draws, as in `dare`.
+    Unbiased over keys where probabilities are > 0. Tied leaves share their draws, as in `dare`.
 
     Args:
       density: mean probability of keeping an entry, as in `della_probabilities`.
-
-    Returns:
-      A tree of the same structure and dtypes; unbiased over keys where probabilities are > 0.
 
     References:
       Deep et al., DELLA-Merging, 2024 (2406.11617). mergekit rescales by L1 norms instead:

@@ -143,8 +143,7 @@ def slerp(
     (`|cos a| > threshold`, or 1 up to rounding) are interpolated linearly.
 
     Args:
-      t: 0 gives the source, 1 the target; a number, traced scalar, or one number per leaf;
-        leaves that match no rule stay the source's.
+      t: 0 gives the source, 1 the target; leaves that match no rule stay the source's.
       axis: the axis along which a leaf's rows run; None, or a leaf of fewer axes, is one vector.
       threshold: on the cosine's absolute value. 1.0 with `axis=-1` is mergekit's NuSLERP.
 
