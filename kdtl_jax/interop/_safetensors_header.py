@@ -169,9 +169,8 @@ def stored_dtype(name: str, dtype: Any) -> str:
         little_endian = np.dtype(dtype).newbyteorder("<")
     except TypeError:
         little_endian = dtype
-    for candidate, dtype_name in _names.items():
-        if little_endian == candidate:
-            return dtype_name
+    if little_endian in _names:
+        return _names[little_endian]
     raise TypeError(
         f"{_text.quoted(name)} has dtype {dtype}, which cannot be stored. Save arrays of float, "
         "int or bool only: take trees.partition(...)[0] of a tree with functions, and "

@@ -163,13 +163,10 @@ def _fuse(params: Params, wide: DecoderConfig) -> Params:
 
     def fuse(part: Params) -> Params:
         out = dict(part)
-        for name in [name for name, is_fused in names.items() if is_fused]:
-            if not out.keys() >= set(FUSED[name]):
-                continue
-            pieces = [out.pop(piece_name) for piece_name in FUSED[name]]
-            out[name] = {
-                k: jnp.concatenate([piece[k] for piece in pieces], axis=-1) for k in pieces[0]
-            }
+        for name, is_fused in names.items():
+            if is_fused and out.keys() >= set(FUSED[name]):
+                pieces = [out.pop(piece_name) for piece_name in FUSED[name]]
+                out[name] = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *pieces)
         return out
 
     return _over_parts(params, fuse)
