@@ -117,11 +117,7 @@ def check_tokens(config: Config, rows: int | None) -> None:
 
 def count(key: str, default: Any = REQUIRED, *, least: int = 1, most: int | None = None) -> Field:
     """An integer of at most `most`, by default the longest side of the file's tensors."""
-
-    def check(value: Any, limits: Limits) -> int:
-        return _integer(value, least, limits.side if most is None else most)
-
-    return Field(key, check, default)
+    return Field(key, lambda v, limits: _integer(v, least, most or limits.side), default)
 
 
 def layers(key: str, default: Any = REQUIRED) -> Field:
@@ -157,10 +153,13 @@ def sides(key: str, default: Any = REQUIRED) -> Field:
 
 def number(key: str, default: Any, *, most: float = math.inf, zero: bool = False) -> Field:
     """A finite number above 0 (or from 0 on), at most `most`."""
-
     low = "at least 0" if zero else "above 0"
     high = f" and at most {most:g}" if most < math.inf else ""
-    return _numeric(key, default, lambda x: (x > 0 or zero and x == 0) and x <= most, low + high)
+
+    def is_valid(x: Any) -> bool:
+        return is_number(x) and (x > 0 or (zero and x == 0)) and x <= most
+
+    return _checked(key, default, is_valid, f"expected a number {low}{high}", float)
 
 
 def epsilon(key: str, default: float) -> Field:
@@ -170,41 +169,39 @@ def epsilon(key: str, default: float) -> Field:
 
 def share(key: str, default: Any) -> Field:
     """A dropout rate."""
-    return _numeric(key, default, lambda x: 0 <= x <= 1, "from 0 to 1")
+    expected = "expected a number from 0 to 1"
+    return _checked(key, default, lambda x: is_number(x) and 0 <= x <= 1, expected, float)
 
 
-def _numeric(key: str, default: Any, fits: Callable[[float], bool], bounds: str) -> Field:
-    def check(value: Any, limits: Limits) -> float:
-        if not is_number(value) or not fits(value):
-            raise ValueError(f"expected a number {bounds}")
-        return float(value)
-
-    return Field(key, check, default)
-
-
-def flag(key: str, default: Any = REQUIRED) -> Field:
+def flag(key: str, default: bool) -> Field:
     """A boolean."""
-
-    def check(value: Any, limits: Limits) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError("expected true or false")
-        return value
-
-    return Field(key, check, default)
+    return _checked(key, default, lambda x: isinstance(x, bool), "expected true or false")
 
 
 def choice(key: str, *values: Any) -> Field:
     """One of the supported values; the first is the default."""
+    only = f"this is not supported (only {' or '.join(map(repr, values))})"
+    return _checked(
+        key,
+        values[0],
+        lambda x: any(type(x) is type(allowed) and x == allowed for allowed in values),
+        f"{only}; the outputs would be wrong",
+    )
 
+
+def _checked(
+    key: str,
+    default: Any,
+    is_valid: Callable[[Any], bool],
+    problem: str,
+    convert: Callable[[Any], Any] = lambda x: x,
+) -> Field:
     def check(value: Any, limits: Limits) -> Any:
-        if not any(type(value) is type(allowed) and value == allowed for allowed in values):
-            raise ValueError(
-                f"this is not supported (only {' or '.join(map(repr, values))}); the outputs "
-                "would be wrong"
-            )
-        return value
+        if not is_valid(value):
+            raise ValueError(problem)
+        return convert(value)
 
-    return Field(key, check, values[0])
+    return Field(key, check, default)
 
 
 def optional(field: Field) -> Field:

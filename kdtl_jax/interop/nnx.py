@@ -95,15 +95,14 @@ def model(module: nnx.Module, *, taps: Sequence[str] = (), call: Call | None = N
             _set_mode(merged, train)
             if key is not None:
                 rekey(merged, key)
-            params_before, arrays_before = _parameters(merged), _arrays(merged)
+            old_params, old_arrays = _variables(merged)
             outputs, submodule_outputs = _capture(
                 merged, lambda module, x: way(module, x, train), inputs, bool(taps)
             )
-            changed = _modes.changed(arrays_before, _arrays(merged))
-            is_jitted = bool(_modes.changed(params_before, _parameters(merged)))
-            return _CallResult(
-                merged, outputs, submodule_outputs, _modes_of(merged, changed), is_jitted
-            )
+            new_params, new_arrays = _variables(merged)
+            modes = _modes_of(merged, _modes.changed(old_arrays, new_arrays))
+            is_jitted = bool(_modes.changed(old_params, new_params))
+            return _CallResult(merged, outputs, submodule_outputs, modes, is_jitted)
 
         ways = [call] if call else _modes.calls(type(module).__call__, train, _CALL)
         way = _modes.first_that_follows(ways, train, lambda way: _traced_modes(run, way))
@@ -215,17 +214,14 @@ def _has_dropout(layer: nnx.Module) -> bool:
     return isinstance(layer, nnx.MultiHeadAttention) and bool(layer.dropout_rate)
 
 
-def _arrays(module: nnx.Module) -> dict[str, Any]:
-    """Everything but the parameters, by path."""
-    return _flat(nnx.split(module, nnx.Param, ...)[2])
-
-
-def _parameters(module: nnx.Module) -> dict[str, Any]:
-    return _flat(nnx.split(module, nnx.Param, ...)[1])
-
-
-def _flat(state: Any) -> dict[str, Any]:
-    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
+def _variables(module: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters, and everything else, by path."""
+    _, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = (
+        {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
+        for state in states
+    )
+    return params, rest
 
 
 def _capture(
