@@ -144,29 +144,27 @@ def _arrays(tree: PyTree) -> dict[str, Any]:
 
 def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], content: Any) -> None:
     """Writes one tensor, checked against its spec."""
+
+    def other(received: Any) -> ValueError:
+        return ValueError(f"{name!r} was announced as {(dtype, shape)}, got {received}.")
+
     if not isinstance(content, Iterator):
         array = np.asarray(content)
         received = (_header.stored_dtype(name, array.dtype), array.shape)
         if received != (dtype, shape):
-            raise ValueError(f"{name!r} was announced as {(dtype, shape)}, got {received}.")
+            raise other(received)
         file.write(_bytes(array))
         return
-    entries = 0
+    entries, expected = 0, math.prod(shape)
     for piece in content:
         array = np.asarray(piece)
         received = _header.stored_dtype(name, array.dtype)
         entries += array.size
-        if received != dtype or entries > math.prod(shape):
-            raise ValueError(
-                f"{name!r} was announced as {(dtype, shape)}, got pieces of {received} with "
-                f"{entries} entries so far."
-            )
+        if received != dtype or entries > expected:
+            raise other(f"pieces of {received} with {entries} entries so far")
         file.write(_bytes(array))
-    if entries != math.prod(shape):
-        raise ValueError(
-            f"{name!r} was announced as {(dtype, shape)}, got pieces with {entries} "
-            "entries together."
-        )
+    if entries != expected:
+        raise other(f"pieces with {entries} entries together")
 
 
 def _bytes(array: np.ndarray) -> memoryview:
