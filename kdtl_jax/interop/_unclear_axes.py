@@ -5,8 +5,7 @@ image or a transposed square matrix therefore counts as unclear.
 """
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Evidence(NamedTuple):
@@ -20,41 +19,6 @@ class Evidence(NamedTuple):
     flattened: set[int]  # maps that rules flatten
     not_maps: set[int]  # lengths that are not maps, according to embeddings and rules
     keeps_axes: bool  # whether a linear layer's matrix is stored with these axes
-
-
-def gather_evidence(
-    flat: Mapping[str, Any],
-    map_layers: Collection[str],
-    flattened: Collection[int],
-    unchanged: Collection[str],
-    transposed: Collection[str],
-) -> Evidence:
-    """Collects what a tree's shapes and rules say about its leaves.
-
-    According to the rules, `map_layers` are the linear layers that make maps, the leaves
-    `unchanged` are stored with these axes, and the kernels `transposed` do not read maps.
-    """
-    kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
-    maps = [shape for shape in kernels.values() if len(shape) > 2]
-    matrices = {path: shape for path, shape in kernels.items() if len(shape) == 2}
-    embeddings = [tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "embedding"]
-    inputs = {shape[0] for shape in matrices.values()}
-    outputs = {shape[1] for path, shape in matrices.items() if path not in map_layers}
-    channels = {shape[-1] for shape in maps}
-    external_inputs = inputs - outputs - channels - {shape[-1] for shape in embeddings if shape}
-    if not external_inputs and not maps and not embeddings:
-        external_inputs = inputs  # as in an autoencoder: some input comes from outside
-    return Evidence(
-        channels=channels,
-        images={shape[-2] for shape in maps},
-        inputs=inputs,
-        outputs=outputs,
-        external_inputs=external_inputs,
-        flattened=set(flattened),
-        not_maps={shape[-1] for shape in embeddings if shape}
-        | {shape[0] for path, shape in matrices.items() if path in transposed},
-        keeps_axes=any(path in unchanged for path in matrices),
-    )
 
 
 def why_unclear(path: str, shape: tuple[int, ...], evidence: Evidence) -> str | None:

@@ -169,13 +169,7 @@ def convention(
     torch_names |= {"mean": "running_mean", "var": "running_var"}
     flat = trees.flatten(tree)
     given_axes = _axes_by_path(tree, list(flat), axes)
-    map_layers = [path for path, axes in given_axes.items() if _makes_a_map(axes)]
-    unchanged, transposed = (
-        [p for p, axes in given_axes.items() if axes == kind] for kind in (same, linear)
-    )
-    evidence = _unclear_axes.gather_evidence(
-        flat, map_layers, _flattened_lengths(given_axes), unchanged, transposed
-    )
+    evidence = _evidence(flat, given_axes)
     problems = [
         text
         for path, leaf in flat.items()
@@ -212,16 +206,36 @@ def _axes_by_path(
     return {path: axes[number][1] for path, number in numbers if number >= 0}
 
 
-def _makes_a_map(axes: Axes) -> bool:
-    """Whether the outputs of a linear layer are a map."""
-    split = axes.split
-    return split is not None and len(split) == 2 and split[0] is not None
-
-
-def _flattened_lengths(axes_by_path: Mapping[str, Axes]) -> set[int]:
-    """Lengths of the maps that rules flatten."""
-    flattening = [axes for axes in axes_by_path.values() if axes.join is not None]
-    return {math.prod(parts) for axes in flattening for parts in axes.split or () if parts}
+def _evidence(flat: Mapping[str, Any], given_axes: Mapping[str, Axes]) -> _unclear_axes.Evidence:
+    """What a tree's shapes and the given axes say about the other leaves."""
+    kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
+    maps = [shape for shape in kernels.values() if len(shape) > 2]
+    matrices = {path: shape for path, shape in kernels.items() if len(shape) == 2}
+    embeddings = {
+        x.shape[-1] for p, x in flat.items() if p.split("/")[-1] == "embedding" and x.shape
+    }
+    splits = {path: axes.split or () for path, axes in given_axes.items()}
+    map_layers = {
+        path for path, split in splits.items() if len(split) == 2 and split[0] is not None
+    }
+    inputs = {shape[0] for shape in matrices.values()}
+    outputs = {shape[1] for path, shape in matrices.items() if path not in map_layers}
+    channels = {shape[-1] for shape in maps}
+    external_inputs = inputs - outputs - channels - embeddings
+    if not external_inputs and not maps and not embeddings:
+        external_inputs = inputs  # as in an autoencoder: some input comes from outside
+    joins = [split for path, split in splits.items() if given_axes[path].join is not None]
+    return _unclear_axes.Evidence(
+        channels=channels,
+        images={shape[-2] for shape in maps},
+        inputs=inputs,
+        outputs=outputs,
+        external_inputs=external_inputs,
+        flattened={math.prod(parts) for split in joins for parts in split if parts},
+        not_maps=embeddings
+        | {x[0] for path, x in matrices.items() if given_axes.get(path) == linear},
+        keeps_axes=any(given_axes.get(path) == same for path in matrices),
+    )
 
 
 def _translate(name: str, table: Sequence[tuple[str, str, Axes]], hint: str) -> tuple[str, Axes]:
