@@ -1,8 +1,8 @@
 """Reads a config.json by a table: each key is read, known to be harmless, or refused by name.
 
-A family's table is a tuple of fields: a key, the values it may have, and the default that
-transformers gives it. Sizes are bounded by the tensors beside the config, so a hostile or broken
-file ends in one clear ValueError before anything is built.
+A family's table is a tuple of fields: a key, the values it may have, the default that transformers
+gives it, and the field of the module that takes its value. Sizes are bounded by the tensors beside
+the config, so a hostile or broken file ends in one clear ValueError before anything is built.
 """
 
 import math

@@ -80,15 +80,16 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
 
         def record(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             out = next_call(*args, **kwargs)
-            if isinstance(context.module, hk.BatchNorm) and context.method_name == "__call__":
-                arguments = (
-                    inspect.signature(hk.BatchNorm.__call__).bind(None, *args, **kwargs).arguments
-                )
-                uses_batch = arguments["is_training"] or arguments.get("test_local_stats", False)
+            if context.method_name != "__call__":
+                return out
+            name = context.module.module_name
+            calls.setdefault(name, []).append(out)
+            if isinstance(context.module, hk.BatchNorm):
+                call = inspect.signature(hk.BatchNorm.__call__).bind(None, *args, **kwargs)
+                tests_by_batch = call.arguments.get("test_local_stats", False)
+                uses_batch = call.arguments["is_training"] or tests_by_batch
                 if isinstance(uses_batch, (bool, np.bool_)):
-                    modes[context.module.module_name] = bool(uses_batch)
-            if context.method_name == "__call__":
-                calls.setdefault(context.module.module_name, []).append(out)
+                    modes[name] = bool(uses_batch)
             return out
 
         state = {} if model_state is None else model_state
