@@ -74,11 +74,7 @@ def first_tokens(student: Array, teacher: Array) -> tuple[Array, Array]:
 
 
 def every(setup: Setup, *, at_least: int = 1) -> Sequence[Pair]:
-    """All matched layers.
-
-    Raises:
-      ValueError: if there are fewer than `at_least`.
-    """
+    """All matched layers; ValueError if there are fewer than `at_least`."""
     check_setup(setup)
     if len(setup.pairs) < at_least:
         message = f"needs {at_least} matched layers, but this pair of models has {len(setup.pairs)}"
@@ -104,11 +100,7 @@ def middle(setup: Setup) -> Sequence[Pair]:
 
 
 def layers(setup: Setup, pairs: Sequence[Pair], view: View = same_positions) -> Layers:
-    """The features of pairs of layers under a view.
-
-    Raises:
-      ValueError: if two token layers have different lengths.
-    """
+    """The features of pairs of layers under a view."""
     for student_tap, teacher_tap in pairs:
         student, teacher = setup.student[student_tap].shape, setup.teacher[teacher_tap].shape
         if len(student) == len(teacher) == 3 and student[1] != teacher[1]:
@@ -127,11 +119,7 @@ def layers(setup: Setup, pairs: Sequence[Pair], view: View = same_positions) -> 
 
 
 def layers_of_maps(setup: Setup, pairs: Sequence[Pair], *, because: str) -> Layers:
-    """`layers` as maps with more than one position.
-
-    Raises:
-      ValueError: if a map has a single position; `because` explains why more are needed.
-    """
+    """`layers` as maps with more than one position; `because` tells why more are needed."""
     matched = layers(setup, pairs, maps)
     if any(x.shape[1] * x.shape[2] < 2 for x in matched.student):
         raise ValueError(f"needs feature maps with positions: {because}")

@@ -43,11 +43,7 @@ class Logits(NamedTuple):
 def of_logits(
     setup: Setup, terms: Callable[[Logits], dict[str, Array]], weights: Mapping[str, Weight]
 ) -> Method:
-    """A method on class logits.
-
-    Raises:
-      ValueError: if the classes are not mutually exclusive.
-    """
+    """A method on class logits."""
     exclusive_classes(setup)
     return method(setup, lambda inputs: terms(logits(inputs)), weights)
 

@@ -83,11 +83,7 @@ def key_and_step(inputs: Inputs) -> tuple[Array, Array]:
 
 
 def exclusive_classes(setup: Setup) -> None:
-    """Refuses sigmoid heads, whose logits are not a distribution over classes.
-
-    Raises:
-      ValueError: if the classes are not mutually exclusive.
-    """
+    """Refuses sigmoid heads, whose logits are not a distribution over classes."""
     check_setup(setup)
     if not setup.exclusive:
         raise ValueError(
@@ -97,11 +93,7 @@ def exclusive_classes(setup: Setup) -> None:
 
 
 def needs_teacher_head(setup: Setup) -> Head:
-    """The teacher's linear classifier.
-
-    Raises:
-      ValueError: if it is unknown.
-    """
+    """The teacher's linear classifier; ValueError if it is unknown."""
     check_setup(setup)
     if setup.teacher_head is None:
         raise ValueError(no_head("teacher"))

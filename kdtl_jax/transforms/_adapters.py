@@ -142,11 +142,7 @@ def selected_matrices(params: Params, where: trees.Selector) -> dict[str, Any]:
 def rewrite(
     params: Params, edits: Mapping[str, Any], edit: Callable[[str, Any, Any], Array]
 ) -> Params:
-    """`edit(path, leaf, edits[path])` at every path of `edits`, cast to the leaf's dtype.
-
-    Raises:
-      ValueError: if a path is not in the parameters; the nearest paths are listed.
-    """
+    """`edit(path, leaf, edits[path])` at every path of `edits`, cast to the leaf's dtype."""
     flat = trees.flatten(params)
     for path in edits:
         if path not in flat:

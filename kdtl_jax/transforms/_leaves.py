@@ -2,7 +2,8 @@
 
 Arithmetic is done in float32 (complex64) or wider, and a leaf keeps its own dtype. Leaves that are
 not inexact (counters, PRNG keys, functions) pass through, except quantized integer codes, which
-mean nothing without their scales and are refused by path.
+mean nothing without their scales and are refused by path. Whatever does not fit raises ValueError:
+names, shapes, rules, prefixes, numbers of weights; a coefficient that is no real number, TypeError.
 
 A *coefficient* (`alpha` everywhere in this package) is a number, a traced scalar, a function
 `(path) -> number`, ordered rules `[(selector, number), ...]`, or a pytree prefix of numbers.
@@ -53,11 +54,6 @@ def coefficients(
     """One coefficient per leaf; None if a leaf is not selected or matches no rule.
 
     `selected` defaults to the inexact leaves; `name` is the caller's argument.
-
-    Raises:
-      ValueError: if a rule is unused, a prefix does not fit the tree, or a coefficient is neither
-        a scalar nor broadcastable to its leaf, or a number that is not finite.
-      TypeError: if a coefficient is not a real number.
     """
     flat = trees.flatten(tree)
     if selected is None:
@@ -81,11 +77,7 @@ def coefficients(
 
 
 def select_inexact(params: PyTree, where: trees.Selector) -> PyTree:
-    """The mask of the inexact leaves that `where` selects.
-
-    Raises:
-      ValueError: if `where` matches nothing, or a leaf that it selects holds quantized codes.
-    """
+    """The mask of the inexact leaves that `where` selects."""
     mask = trees.mask(params, where)
     flat = trees.flatten(params)
     pairs = zip(flat, jax.tree.leaves(mask), strict=True)
@@ -133,10 +125,6 @@ def combine_leaves(
     Tied leaves (one array under several paths, in every tree) stay tied: the first path's result,
     drawn with that path's key, is used for all. `columns` lists the coefficients that the formula
     reads, one entry per leaf; if they differ between tied leaves, only the key is shared.
-
-    Raises:
-      ValueError: if the trees differ in names or shapes (all differences are listed), or a leaf
-        holds quantized integer codes.
     """
     flats = {name: trees.flatten(tree) for name, tree in trees_by_name.items()}
     if len(flats) > 1:
@@ -174,11 +162,7 @@ def one_dtype(leaves: Sequence[Any]) -> list[Array]:
 
 
 def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[list[Any]]:
-    """`[leaf][member]` weights; all 1 when `weights` is None.
-
-    Raises:
-      ValueError: if there is not one weight per member, or rules leave a leaf uncovered.
-    """
+    """`[leaf][member]` weights; all 1 when `weights` is None."""
     if weights is None:
         weights = [1.0] * count
     if not isinstance(weights, (list, tuple)) and len(getattr(weights, "shape", ())) != 1:

@@ -78,11 +78,7 @@ def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> 
 def prune_heads(
     params: Params, spec: AxisSpec, dropped: Sequence[int], *, name: str = "heads"
 ) -> Params:
-    """Removes whole units of an axis, attention heads by default, from every leaf that has it.
-
-    Raises:
-      ValueError: as in `select_width`; also if `dropped` has repetitions or leaves nothing.
-    """
+    """Removes whole units of an axis, attention heads by default, from every leaf that has it."""
     size = size_of_name(name, axis_sizes(params, spec))
     return select_width(params, spec, {name: remaining_indices(size, dropped)})
 
