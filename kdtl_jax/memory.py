@@ -100,18 +100,8 @@ def _products(bank: Bank, x: Array, index: Array) -> Array:
     drawn rows a few examples at a time.
     """
     is_valid = _is_valid(bank, index)
-    return jnp.where(is_valid, _valid_products(bank, x, jnp.where(is_valid, index, 0)), jnp.nan)
-
-
-def _is_valid(bank: Bank, index: Array) -> Array:
-    """Whether indices are rows of the bank: JAX reads both -1 and n as the last row."""
-    return (index >= 0) & (index < len(bank.rows))
-
-
-def _valid_products(bank: Bank, x: Array, index: Array) -> Array:
+    index = jnp.where(is_valid, index, 0)
     rows = jax.lax.stop_gradient(bank.rows.astype(x.dtype))
-    if len(rows) <= _MAX_BANK_RATIO * index.shape[1]:
-        return jnp.take_along_axis(_numerics.gram(x, rows), index, axis=1)
 
     @jax.checkpoint
     def example_products(pair: tuple[Array, Array]) -> Array:
@@ -119,9 +109,18 @@ def _valid_products(bank: Bank, x: Array, index: Array) -> Array:
         return jnp.matmul(rows[row_index], row, precision=jax.lax.Precision.HIGHEST)
 
     batch_size = max(2**22 // (index.shape[1] * x.shape[1]), 1)
-    if batch_size >= len(x):
-        return jax.vmap(lambda *pair: example_products(pair))(x, index)
-    return jax.lax.map(example_products, (x, index), batch_size=batch_size)
+    if len(rows) <= _MAX_BANK_RATIO * index.shape[1]:
+        products = jnp.take_along_axis(_numerics.gram(x, rows), index, axis=1)
+    elif batch_size >= len(x):
+        products = jax.vmap(lambda *pair: example_products(pair))(x, index)
+    else:
+        products = jax.lax.map(example_products, (x, index), batch_size=batch_size)
+    return jnp.where(is_valid, products, jnp.nan)
+
+
+def _is_valid(bank: Bank, index: Array) -> Array:
+    """Whether indices are rows of the bank: JAX reads both -1 and n as the last row."""
+    return (index >= 0) & (index < len(bank.rows))
 
 
 def bank_scores(
