@@ -135,8 +135,8 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
             raise ValueError(
                 f"evaluate() returned no {name!r}, which early stopping needs: {names}."
             )
-        if not _extends(seen, evaluations):
-            seen, best_index, best_value = [], -1, np.nan
+        if seen and (len(seen) > len(evaluations) or seen[-1] is not evaluations[len(seen) - 1]):
+            seen, best_index, best_value = [], -1, np.nan  # those of another run
         for line in evaluations[len(seen) :]:
             # In a resumed run, earlier evaluations may lack a new entry.
             value = line.get(f"eval/{name}", np.nan)
@@ -146,12 +146,6 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
         return len(evaluations) - 1 - best_index >= patience
 
     return stop
-
-
-def _extends(seen: list[Any], evaluations: list[Any]) -> bool:
-    """Whether the evaluations extend those seen so far."""
-    count = len(seen)
-    return count <= len(evaluations) and (not count or seen[-1] is evaluations[count - 1])
 
 
 def evaluation(

@@ -99,13 +99,18 @@ def fingerprint(
         )
     _checks.scalar(temperature=temperature)
     _checks.positive(temperature=temperature)
+    size = data.length(arrays)
+    if size == 0:
+        raise ValueError(
+            f"there are no examples, got {_checks.described(**trees.flatten(arrays))}."
+        )
     key_words = [] if view_key is None else np.ravel(jax.random.key_data(view_key))
     return Fingerprint(
         model=model,
         classes=None if classes is None else tuple(map(str, classes)),
         teacher=variables if variables is None or isinstance(variables, str) else digest(variables),
         data=digest(arrays["inputs"]),
-        size=count(arrays),
+        size=size,
         preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
         taps=tuple(taps),
         logits=f"the {top_k} most likely classes at temperature {float(temperature)}"
@@ -136,16 +141,6 @@ def digest(tree: PyTree) -> str:
             )
             sha256.update(little_endian.reshape(-1).view(np.uint8).data)
     return sha256.hexdigest()
-
-
-def count(arrays: Mapping[str, Any]) -> int:
-    """The number of examples, as `data.length`, but at least one."""
-    size = data.length(arrays)
-    if size == 0:
-        raise ValueError(
-            f"there are no examples, got {_checks.described(**trees.flatten(arrays))}."
-        )
-    return size
 
 
 def differences(cached: Fingerprint, expect: Fingerprint) -> list[str]:

@@ -17,7 +17,7 @@ from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
 from kdtl_jax.run import data, processes
 from kdtl_jax.run.data import Augment, Batch
 from kdtl_jax.run.teacher_cache import _shards
-from kdtl_jax.run.teacher_cache._fingerprint import as_numpy, count, differences, fingerprint
+from kdtl_jax.run.teacher_cache._fingerprint import as_numpy, differences, fingerprint
 from kdtl_jax.run.teacher_cache._shards import Column, Plan
 
 SHARD_ROWS = 8192  # a kill loses the current shard
@@ -104,7 +104,7 @@ def write(
         view_key=view_key,
     )
     arrays = jax.tree.map(as_numpy, dict(arrays))
-    size = count(arrays)
+    size = expected.size or 0  # there is one example at least
     batch_size = min(batch_size, size)
     variables = variables if isinstance(variables, Variables) else Variables(variables)
     local_variables = jax.tree.map(_to_local, variables)
