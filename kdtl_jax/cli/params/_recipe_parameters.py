@@ -58,7 +58,7 @@ class Place(NamedTuple):
 
 
 def only(where: str, entry: Any, known: Sequence[str]) -> Mapping[str, Any]:
-    """A mapping whose keys are all known; keys without a value are dropped."""
+    """A mapping whose keys are all known, but for those without a value."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(entry)}.")
     for key, value in entry.items():
