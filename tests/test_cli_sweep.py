@@ -65,7 +65,7 @@ def pair() -> tuple[Any, Any, Any]:
             made,
             entry,
             setup,
-            lambda point: _optimizers.optimizer(TrainingSettings(), point["learning_rate"], 0.0, 4),
+            lambda point: _optimizers.optimizer(TrainingSettings(), 4, rate=point["learning_rate"]),
         )
         outputs = {"logits": _training.outputs(teacher, frozen, few.inputs)["logits"]}
         shared = sweep.Shared(jax.tree.map(jnp.asarray, {**arrays, "teacher": outputs}), frozen)

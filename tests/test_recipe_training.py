@@ -43,15 +43,15 @@ def after(tx: optax.GradientTransformation, steps: int = 3) -> Any:
 def test_the_defaults_are_adam_along_a_cosine_to_the_bit() -> None:
     fall = optax.cosine_decay_schedule(1.0, 5)
     expected = after(optax.adam(lambda count: 0.01 * fall(count)))
-    result = after(_optimizers.optimizer(TrainingSettings(), 0.01, 0.0, 5))
+    result = after(_optimizers.optimizer(TrainingSettings(), 5, rate=0.01))
     jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
 @pytest.mark.parametrize("name", list(_optimizers.RATES))
 def test_every_optimizer_is_optaxs_with_weight_decay_and_clipping(name: str) -> None:
     constant: Any = replace(TrainingSettings(), optimizer=name, schedule="constant")
-    plain = after(_optimizers.optimizer(constant, 0.01, 0.0, 5))
-    decayed = after(_optimizers.optimizer(constant, 0.01, 0.1, 5))
+    plain = after(_optimizers.optimizer(constant, 5, rate=0.01))
+    decayed = after(_optimizers.optimizer(constant, 5, rate=0.01, weight_decay=0.1))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(plain))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (plain, decayed)), strict=True))
     same = {"lion": optax.lion, "lamb": optax.lamb, "adamw": optax.adamw, "nadamw": optax.nadamw}
@@ -61,7 +61,7 @@ def test_every_optimizer_is_optaxs_with_weight_decay_and_clipping(name: str) -> 
     # A clipped gradient is one of norm 1 / 100.
     if name == "sgd":
         norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(GRADIENT)))
-        clipped = after(_optimizers.optimizer(replace(constant, clip=0.01), 1.0, 0.0, 5), 1)
+        clipped = after(_optimizers.optimizer(replace(constant, clip=0.01), 5, rate=1.0), 1)
         moved = jax.tree.map(lambda a, b: (a - b) / 1.9, PARAMS, clipped)  # Nesterov: g + 0.9 g
         small = jax.tree.map(lambda g: 0.01 * g / norm, GRADIENT)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), moved, small)

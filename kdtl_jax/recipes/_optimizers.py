@@ -14,7 +14,7 @@ from jax import Array
 from kdtl_jax import trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.recipes.settings import positive_rate, setting
-from kdtl_jax.train import TrainState
+from kdtl_jax.train import TrainState, precision
 
 # Default learning rates.
 RATES = {
@@ -92,33 +92,39 @@ class SelectionSettings:
 
 def optimizer(
     settings: OptimizerSettings,
-    rate: Any,
-    weight_decay: Any,
     steps: int,
     *transforms: optax.GradientTransformation,
+    rate: Any = None,
+    weight_decay: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the settings; rate and weight decay may be traced.
 
     Args:
-      settings: `optimizer`, `schedule`, `warmup`, `clip`, and `ema` if the recipe has it.
-      rate: peak learning rate.
-      weight_decay: decoupled in adamw, nadamw, lion, lamb and muon; elsewhere added to the
-        gradient.
+      settings: `optimizer`, `schedule`, `warmup`, `clip`, and `ema` and `precision` if the recipe
+        has them; float16 gets loss scaling.
       steps: in the whole run.
       *transforms: applied to the updates after the optimizer, before averaging.
+      rate: peak learning rate, if not the settings'.
+      weight_decay: if not the settings'; decoupled in adamw, nadamw, lion, lamb and muon, elsewhere
+        added to the gradient.
     """
     relative = schedule_shape(settings.schedule, settings.warmup, steps)
+    peak = peak_rate(settings) if rate is None else rate
 
     def schedule(count: Any) -> Any:
-        return rate * relative(count)
+        return peak * relative(count)
 
+    weight_decay = settings.weight_decay if weight_decay is None else weight_decay
     tx = _base_optimizer(settings.optimizer, schedule, weight_decay)
     if settings.clip is not None:
         tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx)
     if transforms:
         tx = optax.chain(tx, *transforms)
-    decay = getattr(settings, "ema", None)
-    return optax.with_extra_args_support(tx if decay is None else keep_average(tx, decay))
+    if (decay := getattr(settings, "ema", None)) is not None:
+        tx = keep_average(tx, decay)
+    if getattr(settings, "precision", None) == "float16":
+        tx = precision.loss_scaling(tx)
+    return optax.with_extra_args_support(tx)
 
 
 def default_rates(settings: OptimizerSettings) -> tuple[float, ...]:
@@ -127,9 +133,9 @@ def default_rates(settings: OptimizerSettings) -> tuple[float, ...]:
     return tuple(round(default * factor, 9) for factor in (1 / 3, 1, 10 / 3))
 
 
-def peak_rate(settings: TrainingSettings) -> float:
+def peak_rate(settings: OptimizerSettings) -> float:
     """The peak learning rate: that of the settings, or the optimizer's default."""
-    return settings.learning_rate or RATES[settings.optimizer]
+    return getattr(settings, "learning_rate", None) or RATES[settings.optimizer]
 
 
 def rate_by_step(settings: TrainingSettings, steps: int) -> Callable[[int], float]:

@@ -232,8 +232,8 @@ def make_experiment(
             transforms_.append(decay_by_depth)
         if method.gate is not None:
             transforms_.append(method.gate(case, params))
-        rate, decay = point["learning_rate"], settings.weight_decay
-        tx = _optimizers.optimizer(settings, rate, decay, steps, *transforms_)
+        rate = point["learning_rate"]
+        tx = _optimizers.optimizer(settings, steps, *transforms_, rate=rate)
         return case, params, connectors, tx
 
     def start(point: Point, shared: Any) -> train.TrainState:

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from kdtl_jax import methods
 from kdtl_jax._types import Variables
@@ -48,7 +47,6 @@ from kdtl_jax.recipes._distill_report import STUDENTS
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes._training import Experiment
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.train import precision
 
 EPOCHS, STEPS = 60, 1000  # minimum per student
 FEW_NOTES = 3  # notes on methods that do not apply, printed in full before training
@@ -178,7 +176,7 @@ def run(settings: Settings) -> int:
     view = None
     if settings.augment:
         view = _training.views(settings.augment, classes, inputs.shape[1])
-    tx = optimizer(settings, steps)
+    tx = _optimizers.optimizer(settings, steps)
 
     def make_learner(method: methods.Method, *, is_live: bool) -> Experiment:
         return _pair.student(
@@ -215,7 +213,7 @@ def run(settings: Settings) -> int:
         )
         say(f"teacher{'' if trains_teacher else f', from {settings.teacher_weights}'}")
         frozen, teacher = _pair.train_teacher(
-            pair, teacher_run, built[BASELINE], optimizer(settings, teacher_steps),
+            pair, teacher_run, built[BASELINE], _optimizers.optimizer(settings, teacher_steps),
             settings.teacher_epochs,
         )  # fmt: skip
         fields: dict[str, Any] = {"weights": settings.teacher_weights}
@@ -303,13 +301,6 @@ def run(settings: Settings) -> int:
     if failed:
         print(f"kdtl distill: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    """The optimizer of the settings, with loss scaling for float16."""
-    rate = _optimizers.peak_rate(settings)
-    tx = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
-    return precision.loss_scaling(tx) if settings.precision == "float16" else tx
 
 
 def print_notes(reasons: Sequence[str]) -> None:

@@ -174,12 +174,10 @@ def run(settings: Settings) -> None:
         pair_nets = (pair.teacher, pair.student)
         shapes = [networks.abstract(net, pair.example).params for net in pair_nets]
         jax.eval_shape(scaled_start, *shapes, jnp.float32(1))
-    rate = _optimizers.peak_rate(settings)
 
-    def tx_of(point: Point, steps: int) -> Any:
-        decay = point.get("weight_decay", settings.weight_decay)
-        rates = point.get("learning_rate", rate)
-        return _optimizers.optimizer(settings, rates, decay, steps)
+    def tx_of(point: Point) -> Any:
+        rate, decay = point.get("learning_rate"), point.get("weight_decay")
+        return _optimizers.optimizer(settings, steps, rate=rate, weight_decay=decay)
 
     trains_teacher = pair.teacher_variables is None
     saves = [f"checkpoints/{_pair.TEACHER}"] if trains_teacher else []
@@ -196,7 +194,8 @@ def run(settings: Settings) -> None:
             lines=_logs.read_lines(folder),
             measure=pair.measure, patience=settings.early_stopping,
         )  # fmt: skip
-        tx = tx_of({}, settings.teacher_epochs * (size // batch_size))
+        teacher_steps = settings.teacher_epochs * (size // batch_size)
+        tx = _optimizers.optimizer(settings, teacher_steps)
         frozen, teacher = _pair.train_teacher(
             pair, shared_run, methods.alone(blank), tx, settings.teacher_epochs
         )
@@ -212,7 +211,7 @@ def run(settings: Settings) -> None:
         for i, entry in enumerate(entries):
             count = len(next(iter(axes[entry.name].values()), [0]))
             say(f"{entry.name} ({i + 1} of {len(entries)}): {count} settings")
-            learner = student(pair, entry, setup, lambda point: tx_of(point, steps))
+            learner = student(pair, entry, setup, tx_of)
             earlier = swept[-1] if swept else None  # the fastest path is measured only once
             make = functools.partial(
                 sweep_one, entry.name, learner, axes[entry.name], work, earlier
