@@ -60,7 +60,7 @@ def results(
     notes: Sequence[str],
 ) -> report.Results:
     """The report: the recommended student, and its errors."""
-    few, splits = settings.per_class, pair.splits
+    few, splits, best = settings.per_class, pair.splits, _students.best_row(rows)
     examples = f"{few} per class, drawn anew for every seed"
     sizes = {name: len(part.labels) for name, part in splits._asdict().items()}
     data = {
@@ -68,7 +68,7 @@ def results(
         "classes": splits.train.classes,
         **sizes,
         "student_examples": examples if few else "all",
-        "recommended": _students.recommended(rows),
+        "recommended": best and best.settings["file"],
     }
     few_text = f"sees all training examples, students ({settings.student}) {examples}"
     all_text = f"and the students ({settings.student}) see all training examples"
@@ -78,7 +78,7 @@ def results(
         f"{few_text if few else all_text}. A seed has the same initial weights and batches "
         "under every method. Nothing was chosen on the test split."
     )
-    best, evidence = _students.best_row(rows), []
+    evidence = []
     if best is not None and pair.measure.kind == "classes":
         evidence = _evidence.sections(
             splits.test, predictions[best.method], predictions[TEACHER].classes

@@ -154,12 +154,6 @@ def notes(rows: Sequence[Line], baseline: str | None) -> list[str]:
     ]
 
 
-def recommended(rows: Sequence[Line]) -> str | None:
-    """The file of the method with the best mean validation accuracy."""
-    best = best_row(rows)
-    return None if best is None else str(best.settings["file"])
-
-
 def best_row(rows: Sequence[L]) -> L | None:
     """The row of the recommended file; None if no method has a file."""
     with_file = [row for row in rows if "file" in row.settings]

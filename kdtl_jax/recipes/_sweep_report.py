@@ -89,14 +89,14 @@ def learning(outcome: Sweep) -> dict[str, dict[str, list[float]]]:
 def to_json(outcome: Sweep) -> dict[str, Any]:
     """The content of results.json."""
     ranked, settings, splits = lines(outcome), outcome.settings, outcome.pair.splits
-    score = _score(outcome).key
+    score, best = _score(outcome).key, _students.best_row(ranked)
     return {
         "schema_version": SCHEMA_VERSION,
         "task": "kdtl sweep",
         "data": {
             "name": splits.train.name,
             **{name: len(part.labels) for name, part in splits._asdict().items()},
-            "recommended": _students.recommended(ranked),
+            "recommended": best and best.settings["file"],
         },
         "seeds": settings.seeds,
         "epochs": settings.epochs,

@@ -46,7 +46,7 @@ def results(
             "test": len(target.test.labels),
             "source": settings.source_weights or f"{len(source_part.labels)} source examples",
             "transferability": {name: score.mean for name, score in comparison.scores.items()},
-            "recommended": _students.recommended(comparison.rows),
+            "recommended": best and best.settings["file"],
         },
         report.compared(comparison.rows, baselines),
         comparison.learning,
