@@ -9,7 +9,6 @@ import numpy as np
 from kdtl_jax import _text
 from kdtl_jax.datasets import (
     Dataset,
-    Kind,
     Preprocessing,
     Splits,
     Standardizer,
@@ -28,11 +27,7 @@ FEW_ROWS = 20  # with fewer, the units of a column cannot be judged
 
 
 def read_data(
-    settings: Data,
-    source: Source,
-    *,
-    kinds: Sequence[Kind] = ("classes",),
-    other_targets: bool = False,
+    settings: Data, source: Source, *, other_targets: bool = False
 ) -> tuple[Splits, Preprocessing]:
     """Reads data, scaled as the source records or by the training part; returns the preprocessing.
 
@@ -41,11 +36,10 @@ def read_data(
     Args:
       settings: of the data.
       source: of the model.
-      kinds: kinds of targets that the caller supports.
       other_targets: whether the targets may differ from the source's; inputs may not.
 
     Raises:
-      UsageError: if targets are of an unsupported kind, or settings contradict the source.
+      UsageError: if settings contradict the source.
       ValueError: if the source has other classes, inputs or units.
     """
     path, about = source.path, source.about
@@ -63,7 +57,6 @@ def read_data(
     )  # fmt: skip
     for line in summary(raw):
         print(line, file=sys.stderr)
-    _check_kind(settings.data, raw.train.kind, kinds)
     if recorded is not None and recorded.kind != raw.train.kind and not other_targets:
         raise ValueError(
             f"{path} learned {recorded.kind}, but the targets of the data are {raw.train.kind}."
@@ -101,18 +94,6 @@ def read_data(
         elif problem := other_target_units(splits.train.labels, raw.train.names):
             raise ValueError(f"{path} {problem}")
     return splits, form
-
-
-def _check_kind(data: str, kind: Kind, kinds: Sequence[Kind]) -> None:
-    """Raises UsageError if the command does not support this kind of targets."""
-    if kind in kinds:
-        return
-    descriptions = {"labels": "several labels per example", "numbers": "numbers (regression)"}
-    raise UsageError(
-        f"--data {data}: targets are {descriptions.get(kind, 'classes')}, and this "
-        f"command learns {' or '.join(descriptions.get(k, 'one class each') for k in kinds)}. "
-        "Choose what they are with --target."
-    )
 
 
 def _check_scaling(path: str | None, scaling: Standardizer | None, shape: tuple[int, ...]) -> None:

@@ -70,20 +70,19 @@ class Pair(NamedTuple):
     measure: Measure = _measures.CLASSES  # the task loss and scores
 
 
-def read_pair(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes",)) -> Pair:
+def read_pair(settings: Any, *, dtype: Any = None) -> Pair:
     """Reads the data and the teacher's file, and makes both networks.
 
     Args:
       settings: `types.Data` and `Models`.
       dtype: compute dtype of both networks.
-      kinds: kinds of targets that the caller supports.
 
     Raises:
       ValueError: if the file has another model, other classes or inputs, or non-finite values.
     """
     source = _models.open_source(settings.teacher_weights, settings.teacher, DEFAULT_TEACHER)
     _models.check(settings.student)
-    splits, form = _data.read_data(settings, source, kinds=kinds)
+    splits, form = _data.read_data(settings, source)
     _data.check_parts(splits)
     part = splits.train
     index = np.arange(len(part.labels), dtype=np.int32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax._types import ModelFn, Variables
-from kdtl_jax.datasets import KINDS, Dataset
+from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import networks, sources
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.losses import TopK
@@ -148,7 +148,7 @@ def load_teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[
             "runs/distill/teacher.safetensors."
         )
     source = _models.open_source(path, settings.teacher, "mlp:128,64")
-    train, text = _data.read_data(settings, source, kinds=KINDS)[0].train, str(source.about.model)
+    train, text = _data.read_data(settings, source)[0].train, str(source.about.model)
     example = jnp.asarray(train.inputs[:1])
     net = _models.make_network(text, train.classes, example)
     _user_code.check_logits("--teacher", text, net, train)

@@ -22,7 +22,7 @@ import numpy as np
 
 from kdtl_jax import methods
 from kdtl_jax._types import Variables
-from kdtl_jax.datasets import KINDS, per_class
+from kdtl_jax.datasets import per_class
 from kdtl_jax.interop import networks
 from kdtl_jax.recipes import (
     _caching,
@@ -145,7 +145,7 @@ def run(settings: Settings) -> int:
     devices = 1 if mesh is None else mesh.size
     _folders.check_out(settings, "distill")
     check(settings, entries, devices)
-    pair = _pair.read_pair(settings, dtype=DTYPES[settings.precision], kinds=KINDS)
+    pair = _pair.read_pair(settings, dtype=DTYPES[settings.precision])
     entries = _pair.select_methods(entries, settings, pair.measure)
     inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
     _pair.check_augmentation(settings.augment, pair)

@@ -20,7 +20,6 @@ import numpy as np
 
 from kdtl_jax import _files, methods, transforms
 from kdtl_jax._types import Params, Variables
-from kdtl_jax.datasets import KINDS
 from kdtl_jax.interop import networks
 from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import (
@@ -158,7 +157,7 @@ def run(settings: Settings) -> None:
     _measures.check(settings)
     if columns.keys() - {*_axes.AXES} and (terms := _pair.terms(chosen, settings)):
         _axes.check(columns, terms)
-    pair = _pair.read_pair(settings, kinds=KINDS)
+    pair = _pair.read_pair(settings)
     chosen = _pair.select_methods(chosen, settings, pair.measure)
     size = len(pair.arrays["labels"])
     batch_size = settings.batch_size or _training.default_batch(size)

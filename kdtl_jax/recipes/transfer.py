@@ -20,7 +20,7 @@ import numpy as np
 
 from kdtl_jax import datasets
 from kdtl_jax._types import Variables
-from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_classes
+from kdtl_jax.datasets import Dataset, Kind, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import model_files, networks, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes import (
@@ -278,7 +278,7 @@ def read_data(settings: Settings, source: sources.Source) -> tuple[Preprocessing
     """
     # A file's classes and image sizes are the source's; the target's may differ.
     own = source._replace(about=source.about._replace(classes=None, names=(), shape=None))
-    ready, form = _data.read_data(settings, own, kinds=KINDS, other_targets=True)
+    ready, form = _data.read_data(settings, own, other_targets=True)
     _data.check_parts(ready)
     if ready.train.kind != "classes":
         given = settings.source_classes or settings.target_classes or settings.canvas
