@@ -150,7 +150,10 @@ def read_examples(
     """
     form = model.about.preprocessing
     if not with_labels and part in (None, "all"):
-        preprocessing = form or _default_preprocessing(model)
+        classes, shape = model.about.classes or 0, model.about.shape or ()
+        # A file that records no preprocessing is for arrays.
+        arrays = datasets.Preprocessing("classes", model.about.names, classes, shape)
+        preprocessing = form or arrays
         inputs, files, notices = datasets.read_unlabeled(data, preprocessing)
         _print_notices(notices)
         check_shape(data, inputs, model)
@@ -268,9 +271,3 @@ def target_kind(model: Model) -> datasets.Kind:
     """What a model predicts: one class, several labels at once, or numbers."""
     form = model.about.preprocessing
     return "classes" if form is None else form.kind
-
-
-def _default_preprocessing(model: Model) -> datasets.Preprocessing:
-    """Reading as arrays, for a model's file that records no preprocessing."""
-    about = model.about
-    return datasets.Preprocessing("classes", about.names, about.classes or 0, about.shape or ())

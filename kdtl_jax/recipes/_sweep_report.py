@@ -11,6 +11,7 @@ import numpy as np
 from kdtl_jax.recipes import _choice, _evidence, _students, _tables
 from kdtl_jax.recipes._choice import rounded
 from kdtl_jax.recipes._pair import Pair
+from kdtl_jax.recipes._seeds import Trained
 from kdtl_jax.run import report, scores
 from kdtl_jax.run.report import plots
 
@@ -31,9 +32,7 @@ class Sweep(NamedTuple):
     settings: Any
     swept: Sequence[Any]  # `sweep.Swept`, by method
     notes: list[str]
-    teacher_validation: float
-    teacher_test: float
-    teacher_answers: np.ndarray  # [1, N], classes of the test examples
+    teacher: Trained
     run: Mapping[str, Any]  # the command, its time and all settings
 
 
@@ -102,8 +101,8 @@ def to_json(outcome: Sweep) -> dict[str, Any]:
         "epochs": settings.epochs,
         "rungs": settings.halving,
         "teacher": {
-            f"validation_{score}": outcome.teacher_validation,
-            f"test_{score}": outcome.teacher_test,
+            f"validation_{score}": float(outcome.teacher.validation[0]),
+            f"test_{score}": float(outcome.teacher.test[0]),
         },
         "programs": [
             {
@@ -149,7 +148,7 @@ def html_page(outcome: Sweep) -> str:
     stopped_note = f" {stopped_count} settings were stopped early." if stopped_count else ""
     summary = (
         f"{outcome.pair.splits.train.name}: {size}. Teacher {outcome.pair.teacher_text}, "
-        f"{score.shown(outcome.teacher_test)} on the test split; student "
+        f"{score.shown(outcome.teacher.test[0])} on the test split; student "
         f"{outcome.settings.student}. Settings are ordered by mean validation score; the test "
         f"split is not used to choose.{stopped_note}"
     )
@@ -190,7 +189,7 @@ def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
         return []
     answers = next(swept.best.answers for swept in outcome.swept if swept.method == best.method)
     student = _evidence.Predictions(f"the best setting of {best.method}", np.asarray(answers))
-    return _evidence.sections(outcome.pair.splits.test, student, outcome.teacher_answers)
+    return _evidence.sections(outcome.pair.splits.test, student, outcome.teacher.answers)
 
 
 def _curves(outcome: Sweep) -> list[report.Section]:

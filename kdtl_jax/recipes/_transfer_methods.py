@@ -85,10 +85,6 @@ def by_depth(params: Params, optimized: Params, decay: float) -> optax.GradientT
     return finetune.scale_by_multipliers(finetune.layer_decay(depths, decay=decay))
 
 
-def _linear_probe_first(case: Case, params: Params) -> optax.GradientTransformation:
-    return finetune.lp_ft(params, head=HEAD, probe_steps=case.steps // 2)
-
-
 def _unfreeze_gradually(case: Case, params: Params) -> optax.GradientTransformation:
     """Unfreezes modules from the top at equal intervals, until all are trained after half."""
     names = modules_by_depth(params)
@@ -107,10 +103,6 @@ def _source_logits(case: Case) -> Array:
 def head_logits(features: Array, head: Mapping[str, Array]) -> Array:
     """Logits of a linear head."""
     return features @ head["kernel"] + head["bias"][None]
-
-
-def _l2_sp(case: Case) -> Callable[[Inputs], Array]:
-    return lambda x: penalties.l2_sp(x.params, case.copied.params, where=BODY)
 
 
 def _feature_penalty(
@@ -240,11 +232,12 @@ METHODS: tuple[Method, ...] = (
     Method("copied_finetuned", "Copied, all fine-tuned", ""),
     Method(
         "copied_l2_sp", "Copied, fine-tuned with L2-SP", "Li et al., 1802.01483",
-        strengths=(1e-3, 1e-2, 1e-1), term="l2_sp", penalty=_l2_sp,
+        strengths=(1e-3, 1e-2, 1e-1), term="l2_sp",
+        penalty=lambda case: lambda x: penalties.l2_sp(x.params, case.copied.params, where=BODY),
     ),
     Method(
         "lp_ft", "Head first, then all (LP-FT)", "Kumar et al., 2202.10054", needs_head=True,
-        gate=_linear_probe_first,
+        gate=lambda case, params: finetune.lp_ft(params, head=HEAD, probe_steps=case.steps // 2),
     ),
     Method(
         "gradual_unfreezing", "Unfrozen from the top", "Howard and Ruder, 1801.06146",
