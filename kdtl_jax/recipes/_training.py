@@ -312,9 +312,9 @@ def fit_one_by_one(experiment: Experiment, options: FitOptions) -> Callable[...,
         losses += losses[-1:] * (epochs - len(losses))
         curve += [score] * (options.checks - len(curve))
         answers, test_score = judge(best, test, shared)
-        kept, curve, losses = options.keep(best), jnp.stack(curve), jnp.stack(losses)
         epoch_kept = None if patience is None else jnp.int32(best_epoch)
-        return Fitted(kept, curve, score, test_score, answers, losses, epoch_kept)
+        curve, losses = jnp.stack(curve), jnp.stack(losses)
+        return Fitted(options.keep(best), curve, score, test_score, answers, losses, epoch_kept)
 
     def run(points: Point, *shared: Any) -> Fitted:
         fits = [fit_one(pick(dict(points), i), *shared) for i in range(len(points["seed"]))]

@@ -234,19 +234,19 @@ def positive_numbers(value: Any) -> tuple[float, ...] | None:
 def pairs(value: Any, sign: str) -> dict[str, Any]:
     """`name<sign>value,...`, a list of these, or a mapping."""
     if isinstance(value, Mapping):
-        return {str(name): found for name, found in value.items()}
+        return {str(name): x for name, x in value.items()}
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)):
         raise ValueError(f"expected name{sign}value,..., got {value!r}")
-    found: dict[str, Any] = {}
+    out: dict[str, Any] = {}
     for part in parts:
         if isinstance(part, str) and not part.strip():
             continue
         name, _, text = part.partition(sign) if isinstance(part, str) else (str(part), "", "")
-        if name.strip() in found:
+        if name.strip() in out:
             raise ValueError(f"{name.strip()!r} is given twice")
-        found[name.strip()] = text.strip()
-    return found
+        out[name.strip()] = text.strip()
+    return out
 
 
 def layer_numbers(value: Any) -> tuple[int, ...]:
