@@ -319,11 +319,9 @@ def _itself(setup: Setup, weights: Weights) -> ModelFn:
 def _on_own(setup: Setup, step: Step, *, share: float = 1.0) -> Learner:
     """Learning from the student's samples in `share` of the steps."""
     draw = _draw(setup, _student_decoder(setup))
-
-    def own_params(state: TrainState, teacher_params: Any) -> Params:
-        return setup.weights(state.params)
-
-    return Learner(_rollouts.on_samples(step, draw, own_params, share=share))
+    return Learner(
+        _rollouts.on_samples(step, draw, lambda s, _: setup.weights(s.params), share=share)
+    )
 
 
 def _draw(setup: Setup, decoder: Decoder) -> _rollouts.Rollout:

@@ -109,11 +109,11 @@ class SelfAttention(nn.Module):
         bias: Array | None = None,
         rotate: Callable[[Array], Array] = lambda heads: heads,
     ) -> Array:
-        width = self.heads * (self.head_width or x.shape[-1] // self.heads)
         dense = partial(nn.Dense, use_bias=self.use_bias)
         if self.is_fused:
-            parts = jnp.split(dense(3 * width, name="qkv")(x), 3, axis=-1)
+            parts = jnp.split(dense(3 * x.shape[-1], name="qkv")(x), 3, axis=-1)
         else:
+            width = self.heads * (self.head_width or x.shape[-1] // self.heads)
             parts = [dense(width, name=name)(x) for name in ("query", "key", "value")]
         query, key, value = (part.reshape(*x.shape[:2], self.heads, -1) for part in parts)
         probs = attention_probs(rotate(query), rotate(key), where, bias, self.scale)

@@ -20,6 +20,7 @@ no dropout here, as is usual in fine-tuning and distillation.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -120,9 +121,7 @@ def decoder(
       ValueError: if the numbers of the config are inconsistent.
     """
     _check(config)
-
-    def init(key: Array) -> Params:
-        return _init(config, key)
+    compute = partial(_compute, config, dtype, remat_policy)
 
     def apply(
         params: Params,
@@ -131,8 +130,8 @@ def decoder(
         segments: Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[Array, Cache | None]:
-        run = _apply(config, params, tokens, positions, segments, cache, dtype, remat_policy, ())
-        return run[:2]
+        hidden, cache, _ = compute(params, tokens, positions, segments, cache)
+        return hidden, cache
 
     def tap(
         names: Sequence[str],
@@ -150,9 +149,7 @@ def decoder(
             raise ValueError(f"a decoder has the taps {[*streams, *layers]}, got {unknown}.")
         # Values inside a layer are computed from its input.
         indices = tuple((streams | layers)[name] for name in names)
-        hidden, _, states = _apply(
-            config, params, tokens, positions, segments, None, dtype, remat_policy, indices
-        )
+        hidden, _, states = compute(params, tokens, positions, segments, taps=indices)
         outputs = dict(zip(names, states, strict=True))
         if outputs.keys() & layers.keys():
             pair = _positions_and_segments(tokens, positions, segments, None)
@@ -169,7 +166,7 @@ def decoder(
         bias = params["head"]["bias"] if config.has_head_bias else None
         return Head(kernel, bias, config.logit_scale, config.final_softcap)
 
-    return Decoder(config, init, apply, head, tap)
+    return Decoder(config, partial(_init, config), apply, head, tap)
 
 
 def tap_names(config: DecoderConfig) -> tuple[str, ...]:
@@ -213,16 +210,16 @@ def segment_positions(segments: Array) -> Array:
     return jnp.maximum(count - jax.lax.cummax(jnp.where(begins, count, 0), axis=1), 0)
 
 
-def _apply(
+def _compute(
     config: DecoderConfig,
+    dtype: Any,
+    remat_policy: Callable[..., Any] | None,
     params: Params,
     tokens: Array,
     positions: Array | None,
     segments: Array | None,
-    cache: Cache | None,
-    dtype: Any,
-    remat_policy: Callable[..., Any] | None,
-    taps: tuple[int, ...],
+    cache: Cache | None = None,
+    taps: tuple[int, ...] = (),
 ) -> tuple[Array, Cache | None, Sequence[Array]]:
     """Hidden states, cache, and the inputs of layers `taps[0]`, `taps[1]`, …"""
     _checks.integers(tokens=tokens)

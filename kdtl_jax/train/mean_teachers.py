@@ -47,10 +47,10 @@ def begin(state: TrainState) -> TrainState:
     """
     check_state(state)
     teacher = jax.tree.map(
-        lambda x: _numerics.upcast(x) if trees.is_inexact(x) else x,
+        lambda x: copy_leaf(_numerics.upcast(x) if trees.is_inexact(x) else x),
         Variables(state.params, state.model_state),
     )
-    return state._replace(memory=MeanTeacher(jax.tree.map(copy_leaf, teacher), state.memory))
+    return state._replace(memory=MeanTeacher(teacher, state.memory))
 
 
 def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
