@@ -38,6 +38,13 @@ def test_ofd_margin_is_a_conditional_mean(x64: None, bn: tuple[float, float]) ->
     np.testing.assert_allclose(got, [want], rtol=1e-6)
 
 
+def test_ofd_margin_names_its_own_arguments() -> None:
+    with pytest.raises(ValueError, match=r"bn_scale\[3\], bn_offset\[4\]"):
+        losses.ofd_margin(jnp.ones(3), jnp.ones(4))
+    with pytest.raises(TypeError, match="bn_offset must be floating point"):
+        losses.ofd_margin(jnp.ones(3), jnp.ones(3, jnp.int32))
+
+
 def test_ofd_margin_of_channels_that_are_never_negative(x64: None) -> None:
     scale, offset = jnp.asarray([0.5, 0.5, 0.0, 0.0]), jnp.asarray([1.6, 50.0, 2.0, -2.0])
     got = losses.ofd_margin(scale, offset)
