@@ -86,6 +86,15 @@ def test_kdsvd_is_finite_where_singular_values_repeat() -> None:
         losses.kdsvd([equal], [equal])
 
 
+def test_two_layers_of_one_side_are_not_called_student_and_teacher() -> None:
+    wide, narrow = jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 3))
+    with pytest.raises(ValueError, match=r"first and second .* first\[.*\], second\[.*\]"):
+        losses.flow_matrix(wide, narrow)
+    tokens, longer = jnp.ones((2, 5, 3)), jnp.ones((2, 5, 4))
+    with pytest.raises(ValueError, match=r"first\[2, 5, 3\], second\[2, 5, 4\]"):
+        losses.token_gram((tokens, longer), (tokens, tokens))
+
+
 def test_hcl_skips_pools_that_are_not_smaller(x64: None) -> None:
     student, teacher = jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2))
     np.testing.assert_allclose(losses.hcl(student, teacher), [1.0])

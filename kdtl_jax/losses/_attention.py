@@ -136,7 +136,7 @@ def minilm_v2(
 
 
 def _relation(x: Array, y: Array, heads: int, where: Array | None) -> Array:
-    x, y = _sides.same_shape(x, y, at_least=3, at_most=3)
+    x, y = _sides.same_shape(x, y, at_least=3, at_most=3, names=("first", "second"))
     x, y = _numerics.kept(x, where), _numerics.kept(y, where)
     width, left_over = divmod(x.shape[-1], heads)
     if left_over:
@@ -204,7 +204,7 @@ def token_gram(
     _checks.mask(where, student[0].shape[:-1])
     grams = []
     for pair in (student, teacher):
-        pair = _sides.same_shape(*pair, at_least=3, at_most=3)
+        pair = _sides.same_shape(*pair, at_least=3, at_most=3, names=("first", "second"))
         upper, lower = (_numerics.kept(states, where) for states in pair)
         grams.append(_numerics.gram(upper, lower) / upper.shape[-1])
     is_real_pair = None if where is None else where[:, :, None] & where[:, None, :]

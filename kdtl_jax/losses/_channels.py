@@ -103,7 +103,7 @@ def flow_matrix(first: Array, second: Array, *, where: Array | None = None) -> A
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
-    first, second = _sides.same_positions(first, second)
+    first, second = _sides.same_positions(first, second, names=("first", "second"))
     _checks.mask(where, first.shape[:-1])
     first, second = (_by_channel(_numerics.kept(x, where)) for x in (first, second))
     total = _numerics.gram(first, second)

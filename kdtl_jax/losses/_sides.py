@@ -37,15 +37,20 @@ def same_shape(
 
 
 def same_positions(
-    student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
+    student: Array,
+    teacher: Array,
+    *,
+    at_least: int = 3,
+    at_most: int | None = None,
+    names: tuple[str, str] = ("student", "teacher"),
 ) -> tuple[Array, Array]:
     """For sides that may differ in the last axis: `[B, H, W, Cs]` and `[B, H, W, Ct]`."""
-    sides = _check_and_upcast(at_least, at_most, student=student, teacher=teacher)
+    named = dict(zip(names, (student, teacher), strict=True))
+    sides = _check_and_upcast(at_least, at_most, **named)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"student and teacher must agree in all axes but the last, got "
-            f"{_checks.described(student=student, teacher=teacher)}. "
-            "Pool the larger map first (connectors.pool)."
+            f"{' and '.join(names)} must agree in all axes but the last, got "
+            f"{_checks.described(**named)}. Pool the larger map first (connectors.pool)."
         )
     return sides[0], sides[1]
 
