@@ -82,7 +82,7 @@ def outputs(
     try:
         return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
     except (FileNotFoundError, ValueError):  # `write` repairs it, or reports the difference
-        plan = _unfinished_plan(folder)
+        plan, _ = _plan(folder)
         stored_taps = required if plan is None else plan.fingerprint.taps or required
         teacher_cache.write(
             folder, net.apply, frozen, inputs, batch_size=512, taps=stored_taps, **_source(pair),
@@ -96,15 +96,10 @@ def _plan(folder: Path) -> tuple[teacher_cache.Plan | None, bool]:
     try:
         return teacher_cache.open_cache(folder, expect=None, contents=False).plan, True
     except (FileNotFoundError, ValueError):  # no cache, or an incomplete or damaged one
-        return _unfinished_plan(folder), False
-
-
-def _unfinished_plan(folder: Path) -> teacher_cache.Plan | None:
-    """The plan of a cache that must be completed or repaired."""
-    try:
-        return teacher_cache.begun(folder)
-    except ValueError:  # `write` reports the error
-        return None
+        try:
+            return teacher_cache.begun(folder), False
+        except ValueError:  # `write` reports the error
+            return None, False
 
 
 def _preprocessing(precision: str) -> dict[str, str]:

@@ -84,13 +84,9 @@ def class_rows(
     yield ["row", "class", "probability", *extra]
     with np.errstate(invalid="ignore", over="ignore"):
         p = softmax(logits.astype(np.float64), axis=-1)
-    for i, (index, probabilities) in enumerate(
-        zip(_classes(logits).tolist(), p.tolist(), strict=True)
-    ):
-        prediction = (
-            ["", ""] if index == scores.WRONG else [names[index], f"{probabilities[index]:.6g}"]
-        )
-        yield [str(i), *prediction, *(f"{value:.6g}" for value in probabilities if extra)]
+    for i, index in enumerate(_classes(logits).tolist()):
+        prediction = ["", ""] if index == scores.WRONG else [names[index], f"{p[i, index]:.6g}"]
+        yield [str(i), *prediction, *(f"{value:.6g}" for value in (p[i] if extra else ()))]
 
 
 def label_rows(
@@ -103,14 +99,9 @@ def label_rows(
     yield ["row", "labels", *([f"p({name})" for name in names] if with_probabilities else [])]
     p = expit(logits.astype(np.float64))
     for i, (probabilities, is_valid) in enumerate(zip(p.tolist(), _is_finite(logits), strict=True)):
-        labels = ";".join(
-            name for name, value in zip(names, probabilities, strict=True) if value > 0.5
-        )
-        yield [
-            str(i),
-            labels if is_valid else "nan",
-            *(f"{value:.6g}" for value in probabilities if with_probabilities),
-        ]
+        likely = (name for name, value in zip(names, probabilities, strict=True) if value > 0.5)
+        labels = ";".join(likely) if is_valid else "nan"
+        yield [str(i), labels, *(f"{value:.6g}" for value in probabilities if with_probabilities)]
 
 
 def number_rows(values: np.ndarray, names: tuple[str, ...]) -> Iterator[list[str]]:
