@@ -9,7 +9,8 @@ needs from outside (where lines go, how to save and evaluate, when to stop) is p
                           save_every=500)
 
 A run that is killed at any moment and resumed from its newest whole checkpoint (state and `meta`)
-ends with the same bits, and the same metrics file, as an uninterrupted one.
+ends with the same bits, and the same metrics file, as an uninterrupted one. Paths that are neither
+text nor paths raise TypeError.
 """
 
 from kdtl_jax.run.loop._metrics import Evaluate as Evaluate

@@ -45,7 +45,7 @@ class Nonfinite(NamedTuple):
 
 
 def raise_nonfinite(event: Nonfinite) -> None:
-    """The default: raises an error after the state of the last good step is saved."""
+    """The default: raises FloatingPointError once the state of the last good step is saved."""
     # Too large a step ruins the parameters, too; a label without a class has no gradient.
     repair = (
         "Its gradient is finite: look for labels outside 0..classes-1 in the batch and for "

@@ -33,7 +33,8 @@ Augmented views are keyed by `(key, view, row)`, so that cache and live teacher 
 
 On disk: `plan.json` (what is being made), one `.bin` of records per shard, one sealed `.json` per
 finished shard with its SHA-256, and `manifest.json`, written last. `write` on the same folder
-resumes where it stopped, and recomputes damaged shards.
+resumes where it stopped, and recomputes damaged shards. Functions of a cache raise TypeError for
+anything that `open_cache` did not return.
 """
 
 from kdtl_jax.run.teacher_cache._fingerprint import Fingerprint as Fingerprint
