@@ -34,7 +34,7 @@ from kdtl_jax.losses import Head
 from kdtl_jax.models import _decoder_layer
 from kdtl_jax.models._blocks import known_ids
 from kdtl_jax.models._decoder_config import Cache, DecoderConfig
-from kdtl_jax.models._decoder_layer import LayerConstants, Slots, layer_constants, normalize
+from kdtl_jax.models._decoder_layer import Layer, LayerConstants, Slots, layer_constants, normalize
 
 # The axis along which devices share each weight: heads, hidden units, or the vocabulary. Fused
 # kernels are split by their inputs, so their parts need no special care.
@@ -155,8 +155,8 @@ def decoder(
             pair = _positions_and_segments(tokens, positions, segments, None)
             visibility = _decoder_layer.token_positions(*pair, None)
             for name in outputs.keys() & layers.keys():
-                layer = _layer_params(config, params, layers[name])
-                values = _decoder_layer.inner_values(config, outputs[name], *layer, visibility)
+                layer = Layer(config, *_layer_params(config, params, layers[name]))
+                values = _decoder_layer.inner_values(layer, outputs[name], visibility)
                 outputs[name] = values[name.split("/", 1)[1]]
         return hidden, outputs
 
@@ -249,7 +249,7 @@ def _compute(
     def layer(
         x: Array, weights: Params, constants: LayerConstants, slots: Slots | None
     ) -> tuple[Array, Slots | None]:
-        return _decoder_layer.layer(config, x, weights, constants, visibility, slots)
+        return _decoder_layer.apply(Layer(config, weights, constants), x, visibility, slots)
 
     if remat_policy is not None:
         layer = jax.checkpoint(layer, policy=remat_policy)

@@ -36,6 +36,14 @@ def layer_constants(config: DecoderConfig) -> LayerConstants:
     )
 
 
+class Layer(NamedTuple):
+    """A layer: the decoder's description, and the layer's parameters and constants."""
+
+    config: DecoderConfig
+    weights: Params
+    constants: LayerConstants
+
+
 class Positions(NamedTuple):
     """The positions of queries and keys."""
 
@@ -64,48 +72,57 @@ def token_positions(positions: Array, segments: Array, cache: Cache | None) -> P
     return Positions(positions, distance, is_same_text & (distance >= 0), ends)
 
 
-def layer(
-    config: DecoderConfig,
-    x: Array,
-    weights: Params,
-    constants: LayerConstants,
-    positions: Positions,
-    slots: Slots | None,
+def apply(
+    layer: Layer, x: Array, positions: Positions, slots: Slots | None
 ) -> tuple[Array, Slots | None]:
-    """One layer: attention, then feed-forward, each with its residual."""
-    y = _pre_norm(config, x, weights, "attention_norm")
-    y, slots_out = _attention(config, y, weights["attention"], constants, positions, slots)
-    x = _add_residual(config, x, y, weights, "attention")
-    y = _units(config, _pre_norm(config, x, weights, "mlp_norm"), weights["mlp"])
-    return _add_residual(config, x, y, weights, "mlp"), slots_out
+    """Attention, then feed-forward, each with its residual."""
+    y, slots_out = _attention(layer, _pre_norm(layer, x, "attention"), positions, slots)
+    x = _add_residual(layer, x, y, "attention")
+    return _add_residual(layer, x, _units(layer, _pre_norm(layer, x, "mlp")), "mlp"), slots_out
+
+
+def inner_values(layer: Layer, x: Array, positions: Positions) -> dict[str, Array]:
+    """The attention probabilities and the inputs of both output projections, for an input `x`."""
+    y = _pre_norm(layer, x, "attention")
+    query, key, _ = _project(layer, y, positions)
+    probs = _probs(layer.config, query, key, _visible(layer, positions))
+    heads, _ = _attention(layer, y, positions, None)
+    x = _add_residual(layer, x, heads, "attention")
+    return {
+        "attention/probs": probs.reshape(len(x), layer.config.heads, *probs.shape[-2:]),
+        "attention/heads": heads,
+        "mlp/units": _units(layer, _pre_norm(layer, x, "mlp")),
+    }
 
 
 OUTPUTS = {"attention": "out", "mlp": "down"}
 
 
-def _pre_norm(config: DecoderConfig, x: Array, weights: Params, norm: str) -> Array:
-    return normalize(config.norm, x, weights[norm]) if config.has_pre_norms else x
+def _pre_norm(layer: Layer, x: Array, part: str) -> Array:
+    if not layer.config.has_pre_norms:
+        return x
+    return normalize(layer.config.norm, x, layer.weights[f"{part}_norm"])
 
 
-def _add_residual(config: DecoderConfig, x: Array, y: Array, weights: Params, part: str) -> Array:
+def _add_residual(layer: Layer, x: Array, y: Array, part: str) -> Array:
     """The input of a part's output projection, projected and added to the residual."""
-    y = _dense(y, weights[part][OUTPUTS[part]])
-    if config.has_post_norms:
-        y = normalize(config.norm, y, weights[f"{part}_post_norm"])
+    y = _dense(y, layer.weights[part][OUTPUTS[part]])
+    if layer.config.has_post_norms:
+        y = normalize(layer.config.norm, y, layer.weights[f"{part}_post_norm"])
     return x + y
 
 
+def _visible(layer: Layer, positions: Positions) -> Array:
+    """Which keys a query sees, bool `[B, L, S]`: those in the layer's window."""
+    return positions.visible & (positions.distance < layer.constants.window)
+
+
 def _attention(
-    config: DecoderConfig,
-    x: Array,
-    weights: Params,
-    constants: LayerConstants,
-    positions: Positions,
-    slots: Slots | None,
+    layer: Layer, x: Array, positions: Positions, slots: Slots | None
 ) -> tuple[Array, Slots | None]:
     """The heads' outputs side by side, before the projection."""
     batch, length, _ = x.shape
-    query, key, value = _project(config, x, weights, constants, positions)
+    query, key, value = _project(layer, x, positions)
     if slots is not None:
         # Written to the array of all layers, which a loop updates in place, and read from it.
         start = (slots.layer, jnp.int32(0), jnp.int32(0), slots.start, jnp.int32(0))
@@ -120,39 +137,14 @@ def _attention(
             jnp.swapaxes(jax.lax.dynamic_index_in_dim(a, slots.layer, keepdims=False), 1, 2)
             for a in (keys, values)
         )
-    visible = positions.visible & (positions.distance < constants.window)
-    y = _attend(config, query, key.astype(query.dtype), value.astype(query.dtype), visible)
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    y = _attend(layer.config, query, key, value, _visible(layer, positions))
     return y.reshape(batch, length, -1), slots
 
 
-def inner_values(
-    config: DecoderConfig,
-    x: Array,
-    weights: Params,
-    constants: LayerConstants,
-    positions: Positions,
-) -> dict[str, Array]:
-    """The attention probabilities and the inputs of both output projections, for an input `x`."""
-    y = _pre_norm(config, x, weights, "attention_norm")
-    query, key, _ = _project(config, y, weights["attention"], constants, positions)
-    probs = _probs(config, query, key, positions.visible & (positions.distance < constants.window))
-    heads, _ = _attention(config, y, weights["attention"], constants, positions, None)
-    x = _add_residual(config, x, heads, weights, "attention")
-    return {
-        "attention/probs": probs.reshape(len(x), config.heads, *probs.shape[-2:]),
-        "attention/heads": heads,
-        "mlp/units": _units(config, _pre_norm(config, x, weights, "mlp_norm"), weights["mlp"]),
-    }
-
-
-def _project(
-    config: DecoderConfig,
-    x: Array,
-    weights: Params,
-    constants: LayerConstants,
-    positions: Positions,
-) -> tuple[Array, Array, Array]:
+def _project(layer: Layer, x: Array, positions: Positions) -> tuple[Array, Array, Array]:
     """Queries, keys and values `[B, L, heads, width]`, normalized and rotated by position."""
+    config, weights = layer.config, layer.weights["attention"]
     batch, length, _ = x.shape
     count, width = config.key_heads, config.head_width
     if config.fuses_qkv:
@@ -168,7 +160,7 @@ def _project(
     if config.has_head_norms:
         query = normalize(config.norm, query, weights["query_norm"])
         key = normalize(config.norm, key, weights["key_norm"])
-    return *_rotate((query, key), constants, positions), value
+    return *_rotate((query, key), layer.constants, positions), value
 
 
 def _attend(config: DecoderConfig, query: Array, key: Array, value: Array, visible: Array) -> Array:
@@ -223,8 +215,9 @@ def _rotate(
     return rotate(arrays[0]), rotate(arrays[1])
 
 
-def _units(config: DecoderConfig, x: Array, weights: Params) -> Array:
+def _units(layer: Layer, x: Array) -> Array:
     """The hidden units `[B, L, hidden]`."""
+    config, weights = layer.config, layer.weights["mlp"]
     if config.fuses_gate:
         gate, up = jnp.split(_dense(x, weights["gate_up"]), 2, axis=-1)
     elif config.is_gated:
