@@ -120,13 +120,12 @@ def setup(
     layers: Sequence[tuple[str, str]] = (),
 ) -> Setup:
     """The setup of the pair's methods; without `frozen`, with a blank teacher for early checks."""
-    blank_ = blank(pair.teacher, pair.example)
     inputs = pair.arrays["inputs"]
     return methods.setup(
         pair.student.apply,
         pair.teacher.apply,
         student_variables=networks.abstract(pair.student, pair.example),
-        teacher_variables=blank_ if frozen is None else frozen,
+        teacher_variables=blank(pair.teacher, pair.example) if frozen is None else frozen,
         inputs=jax.ShapeDtypeStruct((batch_size, *inputs.shape[1:]), inputs.dtype),
         examples=len(inputs),
         steps=steps,
@@ -281,8 +280,7 @@ def write(
     )
     metadata = _students.provenance(folder, settings, "teacher")
     model_files.save(folder / "teacher.safetensors", frozen, about_teacher, metadata)
-    metadata = _students.provenance(folder, settings, "student")
-    _students.write(folder, students, about_student, setup=setup, more=metadata)
+    _students.write(folder, students, about_student, settings, setup)
 
 
 def build_all(

@@ -108,17 +108,17 @@ def write(
     folder: Path,
     students: Sequence[Student],
     about: About,
-    *,
+    settings: Any,
     setup: methods.Setup | None = None,
-    more: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the students' files, of one model, with `more` metadata.
+    """Writes the students' files, of one model.
 
     `setup` has the teacher's head, for methods that predict through connectors.
     """
+    origin = provenance(folder, settings, "student")
     _files.claim(folder / FOLDER, FOLDER)
     for student in students:
-        metadata = {"method": student.method, "seed": str(student.seed), **(more or {})}
+        metadata = {"method": student.method, "seed": str(student.seed), **origin}
         connected = None
         if student.connectors is not None:
             assert setup is not None

@@ -140,8 +140,7 @@ def run(settings: Settings) -> None:
             checkpoint.save(checkpoints, settings.epochs, models, {"method": "all"})
         text, shape = f"mlp:{','.join(map(str, STUDENT))}", splits.train.inputs.shape[1:]
         metadata = model_files.About(text, CLASSES, scaling, (), shape)
-        provenance = _students.provenance(folder, data, "student")
-        _students.write(folder, students, metadata, more=provenance)
+        _students.write(folder, students, metadata, data)
         write_curves(folder, results.learning, settings.log)
         _output.finish(folder, results)
 

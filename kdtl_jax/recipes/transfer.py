@@ -201,8 +201,7 @@ def run(settings: Settings) -> int | None:
         classes, names = target.train.classes, target.train.names
         form = form._replace(names=names, outputs=classes, shape=shape)
         about = About(text, classes, form.scaling, names, shape, form)
-        provenance = _students.provenance(folder, settings, "student")
-        _students.write(folder, students, about, more=provenance)
+        _students.write(folder, students, about, settings)
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
             models = {name: model._asdict() for name, model in comparison.models.items()}
             checkpoint.save(checkpoints, settings.epochs, models, {"methods": list(models)})
