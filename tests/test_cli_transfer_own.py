@@ -221,7 +221,8 @@ def test_a_head_of_another_name_is_told_before_the_training() -> None:
     named = networks.network(models.mlp((4,), 3), example)
     other = networks.network(nn.Sequential([nn.Dense(4), nn.Dense(3)]), example)
     apart = [method for method in ways.METHODS if method.needs_head]
-    assert {"copied_head_only", "lp_ft", "bitfit", "lora", "mixout"} == {m.name for m in apart}
+    names = {"copied_head_only", "lp_ft", "bitfit", "lora", "mixout", "bi_tuning"}
+    assert names == {m.name for m in apart}
     for net in (named, other):
         source, surgery = model_files.tree(networks.abstract(net, example)), _targets.Surgery()
         _targets.check(net, example, source, [ways.BY_NAME["copied_finetuned"]], surgery)
@@ -230,6 +231,37 @@ def test_a_head_of_another_name_is_told_before_the_training() -> None:
             continue
         with pytest.raises(ValueError, match="copied_head_only, .*no parameters under head/"):
             _targets.check(net, example, source, apart, surgery)
+
+
+@pytest.mark.parametrize(
+    ("features", "lacking"),
+    [
+        (("hidden",), ()),
+        (("map",), ("bss", "co_tuning", "lwf", "bi_tuning")),
+        ((), ("behavioral", "delta", "bss", "co_tuning", "lwf", "bi_tuning")),
+    ],
+)
+def test_methods_that_read_features_need_them(
+    features: tuple[str, ...], lacking: tuple[str, ...]
+) -> None:
+    """A penalty on the features of a model that returns none would stop while it is traced."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            hidden = nn.Dense(4)(x)
+            shapes = {"hidden": hidden, "map": hidden[:, None]}
+            return {"logits": nn.Dense(3, name="head")(hidden)} | {k: shapes[k] for k in features}
+
+    example = jnp.zeros((1, 5))
+    net = networks.network(Net(), example)
+    source, surgery = model_files.tree(networks.abstract(net, example)), _targets.Surgery()
+    fitting = [method for method in ways.METHODS if method.name not in lacking]
+    assert fitting == [method for method in ways.METHODS if _targets.has_features(net, method)]
+    _targets.check(net, example, source, fitting, surgery)
+    if lacking:
+        with pytest.raises(ValueError, match=rf"^{', '.join(lacking)} read features, but the mod"):
+            _targets.check(net, example, source, ways.METHODS, surgery)
 
 
 def test_sources_from_orbax_folders(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def check(
     """Raises ValueError before anything is trained.
 
     That is, if `compare` cannot copy a plain source, or its shapes, into `net`, or a method needs a
-    head that is not there.
+    head or features that are not there.
     """
     target = model_files.tree(networks.abstract(net, example))
     transforms.plan_transfer(source, target, **surgery._asdict())
@@ -197,6 +197,25 @@ def check(
             "no parameters under head/. Call its last layer 'head', or leave these methods out "
             "(--methods)."
         )
+    lacking = [method.name for method in chosen if not has_features(net, method)]
+    if lacking:
+        raise ValueError(
+            f"{', '.join(lacking)} read features, but the model returns {_outputs(net)}. Return "
+            "the head's input [B, width] too, as in {'logits': ..., 'hidden': ...}, or leave these "
+            "methods out (--methods)."
+        )
+
+
+def has_features(net: Network, method: Method) -> bool:
+    """Whether the model returns the features that a method reads."""
+    has_all = net.layout.features or not method.needs_features
+    return bool(has_all) and (net.layout.last != "logits" or not method.needs_last)
+
+
+def _outputs(net: Network) -> str:
+    return (
+        f"no [B, width] but {list(net.layout.features)}" if net.layout.features else "logits alone"
+    )
 
 
 def has_head(net: Network, example: Any) -> bool:

@@ -45,6 +45,8 @@ class Method(NamedTuple):
     needs_source_head: bool = False  # trained along with the model
     needs_classes: bool = False  # of the target
     needs_head: bool = False  # a top-level module of the model with a name in `HEADS`
+    needs_features: bool = False  # outputs of the model beside its logits
+    needs_last: bool = False  # the head's input among them
     trainable: trees.Selector = trees.everything
     strengths: tuple[float, ...] = ()  # weights of the extra term `term` to choose from
     term: str = ""
@@ -256,32 +258,34 @@ METHODS: tuple[Method, ...] = (
     Method(
         "behavioral", "Features kept near the source's", "Li et al., 1901.09229",
         strengths=(1e-3, 1e-2, 1e-1), term="behavioral", record=_record_features,
+        needs_features=True,
         penalty=_feature_penalty(_behavioral),
     ),
     Method(
         "delta", "DELTA, channels weighted equally", "Li et al., 1901.09229",
         strengths=(1e-3, 1e-2, 1e-1), term="delta", record=_record_features,
+        needs_features=True,
         penalty=_feature_penalty(losses.delta),
     ),
     Method(
         "bss", "Batch spectral shrinkage", "Chen et al., NeurIPS 2019",
-        strengths=(1e-4, 1e-3, 1e-2), term="bss", penalty=_bss,
+        strengths=(1e-4, 1e-3, 1e-2), term="bss", penalty=_bss, needs_last=True,
     ),
     Method(
         "co_tuning", "Co-Tuning, direct relation", "You et al., NeurIPS 2020",
-        needs_source_head=True, needs_classes=True,
+        needs_source_head=True, needs_classes=True, needs_last=True,
         strengths=(0.1, 1.0, 2.3), term="co_tuning",
         record=_relation, penalty=_co_tuning,
     ),
     Method(
         "lwf", "Learning without forgetting", "Li and Hoiem, 1606.09282",
-        needs_source_head=True,
+        needs_source_head=True, needs_last=True,
         strengths=(0.1, 1.0, 4.0), term="lwf",
         record=lambda case: {"recorded": _source_logits(case)}, penalty=_lwf,
     ),
     Method(
         "bi_tuning", "Bi-Tuning's classifier part", "Zhong et al., 2011.06182",
-        needs_classes=True,
+        needs_classes=True, needs_head=True, needs_last=True,
         strengths=(0.1, 1.0), term="bi_tuning", penalty=_bi_tuning,
     ),
     Method(

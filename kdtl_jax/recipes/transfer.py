@@ -163,7 +163,8 @@ def run(settings: Settings) -> int | None:
         source_shapes = model_files.tree(networks.abstract(source_net, example))
     else:
         record.check_finite(path, source_tree)
-    if settings.methods == transfer_methods.DEFAULT:  # those that need a head, if there is one
+    if settings.methods == transfer_methods.DEFAULT:  # those whose head and features there are
+        chosen = [method for method in chosen if _targets.has_features(net, method)]
         if jax.eval_shape(_targets.source_head, source_shapes) is None:
             chosen = [method for method in chosen if not method.needs_source_head]
         if not _targets.has_head(net, example):
