@@ -178,7 +178,7 @@ def _is_replaced(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor is a whole tensor of the base, as the configuration announces."""
     saved = config.get("modules_to_save") or []
     module, _, last = _base_name(name).rpartition(".")
-    if any(f".{module}.".find(f".{module_name}.") >= 0 for module_name in saved):
+    if any(f".{module_name}." in f".{module}." for module_name in saved):
         return last in ("weight", "bias")
     return last == "bias" and config.get("bias", "none") != "none"
 
@@ -204,7 +204,7 @@ def _check_parts(
                 f"{_text.quoted(module)} with {sorted(parts)}",
                 f"expected {sorted(required | optional)}",
             )
-        if optional & {"lora_magnitude_vector"} and not optional <= parts.keys() | {"lora_B.bias"}:
+        if "lora_magnitude_vector" in optional - parts.keys():
             raise not_understood(
                 f"{_text.quoted(module)} without lora_magnitude_vector", "the adapter is a DoRA"
             )

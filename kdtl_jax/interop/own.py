@@ -246,7 +246,6 @@ def _pair_network(
 def _framework_network(kind: str, model: Any, build: Callable[[Array], Any]) -> Network:
     """Builds a network of an NNX or Equinox module; `build` makes another one from a key."""
     adapter = importlib.import_module(f"kdtl_jax.interop.{kind}")
-
     if kind == "equinox" and not isinstance(model, tuple) and adapter.keeps_state(model):
         build = adapter.eqx.nn.make_with_state(build)
         model = build(jax.random.key(0))

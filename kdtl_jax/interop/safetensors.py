@@ -85,8 +85,7 @@ def take(
       size: number of entries to read at once; a row (the axes after the first) may have more.
     """
     _header.numpy_dtype(tensor.name, tensor.dtype)
-    defaults = {axis: np.arange(n) for axis, n in enumerate(tensor.shape) if axis not in indices}
-    positions = [np.asarray({**defaults, **indices}[axis]) for axis in range(len(tensor.shape))]
+    positions = [np.asarray(indices.get(i, np.arange(n))) for i, n in enumerate(tensor.shape)]
     if not all(selection.size for selection in positions):
         return
     inner_shape = tensor.shape[1:]
