@@ -349,7 +349,7 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
     shared: Any = sweep.Shared({}, Variables({}))
     settings: Any = SimpleNamespace(seeds=2, epochs=2, halving=2, batch_size=1)
     finished = _stored_results.open_store(tmp_path, "run", resume=False, kinds=())
-    work = sweep.Work(settings, shared, (held, held), None, print, finished)
+    work = sweep.SweepInputs(settings, shared, (held, held), None, print, finished)
 
     def found(*alphas: float) -> Any:
         columns = {"alpha": np.asarray(alphas, np.float32)}

@@ -202,7 +202,7 @@ def shared(net: networks.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
 
 
 def fit_of(
-    method: ways.Method,
+    method: ways.TransferMethod,
     net: networks.Network,
     *,
     epochs: int,
@@ -220,13 +220,13 @@ def fit_of(
     return _training.fit(learner, how)
 
 
-def point_of(method: ways.Method) -> dict[str, Any]:
+def point_of(method: ways.TransferMethod) -> dict[str, Any]:
     point = {"seed": jnp.zeros((), jnp.int32), "learning_rate": jnp.float32(0.1)}
     return point | ({method.term: jnp.float32(0.1)} if method.term else {})
 
 
 @pytest.mark.parametrize("method", ways.METHODS, ids=lambda method: method.name)
-def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Method):
+def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.TransferMethod):
     net, (read, validation, test) = network(), shared(network())
     fit = fit_of(method, net, epochs=4, llrd=0.8)
     fitted = jax.eval_shape(fit, point_of(method), read, validation, test)

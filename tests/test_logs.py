@@ -26,9 +26,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_of(folder: Path) -> _seeds.Run:
+def run_of(folder: Path) -> _seeds.SharedRun:
     none = Dataset("none", np.zeros((0, 1)), np.zeros(0), 2)
-    return _seeds.Run(folder, "", False, 1, {}, Splits(none, none, none), _logs.read_lines(folder))
+    return _seeds.SharedRun(
+        folder, "", False, 1, {}, Splits(none, none, none), _logs.read_lines(folder)
+    )
 
 
 def test_a_table_has_a_row_per_line(folder: Path) -> None:

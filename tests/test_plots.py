@@ -14,9 +14,9 @@ import pytest
 from kdtl_jax.run.report import plots
 
 AXES = [
-    plots.Axis("method", [0.0, 1.0, 0.0, 1.0], ["kd & co", "dkd"]),
-    plots.Axis("rate", [1e-4, 1e-3, 1e-2, 1e-1]),
-    plots.Axis("validation %", [50.0, 90.0, 70.0, math.nan]),
+    plots.PlotAxis("method", [0.0, 1.0, 0.0, 1.0], ["kd & co", "dkd"]),
+    plots.PlotAxis("rate", [1e-4, 1e-3, 1e-2, 1e-1]),
+    plots.PlotAxis("validation %", [50.0, 90.0, 70.0, math.nan]),
 ]
 CELLS = [[0.5, 0.9, math.nan], [0.6, 0.7, 0.8]]
 
@@ -99,12 +99,12 @@ def test_a_value_that_is_not_finite_has_its_row_and_no_dot() -> None:
     assert list(marks(chart)) == ["a: 50.0% (40.0 to 60.0)"]
     texts = [t.text for t in ET.fromstring(chart.svg).iter("text")]
     assert "lost" in texts and "nan" in texts
-    nothing = plots.lines([plots.Line("x", [1, 2], [math.nan, math.nan])], x_axis="x", y_axis="y")
+    nothing = plots.lines([plots.Curve("x", [1, 2], [math.nan, math.nan])], x_axis="x", y_axis="y")
     assert not marks(nothing) and nothing.key == ("x",)
 
 
 def test_lines_ring_the_chosen_place_and_bear_flat_curves() -> None:
-    curve = plots.Line("a", [0.1, 0.5, 1.0], [0.2, 0.6, 0.4], marked=0.5)
+    curve = plots.Curve("a", [0.1, 0.5, 1.0], [0.2, 0.6, 0.4], marked=0.5)
     chart = plots.lines([curve], x_axis="x", y_axis="y")
     line, *dots = marks(chart).items()
     assert line[0] == "a" and chart.key == ("a",)
@@ -119,7 +119,7 @@ def test_lines_ring_the_chosen_place_and_bear_flat_curves() -> None:
     assert heights[1] < heights[2] < heights[0], "up is more"
     np.testing.assert_allclose([m.center for _, m in dots], line[1].points, atol=1e-3)
     for flat in ([0.5], [0.5, 0.5]):  # no extent at all
-        same = plots.Line("a", [1.0] * len(flat), flat)
+        same = plots.Curve("a", [1.0] * len(flat), flat)
         assert marks(plots.lines([same], x_axis="x", y_axis="y"))
 
 
@@ -145,7 +145,7 @@ def test_lines_that_meet_in_a_choice_stay_apart() -> None:
 
 def test_a_thousand_settings_are_drawn_in_seconds() -> None:
     values = np.random.default_rng(0).uniform(size=(3, 1000))
-    axes = [plots.Axis(name, list(v)) for name, v in zip("abc", values, strict=True)]
+    axes = [plots.PlotAxis(name, list(v)) for name, v in zip("abc", values, strict=True)]
     chart = plots.parallel(axes, best=5)
     assert chart.svg.count("<title>") == 1000 and len(chart.svg) < 1_000_000
 
@@ -200,8 +200,8 @@ def test_spans_and_roofline_show_every_program() -> None:
 def every_chart(text: str) -> list[plots.Chart]:
     return [
         plots.dots([plots.Bar(text, 0.5, 0.4, 0.6)], axis=text),
-        plots.lines([plots.Line(text, [1, 2], [0.1, 0.2])], x_axis=text, y_axis=text),
-        plots.parallel([plots.Axis(text, [0.0], [text]), plots.Axis("b", [1.0])], best=0),
+        plots.lines([plots.Curve(text, [1, 2], [0.1, 0.2])], x_axis=text, y_axis=text),
+        plots.parallel([plots.PlotAxis(text, [0.0], [text]), plots.PlotAxis("b", [1.0])], best=0),
         plots.heat_map([[0.5]], rows=[text], columns=[text], row_axis=text, column_axis=text),
         plots.spans([plots.Span(text, 1, 2, 3)], unit=text, axis=text),
         plots.roofline([plots.Worked(text, 1.0, 1.0)], flops=2.0, bytes=1.0),
@@ -248,6 +248,6 @@ def test_the_same_chart_is_the_same_text_and_leaves_no_state() -> None:
 
 def test_charts_of_unequal_axes_say_so() -> None:
     with pytest.raises(ValueError, match="equally long axes, got lengths"):
-        plots.parallel([AXES[0], plots.Axis("x", [1.0])], best=0)
+        plots.parallel([AXES[0], plots.PlotAxis("x", [1.0])], best=0)
     with pytest.raises(ValueError, match="nothing to draw"):
         plots.spans([], unit="ms", axis="ms")

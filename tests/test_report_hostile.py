@@ -134,10 +134,10 @@ def any_chart(draw: Any) -> Callable[[], plots.Chart]:
     size = draw(st.integers(1, 4))
     some = st.lists(numbers, min_size=size, max_size=size)
     if kind == "lines":
-        curved = [plots.Line(draw(names), draw(some), draw(some), draw(numbers)) for _ in range(2)]
+        curved = [plots.Curve(draw(names), draw(some), draw(some), draw(numbers)) for _ in range(2)]
         return lambda: plots.lines(curved, x_axis=label, y_axis=label, percent=percent)
     if kind == "parallel":
-        axes = [plots.Axis(draw(names) + str(i), draw(some)) for i in range(3)]
+        axes = [plots.PlotAxis(draw(names) + str(i), draw(some)) for i in range(3)]
         return lambda: plots.parallel(axes, best=0)
     named = [draw(names) for _ in range(size)]
     cells = [draw(some) for _ in range(size)]
@@ -184,7 +184,9 @@ def test_files_of_a_language_report(tmp_path: Path) -> None:
     for value in HOSTILE:
         text = value if isinstance(value, str) else f"{value}"[:9999]
         measures = {name: math.nan for name in names_of}
-        rows.append(_language_report.Row(text, text, measures, 3, 4, math.inf, 0.0, {text: value}))
+        rows.append(
+            _language_report.LanguageRow(text, text, measures, 3, 4, math.inf, 0.0, {text: value})
+        )
         curves_of[text] = [{"step": i, "eval/agreement": y} for i, y in enumerate([math.nan, 0.5])]
         samples.append(_language_report.Sample(text, {text: text}))
         texts.append(text)
@@ -199,7 +201,7 @@ def test_a_language_report_says_what_its_curves_are(tmp_path: Path) -> None:
     names_of = ("bits_per_byte", "forward_kl", "reverse_kl", "agreement", "overlap", "entropy")
     measures: dict[str, float] = dict.fromkeys(names_of, 0.5)
     rows = [
-        _language_report.Row(name, name, measures, 3, 4, 5.0, 6.0, trained)
+        _language_report.LanguageRow(name, name, measures, 3, 4, 5.0, 6.0, trained)
         for name, trained in {"Beginner": {}, "Learner": {"steps": 4}}.items()
     ]
     curves = {"Learner": [{"step": 1, "eval/agreement": 0.5}]}
@@ -213,5 +215,5 @@ def test_a_language_report_says_what_its_curves_are(tmp_path: Path) -> None:
 def test_a_curve_of_very_many_points() -> None:
     many = list(range(20_000))
     with bounded(4):
-        chart = plots.lines([plots.Line("loss", many, many, 7.0)], x_axis="x", y_axis="y")
+        chart = plots.lines([plots.Curve("loss", many, many, 7.0)], x_axis="x", y_axis="y")
     assert chart.svg.count("<title>") < 500

@@ -85,7 +85,7 @@ def test_a_run_is_resumed_on_the_same_content_alone(tmp_path: Path) -> None:
     data.write_bytes(b"labels")
     (weights / "a").write_bytes(b"1")
 
-    def now() -> record.Record:
+    def now() -> record.FileRecord:
         return record.made_from({"data": data, "weights": weights, "set": "digits"})
 
     assert "is missing" in record.compare(run, now())[0]

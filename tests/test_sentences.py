@@ -189,7 +189,9 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
         return training.distill_student(
             step, {"w": jnp.full(9, start)}, {"w": jnp.arange(9.0)}, lines, jax.random.key(0),
             lambda params: float(params["w"].sum()),
-            training.Run(where, "run", "kind_0", own, messages.append, lambda done, total: None),
+            training.StudentRun(
+                where, "run", "kind_0", own, messages.append, lambda done, total: None
+            ),
         )  # fmt: skip
 
     params, curve, _, how = distilled("whole")

@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
     eps: Array
 
 
-class Run(Protocol):
+class ApplyWithStatistics(Protocol):
     """`apply` with the given statistics, or with the batch's own if they are None.
 
     Returns the output and the statistics that were used: a pytree of `Statistics`.
@@ -44,7 +44,7 @@ class Connector(NamedTuple):
 
     init: Callable[[Array, Any], Params]
     apply: Callable[..., Any]
-    run: Run | None = None
+    run: ApplyWithStatistics | None = None
 
     def measure(self, params: Params, x: Any, *, where: Array | None = None) -> tuple[Any, PyTree]:
         """The output of `apply` and the batch's statistics (no gradient flows into them)."""
@@ -104,7 +104,7 @@ def run_step(
     return connector.run(params, x, statistics, where)
 
 
-def with_statistics(init: Callable[[Array, Any], Params], run: Run) -> Connector:
+def with_statistics(init: Callable[[Array, Any], Params], run: ApplyWithStatistics) -> Connector:
     """A connector made from its `run`."""
 
     def apply(params: Params, x: Any, *, where: Array | None = None) -> Any:

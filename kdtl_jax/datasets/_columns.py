@@ -11,7 +11,13 @@ import numpy as np
 
 from kdtl_jax.datasets import _amounts
 from kdtl_jax.datasets._preprocessing import Column
-from kdtl_jax.datasets._tables import Missing, Table, check_model_columns, is_number, missing_mask
+from kdtl_jax.datasets._tables import (
+    ColumnTable,
+    Missing,
+    check_model_columns,
+    is_number,
+    missing_mask,
+)
 
 MOST_CATEGORIES = 1000
 # 31/01/2024, 31-Jan-2024, Jan 31, 2024: dates not in ISO 8601.
@@ -22,7 +28,7 @@ DATE = re.compile(
 
 
 def columns_of(
-    table: Table, rows: np.ndarray, *, missing: Missing | None, one_hot: bool
+    table: ColumnTable, rows: np.ndarray, *, missing: Missing | None, one_hot: bool
 ) -> tuple[Column, ...]:
     """Decides how to encode each column, from the training rows.
 
@@ -65,7 +71,7 @@ def columns_of(
     return tuple(result)
 
 
-def encode(table: Table, columns: Sequence[Column]) -> np.ndarray:
+def encode(table: ColumnTable, columns: Sequence[Column]) -> np.ndarray:
     """Inputs `[N, D]`, float64: one number per column, or one per category.
 
     A category that the training part does not have is encoded as all zeros.
@@ -111,7 +117,7 @@ def cell_of(column: Column, inputs: np.ndarray) -> str:
     return _amounts.format_amount(float(inputs[0]), column.unit)
 
 
-def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
+def unknown_categories(table: ColumnTable, columns: Sequence[Column]) -> list[str]:
     """Notices about categories that the training part does not have."""
     notices = []
     for column in columns:
@@ -125,7 +131,7 @@ def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
     return notices
 
 
-def amounts_read(table: Table, columns: Sequence[Column]) -> list[str]:
+def amounts_read(table: ColumnTable, columns: Sequence[Column]) -> list[str]:
     """Notices about text columns that are read as numbers."""
     notices = []
     for column in columns:
@@ -139,7 +145,7 @@ def amounts_read(table: Table, columns: Sequence[Column]) -> list[str]:
 
 
 def _text_column(
-    table: Table,
+    table: ColumnTable,
     name: str,
     column: np.ndarray,
     present: np.ndarray,
@@ -160,7 +166,7 @@ def _text_column(
     return Column(name, tuple(map(str, categories)), fill)
 
 
-def _numbers_in(table: Table, column: np.ndarray) -> tuple[np.ndarray, str] | None:
+def _numbers_in(table: ColumnTable, column: np.ndarray) -> tuple[np.ndarray, str] | None:
     """A column as numbers, with NaN for missing ones, and their unit; None if it is text."""
     if column.dtype == np.float64:
         return column, ""
@@ -170,7 +176,7 @@ def _numbers_in(table: Table, column: np.ndarray) -> tuple[np.ndarray, str] | No
 
 
 def _not_a_number(
-    table: Table, name: str, column: np.ndarray, unit: str | None = None
+    table: ColumnTable, name: str, column: np.ndarray, unit: str | None = None
 ) -> ValueError:
     """The error for the first cell that is not a number in `unit` (default: the first cell's)."""
     rows = np.flatnonzero(~missing_mask(column)).tolist()

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from kdtl_jax.datasets._tables import BOOLEANS, Table
+from kdtl_jax.datasets._tables import BOOLEANS, ColumnTable
 
 DELIMITERS = (",", ";", "\t", "|")
 # Words for a missing value, in columns of text and of numbers.
@@ -120,7 +120,7 @@ def _check_unpacked(path: Path) -> None:
                 )
 
 
-def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
+def read_csv(path: Path, targets: Sequence[str] = ()) -> ColumnTable:
     """A text table; the second of two columns with one name is called `name.1`.
 
     Args:
@@ -154,7 +154,7 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
     if encoding_of(path) == FALLBACK_ENCODING:
         notices.append("the file is not UTF-8: its text is read as Windows-1252 (Latin-1)")
     line_numbers = np.frombuffer(lines, np.int64)
-    return Table(str(path), columns, line_numbers, tuple(notices), delimiter == ";")
+    return ColumnTable(str(path), columns, line_numbers, tuple(notices), delimiter == ";")
 
 
 def _rows(path: Path, names: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -1,7 +1,7 @@
 """Detects the format of a path and returns its parts, each with inputs and targets as stored.
 
 Digits, npz, npy files, CSV and its relatives, parquet and Arrow, folders of `datasets`, idx, and
-folders of images all become a `Source` per part: "train", "validation", "test", or "whole".
+folders of images all become a `StoredPart` per part: "train", "validation", "test", or "whole".
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from kdtl_jax import _files
 from kdtl_jax.datasets import _arrays, _csv, _images
 from kdtl_jax.datasets._arrays import Arrays
 from kdtl_jax.datasets._idx import idx_file, idx_shape, is_idx_folder, read_idx_array
-from kdtl_jax.datasets._images import Pictures
-from kdtl_jax.datasets._source import Choices, Source, check_shape, with_channels
+from kdtl_jax.datasets._images import EncodedImages
+from kdtl_jax.datasets._source import Choices, StoredPart, check_shape, with_channels
 from kdtl_jax.datasets._table_files import image_folder, is_table, labeled_sources, table_files
 
 # The formats that `read_splits` reads, for messages.
@@ -27,7 +27,7 @@ FORMATS = (
 )
 
 
-def sources(path: Path, choices: Choices) -> dict[str, Source]:
+def sources(path: Path, choices: Choices) -> dict[str, StoredPart]:
     """The parts of the data at a path.
 
     Raises:
@@ -48,9 +48,9 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
     if suffix == ".gz" and is_table(Path(path.stem)):
         raise ValueError(f"{path}: a compressed table. Unpack it first: gunzip {path.name}")
     if _images.is_image(path) and not choices.with_targets:
-        return {"whole": Source(str(path), Pictures(str(path), [path]))}
+        return {"whole": StoredPart(str(path), EncodedImages(str(path), [path]))}
     if not choices.with_targets and _has_idx_magic(path):
-        return {"whole": Source(str(path), _idx_inputs(path, choices))}
+        return {"whole": StoredPart(str(path), _idx_inputs(path, choices))}
     if "idx" in path.name or _has_idx_magic(path):
         raise ValueError(
             f"{path}: an idx file of images needs a second one with labels, as in "
@@ -86,7 +86,7 @@ def _image_paths(path: Path) -> tuple[Path, ...]:
     return ()
 
 
-def _folder_sources(folder: Path, choices: Choices) -> dict[str, Source]:
+def _folder_sources(folder: Path, choices: Choices) -> dict[str, StoredPart]:
     if is_idx_folder(folder):
         return _idx_sources(folder, choices)
     tables = table_files(folder)
@@ -97,7 +97,7 @@ def _folder_sources(folder: Path, choices: Choices) -> dict[str, Source]:
     if arrays.names:
         return _array_sources(arrays, choices)
     if not choices.with_targets and (files := _images.all_images(folder)):
-        return {"whole": Source(str(folder), Pictures(str(folder), files))}
+        return {"whole": StoredPart(str(folder), EncodedImages(str(folder), files))}
     result = _image_sources(folder, () if choices.model is None else choices.model.names)
     if result:
         _check_no_drop(folder, choices)
@@ -143,7 +143,7 @@ def _tables_beside_images(
     return [path.name for path in paths] if len({*classes}) > 1 else []
 
 
-def _image_sources(folder: Path, class_names: Sequence[str]) -> dict[str, Source]:
+def _image_sources(folder: Path, class_names: Sequence[str]) -> dict[str, StoredPart]:
     """The parts of a folder of classes; a single class is enough if the model knows its name."""
     parts = _images.part_folders(folder)
     others = _images.other_folders(folder, parts) if parts else []
@@ -154,7 +154,7 @@ def _image_sources(folder: Path, class_names: Sequence[str]) -> dict[str, Source
         if not images.files and _images.all_images(root):
             others.append(root.name)
         if images.files:
-            pictures = Pictures(str(root), images.files)
+            pictures = EncodedImages(str(root), images.files)
             labels, first_class = np.array(images.classes), images.classes[0]
             needs_classes = part in ("train", "whole") and first_class not in class_names
             if needs_classes and not (labels != first_class).any():
@@ -163,7 +163,7 @@ def _image_sources(folder: Path, class_names: Sequence[str]) -> dict[str, Source
                     f"every class needs a folder. Or are the classes in {root / first_class}? "
                     "Name that."
                 )
-            result[part] = Source(str(root), pictures, labels, notices=images.notices)
+            result[part] = StoredPart(str(root), pictures, labels, notices=images.notices)
     if others and "train" in result:
         other_list = ", ".join(others)
         notice = (
@@ -174,7 +174,7 @@ def _image_sources(folder: Path, class_names: Sequence[str]) -> dict[str, Source
     return result if "train" in result or "whole" in result else {}
 
 
-def _idx_sources(folder: Path, choices: Choices) -> dict[str, Source]:
+def _idx_sources(folder: Path, choices: Choices) -> dict[str, StoredPart]:
     _check_no_drop(folder, choices)
     result = {}
     for part, name in (("train", "train"), ("test", "t10k")):
@@ -182,7 +182,7 @@ def _idx_sources(folder: Path, choices: Choices) -> dict[str, Source]:
         targets = None
         if choices.with_targets:
             targets = read_idx_array(idx_file(folder, name, "labels"))
-        result[part] = Source(str(images), _idx_inputs(images, choices), targets)
+        result[part] = StoredPart(str(images), _idx_inputs(images, choices), targets)
     return result
 
 
@@ -208,17 +208,17 @@ def _check_no_drop(path: Path, choices: Choices) -> None:
 # Arrays.
 
 
-def _npy_sources(path: Path, choices: Choices) -> dict[str, Source]:
+def _npy_sources(path: Path, choices: Choices) -> dict[str, StoredPart]:
     if not choices.with_targets:
         check_shape(str(path), _arrays.npy_shape(path), choices.model)
-        return {"whole": Source(str(path), with_channels(_arrays.read_npy(path)))}
+        return {"whole": StoredPart(str(path), with_channels(_arrays.read_npy(path)))}
     folder = _arrays.npy_folder(path.parent)
     if path.stem not in folder.names:
         path.stat()  # raises
     return _array_sources(folder, choices._replace(inputs=choices.inputs or path.stem))
 
 
-def _array_sources(arrays: Arrays, choices: Choices) -> dict[str, Source]:
+def _array_sources(arrays: Arrays, choices: Choices) -> dict[str, StoredPart]:
     _check_no_drop(arrays.path, choices)
     label, inputs = choices.label, choices.inputs
     if not choices.with_targets:
@@ -231,7 +231,7 @@ def _array_sources(arrays: Arrays, choices: Choices) -> dict[str, Source]:
         if not input_names:
             raise ValueError(f"{arrays.path}: has no inputs; {_arrays.list_names(arrays)}.")
         return {
-            part: Source(str(arrays.path), _array_inputs(arrays, name, choices))
+            part: StoredPart(str(arrays.path), _array_inputs(arrays, name, choices))
             for part, name in input_names.items()
         }
     if "train" not in input_names and "whole" not in input_names:
@@ -248,7 +248,7 @@ def _array_sources(arrays: Arrays, choices: Choices) -> dict[str, Source]:
                 f"{_arrays.list_names(arrays)}. Name the array of labels with --label."
             )
         inputs, targets = _array_inputs(arrays, name, choices), arrays.load(target_names[part])
-        result[part] = Source(str(arrays.path), inputs, targets, columns=(target_names[part],))
+        result[part] = StoredPart(str(arrays.path), inputs, targets, columns=(target_names[part],))
     return result
 
 

@@ -41,7 +41,7 @@ _READ_ERRORS = (
 )
 
 
-class Pictures(NamedTuple):
+class EncodedImages(NamedTuple):
     """Encoded images, one per example: files, or their bytes."""
 
     name: str
@@ -58,7 +58,7 @@ class Pictures(NamedTuple):
         return str(file) if isinstance(file, Path) else f"{self.name}: image {row}"
 
 
-class Folder(NamedTuple):
+class ImageFolder(NamedTuple):
     """One part of a folder of images."""
 
     files: list[Path]
@@ -91,7 +91,7 @@ def other_folders(folder: Path, parts: Mapping[str, Path]) -> list[str]:
     return [path.name for path in others if any(map(is_image, path.rglob("*")))]
 
 
-def images_by_class(folder: Path) -> Folder:
+def images_by_class(folder: Path) -> ImageFolder:
     """The images of a folder with one folder per class, in the order of their names."""
     files, classes, notices, other_files = [], [], [], 0
     nested = []
@@ -113,7 +113,7 @@ def images_by_class(folder: Path) -> Folder:
         )
     if other_files > 0:
         notices.append(f"files that are not images are left out: {other_files}")
-    return Folder(files, classes, tuple(notices))
+    return ImageFolder(files, classes, tuple(notices))
 
 
 def all_images(folder: Path) -> list[Path]:
@@ -130,7 +130,7 @@ def all_images(folder: Path) -> list[Path]:
 
 
 def array_form(
-    pictures: Pictures, rows: Sequence[int] | np.ndarray, image_size: tuple[int, int] | None
+    pictures: EncodedImages, rows: Sequence[int] | np.ndarray, image_size: tuple[int, int] | None
 ) -> tuple[Images, tuple[int, ...], list[str]]:
     """Decides how to convert images to arrays; also returns the shape of one, and notices.
 
@@ -172,7 +172,7 @@ def array_form(
 
 
 def decode_images(
-    pictures: Pictures, rows: Sequence[int] | np.ndarray, form: Images, shape: tuple[int, ...]
+    pictures: EncodedImages, rows: Sequence[int] | np.ndarray, form: Images, shape: tuple[int, ...]
 ) -> np.ndarray:
     """The images `rows` as float32 `[N, H, W, C]`.
 
@@ -203,12 +203,12 @@ def _is_part_name(path: Path, names: Sequence[str]) -> bool:
     return len(words) == 1 and words <= {*names}
 
 
-def _open(pictures: Pictures, row: int) -> Any:
+def _open(pictures: EncodedImages, row: int) -> Any:
     file = pictures.files[row]
     return Image.open(file if isinstance(file, Path) else io.BytesIO(file))
 
 
-def _header(pictures: Pictures, row: int) -> tuple[str, tuple[int, int]]:
+def _header(pictures: EncodedImages, row: int) -> tuple[str, tuple[int, int]]:
     """Kind, height and width, without decoding."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -233,7 +233,7 @@ def _kind(image: Any) -> str:
     return "RGBA" if alpha else "RGB"
 
 
-def _decode(pictures: Pictures, row: int, form: Images, shape: tuple[int, ...]) -> np.ndarray:
+def _decode(pictures: EncodedImages, row: int, form: Images, shape: tuple[int, ...]) -> np.ndarray:
     try:
         with _open(pictures, row) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -277,5 +277,5 @@ def _convert(image: Any, mode: str) -> Any:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _read_error(pictures: Pictures, row: int, error: Exception) -> ValueError:
+def _read_error(pictures: EncodedImages, row: int, error: Exception) -> ValueError:
     return ValueError(f"{pictures.at(row)}: not a readable image ({str(error)[:120]}).")

@@ -19,11 +19,11 @@ from kdtl_jax.datasets import _columns, _images, _source, _tables
 from kdtl_jax.datasets._dataset import Dataset, digits, finite_numbers
 from kdtl_jax.datasets._formats import FORMATS, sources
 from kdtl_jax.datasets._idx import read_idx_array
-from kdtl_jax.datasets._images import Pictures
+from kdtl_jax.datasets._images import EncodedImages
 from kdtl_jax.datasets._preprocessing import Preprocessing
-from kdtl_jax.datasets._source import Choices, Source
+from kdtl_jax.datasets._source import Choices, StoredPart
 from kdtl_jax.datasets._splits import Splits, stratified, with_drawn_parts
-from kdtl_jax.datasets._tables import Missing, Table
+from kdtl_jax.datasets._tables import ColumnTable, Missing
 from kdtl_jax.datasets._targets import Target, from_arrays
 
 PARTS = Splits._fields
@@ -123,7 +123,7 @@ def read(
     choices = _for_model(choices, target, preprocessing)
     if labels is not None and not (path.is_dir() or path.suffix):
         images = _source.with_channels(read_idx_array(path))
-        stored = [Source(str(path), images, read_idx_array(labels))]
+        stored = [StoredPart(str(path), images, read_idx_array(labels))]
     else:
         stored = _training_first(sources(path, choices))
     first = _number_targets(stored[0], target, _model_dataset(preprocessing), classes)
@@ -175,13 +175,13 @@ def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
     if not len(inputs):
         raise ValueError(f"{path}: holds no examples.")
     _source.check_shape(str(path), inputs.shape, preprocessing)
-    pictures = [source.inputs for source in ordered if isinstance(source.inputs, Pictures)]
+    pictures = [source.inputs for source in ordered if isinstance(source.inputs, EncodedImages)]
     files = [file for part in pictures for file in part.files if isinstance(file, Path)]
     names = tuple(map(str, files)) if len(files) == len(inputs) else ()
     return Unlabeled(inputs, names, tuple(_input_notices(stored, preprocessing)))
 
 
-def _training_first(stored: dict[str, Source]) -> list[Source]:
+def _training_first(stored: dict[str, StoredPart]) -> list[StoredPart]:
     """The parts in order: the undivided data or the training part comes first."""
     return [stored[part] for part in ("whole", *PARTS) if part in stored]
 
@@ -221,7 +221,7 @@ def _model_dataset(preprocessing: Preprocessing | None) -> Dataset | None:
 
 
 def _number_targets(
-    source: Source, target: Target, like: Dataset | None, classes: int | None = None
+    source: StoredPart, target: Target, like: Dataset | None, classes: int | None = None
 ) -> Dataset:
     """A part with numbered classes; inputs that are not arrays yet stand as row numbers."""
     inputs = source.inputs
@@ -247,7 +247,7 @@ def _number_targets(
 def _encode_parts(
     preprocessing: Preprocessing | None,
     choices: Choices,
-    stored: Sequence[Source],
+    stored: Sequence[StoredPart],
     parts: Sequence[Dataset],
 ) -> tuple[list[Dataset], list[str]]:
     """The parts with encoded inputs, as a model takes them or as the training part decides.
@@ -269,13 +269,13 @@ def _encode_parts(
 
 
 def _model_form(
-    preprocessing: Preprocessing, choices: Choices, stored: Sequence[Source]
+    preprocessing: Preprocessing, choices: Choices, stored: Sequence[StoredPart]
 ) -> Preprocessing:
     """A model's form with the user's choices: rows dropped, images resized to its size."""
     images = preprocessing.images
     if choices.image_size is not None:
         for source in stored:
-            if images is None or not isinstance(source.inputs, Pictures):
+            if images is None or not isinstance(source.inputs, EncodedImages):
                 _check_no_resizing(source.name, choices)
         height, width = preprocessing.shape[:2]
         if choices.image_size != (height, width):
@@ -288,7 +288,9 @@ def _model_form(
     return preprocessing._replace(images=images, leaves_out=choices.missing == "drop")
 
 
-def _fit_form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessing, list[str]]:
+def _fit_form(
+    source: StoredPart, train: Dataset, choices: Choices
+) -> tuple[Preprocessing, list[str]]:
     """The form of a training part, except for the scaling."""
     form = Preprocessing(
         train.kind,
@@ -298,7 +300,7 @@ def _fit_form(source: Source, train: Dataset, choices: Choices) -> tuple[Preproc
         inputs=choices.inputs,
         leaves_out=choices.missing == "drop",
     )
-    if isinstance(source.inputs, Table):
+    if isinstance(source.inputs, ColumnTable):
         _check_no_resizing(source.name, choices)
         columns = _columns.columns_of(
             source.inputs, train.inputs, missing=choices.missing, one_hot=choices.one_hot
@@ -306,7 +308,7 @@ def _fit_form(source: Source, train: Dataset, choices: Choices) -> tuple[Preproc
         width = sum(len(column.categories) or 1 for column in columns)
         notices = _columns.amounts_read(source.inputs, columns)
         return form._replace(columns=columns, shape=(width,)), notices
-    if isinstance(source.inputs, Pictures):
+    if isinstance(source.inputs, EncodedImages):
         images, shape, notices = _images.array_form(source.inputs, train.inputs, choices.image_size)
         return form._replace(images=images, shape=shape), notices
     _check_no_resizing(source.name, choices)
@@ -320,14 +322,14 @@ def _check_no_resizing(name: str, choices: Choices) -> None:
         )
 
 
-def _encode_inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.ndarray:
+def _encode_inputs(source: StoredPart, rows: np.ndarray | None, form: Preprocessing) -> np.ndarray:
     """The inputs of some rows, or of all."""
     inputs = source.inputs
-    if isinstance(inputs, Table):
+    if isinstance(inputs, ColumnTable):
         _source.check_columns(source.name, tuple(inputs.columns), form)
         table = inputs if rows is None else inputs.take(rows)
         return finite_numbers(source.name, _columns.encode(table, form.columns))
-    if isinstance(inputs, Pictures):
+    if isinstance(inputs, EncodedImages):
         _source.check_images(source.name, form)
         assert form.images is not None
         rows = np.arange(inputs.size) if rows is None else rows
@@ -335,13 +337,13 @@ def _encode_inputs(source: Source, rows: np.ndarray | None, form: Preprocessing)
     return finite_numbers(source.name, inputs if rows is None else inputs[rows])
 
 
-def _input_notices(stored: dict[str, Source], form: Preprocessing) -> list[str]:
+def _input_notices(stored: dict[str, StoredPart], form: Preprocessing) -> list[str]:
     """Notices about categories that are new to the model, and about inputs without names."""
     inputs = [source.inputs for source in stored.values()]
     notices = [
         notice
         for table in inputs
-        if isinstance(table, Table)
+        if isinstance(table, ColumnTable)
         for notice in _columns.unknown_categories(table, form.columns)
     ]
     if form.columns and any(isinstance(part, np.ndarray) for part in inputs):

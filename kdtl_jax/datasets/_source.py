@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdtl_jax.datasets import _tables
-from kdtl_jax.datasets._images import Pictures
+from kdtl_jax.datasets._images import EncodedImages
 from kdtl_jax.datasets._preprocessing import Preprocessing
-from kdtl_jax.datasets._tables import Missing, Table
+from kdtl_jax.datasets._tables import ColumnTable, Missing
 
 
 class Choices(NamedTuple):
@@ -31,11 +31,11 @@ class Choices(NamedTuple):
         return () if self.model is None else tuple(column.name for column in self.model.columns)
 
 
-class Source(NamedTuple):
+class StoredPart(NamedTuple):
     """One part as stored."""
 
     name: str
-    inputs: np.ndarray | Table | Pictures
+    inputs: np.ndarray | ColumnTable | EncodedImages
     targets: Any = None  # [N] or [N, K]
     names: tuple[str, ...] = ()  # of the classes 0..K-1, or of K columns of targets
     columns: tuple[str, ...] = ()  # of the targets

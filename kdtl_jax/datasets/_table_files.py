@@ -10,9 +10,9 @@ import numpy as np
 from kdtl_jax.datasets import _arrow, _csv, _source, _tables
 from kdtl_jax.datasets._arrays import PARTS
 from kdtl_jax.datasets._arrow import ArrowTable
-from kdtl_jax.datasets._images import Pictures, is_image
-from kdtl_jax.datasets._source import Choices, Source
-from kdtl_jax.datasets._tables import Table
+from kdtl_jax.datasets._images import EncodedImages, is_image
+from kdtl_jax.datasets._source import Choices, StoredPart
+from kdtl_jax.datasets._tables import ColumnTable
 
 
 def is_table(path: Path) -> bool:
@@ -35,14 +35,14 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
     return result
 
 
-def labeled_sources(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, Source]:
+def labeled_sources(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, StoredPart]:
     """The parts of tables; a part without labels, as in competitions, is left out.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
       ValueError: if a file is damaged or lacks the label column.
     """
-    result: dict[str, Source] = {}
+    result: dict[str, StoredPart] = {}
     for part in ("whole", "train", "validation", "test"):
         paths = files.get(part, ())
         if not paths:
@@ -65,7 +65,7 @@ def labeled_sources(files: Mapping[str, Sequence[Path]], choices: Choices) -> di
     return result
 
 
-def _csv_source(path: Path, choices: Choices, first: Source | None) -> Source | None:
+def _csv_source(path: Path, choices: Choices, first: StoredPart | None) -> StoredPart | None:
     header, _ = _csv.header_of(path)
     if not header:
         _csv.read_csv(path)  # raises: it is empty
@@ -80,18 +80,18 @@ def _csv_source(path: Path, choices: Choices, first: Source | None) -> Source | 
     if choices.with_targets:
         source = _table_source(table, names, choices)
     else:
-        source = Source(str(path), _drop_targets(table, choices))
+        source = StoredPart(str(path), _drop_targets(table, choices))
     return _with_named_images(path, source, choices)
 
 
-def _with_named_images(path: Path, source: Source, choices: Choices) -> Source:
+def _with_named_images(path: Path, source: StoredPart, choices: Choices) -> StoredPart:
     """Replaces a table's inputs by the images that one of its columns names, if any does.
 
     Raises:
       ValueError: naming the first row without its image, or the table if the model takes images.
     """
     table = source.inputs
-    assert isinstance(table, Table)
+    assert isinstance(table, ColumnTable)
     if choices.model_columns:  # the model reads columns
         return source
     for name, column in table.columns.items():
@@ -107,7 +107,9 @@ def _with_named_images(path: Path, source: Source, choices: Choices) -> Source:
         others = [other for other in table.columns if other != name]
         ignored = f", columns {', '.join(others)} are left out" if others else ""
         notice = f"inputs are the images that the column {name!r:.80} names{ignored:.200}"
-        return source._replace(inputs=Pictures(str(path), files), notices=(*source.notices, notice))
+        return source._replace(
+            inputs=EncodedImages(str(path), files), notices=(*source.notices, notice)
+        )
     if choices.model is not None and choices.model.images is not None:
         raise ValueError(f"{path}: no column names image files beside it, which the model takes.")
     return source
@@ -128,7 +130,7 @@ def _label_columns(name: str, header: Sequence[str], choices: Choices) -> tuple[
     return _tables.label_columns(name, columns, choices.label)
 
 
-def _table_source(table: Table, names: Sequence[str], choices: Choices) -> Source:
+def _table_source(table: ColumnTable, names: Sequence[str], choices: Choices) -> StoredPart:
     if choices.model_columns:
         _tables.check_model_columns(table.name, choices.model_columns, list(table.columns))
         ignored = [name for name in table.columns if name not in (*choices.model_columns, *names)]
@@ -139,7 +141,7 @@ def _table_source(table: Table, names: Sequence[str], choices: Choices) -> Sourc
         table = _tables.without_missing(table)
     table, targets = _tables.split_targets(table, names, allow_unlabeled=choices.allow_unlabeled)
     target_names = tuple(names) if len(names) > 1 else ()
-    return Source(
+    return StoredPart(
         table.name, table, targets, target_names, tuple(names), table.notices, table.decimal_comma
     )
 
@@ -151,13 +153,15 @@ def _ignored_notices(names: Sequence[str], choices: Choices) -> tuple[str, ...]:
     return (f"{notice:.300}",) if ignored else ()
 
 
-def _drop_targets(table: Table, choices: Choices) -> Table:
+def _drop_targets(table: ColumnTable, choices: Choices) -> ColumnTable:
     return _tables.without_columns(
         table, [name for name in choices.targets if name in table.columns]
     )
 
 
-def _arrow_source(paths: Sequence[Path], choices: Choices, first: Source | None) -> Source | None:
+def _arrow_source(
+    paths: Sequence[Path], choices: Choices, first: StoredPart | None
+) -> StoredPart | None:
     header = _arrow.header_of(paths[0])
     if first is not None and not set(first.columns) & set(header):
         return None
@@ -178,7 +182,7 @@ def _arrow_source(paths: Sequence[Path], choices: Choices, first: Source | None)
     data = _arrow.read_arrow(paths, [*columns, *(names if choices.with_targets else ())])
     choices = choices._replace(drop=())  # these columns were not read
     array_column = _array_column(data, input_columns, choices)
-    table = Table(data.name, data.scalars)
+    table = ColumnTable(data.name, data.scalars)
     if array_column is None:
         if lists := [name for name in input_columns if name in data.lists]:
             raise ValueError(
@@ -186,7 +190,7 @@ def _arrow_source(paths: Sequence[Path], choices: Choices, first: Source | None)
                 "(--drop-columns)."
             )
         if not choices.with_targets:
-            return Source(data.name, _drop_targets(table, choices))
+            return StoredPart(data.name, _drop_targets(table, choices))
         if all(name in data.scalars for name in names):
             source = _table_source(table, names, choices)
             class_names = data.names.get(names[0], ()) if len(names) == 1 else ()
@@ -195,7 +199,7 @@ def _arrow_source(paths: Sequence[Path], choices: Choices, first: Source | None)
     inputs: Any = table
     if array_column in data.pictures:
         pictures = data.pictures[array_column]
-        inputs = Pictures(f"{data.name}: column {array_column!r}", pictures)
+        inputs = EncodedImages(f"{data.name}: column {array_column!r}", pictures)
     elif array_column is not None:
         inputs = _source.with_channels(data.vectors[array_column])
     notices = ()
@@ -203,18 +207,18 @@ def _arrow_source(paths: Sequence[Path], choices: Choices, first: Source | None)
     if array_column is not None and ignored:
         notices = (f"columns {', '.join(ignored)[:200]} are left out: inputs are {array_column!r}",)
     if not choices.with_targets:
-        return Source(data.name, inputs, notices=notices)
+        return StoredPart(data.name, inputs, notices=notices)
     targets, class_names = _targets(data, names)
     if array_column is None:  # lists of labels with columns of numbers
         scalars = {name: data.scalars[name] for name in input_columns}
-        inputs = _tables.without_index(Table(data.name, scalars, np.arange(len(targets))), ())
+        inputs = _tables.without_index(ColumnTable(data.name, scalars, np.arange(len(targets))), ())
         if choices.missing == "drop":
             inputs = _tables.without_missing(inputs)
         targets, notices = targets[inputs.rows], inputs.notices
     if class_names and targets.dtype == np.float64 and len(targets) and (targets == -1).all():
-        return None if first is not None else Source(data.name, inputs, targets)
+        return None if first is not None else StoredPart(data.name, inputs, targets)
     target_names = tuple(names) if len(names) > 1 else class_names
-    return Source(data.name, inputs, targets, target_names, tuple(names), notices)
+    return StoredPart(data.name, inputs, targets, target_names, tuple(names), notices)
 
 
 def _check_first_row(

@@ -17,7 +17,7 @@ BOOLEANS = {"true": 1.0, "false": 0.0}
 YES_NO = {**BOOLEANS, "yes": 1.0, "no": 0.0, "y": 1.0, "n": 0.0, "t": 1.0, "f": 0.0}
 
 
-class Table(NamedTuple):
+class ColumnTable(NamedTuple):
     """Columns `[N]`: float64 with NaN for missing values, or objects: text and None."""
 
     name: str
@@ -35,7 +35,7 @@ class Table(NamedTuple):
         """The name of a row in messages."""
         return f"row {row if self.rows is None else self.rows[row]}"
 
-    def take(self, rows: np.ndarray) -> "Table":
+    def take(self, rows: np.ndarray) -> "ColumnTable":
         """The rows `rows`."""
         columns = {name: column[rows] for name, column in self.columns.items()}
         return self._replace(columns=columns, rows=None if self.rows is None else self.rows[rows])
@@ -72,7 +72,7 @@ def label_columns(table_name: str, header: Sequence[str], label: str) -> tuple[s
     return columns
 
 
-def without_index(table: Table, targets: Sequence[str]) -> Table:
+def without_index(table: ColumnTable, targets: Sequence[str]) -> ColumnTable:
     """The table without unnamed columns that count its rows."""
     columns, notices = dict(table.columns), list(table.notices)
     for name, column in table.columns.items():
@@ -85,7 +85,7 @@ def without_index(table: Table, targets: Sequence[str]) -> Table:
     return table._replace(columns=columns, notices=tuple(notices))
 
 
-def without_columns(table: Table, names: Sequence[str]) -> Table:
+def without_columns(table: ColumnTable, names: Sequence[str]) -> ColumnTable:
     """The table without some columns.
 
     Raises:
@@ -121,7 +121,7 @@ def _no_column(
     )
 
 
-def without_missing(table: Table) -> Table:
+def without_missing(table: ColumnTable) -> ColumnTable:
     """The rows of a table that have no missing values."""
     has_missing = np.any([missing_mask(column) for column in table.columns.values()], axis=0)
     if not has_missing.any():
@@ -131,8 +131,8 @@ def without_missing(table: Table) -> Table:
 
 
 def split_targets(
-    table: Table, names: Sequence[str], *, allow_unlabeled: bool = False
-) -> tuple[Table, np.ndarray]:
+    table: ColumnTable, names: Sequence[str], *, allow_unlabeled: bool = False
+) -> tuple[ColumnTable, np.ndarray]:
     """Splits a table into inputs, and targets `[N]` or `[N, K]`.
 
     Args:

@@ -35,7 +35,7 @@ _HARMLESS = HARMLESS | frozenset(
 )
 
 
-class Family(NamedTuple):
+class DecoderFamily(NamedTuple):
     """The rules for reading a family's configuration.
 
     `build` reads it; `reads` names the keys that it uses; `requires` lists, by key, the supported
@@ -309,12 +309,12 @@ _DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "gpt2": _TIED,
 }
 _CAUSAL_ONLY = {"use_bidirectional_attention": (None, False)}
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(_common, rules.llama, _keys("hidden_act mlp_bias")),
-    "mistral": Family(_mistral, rules.llama, _keys("hidden_act " + _windowed)),
-    "qwen2": Family(_qwen2, rules.llama, _qwen_keys, {"use_mrope": (False,)}),
-    "qwen3": Family(_qwen3, (*rules.llama, *rules.query_key_norms), _qwen_keys),
-    "smollm3": Family(
+FAMILIES: Mapping[str, DecoderFamily] = {
+    "llama": DecoderFamily(_common, rules.llama, _keys("hidden_act mlp_bias")),
+    "mistral": DecoderFamily(_mistral, rules.llama, _keys("hidden_act " + _windowed)),
+    "qwen2": DecoderFamily(_qwen2, rules.llama, _qwen_keys, {"use_mrope": (False,)}),
+    "qwen3": DecoderFamily(_qwen3, (*rules.llama, *rules.query_key_norms), _qwen_keys),
+    "smollm3": DecoderFamily(
         _smollm3,
         rules.llama,
         _keys(
@@ -322,8 +322,8 @@ FAMILIES: Mapping[str, Family] = {
             "max_window_layers " + _windowed
         ),
     ),
-    "gemma": Family(_gemma1, rules.llama, _keys(_gemma_keys), _CAUSAL_ONLY),
-    "gemma2": Family(
+    "gemma": DecoderFamily(_gemma1, rules.llama, _keys(_gemma_keys), _CAUSAL_ONLY),
+    "gemma2": DecoderFamily(
         _gemma2,
         (*rules.outside, *rules.separate, *rules.down, *rules.both_norms),
         _keys(
@@ -333,7 +333,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         _CAUSAL_ONLY,
     ),
-    "gemma3_text": Family(
+    "gemma3_text": DecoderFamily(
         _gemma3,
         (*rules.outside, *rules.separate, *rules.down, *rules.both_norms, *rules.query_key_norms),
         _keys(
@@ -343,7 +343,7 @@ FAMILIES: Mapping[str, Family] = {
         # transformers does not read Gemma 3's softcapping of attention.
         {"use_bidirectional_attention": (False, None), "attn_logit_softcapping": (None,)},
     ),
-    "phi3": Family(
+    "phi3": DecoderFamily(
         _phi3,
         (*rules.outside, *rules.fused, *rules.down, *rules.pre_norms),
         _keys(
@@ -359,12 +359,12 @@ FAMILIES: Mapping[str, Family] = {
             "interpolate_factor": (1,),
         },
     ),
-    "olmo2": Family(
+    "olmo2": DecoderFamily(
         _olmo2,
         (*rules.outside, *rules.separate, *rules.down, *rules.post_norms, *rules.query_key_norms),
         _keys("hidden_act"),
     ),
-    "gpt2": Family(
+    "gpt2": DecoderFamily(
         _gpt2,
         rules.gpt2,
         frozenset(

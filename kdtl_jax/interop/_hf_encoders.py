@@ -13,7 +13,7 @@ from kdtl_jax.interop._hf_family import (
     UNUSED_POOLER,
     Contents,
     Family,
-    Head,
+    HeadFamily,
     Values,
     attention,
     dense,
@@ -30,20 +30,20 @@ def tokens(values: Values) -> Any:
     return _TOKENS
 
 
-def token_head(stem: str) -> Head:
+def token_head(stem: str) -> HeadFamily:
     """A classifier for each token; there is no pooler below it."""
     rules = dense("classifier", "head")
     name = f"{stem}ForTokenClassification"
-    return Head("token", (name,), rules, False, POOLER_PATHS, "classifier.weight")
+    return HeadFamily("token", (name,), rules, False, POOLER_PATHS, "classifier.weight")
 
 
 def two_layer_head(
     stem: str, first: str = "classifier.dense", last: str = "classifier.out_proj"
-) -> Head:
+) -> HeadFamily:
     """A classifier of texts, with a first layer of its own in place of the pooler."""
     rules = (*dense(first, "pooler"), *dense(last, "head"))
     name = f"{stem}ForSequenceClassification"
-    return Head("sequence", (name,), rules, None, POOLER_PATHS, f"{last}.weight")
+    return HeadFamily("sequence", (name,), rules, None, POOLER_PATHS, f"{last}.weight")
 
 
 def _language_head(
@@ -54,7 +54,7 @@ def _language_head(
     bias: str,
     *,
     has_own_bias: bool = False,
-) -> Head:
+) -> HeadFamily:
     rules = (
         *dense(transform, "language/dense"),
         *norm(transform_norm, "language/norm"),
@@ -62,17 +62,17 @@ def _language_head(
         Rule(bias, "language/bias"),
     )
     own = (Rule(f"{decoder}.bias", OWN_BIAS),) if has_own_bias else ()
-    return Head("language", architectures, rules, optional=own)
+    return HeadFamily("language", architectures, rules, optional=own)
 
 
-def bert_language_head(*architectures: str) -> Head:
+def bert_language_head(*architectures: str) -> HeadFamily:
     """BERT's head for masked tokens."""
     names = ("transform.dense", "transform.LayerNorm", "decoder", "bias")
     paths = (f"cls.predictions.{name}" for name in names)
     return _language_head(architectures, *paths, has_own_bias=True)
 
 
-def _roberta_heads(stem: str) -> tuple[Head, ...]:
+def _roberta_heads(stem: str) -> tuple[HeadFamily, ...]:
     paths = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
     language = _language_head((f"{stem}ForMaskedLM",), *paths, has_own_bias=True)
     return two_layer_head(stem), token_head(stem), language
@@ -196,7 +196,7 @@ bert = Family(
     _bert,
     tokens,
     heads=(
-        Head(
+        HeadFamily(
             "sequence",
             ("BertForSequenceClassification",),
             dense("classifier", "head"),

@@ -30,7 +30,7 @@ UNUSED_POOLER = r"(.*\.)?pooler\.dense\..*"  # below a head that does not read i
 _OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
-class Head(NamedTuple):
+class HeadFamily(NamedTuple):
     """A supported head.
 
     `architectures` are the classes that have it, beginning with the one to write. A head without an
@@ -52,7 +52,7 @@ class Head(NamedTuple):
 class Contents(NamedTuple):
     """The contents of a file besides the body."""
 
-    head: Head | None
+    head: HeadFamily | None
     shapes: Shapes  # without the file's prefix
     is_tied: bool  # whether the output layer is the embedding
 
@@ -102,7 +102,7 @@ class Family(NamedTuple):
     body: tuple[Rule, ...]
     build: Callable[[Values, Values, Contents], nn.Module]
     example: Callable[[Values], Any]
-    heads: tuple[Head, ...] = ()
+    heads: tuple[HeadFamily, ...] = ()
     copies: Mapping[str, str] = {}
     harmless: str = ""
     buffers: tuple[str, ...] = ()
@@ -116,7 +116,7 @@ class Family(NamedTuple):
     sizes: Callable[[Shaped, Config], dict[str, Any]] | None = None
 
 
-def own_biases(head: Head | None) -> list[str]:
+def own_biases(head: HeadFamily | None) -> list[str]:
     """The torch name of the bias of a head's own output layer, if its class has one."""
     return [] if head is None else [r.torch for r in head.optional if r.jax == OWN_BIAS]
 
@@ -169,7 +169,12 @@ def prefix_of(family: Family, names: Iterable[str]) -> str:
 
 
 def rules_of(
-    family: Family, head: Head | None, stored_names: Iterable[str], *, is_tied: bool, prefix: str
+    family: Family,
+    head: HeadFamily | None,
+    stored_names: Iterable[str],
+    *,
+    is_tied: bool,
+    prefix: str,
 ) -> tuple[Rule, ...]:
     """The rules of a file, with the prefix and the norm names that it uses."""
     body = [rule for rule in family.body if head is None or not _is_replaced(rule, head)]
@@ -203,7 +208,7 @@ def rules_of(
 
 def head_of(
     family: Family, config: Config, stored_names: Iterable[str], prefix: str
-) -> Head | None:
+) -> HeadFamily | None:
     """The head to build: the one that config.json names, or else the one found by the tensors.
 
     None if there is none, or its task is not supported.
@@ -322,7 +327,7 @@ def with_dtypes(target: PyTree, arrays: Shaped, dtype: Any) -> PyTree:
     return trees.map_with_path(typed, target)
 
 
-def _is_replaced(rule: Rule, head: Head) -> bool:
+def _is_replaced(rule: Rule, head: HeadFamily) -> bool:
     return bool(head.replaces) and re.fullmatch(head.replaces, rule.jax) is not None
 
 
@@ -339,7 +344,7 @@ def set_dtype(out: dict[str, Any], tensors: Mapping[str, Any]) -> None:
 
 
 def _set_architecture(
-    out: dict[str, Any], family: Family, head: Head | None, tensors: Mapping[str, Any]
+    out: dict[str, Any], family: Family, head: HeadFamily | None, tensors: Mapping[str, Any]
 ) -> None:
     """Sets the architecture to the class of a body with this head and nothing else.
 

@@ -13,7 +13,7 @@ from kdtl_jax.interop._hf_encoders import (
 from kdtl_jax.interop._hf_family import (
     Contents,
     Family,
-    Head,
+    HeadFamily,
     Values,
     attention,
     dense,
@@ -136,7 +136,7 @@ def _modernbert(fields: Values, v: Values, contents: Contents) -> models.ModernB
     )
 
 
-def _modern_head(task: str, name: str) -> Head:
+def _modern_head(task: str, name: str) -> HeadFamily:
     # Biases of the head's own layers exist if the config says so.
     rules = (
         _kernel("head.dense", "pooler"),
@@ -144,7 +144,7 @@ def _modern_head(task: str, name: str) -> Head:
         *dense("classifier", "head"),
     )
     biases = (Rule("head.dense.bias", "pooler/bias"), Rule("head.norm.bias", "pooler_norm/bias"))
-    return Head(task, (name,), rules, classes="classifier.weight", optional=biases)
+    return HeadFamily(task, (name,), rules, classes="classifier.weight", optional=biases)
 
 
 modernbert = Family(
@@ -192,7 +192,7 @@ modernbert = Family(
     heads=(
         _modern_head("sequence", "ModernBertForSequenceClassification"),
         _modern_head("token", "ModernBertForTokenClassification"),
-        Head(
+        HeadFamily(
             "language",
             ("ModernBertForMaskedLM",),
             (

@@ -14,7 +14,7 @@ from kdtl_jax.interop._hf_family import (
     UNUSED_POOLER,
     Contents,
     Family,
-    Head,
+    HeadFamily,
     Values,
     attention,
     dense,
@@ -75,10 +75,10 @@ def _vit(fields: Values, v: Values, contents: Contents) -> models.ViT:
     return models.ViT(**fields, **_patches(v), classes=classes, has_pooler=has_pooler)
 
 
-def image_head(name: str, torch: str = "classifier") -> Head:
+def image_head(name: str, torch: str = "classifier") -> HeadFamily:
     """A classifier of images, which does not read a pooler."""
     rules, classes = dense(torch, "head"), f"{torch}.weight"
-    return Head("image", (name,), rules, replaces=POOLER_PATHS, classes=classes)
+    return HeadFamily("image", (name,), rules, replaces=POOLER_PATHS, classes=classes)
 
 
 vit = Family(
@@ -135,7 +135,7 @@ deit = vit._replace(
     body=(Rule("embeddings.distillation_token", "embeddings/distillation"), *vit.body),
     build=_deit,
     heads=(
-        Head(
+        HeadFamily(
             "distilled",
             ("DeiTForImageClassificationWithTeacher",),
             (
@@ -245,10 +245,10 @@ def _tower_fields(patch: int, activation: str, epsilon: float) -> tuple[field.Fi
     )
 
 
-def projection_head(name: str, torch: str) -> Head:
+def projection_head(name: str, torch: str) -> HeadFamily:
     """CLIP's projection to the space that texts and images share."""
     rule = Rule(f"{torch}.weight", "projection/kernel", linear)
-    return Head("projection", (name,), (rule,))
+    return HeadFamily("projection", (name,), (rule,))
 
 
 def projection_of(contents: Contents, torch: str) -> int | None:

@@ -41,7 +41,7 @@ from kdtl_jax.interop import (
 )
 from kdtl_jax.interop._hf_build import FAMILIES, family_of
 from kdtl_jax.interop._hf_config import Limits, read
-from kdtl_jax.interop._hf_family import Contents, Equal, Family, Head
+from kdtl_jax.interop._hf_family import Contents, Equal, Family, HeadFamily
 from kdtl_jax.interop._hf_family import set_dtype as set_dtype
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.transforms import Report, transfer
@@ -288,7 +288,7 @@ def _check_layers(
         )
 
 
-def _classifier(family: Family) -> Head:
+def _classifier(family: Family) -> HeadFamily:
     for head in family.heads:
         if head.task in ("sequence", "image"):
             return head

@@ -33,7 +33,7 @@ KEYS = {  # names of a size in config.json, the first that the family reads
 FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
-class Kept(NamedTuple):
+class KeptParts(NamedTuple):
     """The parts of the wide decoder that a narrower one keeps, by position.
 
     `channels` is `[width]`; `heads`, `key_heads` and `hidden` have a row per layer, `[layers, *]`.
@@ -61,7 +61,7 @@ def narrow(
     key_heads: int | None = None,
     hidden: int | None = None,
     tokens: Array | None = None,
-) -> tuple[PretrainedDecoder, Kept]:
+) -> tuple[PretrainedDecoder, KeptParts]:
     """A decoder with fewer channels, heads and hidden units, which keep their order.
 
     Without a text, the importance of a hidden unit is the product of the norms of its weights,
@@ -183,7 +183,7 @@ def _over_parts(params: Params, change: Callable[[Params], Params]) -> Params:
 
 def _select(
     source: PretrainedDecoder, params: Params, sizes: dict[str, int], tokens: Array | None
-) -> Kept:
+) -> KeptParts:
     """Selects the most important units, ascending: groups of heads, then heads in each group.
 
     `params` are the source's with fused matrices split.
@@ -212,7 +212,7 @@ def _select(
         for name, pairs in {"width": [(channels, index)], **chosen}.items()
     }
     stacked = {name: np.stack([kept for _, kept in pairs]) for name, pairs in chosen.items()}
-    return Kept(channels=index, shares=shares, **stacked)
+    return KeptParts(channels=index, shares=shares, **stacked)
 
 
 def _weight_importance(wide: DecoderConfig, layer: Params) -> tuple[np.ndarray, np.ndarray]:
@@ -270,7 +270,7 @@ def _channel_importance(params: Params, layers: int) -> np.ndarray:
     return np.sqrt(squares)
 
 
-def _slice_params(params: Params, wide: DecoderConfig, kept: Kept) -> Params:
+def _slice_params(params: Params, wide: DecoderConfig, kept: KeptParts) -> Params:
     indices = {"width": kept.channels}
     for i in range(wide.layers):
         rows = {"heads": kept.heads, "key_heads": kept.key_heads, "hidden": kept.hidden}

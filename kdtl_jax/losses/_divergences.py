@@ -354,7 +354,7 @@ def adaptive_kl_weight(
     return jnp.where(has_gap, tail / jnp.where(has_gap, total, 1), 0.5)
 
 
-def _absolute_gaps(pair: _logspace.Pair) -> Array:
+def _absolute_gaps(pair: _logspace.LogPair) -> Array:
     """`|p_T - p_S|`, relatively accurate even where the two nearly agree."""
     p_t, p_s = jnp.exp(pair.log_teacher), jnp.exp(pair.log_student)
     is_near = (p_t > 0) & (p_s > 0) & (jnp.abs(pair.ratio) < 1)

@@ -132,7 +132,7 @@ def jsd_normalized(
     return jnp.sum(teacher_side + student_side, axis=-1)
 
 
-def _interior(pair: _logspace.Pair, beta: Array) -> Array:
+def _interior(pair: _logspace.LogPair, beta: Array) -> Array:
     """`beta KL(T || M) + (1 - beta) KL(S || M)`, `M = beta T + (1 - beta) S`."""
     log_s, log_t, ratio = pair
     teacher_side = _logspace.kl_to_mixture(log_t, log_s, ratio, 1 - beta)

@@ -16,7 +16,7 @@ from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 
 
-class Pair(NamedTuple):
+class LogPair(NamedTuple):
     """Both log-distributions `[..., num_classes]` and `log_teacher - log_student`.
 
     The difference is kept too because it can be computed more accurately from the logits.
@@ -74,7 +74,7 @@ def compare(
     temperature: Scalar,
     where: Array | None,
     **per_example: Scalar,
-) -> Pair:
+) -> LogPair:
     """`log softmax(z / T)` of both sides, `[..., num_classes]`, and their difference.
 
     A class that `where` (bool, the same shape) excludes has -inf on both sides. Raises the same
@@ -86,7 +86,7 @@ def compare(
     log_student, log_teacher = _softmax.log_softmax(student), _softmax.log_softmax(teacher)
     difference = softened_difference(teacher_logits, student_logits, temperature)
     ratio = _softmax.log_ratio(teacher, student, difference)
-    return Pair(log_student, log_teacher, ratio)
+    return LogPair(log_student, log_teacher, ratio)
 
 
 def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:

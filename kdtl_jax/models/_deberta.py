@@ -26,7 +26,7 @@ from kdtl_jax.models._blocks import (
 from kdtl_jax.models._encoders import LanguageHead
 
 
-class Layout(NamedTuple):
+class DebertaLayers(NamedTuple):
     """The settings shared by all layers; the fields are those of `Deberta`."""
 
     width: int
@@ -119,7 +119,7 @@ class Deberta(nn.Module):
             relative = table_of_positions(jnp.arange(2 * self.span))
             if self.norms_positions:
                 relative = layer_norm(self.norm_epsilon, "relative_norm")(relative)
-        layout = Layout(*(getattr(self, name) for name in Layout._fields))
+        layout = DebertaLayers(*(getattr(self, name) for name in DebertaLayers._fields))
         after_first_layer: Callable[[Array], Array] | None = None
         if self.window:
             groups = self.window_groups
@@ -152,7 +152,7 @@ class Deberta(nn.Module):
 class DebertaLayer(nn.Module):
     """Disentangled attention and feed-forward, each followed by its residual and norm."""
 
-    layout: Layout
+    layout: DebertaLayers
 
     @nn.compact
     def __call__(
@@ -177,7 +177,7 @@ class DebertaLayer(nn.Module):
 class DisentangledAttention(nn.Module):
     """Attention by scores of contents, of queries with positions, and of keys with positions."""
 
-    layout: Layout
+    layout: DebertaLayers
 
     @nn.compact
     def __call__(self, x: Array, where: Array | None, relative: Array | None, train: bool) -> Array:

@@ -90,7 +90,7 @@ def html_page(limits: measure.Ceilings, results: Sequence[Any]) -> str:
 
 def _scaling(results: Sequence[Any]) -> report.Section:
     lines = [
-        plots.Line(
+        plots.Curve(
             result.preset,
             [s.devices for s in result.scaling],
             [s.efficiency for s in result.scaling],

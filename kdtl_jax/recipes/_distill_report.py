@@ -9,7 +9,7 @@ from kdtl_jax.methods import Entry, Method
 from kdtl_jax.recipes import _choice, _evidence, _optimizers, _pair, _students
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes._seeds import Trained
-from kdtl_jax.recipes._students import Student
+from kdtl_jax.recipes._students import SavedStudent
 from kdtl_jax.run import report
 
 STUDENTS = "distillation"  # their family in the table
@@ -20,7 +20,7 @@ def method_settings(
     entry: Entry | None,
     method: Method,
     trained: Trained,
-    student: Student | None,
+    student: SavedStudent | None,
 ) -> dict[str, Any]:
     """A method's settings in the table; `entry` is None for the student alone."""
     weights = {

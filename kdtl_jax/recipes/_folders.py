@@ -22,7 +22,7 @@ FREE_SETTINGS = {"resume", "force", "out", "log", "process", "coordinator", "qui
 WRITTEN = {"metrics.jsonl", "results.json", "report.html", "sweep.csv", "bench.json"} | SETTINGS
 
 
-class Folder(NamedTuple):
+class RunFolder(NamedTuple):
     """A run's folder, and the identity of the run, which its checkpoints carry."""
 
     path: Path
@@ -37,7 +37,7 @@ def run_folder(
     *,
     saves: Sequence[str] = (),
     models: Sequence[str] = (),
-) -> Iterator[Folder]:
+) -> Iterator[RunFolder]:
     """Opens the run folder, locked, with `config.yaml` and `env.json` in it.
 
     The folder is new, or holds only the settings of a run that failed early. With
@@ -103,7 +103,7 @@ def run_folder(
             _files.write_atomic(folder / "config.yaml", config.encode(errors="replace"))
             return run
 
-        yield Folder(folder, processes.decide(begin))
+        yield RunFolder(folder, processes.decide(begin))
 
 
 def check_out(settings: Any, command: str) -> None:

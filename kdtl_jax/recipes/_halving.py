@@ -19,7 +19,7 @@ def run_halving(
     name: str,
     learner: Experiment,
     columns: dict[str, np.ndarray],
-    work: Any,  # `sweep.Work`
+    work: Any,  # `sweep.SweepInputs`
     chunk: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Fitted]:
     """The fields of `Swept`: validation, test, loss, epochs, complete, and the best students.

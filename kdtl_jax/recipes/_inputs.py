@@ -29,7 +29,7 @@ def source(value: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModelSettings:
     """The settings that name a trained model."""
 
     student: str | None = setting(
@@ -43,7 +43,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Used(Trained):
+class Used(TrainedModelSettings):
     """The settings of a command that uses a trained model on data."""
 
     part: Literal["all", "train", "validation", "test"] | None = setting(

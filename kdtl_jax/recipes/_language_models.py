@@ -23,7 +23,7 @@ KERNELS = r"layers_\d+/(attention|mlp)/[^/]+/kernel"
 SHAPE = ("layers", "width", "heads", "key_heads", "hidden")
 
 
-class Student(NamedTuple):
+class LanguageStudent(NamedTuple):
     """A student: what is trained, and how that becomes the decoder's parameters."""
 
     decoder: Decoder
@@ -166,11 +166,11 @@ def make_student(
     lora: int | None,
     quantize: Callable[[Params], Params] | None,
     key: Array,
-) -> Student:
+) -> LanguageStudent:
     """The trainable student of a decoder: all weights or a LoRA, fake-quantized if requested."""
     decoder = models.decoder(source.model.config, dtype=dtype)
     if lora is None:
-        return Student(decoder, source.params, quantize or language.as_they_are, r".*")
+        return LanguageStudent(decoder, source.params, quantize or language.as_they_are, r".*")
     adapter = transforms.lora(rank=lora, alpha=2.0 * lora)
     start = adapter.init(key, source.params, where=KERNELS)
 
@@ -178,7 +178,7 @@ def make_student(
         params_ = adapter.apply(*params)
         return params_ if quantize is None else quantize(params_)
 
-    return Student(decoder, start, weights, r"adapter/.*")
+    return LanguageStudent(decoder, start, weights, r"adapter/.*")
 
 
 def int_rounding(bits: int) -> Callable[[Params], Params]:

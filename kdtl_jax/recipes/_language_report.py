@@ -10,7 +10,7 @@ from kdtl_jax.run import report
 from kdtl_jax.run.report import plots
 
 
-class Row(NamedTuple):
+class LanguageRow(NamedTuple):
     """A model's scores on held-out text, size, speed and training."""
 
     name: str
@@ -42,7 +42,7 @@ NOTE = (
 )
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: LanguageRow) -> tuple[str, ...]:
     """The cells of a row under `HEADER`."""
     measures = row.measures
     return (
@@ -64,7 +64,7 @@ def write(
     folder: Path,
     title: str,
     about: Mapping[str, Any],
-    rows: Sequence[Row],
+    rows: Sequence[LanguageRow],
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     samples: Sequence[Sample],
     notes: Sequence[str],
@@ -85,7 +85,7 @@ def write(
         report.Section("Results", [NOTE], [report.table(HEADER, list(map(cells, rows)), narrow=5)])
     ]
     lines = [
-        plots.Line(name, [x["step"] for x in curve], [x["eval/agreement"] for x in curve])
+        plots.Curve(name, [x["step"] for x in curve], [x["eval/agreement"] for x in curve])
         for name, curve in curves.items()
         if curve
     ]

@@ -1,6 +1,6 @@
 """The steps of `kdtl language` in order: teacher, start, students, comparison.
 
-Each takes the shared `Work` and the results of the steps before it.
+Each takes the shared `LanguageRun` and the results of the steps before it.
 """
 
 import math
@@ -19,7 +19,7 @@ from kdtl_jax.recipes import _language_models as language_models
 from kdtl_jax.recipes import _language_report as language_report
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
-from kdtl_jax.recipes._language_training import Work
+from kdtl_jax.recipes._language_training import LanguageRun
 from kdtl_jax.recipes._training import warmup_adamw
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import loop, teacher_cache
@@ -47,15 +47,15 @@ class TrainedStudent(NamedTuple):
     """A student and its training."""
 
     method: language.LanguageMethod
-    student: language_models.Student
-    trained: training.Trained
+    student: language_models.LanguageStudent
+    trained: training.LanguageResult
     diverged: str  # how, or nothing
 
 
 # The teacher, and the initial student.
 
 
-def new_student(work: Work) -> PretrainedDecoder | None:
+def new_student(work: LanguageRun) -> PretrainedDecoder | None:
     """A student of `--shape`; built first, so that an impossible shape fails at once."""
     settings, tokenizer = work.settings, work.tokenizer
     if settings.shape is None or settings.pruned:
@@ -65,7 +65,7 @@ def new_student(work: Work) -> PretrainedDecoder | None:
     )
 
 
-def make_teacher(work: Work) -> Teacher:
+def make_teacher(work: LanguageRun) -> Teacher:
     """Loads the teacher, or trains one."""
     if work.source is not None:
         model = language_models.load(work.source)
@@ -102,7 +102,9 @@ def make_teacher(work: Work) -> Teacher:
     return Teacher(model, _place(work, model), trained.seconds)
 
 
-def make_start(work: Work, teacher: Teacher, fresh: PretrainedDecoder | None) -> PretrainedDecoder:
+def make_start(
+    work: LanguageRun, teacher: Teacher, fresh: PretrainedDecoder | None
+) -> PretrainedDecoder:
     """The student that every method starts from: from a folder, new, or part of the teacher.
 
     Called before the teacher runs on all rows.
@@ -127,7 +129,7 @@ def make_start(work: Work, teacher: Teacher, fresh: PretrainedDecoder | None) ->
     return model
 
 
-def open_cache(work: Work, teacher: Teacher) -> teacher_cache.Cache | None:
+def open_cache(work: LanguageRun, teacher: Teacher) -> teacher_cache.Cache | None:
     """The cache of the teacher's distributions on the rows, or None if none was requested."""
     settings = work.settings
     if not settings.teacher_cache:
@@ -142,7 +144,7 @@ def open_cache(work: Work, teacher: Teacher) -> teacher_cache.Cache | None:
 
 
 def train_students(
-    work: Work,
+    work: LanguageRun,
     chosen: Sequence[language.LanguageMethod],
     teacher: Teacher,
     start: PretrainedDecoder,
@@ -192,8 +194,8 @@ def train_students(
 
 
 def _student(
-    work: Work, method: language.LanguageMethod, teacher: Teacher, start: PretrainedDecoder
-) -> tuple[language_models.Student, language.Setup]:
+    work: LanguageRun, method: language.LanguageMethod, teacher: Teacher, start: PretrainedDecoder
+) -> tuple[language_models.LanguageStudent, language.Setup]:
     """A method's student, and the setup that builds its step."""
     settings, tokenizer = work.settings, work.tokenizer
     student = language_models.make_student(
@@ -227,11 +229,11 @@ def _student(
 
 
 def compare(
-    work: Work,
+    work: LanguageRun,
     teacher: Teacher,
     start: PretrainedDecoder,
     trained_students: Sequence[TrainedStudent],
-) -> tuple[list[language_report.Row], list[language_report.Sample]]:
+) -> tuple[list[language_report.LanguageRow], list[language_report.Sample]]:
     """The report's rows and samples; writes the folders of the trained models.
 
     Models of one shape share their programs.
@@ -265,13 +267,15 @@ def compare(
             fields["diverged"] = diverged[name]
             title += " (diverged)"
         size = trees.count(params), sum(x.nbytes for x in jax.tree.leaves(params))
-        rows.append(language_report.Row(name, title, last, *size, rate, seconds, fields))
+        rows.append(language_report.LanguageRow(name, title, last, *size, rate, seconds, fields))
         if settings.samples:
             continuations[title] = draw(params)
     return rows, _samples(work, continuations)
 
 
-def _samples(work: Work, continuations: dict[str, list[list[int]]]) -> list[language_report.Sample]:
+def _samples(
+    work: LanguageRun, continuations: dict[str, list[list[int]]]
+) -> list[language_report.Sample]:
     """Held-out prompts, with each model's continuation."""
     settings, samples = work.settings, []
     prompts = training.prompts(work.text.held_out, settings.samples, settings.prompt)
@@ -284,18 +288,18 @@ def _samples(work: Work, continuations: dict[str, list[list[int]]]) -> list[lang
 # What the steps share.
 
 
-def _optimizer(work: Work, steps: int) -> optax.GradientTransformation:
+def _optimizer(work: LanguageRun, steps: int) -> optax.GradientTransformation:
     return warmup_adamw(work.settings.learning_rate, steps, max(1, steps // 20))
 
 
-def add_note(work: Work, text: str) -> None:
+def add_note(work: LanguageRun, text: str) -> None:
     """Prints a note at once and adds it to the report."""
     if text not in work.notes:
         work.notes.append(text)
         work.say(f"note: {text}")
 
 
-def _check_fits(work: Work, model: PretrainedDecoder, role: str) -> None:
+def _check_fits(work: LanguageRun, model: PretrainedDecoder, role: str) -> None:
     length = work.settings.length
     language_models.check_fits(model.model.config, work.tokenizer.size, length, role)
     if length > (trained_length := language_models.trained_length(model.config)):
@@ -306,5 +310,5 @@ def _check_fits(work: Work, model: PretrainedDecoder, role: str) -> None:
         )
 
 
-def _place(work: Work, model: PretrainedDecoder) -> PretrainedDecoder:
+def _place(work: LanguageRun, model: PretrainedDecoder) -> PretrainedDecoder:
     return model._replace(params=training.place(model.params, work.mesh))

@@ -30,7 +30,7 @@ CACHED = ("kd", "qad")  # methods that learn from a teacher only on the data
 FORMS = "dense, top_k=N or draws=N"
 
 
-class Keys(NamedTuple):
+class LanguageKeys(NamedTuple):
     """The independent sources of randomness in a run."""
 
     teacher: Array
@@ -39,7 +39,7 @@ class Keys(NamedTuple):
     sample: Array
 
 
-class Work(NamedTuple):
+class LanguageRun(NamedTuple):
     """The state shared by all steps of a run."""
 
     settings: Any  # `language.Settings`
@@ -52,7 +52,7 @@ class Work(NamedTuple):
     text: Text
     learners: Sequence[str]  # names of the models to train, in order
     say: _progress.Progress
-    keys: Keys
+    keys: LanguageKeys
     lines: _logs.Lines  # of the metrics file so far
     curves: dict[str, list[dict[str, float]]]  # measurements of each model, as they are made
     notes: list[str]  # additional notes of the report, as they arise
@@ -68,7 +68,7 @@ class Work(NamedTuple):
         return () if self.tokenizer.eos is None else (self.tokenizer.eos,)
 
 
-class Trained(NamedTuple):
+class LanguageResult(NamedTuple):
     """The result of a training."""
 
     params: Params
@@ -161,14 +161,14 @@ def train_model(
     name: str,
     learner: language.Learner,
     state: TrainState,
-    work: Work,
+    work: LanguageRun,
     teacher_params: Any,
     steps: int,
     measure: Measure,
     cache: teacher_cache.Cache | None = None,
     *,
     on_nonfinite: Callable[[loop.Nonfinite], None] = loop.raise_nonfinite,
-) -> Trained:
+) -> LanguageResult:
     """Trains up to `steps`, from the newest save if the run resumes; adds to `work.curves`.
 
     Args:
@@ -231,7 +231,7 @@ def train_model(
         curve = [*curve, curve_line(result.step, measure(params))]
     work.curves[name] = curve
     _logs.write_method_events(work.folder, work.lines.get(name, []), settings.log)
-    return Trained(params, seconds)
+    return LanguageResult(params, seconds)
 
 
 def curve_line(step: int, scores: Mapping[str, float]) -> dict[str, float]:
@@ -261,7 +261,7 @@ def make_timer(tokens: int, steps: int) -> Callable[[int], str]:
 
 
 def make_measure(
-    work: Work,
+    work: LanguageRun,
     student: ModelFn,
     weights: Callable[[Params], Params],
     teacher: PretrainedDecoder,
@@ -315,7 +315,7 @@ def prompts(rows: Rows, count: int, length: int) -> tuple[np.ndarray, np.ndarray
     return tokens, np.asarray(language.last_text(jnp.asarray(segments)))
 
 
-def make_sampler(work: Work, decoder: Any) -> Callable[[Params], list[list[int]]]:
+def make_sampler(work: LanguageRun, decoder: Any) -> Callable[[Params], list[list[int]]]:
     """`draw(params)`: continuations of the first held-out prompts, each with its own key."""
     settings = work.settings
     start = prompts(work.text.held_out, settings.samples, settings.prompt)

@@ -39,7 +39,7 @@ DEFAULT_TEACHER = "mlp:128,64"
 
 
 @dataclass(frozen=True)
-class Models:
+class ModelSettings:
     """The settings of a teacher and a student."""
 
     teacher: str | None = setting(
@@ -74,7 +74,7 @@ def read_pair(settings: Any, *, dtype: Any = None) -> Pair:
     """Reads the data and the teacher's file, and makes both networks.
 
     Args:
-      settings: `types.Data` and `Models`.
+      settings: `types.Data` and `ModelSettings`.
       dtype: compute dtype of both networks.
 
     Raises:
@@ -249,7 +249,7 @@ def student(
 
 
 def train_teacher(
-    pair: Pair, run: _seeds.Run, task: Method, tx: optax.GradientTransformation, epochs: int
+    pair: Pair, run: _seeds.SharedRun, task: Method, tx: optax.GradientTransformation, epochs: int
 ) -> tuple[Variables, _seeds.Trained]:
     """The teacher's variables and results; trains it on the task unless it was loaded."""
     known = pair.teacher_variables
@@ -268,7 +268,7 @@ def write(
     pair: Pair,
     settings: Any,
     frozen: Variables,
-    students: Sequence[_students.Student],
+    students: Sequence[_students.SavedStudent],
     setup: Setup,
 ) -> None:
     """Writes the teacher's file, and one per method's student.

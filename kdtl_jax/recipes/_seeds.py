@@ -36,7 +36,7 @@ AXES: Any = TrainState._make(None if name == "step" else 0 for name in TrainStat
 NEVER = 2**62  # `smallest` of `sharding.place`: no leaf is large enough to be split
 
 
-class Run(NamedTuple):
+class SharedRun(NamedTuple):
     """The settings and data shared by all methods of a run."""
 
     folder: Path
@@ -73,7 +73,7 @@ class Trained(NamedTuple):
 
 
 def train_seeds(
-    name: str, experiment: Experiment, points: Point, shared: Any, run: Run, epochs: int
+    name: str, experiment: Experiment, points: Point, shared: Any, run: SharedRun, epochs: int
 ) -> Trained:
     """Trains every seed of one method to the end.
 
@@ -197,7 +197,7 @@ def _orders(seeds: Array) -> Array:
     return jax.vmap(lambda seed: keys(seed).order)(seeds)
 
 
-def examples_per_seed(run: Run) -> int:
+def examples_per_seed(run: SharedRun) -> int:
     """The number of training examples per seed."""
     return len(run.arrays["labels"]) if run.rows is None else run.rows.shape[-1]
 
@@ -280,7 +280,7 @@ def _place_step(step: train.Step, mesh: Mesh, examples_axis: int) -> train.Step:
     return on_mesh
 
 
-def _source_together(run: Run, order: Array) -> data.Resident:
+def _source_together(run: SharedRun, order: Array) -> data.Resident:
     """Batches `[S, B, ...]` from arrays on the device."""
     arrays = dict(run.arrays)
     teacher = arrays.pop("teacher", None)
@@ -293,7 +293,7 @@ def _source_together(run: Run, order: Array) -> data.Resident:
     return source._replace(**sharding.place(tensors, run.mesh, smallest=NEVER))
 
 
-def _source_in_turn(run: Run, order: Array) -> data.Source:
+def _source_in_turn(run: SharedRun, order: Array) -> data.Source:
     """Batches `[B, ...]` of seed 0, 1, …, 0, 1, …, each in its own order, read on the host."""
     host = jax.tree.map(np.asarray, dict(run.arrays))
     seeds, size = len(order), examples_per_seed(run)
@@ -317,7 +317,9 @@ def _source_in_turn(run: Run, order: Array) -> data.Source:
     return source
 
 
-def _prefers_steps(step: Any, state: TrainState, points: Point, shared: Any, run: Run) -> bool:
+def _prefers_steps(
+    step: Any, state: TrainState, points: Point, shared: Any, run: SharedRun
+) -> bool:
     """Whether single steps are faster here than a loop in one program."""
 
     def shape(x: Any, *leading: int) -> jax.ShapeDtypeStruct:
@@ -331,7 +333,7 @@ def _prefers_steps(step: Any, state: TrainState, points: Point, shared: Any, run
 
 @contextlib.contextmanager
 def _log(
-    run: Run, name: str, last_step: int, calls: int, evaluated: list[int]
+    run: SharedRun, name: str, last_step: int, calls: int, evaluated: list[int]
 ) -> Iterator[loop.Log | None]:
     """Opens the method's lines in the run's file, to continue after `last_step`."""
     if jax.process_index() != 0:
@@ -353,7 +355,7 @@ def _log(
         yield write
 
 
-def _skipped(run: Run, name: str, per_epoch: int) -> list[int]:
+def _skipped(run: SharedRun, name: str, per_epoch: int) -> list[int]:
     """Non-finite updates skipped per seed, from the metrics file."""
     shares = [line["skipped"] for line in run.lines.get(name, []) if "skipped" in line]
     return np.round(np.sum(shares, axis=0) * per_epoch).astype(int).tolist() if shares else []

@@ -51,7 +51,7 @@ def optimizer(settings: Any) -> optax.GradientTransformation:
     return warmup_adamw(settings.learning_rate, settings.steps, max(1, settings.steps // 10))
 
 
-class Run(NamedTuple):
+class StudentRun(NamedTuple):
     """Where one student's training is saved and reported."""
 
     folder: Path
@@ -81,7 +81,7 @@ def distill_student(
     lines: Mapping[str, Any],
     key: Array,
     agreement: Callable[[Params], float],
-    run: Run,
+    run: StudentRun,
 ) -> Distilled:
     """Trains one student, from its newest save if resumed."""
     nonfinite: list[loop.Nonfinite] = []

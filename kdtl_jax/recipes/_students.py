@@ -21,7 +21,7 @@ from kdtl_jax.run import record, report, scores
 FOLDER = "students"
 
 
-class Student(NamedTuple):
+class SavedStudent(NamedTuple):
     """A method's student of one seed."""
 
     method: str
@@ -31,7 +31,7 @@ class Student(NamedTuple):
     memory: Any = None
 
 
-class Line(Protocol):
+class TableLine(Protocol):
     """A method's line of a table; its settings name the student's file, if there is one."""
 
     @property
@@ -42,12 +42,12 @@ class Line(Protocol):
     def validation(self) -> report.Interval: ...
 
 
-L = TypeVar("L", bound=Line)
+L = TypeVar("L", bound=TableLine)
 
 
 def best(
     method: str, state: Any, validation: Any, *, through_connectors: bool = False
-) -> Student | None:
+) -> SavedStudent | None:
     """The student of the seed with the best validation score; None if no seed has a finite score.
 
     `state` is a `TrainState` or `Variables`, stacked over seeds; of a method that predicts
@@ -58,13 +58,15 @@ def best(
         return None
     variables = Variables(*_training.pick((state.params, state.model_state), seed))
     if not through_connectors:
-        return Student(method, seed, variables)
-    return Student(method, seed, variables, *_training.pick((state.connectors, state.memory), seed))
+        return SavedStudent(method, seed, variables)
+    return SavedStudent(
+        method, seed, variables, *_training.pick((state.connectors, state.memory), seed)
+    )
 
 
 def select_best(
     rows: Sequence[report.Row], models: Mapping[str, Any]
-) -> tuple[list[Student], list[report.Row]]:
+) -> tuple[list[SavedStudent], list[report.Row]]:
     """The best student of every method that has one, and the rows with the files' names.
 
     `models` are `Variables`, stacked over seeds, by method.
@@ -81,7 +83,7 @@ def select_best(
     return [student for student in students.values() if student is not None], rows_with_files
 
 
-def file_fields(student: Student | None) -> dict[str, Any]:
+def file_fields(student: SavedStudent | None) -> dict[str, Any]:
     """A student's entries in the table's settings."""
     return {} if student is None else {"file": file_of(student.method), "file_seed": student.seed}
 
@@ -106,7 +108,7 @@ def provenance(folder: Path, settings: Any, role: str) -> dict[str, str]:
 
 def write(
     folder: Path,
-    students: Sequence[Student],
+    students: Sequence[SavedStudent],
     about: About,
     settings: Any,
     setup: methods.Setup | None = None,
@@ -136,7 +138,7 @@ def diverged(rows: Sequence[report.Row]) -> list[str]:
     ]
 
 
-def notes(rows: Sequence[Line], baseline: str | None) -> list[str]:
+def notes(rows: Sequence[TableLine], baseline: str | None) -> list[str]:
     """A note on the students' files and the recommended one, if there are any."""
     if (best := best_row(rows)) is None:
         return []

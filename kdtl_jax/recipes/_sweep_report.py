@@ -36,7 +36,7 @@ class Sweep(NamedTuple):
     run: Mapping[str, Any]  # the command, its time and all settings
 
 
-class Line(NamedTuple):
+class SweepLine(NamedTuple):
     """One setting of one method, its seeds aggregated."""
 
     method: str
@@ -45,7 +45,7 @@ class Line(NamedTuple):
     test: report.Interval
     epochs: tuple[int, ...]  # [S], after which a student was not trained further
     complete: bool
-    student: _students.Student | None = None  # of the method's best setting
+    student: _students.SavedStudent | None = None  # of the method's best setting
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Line(NamedTuple):
         return _students.file_fields(self.student)
 
 
-def lines(outcome: Sweep) -> list[Line]:
+def lines(outcome: Sweep) -> list[SweepLine]:
     """All settings by mean validation score; those stopped early follow the others.
 
     Settings without a finite score come last.
@@ -67,7 +67,7 @@ def lines(outcome: Sweep) -> list[Line]:
                 for score in (swept.validation, swept.test)
             )
             epochs, complete = tuple(swept.epochs[k].tolist()), bool(swept.complete[k])
-            ranked.append(Line(swept.method, setting, validation, test, epochs, complete))
+            ranked.append(SweepLine(swept.method, setting, validation, test, epochs, complete))
     ranked = [ranked[i] for i in scores.ranked([line.validation.mean for line in ranked])]
     ranked.sort(key=lambda line: (not math.isfinite(line.validation.mean), not line.complete))
     for swept in outcome.swept:
@@ -183,7 +183,7 @@ def html_page(outcome: Sweep) -> str:
     return report.page("kdtl sweep", sections, notes=[summary])
 
 
-def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
+def _best_student(outcome: Sweep, best: SweepLine) -> list[report.Section]:
     """The confusion of the best setting, and where it differs from the teacher."""
     if outcome.pair.measure.kind != "classes" or not math.isfinite(best.test.mean):
         return []
@@ -197,14 +197,14 @@ def _curves(outcome: Sweep) -> list[report.Section]:
     score, curves = _score(outcome), learning(outcome)
     validation_chart = plots.lines(
         [
-            plots.Line(method, curve["epoch"], curve[f"validation_{score.key}"])
+            plots.Curve(method, curve["epoch"], curve[f"validation_{score.key}"])
             for method, curve in curves.items()
         ],
         x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share,
     )  # fmt: skip
     loss_chart = plots.lines(
         [
-            plots.Line(method, range(1, len(curve["loss"]) + 1), curve["loss"])
+            plots.Curve(method, range(1, len(curve["loss"]) + 1), curve["loss"])
             for method, curve in curves.items()
         ],
         x_axis="epoch", y_axis="training loss", percent=False,
@@ -218,20 +218,20 @@ def _curves(outcome: Sweep) -> list[report.Section]:
 
 
 def parallel(
-    lines: Sequence[Line], axes: Sequence[str], score: report.Score = report.ACCURACY
+    lines: Sequence[SweepLine], axes: Sequence[str], score: report.Score = report.ACCURACY
 ) -> plots.Chart:
     """Parallel coordinates of all settings; the method is an axis if there is more than one."""
     names = list(dict.fromkeys(line.method for line in lines))
-    plot_axes = [plots.Axis("method", [names.index(x.method) for x in lines], names)]
+    plot_axes = [plots.PlotAxis("method", [names.index(x.method) for x in lines], names)]
     plot_axes = plot_axes if len(names) > 1 else []
     for axis in axes:
         values = [line.setting.get(axis, math.nan) for line in lines]
         if len(set(values)) > 1:
-            plot_axes.append(plots.Axis(axis, values))
+            plot_axes.append(plots.PlotAxis(axis, values))
     if not plot_axes:
-        plot_axes = [plots.Axis("method", [0.0] * len(lines), names)]
+        plot_axes = [plots.PlotAxis("method", [0.0] * len(lines), names)]
     final = [score.factor * line.validation.mean for line in lines]
-    return plots.parallel([*plot_axes, plots.Axis(_headings(score)[0], final)], best=0)
+    return plots.parallel([*plot_axes, plots.PlotAxis(_headings(score)[0], final)], best=0)
 
 
 def _heat_maps(outcome: Sweep) -> list[report.Section]:
@@ -291,13 +291,13 @@ def print_table(outcome: Sweep) -> None:
         print(note)
 
 
-def _cells(line: Line, axes: Sequence[str], score: report.Score) -> list[str]:
+def _cells(line: SweepLine, axes: Sequence[str], score: report.Score) -> list[str]:
     setting = [f"{line.setting[a]:.4g}" if a in line.setting else "–" for a in axes]
     shown = [report.percent(x, score) for x in (line.validation, line.test)]
     return [line.method, *setting, *shown]
 
 
-def _row(line: Line, score: str) -> dict[str, Any]:
+def _row(line: SweepLine, score: str) -> dict[str, Any]:
     varies = len(set(line.epochs)) > 1
     return {
         "method": line.method,

@@ -25,7 +25,7 @@ from kdtl_jax.recipes import _transfer_methods as transfer_methods
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._stored_results import Store, load_or_run, start_or_load
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
-from kdtl_jax.recipes._transfer_methods import Case, Method
+from kdtl_jax.recipes._transfer_methods import Case, TransferMethod
 from kdtl_jax.run import report
 from kdtl_jax.train import sweep
 
@@ -34,7 +34,7 @@ HEADS = rf"(params/)?{transfer_methods.HEAD}"
 SOURCE_RATE, SOURCE_BATCH = 3e-3, 64
 
 
-class Source(NamedTuple):
+class StartingWeights(NamedTuple):
     """Weights to start from: `tree` with or without a leading axis of seeds."""
 
     tree: Any  # in the layout of `model_files.tree`; surgery decides on extra leaves
@@ -64,8 +64,8 @@ class Comparison(NamedTuple):
 def compare(
     net: Network,
     target: Splits,
-    source: Source,
-    chosen: Sequence[Method],
+    source: StartingWeights,
+    chosen: Sequence[TransferMethod],
     settings: Any,  # `transfer.Settings`
     surgery: Surgery,
     say: Callable[[str], None],
@@ -110,7 +110,7 @@ def compare(
             axes[method.term] = settings.strengths or method.strengths
         points = _choice.columns(seeds, **axes)
 
-        def keep(state: train.TrainState, method: Method = method) -> Variables:
+        def keep(state: train.TrainState, method: TransferMethod = method) -> Variables:
             return Variables(method.finish(state.params), state.model_state)
 
         options = _training.FitOptions(settings.epochs, batch_size, checks, keep, patience=patience)
@@ -148,7 +148,7 @@ def compare(
 
 
 def make_starts(
-    net: Network, source: Source, surgery: Surgery, example: Any, seeds: int
+    net: Network, source: StartingWeights, surgery: Surgery, example: Any, seeds: int
 ) -> tuple[Variables, Variables, Any, transforms.Report]:
     """Initial targets, stacked over seeds: new, copied, and the source's heads.
 
@@ -175,7 +175,7 @@ def make_starts(
 
 
 def check(
-    net: Network, example: Any, source: Any, chosen: Sequence[Method], surgery: Surgery
+    net: Network, example: Any, source: Any, chosen: Sequence[TransferMethod], surgery: Surgery
 ) -> None:
     """Raises ValueError before anything is trained.
 
@@ -206,7 +206,7 @@ def check(
         )
 
 
-def has_features(net: Network, method: Method) -> bool:
+def has_features(net: Network, method: TransferMethod) -> bool:
     """Whether the model returns the features that a method reads."""
     has_all = net.layout.features or not method.needs_features
     return bool(has_all) and (net.layout.last != "logits" or not method.needs_last)
@@ -225,7 +225,7 @@ def has_head(net: Network, example: Any) -> bool:
 
 
 def make_experiment(
-    method: Method,
+    method: TransferMethod,
     net: Network,
     classes: int,
     steps: int,
@@ -311,7 +311,7 @@ def train_sources(
 
 def start_sources(
     net: Network, part: Dataset, *, seeds: int, epochs: int, store: Store
-) -> Callable[[], Source]:
+) -> Callable[[], StartingWeights]:
     """Starts training sources, whose scores are not reported; calling the result waits for them."""
     data = _choice.on_device(part)
     placeholder = {name: x[:1] for name, x in data.items()}
@@ -320,7 +320,7 @@ def start_sources(
         "source",
         lambda: train_sources(net, data, [placeholder, placeholder], seeds=seeds, epochs=epochs),
     )
-    return lambda: Source(model_files.tree(wait()[0].variables), True)
+    return lambda: StartingWeights(model_files.tree(wait()[0].variables), True)
 
 
 def copy_source(

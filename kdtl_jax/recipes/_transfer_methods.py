@@ -35,7 +35,7 @@ class Case(NamedTuple):
     steps: int
 
 
-class Method(NamedTuple):
+class TransferMethod(NamedTuple):
     """A transfer method; the defaults are those of plain fine-tuning."""
 
     name: str
@@ -226,69 +226,69 @@ def _mixout(case: Case, params: Params, key: Array | None) -> tuple[Params, Arra
     return {**params, **transforms.mixout(draw, body, source, rate=0.5)}, key
 
 
-METHODS: tuple[Method, ...] = (
-    Method("scratch", "From scratch", "", is_copied=False),
-    Method(
+METHODS: tuple[TransferMethod, ...] = (
+    TransferMethod("scratch", "From scratch", "", is_copied=False),
+    TransferMethod(
         "copied_head_only", "Copied, head only", "linear probe", needs_head=True, trainable=HEAD
     ),
-    Method("copied_finetuned", "Copied, all fine-tuned", ""),
-    Method(
+    TransferMethod("copied_finetuned", "Copied, all fine-tuned", ""),
+    TransferMethod(
         "copied_l2_sp", "Copied, fine-tuned with L2-SP", "Li et al., 1802.01483",
         strengths=(1e-3, 1e-2, 1e-1), term="l2_sp",
         penalty=lambda case: lambda x: penalties.l2_sp(x.params, case.copied.params, where=BODY),
     ),
-    Method(
+    TransferMethod(
         "lp_ft", "Head first, then all (LP-FT)", "Kumar et al., 2202.10054", needs_head=True,
         gate=lambda case, params: finetune.lp_ft(params, head=HEAD, probe_steps=case.steps // 2),
     ),
-    Method(
+    TransferMethod(
         "gradual_unfreezing", "Unfrozen from the top", "Howard and Ruder, 1801.06146",
         gate=_unfreeze_gradually,
     ),
-    Method(
+    TransferMethod(
         "bitfit", "Biases and head alone (BitFit)", "Ben Zaken et al., 2106.10199",
         needs_head=True, trainable=f"{HEAD}|.*bias",
     ),
-    Method(
+    TransferMethod(
         "lora", "LoRA of rank 8, and the head", "Hu et al., 2106.09685",
         needs_head=True, trainable=f"adapter/.*|base/{HEAD}",
         start=_lora_start, finish=_merged,
         apply=_on_changed_params(lambda case, params, key: (_merged(params), key)),
     ),
-    Method(
+    TransferMethod(
         "behavioral", "Features kept near the source's", "Li et al., 1901.09229",
         strengths=(1e-3, 1e-2, 1e-1), term="behavioral", record=_record_features,
         needs_features=True,
         penalty=_feature_penalty(_behavioral),
     ),
-    Method(
+    TransferMethod(
         "delta", "DELTA, channels weighted equally", "Li et al., 1901.09229",
         strengths=(1e-3, 1e-2, 1e-1), term="delta", record=_record_features,
         needs_features=True,
         penalty=_feature_penalty(losses.delta),
     ),
-    Method(
+    TransferMethod(
         "bss", "Batch spectral shrinkage", "Chen et al., NeurIPS 2019",
         strengths=(1e-4, 1e-3, 1e-2), term="bss", penalty=_bss, needs_last=True,
     ),
-    Method(
+    TransferMethod(
         "co_tuning", "Co-Tuning, direct relation", "You et al., NeurIPS 2020",
         needs_source_head=True, needs_classes=True, needs_last=True,
         strengths=(0.1, 1.0, 2.3), term="co_tuning",
         record=_relation, penalty=_co_tuning,
     ),
-    Method(
+    TransferMethod(
         "lwf", "Learning without forgetting", "Li and Hoiem, 1606.09282",
         needs_source_head=True, needs_last=True,
         strengths=(0.1, 1.0, 4.0), term="lwf",
         record=lambda case: {"recorded": _source_logits(case)}, penalty=_lwf,
     ),
-    Method(
+    TransferMethod(
         "bi_tuning", "Bi-Tuning's classifier part", "Zhong et al., 2011.06182",
         needs_classes=True, needs_head=True, needs_last=True,
         strengths=(0.1, 1.0), term="bi_tuning", penalty=_bi_tuning,
     ),
-    Method(
+    TransferMethod(
         "mixout", "Mixout, half of the weights", "Lee et al., 1909.11299", needs_head=True,
         apply=_on_changed_params(_mixout),
     ),

@@ -6,7 +6,7 @@ from kdtl_jax import transforms
 from kdtl_jax.datasets import Dataset, Splits
 from kdtl_jax.recipes import _evidence, _students, _targets
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._targets import BASELINE, FAMILY, Comparison, Source
+from kdtl_jax.recipes._targets import BASELINE, FAMILY, Comparison, StartingWeights
 from kdtl_jax.run import report
 
 
@@ -14,7 +14,7 @@ def results(
     settings: Any,  # `transfer.Settings`
     measure: Measure,
     target: Splits,
-    source: Source,
+    source: StartingWeights,
     source_part: Dataset,
     comparison: Comparison,
     programs: str,
@@ -67,7 +67,7 @@ def results(
     )
 
 
-def copied_share(surgery: transforms.Report, source: Source, outputs: int) -> str:
+def copied_share(surgery: transforms.Report, source: StartingWeights, outputs: int) -> str:
     """The share of a target copied from its source, and which modules are new."""
     paths = [path.removeprefix("params/") for path in surgery.sizes.keys() - surgery.transferred]
     new = ", ".join(sorted({path.split("/")[0] for path in paths}))

@@ -62,8 +62,8 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(
-    _pair.Models, _user_code.Terms, _optimizers.TrainingSettings, _optimizers.SelectionSettings,
-    _devices.Meshed, _logs.LogSettings, types.Data, types.Resumable,
+    _pair.ModelSettings, _user_code.Terms, _optimizers.TrainingSettings,
+    _optimizers.SelectionSettings, _devices.Meshed, _logs.LogSettings, types.Data, types.Resumable,
 ):  # fmt: skip
     """Settings of `kdtl distill`."""
 
@@ -198,7 +198,7 @@ def run(settings: Settings) -> int:
     saves = [f"checkpoints/{x}" for x in learners]
     with _output.open_run(settings, "distill", files, saves=saves) as running:
         folder, identity, say, programs = running
-        shared_run = _seeds.Run(
+        shared_run = _seeds.SharedRun(
             folder=folder, identity=identity, resume=settings.resume, batch_size=batch_size,
             arrays=pair.arrays, splits=pair.splits, lines=_logs.read_lines(folder),
             measure=pair.measure, mesh=mesh,
@@ -238,7 +238,7 @@ def run(settings: Settings) -> int:
         built, notes = _pair.build_all(entries, setup, settings)
         entry_by_name = {entry.name: entry for entry in entries}
         points, learning, failed = _training.points(settings.seeds), {}, []
-        students: list[_students.Student] = []
+        students: list[_students.SavedStudent] = []
         for i, (name, method) in enumerate(built.items()):
             title = f"{name} ({i + 1} of {len(built)})"
             say(title)

@@ -37,7 +37,7 @@ StableHLO needs pip install 'kdtl_jax[export]', ONNX pip install 'kdtl_jax[onnx]
 
 
 @dataclass(frozen=True)
-class Settings(_inputs.Trained, _inputs.Written):
+class Settings(_inputs.TrainedModelSettings, _inputs.Written):
     """Settings of `kdtl export`."""
 
     out: str | None = setting(None, "the file to write", metavar="FILE")

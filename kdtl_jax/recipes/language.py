@@ -191,8 +191,8 @@ def run(settings: Settings) -> int:
             raise UsageError(
                 f"--batch-size {settings.batch_size}: there are {row_count} rows to learn from."
             )
-        keys = training.Keys(*jax.random.split(jax.random.key(settings.seed), 4))
-        work = training.Work(
+        keys = training.LanguageKeys(*jax.random.split(jax.random.key(settings.seed), 4))
+        work = training.LanguageRun(
             settings, folder, identity, mesh, model_folders["teacher"], model_folders["student"],
             tokenizer, text, learners, say, keys, _logs.read_lines(folder), {}, [],
         )  # fmt: skip
@@ -247,8 +247,8 @@ def tokenizer_of(teacher: str | None, student: str | None) -> language.Tokenizer
 
 
 def write(
-    work: training.Work,
-    rows: Sequence[language_report.Row],
+    work: training.LanguageRun,
+    rows: Sequence[language_report.LanguageRow],
     samples: Sequence[language_report.Sample],
 ) -> None:
     """Writes the report and its files."""

@@ -98,7 +98,7 @@ class Lines(NamedTuple):
     test: dict[str, np.ndarray]
 
 
-class Fidelity(NamedTuple):
+class EncoderFidelity(NamedTuple):
     """How closely an encoder matches its teacher, by line."""
 
     cosine: np.ndarray  # [N]
@@ -127,7 +127,7 @@ def run(settings: Settings) -> int:
         parts = {"validation": lines.validation, "test": lines.test}
         target = {n: embeddings(embed_teacher, teacher.params, p) for n, p in parts.items()}
 
-        def measure(params: Params, name: str) -> Fidelity:
+        def measure(params: Params, name: str) -> EncoderFidelity:
             return fidelity(embeddings(embed, params, parts[name]), target[name])
 
         def agreement(params: Params) -> float:
@@ -151,7 +151,7 @@ def run(settings: Settings) -> int:
             say(title)
             key_start, key = jax.random.split(jax.random.key(seed))
             advance = _progress.track_part(say, title, i, len(learners))
-            job = training.Run(folder, identity, f"{name}_{seed}", settings, say, advance)
+            job = training.StudentRun(folder, identity, f"{name}_{seed}", settings, say, advance)
             result = training.distill_student(
                 step, starts[name](key_start), teacher.params, lines.train, key, agreement, job
             )
@@ -166,9 +166,11 @@ def run(settings: Settings) -> int:
         trained = next((p for p in params_by_name[DISTILLED] if p is not None), None)
         encoders = {"teacher": (embed_teacher, teacher.params), "student": (embed, copied.params)}
         speeds = speed(encoders, lines.test, settings.rounds)
-        exact = Fidelity(np.ones(settings.held_out), np.ones(settings.held_out))
-        scores: dict[str, dict[str, list[Fidelity]]] = {"teacher": {n: [exact] for n in parts}}
-        failed = {n: Fidelity(*(np.full(len(y), np.nan),) * 2) for n, y in target.items()}
+        exact = EncoderFidelity(np.ones(settings.held_out), np.ones(settings.held_out))
+        scores: dict[str, dict[str, list[EncoderFidelity]]] = {
+            "teacher": {n: [exact] for n in parts}
+        }
+        failed = {n: EncoderFidelity(*(np.full(len(y), np.nan),) * 2) for n, y in target.items()}
         for name, params in {"copied_untrained": [copied.params], **params_by_name}.items():
             scores[name] = {
                 n: [failed[n] if p is None else measure(p, n) for p in params] for n in parts
@@ -265,7 +267,7 @@ def embeddings(
     return in_chunks(lambda x: embed(params, x), dict(part), chunk)
 
 
-def fidelity(student: np.ndarray, teacher: np.ndarray) -> Fidelity:
+def fidelity(student: np.ndarray, teacher: np.ndarray) -> EncoderFidelity:
     """Cosines and agreement of the nearest lines, for unit embeddings `[N, width]`.
 
     The agreement is NaN if any embedding is not finite.
@@ -275,7 +277,9 @@ def fidelity(student: np.ndarray, teacher: np.ndarray) -> Fidelity:
     overlap = [len(set(a) & set(b)) for a, b in zip(nearest, expected, strict=True)]
     # Neighbors are undefined if any embedding is not finite.
     is_finite = np.isfinite(student).all() and np.isfinite(teacher).all()
-    return Fidelity(cosine, np.where(is_finite, np.asarray(overlap) / nearest.shape[1], np.nan))
+    return EncoderFidelity(
+        cosine, np.where(is_finite, np.asarray(overlap) / nearest.shape[1], np.nan)
+    )
 
 
 def speed(
@@ -313,7 +317,7 @@ def _row(
     settings: Settings,
     lines_per_second: float,
     parameters: int,
-    fidelities: Mapping[str, Sequence[Fidelity]],
+    fidelities: Mapping[str, Sequence[EncoderFidelity]],
     seconds: float,
 ) -> report.Row:
     test = fidelities["test"]

@@ -55,8 +55,8 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(
-    _pair.Models, _optimizers.TrainingSettings, _optimizers.SelectionSettings, _logs.LogSettings,
-    types.Data, types.Resumable,
+    _pair.ModelSettings, _optimizers.TrainingSettings, _optimizers.SelectionSettings,
+    _logs.LogSettings, types.Data, types.Resumable,
 ):  # fmt: skip
     """Settings of `kdtl sweep`."""
 
@@ -112,7 +112,7 @@ class Shared(NamedTuple):
     teacher: Variables
 
 
-class Work(NamedTuple):
+class SweepInputs(NamedTuple):
     """The inputs shared by the methods of a sweep."""
 
     settings: Settings
@@ -187,7 +187,7 @@ def run(settings: Settings) -> None:
             folder, run, resume=settings.resume, kinds=(Swept, Fitted, Variables)
         )
         say(f"teacher{'' if trains_teacher else f', from {settings.teacher_weights}'}")
-        shared_run = _seeds.Run(
+        shared_run = _seeds.SharedRun(
             folder=folder, identity=run, resume=settings.resume,
             batch_size=batch_size, arrays=pair.arrays, splits=pair.splits,
             lines=_logs.read_lines(folder),
@@ -205,7 +205,7 @@ def run(settings: Settings) -> None:
         on_device = jax.tree.map(jnp.asarray, {**pair.arrays, "teacher": outputs})
         shared = Shared(on_device, jax.tree.map(jnp.asarray, frozen))
         held_out = [_choice.on_device(part) for part in pair.splits[1:]]
-        work = Work(settings, shared, held_out, devices, bar.line, store)
+        work = SweepInputs(settings, shared, held_out, devices, bar.line, store)
         swept: list[Swept] = []
         for i, entry in enumerate(entries):
             count = len(next(iter(axes[entry.name].values()), [0]))
@@ -262,7 +262,7 @@ def sweep_one(
     name: str,
     learner: Experiment,
     columns: dict[str, np.ndarray],
-    work: Work,
+    work: SweepInputs,
     earlier: Swept | None,
 ) -> Swept:
     """Trains all settings and seeds of one method; reuses the path of an `earlier` one."""

@@ -42,7 +42,7 @@ from kdtl_jax.recipes import (
 from kdtl_jax.recipes import _transfer_methods as transfer_methods
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._targets import Source, Surgery
+from kdtl_jax.recipes._targets import StartingWeights, Surgery
 from kdtl_jax.recipes._training import Fitted
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import checkpoint, record
@@ -190,7 +190,7 @@ def run(settings: Settings) -> int | None:
                 store=store,
             )()  # fmt: skip
         else:
-            source = Source(source_tree, False, source_kind == "classes")
+            source = StartingWeights(source_tree, False, source_kind == "classes")
         comparison = _targets.compare(
             net, target, source, chosen, settings, surgery, say, store, measure
         )
@@ -246,11 +246,11 @@ def check(settings: Settings) -> None:
 
 
 def select_methods(
-    chosen: Sequence[transfer_methods.Method],
+    chosen: Sequence[transfer_methods.TransferMethod],
     settings: Settings,
     measure: Measure,
     source_kind: Kind,
-) -> list[transfer_methods.Method]:
+) -> list[transfer_methods.TransferMethod]:
     """The methods that suit the targets and the source.
 
     Raises:

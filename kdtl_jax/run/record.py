@@ -28,14 +28,14 @@ FILE = "made_from.json"  # in the run folder
 PACKAGES = ("kdtl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class Record(NamedTuple):
+class FileRecord(NamedTuple):
     """SHA-256 of every file by role, and the version of every package by name."""
 
     files: dict[str, str]
     versions: dict[str, str]
 
 
-def made_from(files: Mapping[str, Paths]) -> Record:
+def made_from(files: Mapping[str, Paths]) -> FileRecord:
     """Makes the record of a run that reads these files; a folder includes all files below it.
 
     Args:
@@ -45,10 +45,10 @@ def made_from(files: Mapping[str, Paths]) -> Record:
     Raises:
       OSError: if a file cannot be read.
     """
-    return Record({role: _digest(paths) for role, paths in files.items()}, _versions())
+    return FileRecord({role: _digest(paths) for role, paths in files.items()}, _versions())
 
 
-def keep(folder: str | Path, made: Record) -> None:
+def keep(folder: str | Path, made: FileRecord) -> None:
     """Writes the record into a run folder."""
     _files.write_sealed(Path(folder) / FILE, made._asdict())
 
@@ -56,12 +56,12 @@ def keep(folder: str | Path, made: Record) -> None:
 def is_kept(folder: str | Path) -> bool:
     """Whether the folder holds a run's complete record; then its other files belong to it."""
     try:
-        return _files.read_sealed(Path(folder) / FILE).keys() == {*Record._fields}
+        return _files.read_sealed(Path(folder) / FILE).keys() == {*FileRecord._fields}
     except ValueError:
         return False
 
 
-def compare(folder: str | Path, now: Record) -> list[str]:
+def compare(folder: str | Path, now: FileRecord) -> list[str]:
     """Compares a run folder's record with the current files and versions.
 
     Returns:
@@ -77,10 +77,10 @@ def compare(folder: str | Path, now: Record) -> list[str]:
         record = _files.read_sealed(path)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}. Start the run anew in another folder.") from None
-    fields: dict[str, Any] = {name: record.get(name) for name in Record._fields}
+    fields: dict[str, Any] = {name: record.get(name) for name in FileRecord._fields}
     if not all(isinstance(field, dict) for field in fields.values()):
         raise ValueError(f"{path} is not a run's record. Start the run anew in another folder.")
-    old = Record(**fields)
+    old = FileRecord(**fields)
     roles = sorted(old.files.keys() | now.files.keys())
     changed = [role for role in roles if old.files.get(role) != now.files.get(role)]
     if changed:

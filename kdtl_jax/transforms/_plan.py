@@ -21,7 +21,7 @@ OnMissing = Literal["error", "keep"]
 OnExtra = Literal["error", "ignore"]
 
 
-class Step(NamedTuple):
+class LeafStep(NamedTuple):
     """One target leaf and its source; if `source` is None, it keeps its own value."""
 
     path: str
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     Close over it: it holds strings and functions and cannot be an argument of `jit`.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[LeafStep, ...]
     source_shapes: Mapping[str, Shape]
     target_shapes: Mapping[str, Shape]
     report: Report
@@ -94,12 +94,12 @@ def plan_transfer(
     decisions = _refuse_ambiguous_kernels(decisions, policies, source_leaves, target_leaves)
     extra, unused = _leftovers(source_leaves, target_leaves, sources, where)
     _raise_problems(decisions, extra, list(source_leaves), on_missing, on_extra)
-    is_filled = [isinstance(decision, Step) for decision in decisions]
+    is_filled = [isinstance(decision, LeafStep) for decision in decisions]
     alphas = _leaves.coefficients(alpha, target, is_filled)
     steps = tuple(
         decision._replace(alpha=None if _as_number(value) == 1 else value)
-        if isinstance(decision, Step)
-        else Step(decision.path)
+        if isinstance(decision, LeafStep)
+        else LeafStep(decision.path)
         for decision, value in zip(decisions, alphas, strict=True)
     )
     report = _report(steps, source_leaves, target_leaves)._replace(
@@ -126,7 +126,7 @@ def _decide(
     source_leaves: Mapping[str, Any],
     policy: Policy,
     verified: set[Any],
-) -> Step | Kept | _Missing | _Misfit:
+) -> LeafStep | Kept | _Missing | _Misfit:
     if not trees.is_inexact(leaf):
         return Kept(path, "not a floating-point array")
     if not is_selected:
@@ -143,11 +143,11 @@ def _decide(
     shape = np.shape(leaf)
     fits = np.shape(value) == shape
     if fits and _mismatch.keeps_fitting_leaves(policy):
-        return Step(path, source_path)
+        return LeafStep(path, source_path)
     dtype = _leaves.canonical_dtype(value)
     trial = (policy, np.shape(value), dtype, shape)
     if trial in verified:
-        return Step(path, source_path, policy)
+        return LeafStep(path, source_path, policy)
     try:
         # Shapes only: what the policy returns is checked before anything is computed.
         abstract = jax.ShapeDtypeStruct(np.shape(value), dtype)
@@ -155,7 +155,7 @@ def _decide(
     except ValueError as problem:
         return _Misfit(path, str(problem))
     if result is None and fits:
-        return Step(path, source_path)
+        return LeafStep(path, source_path)
     if result is None:
         return Kept(path, f"source{list(np.shape(value))} has another shape")
     if getattr(result, "shape", None) != shape:
@@ -166,15 +166,15 @@ def _decide(
         )
     if policy in _mismatch.PATH_FREE:
         verified.add(trial)
-    return Step(path, source_path, policy)
+    return LeafStep(path, source_path, policy)
 
 
 def _refuse_ambiguous_kernels(
-    decisions: Sequence[Step | Kept | _Missing | _Misfit],
+    decisions: Sequence[LeafStep | Kept | _Missing | _Misfit],
     policies: Sequence[Policy],
     source_leaves: Mapping[str, Any],
     target_leaves: Mapping[str, Any],
-) -> list[Step | Kept | _Missing | _Misfit]:
+) -> list[LeafStep | Kept | _Missing | _Misfit]:
     """Refuses a `weight` for a `kernel` that would fit with and without transposing it.
 
     PyTorch and Equinox store outputs first, Flax stores them last. A leaf that only fits without
@@ -182,7 +182,7 @@ def _refuse_ambiguous_kernels(
     """
 
     def crosses(decision: Any, policy: Policy) -> bool:
-        if not isinstance(decision, Step) or not _mismatch.keeps_fitting_leaves(policy):
+        if not isinstance(decision, LeafStep) or not _mismatch.keeps_fitting_leaves(policy):
             return False
         if decision.source is None or decision.policy is not None:
             return False
@@ -250,7 +250,7 @@ def _leftovers(
 
 
 def _raise_problems(
-    decisions: Sequence[Step | Kept | _Missing | _Misfit],
+    decisions: Sequence[LeafStep | Kept | _Missing | _Misfit],
     extra: Sequence[str],
     names: Sequence[str],
     on_missing: OnMissing,
@@ -291,7 +291,7 @@ def _listed(lines: Sequence[str], total: int) -> list[str]:
 
 
 def _report(
-    steps: Sequence[Step], source_leaves: Mapping[str, Any], target_leaves: Mapping[str, Any]
+    steps: Sequence[LeafStep], source_leaves: Mapping[str, Any], target_leaves: Mapping[str, Any]
 ) -> Report:
     pairs = [(step, source_leaves[step.source]) for step in steps if step.source is not None]
     arrays = {path: leaf for path, leaf in target_leaves.items() if hasattr(leaf, "shape")}

@@ -18,11 +18,11 @@ from kdtl_jax.transforms import _leaves, _mismatch
 from kdtl_jax.transforms._leaves import Coefficient
 from kdtl_jax.transforms._mismatch import Shape
 from kdtl_jax.transforms._plan import (
+    LeafStep,
     OnExtra,
     OnMismatch,
     OnMissing,
     Plan,
-    Step,
     plan_transfer,
 )
 from kdtl_jax.transforms._rename import Rename
@@ -150,7 +150,7 @@ def apply_plan(plan: Plan, source: Params, target: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(target), out)
 
 
-def _fill(step: Step, value: Any, template: Any) -> Any:
+def _fill(step: LeafStep, value: Any, template: Any) -> Any:
     if step.policy is not None:
         value = step.policy(value, np.shape(template), step.path)
     if step.alpha is not None:

@@ -35,7 +35,7 @@ A checkpoint is a .safetensors file, a *.index.json, or a folder with either.
 
 
 @dataclass(frozen=True)
-class Selection:
+class TensorSelection:
     """The settings that select tensors."""
 
     where: tuple[str, ...] = setting(
@@ -123,7 +123,7 @@ def as_flags(message: str) -> str:
     return re.sub(r"Glob\((?:pattern=)?'([^']*)'\)", r"'glob:\1'", message)
 
 
-def selected(settings: Selection, specs: Mapping[str, Any]) -> trees.Selector:
+def selected(settings: TensorSelection, specs: Mapping[str, Any]) -> trees.Selector:
     """`--where` without `--except`, each pattern checked to match something.
 
     Raises:

@@ -20,7 +20,7 @@ from kdtl_jax import transforms
 from kdtl_jax._types import Array
 from kdtl_jax.cli.params import _checkpoints, _folders, _formulas
 from kdtl_jax.cli.params._formulas import Members, Merge, Options, Tree
-from kdtl_jax.cli.params._methods import Method
+from kdtl_jax.cli.params._methods import MergeMethod
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
 
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 
 def by_tensor(
-    method: Method, merge: Merge, parts: Mapping[str, Part], copies: Mapping[str, Tensor]
+    method: MergeMethod, merge: Merge, parts: Mapping[str, Part], copies: Mapping[str, Tensor]
 ) -> Callable[[str], Any]:
     """`Rewrite.produce` of a merge of independent tensors; copies stay unchanged.
 

@@ -32,7 +32,7 @@ _TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype",
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Source(NamedTuple):
+class SlicedModel(NamedTuple):
     """A model in a slice, its first layer there, and its own parameters."""
 
     model: str
@@ -43,7 +43,7 @@ class Source(NamedTuple):
 class Slice(NamedTuple):
     """Layers that are merged with each other."""
 
-    sources: Sequence[Source]
+    sources: Sequence[SlicedModel]
     length: int | None  # None: all layers of every model
     parameters: Mapping[str, Any]
 
@@ -157,7 +157,7 @@ def _slices(
         keys = ("model", "parameters")
         sources = [_source(part, path, keys, names) for part in _list(recipe, "models")]
         if base is not None and all(source.model != base for source in sources):
-            sources.append(Source(base, 0, {}))
+            sources.append(SlicedModel(base, 0, {}))
         return [Slice(sources, None, {})]
     out = []
     for part in _list(recipe, "slices"):
@@ -179,14 +179,14 @@ def _list(mapping: Mapping[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _source(entry: Any, path: Path, keys: Sequence[str], names: Sequence[str]) -> Source:
+def _source(entry: Any, path: Path, keys: Sequence[str], names: Sequence[str]) -> SlicedModel:
     only(f"{path}: a model", entry, keys)
     model = _reference(entry.get("model"), path)
     if model is None:
         raise ValueError(f"{path}: a model has no 'model'.")
     first = _range(entry, path)[0] if "layer_range" in entry else 0
     model_parameters = parameters(entry, f"{path}: {model}: parameters", names, of_model=True)
-    return Source(model, first, model_parameters)
+    return SlicedModel(model, first, model_parameters)
 
 
 def _range(entry: Mapping[str, Any], path: Path) -> tuple[int, int]:
@@ -202,14 +202,14 @@ def _range(entry: Mapping[str, Any], path: Path) -> tuple[int, int]:
 # --- from slices to tensors ----------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
+class TensorNames(NamedTuple):
     """How a model names its tensors."""
 
     outside: list[str]  # of the layers
     layers: Mapping[int, list[tuple[str, str]]]  # what precedes and follows a layer's number
 
 
-def _layout(model: Opened) -> Layout:
+def _layout(model: Opened) -> TensorNames:
     config = _folders.config_of(model.checkpoint)
     pattern = _folders.layer_pattern(list(model.specs), _folders.depth(config or {}))
     layers: dict[int, list[tuple[str, str]]] = {}
@@ -221,7 +221,7 @@ def _layout(model: Opened) -> Layout:
         else:
             ends = name[: match.start(1)], name[match.end(1) :]
             layers.setdefault(int(match[1]), []).append(ends)
-    return Layout(outside, layers)
+    return TensorNames(outside, layers)
 
 
 def _based(part: Slice, base: str | None, has_base: bool, is_first: bool) -> Slice:
@@ -234,13 +234,13 @@ def _based(part: Slice, base: str | None, has_base: bool, is_first: bool) -> Sli
             f"the base {base} is not a source of a slice whose sources begin at different layers: "
             "name it there with its layer_range."
         )
-    bases = bases or [Source(base, part.sources[0].first, {})]
+    bases = bases or [SlicedModel(base, part.sources[0].first, {})]
     bases = [source._replace(parameters={}) for source in bases] if has_base else bases
     remaining = [source for source in part.sources if source.model != base]
     return part._replace(sources=[*bases, *remaining])
 
 
-def _length(part: Slice, layouts: Mapping[str, Layout]) -> int:
+def _length(part: Slice, layouts: Mapping[str, TensorNames]) -> int:
     """How many layers the slice has; every source must have them."""
     depths = {source.model: len(layouts[source.model].layers) for source in part.sources}
     if part.length is None:
@@ -257,7 +257,7 @@ def _length(part: Slice, layouts: Mapping[str, Layout]) -> int:
 
 
 def _tensors(
-    layouts: Mapping[str, Layout], slices: Sequence[Slice]
+    layouts: Mapping[str, TensorNames], slices: Sequence[Slice]
 ) -> Iterator[tuple[str, Slice, list[str], float]]:
     """Every tensor of the result: its name, slice, names in the sources, and position, 0 to 1.
 

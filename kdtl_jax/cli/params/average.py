@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kdtl_jax.cli.params import _checkpoints, merge
-from kdtl_jax.cli.params._checkpoints import Selection, Writing
+from kdtl_jax.cli.params._checkpoints import TensorSelection, Writing
 
 EXAMPLES = f"""
 kdtl params average a.safetensors b.safetensors --weights 3,1 --write soup.safetensors
@@ -11,7 +11,7 @@ kdtl params average a.safetensors b.safetensors --weights 3,1 --write soup.safet
 
 
 @dataclass(frozen=True)
-class Settings(merge.Several, Selection, Writing):
+class Settings(merge.Several, TensorSelection, Writing):
     """The weighted mean of several models."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdtl_jax import _text, trees
 from kdtl_jax.cli.params import _checkpoints
-from kdtl_jax.cli.params._checkpoints import Opened, Selection
+from kdtl_jax.cli.params._checkpoints import Opened, TensorSelection
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
 from kdtl_jax.recipes.settings import setting
@@ -19,7 +19,7 @@ kdtl params diff before.safetensors after.safetensors --where 'encoder/.*'
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
+class Settings(TensorSelection):
     """Compare two checkpoints."""
 
     source: str | None = setting(None, "a checkpoint", positional=True)

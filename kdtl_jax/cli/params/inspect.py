@@ -13,7 +13,7 @@ import numpy as np
 
 from kdtl_jax import _text, transforms, trees
 from kdtl_jax.cli.params import _checkpoints
-from kdtl_jax.cli.params._checkpoints import WIDEST, Selection
+from kdtl_jax.cli.params._checkpoints import WIDEST, TensorSelection
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -25,7 +25,7 @@ kdtl params inspect model.safetensors --where 'encoder/.*' --values
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
+class Settings(TensorSelection):
     """List a checkpoint's tensors."""
 
     source: str | None = setting(None, "a checkpoint", positional=True)

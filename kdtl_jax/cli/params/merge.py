@@ -10,7 +10,7 @@ import numpy as np
 from kdtl_jax import _checks, transforms, trees
 from kdtl_jax._text import quoted
 from kdtl_jax.cli.params import _checkpoints, _merging
-from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, Selection, Writing
+from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, TensorSelection, Writing
 from kdtl_jax.cli.params._formulas import Options
 from kdtl_jax.cli.params._merging import Part
 from kdtl_jax.cli.params._methods import METHODS
@@ -62,7 +62,7 @@ class Several:
 
 
 @dataclass(frozen=True)
-class Settings(Several, Selection, Writing):
+class Settings(Several, TensorSelection, Writing):
     """Merges several models into one."""
 
     method: str = setting("linear", "how to merge; see below", metavar="NAME", parse=_method)

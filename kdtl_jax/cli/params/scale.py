@@ -9,7 +9,7 @@ import numpy as np
 
 from kdtl_jax import transforms, trees
 from kdtl_jax.cli.params import _checkpoints
-from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, Selection, Writing
+from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, TensorSelection, Writing
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.transforms import Plan, Report
@@ -31,7 +31,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Settings(Factors, Selection, Writing):
+class Settings(Factors, TensorSelection, Writing):
     """Multiplies weights by a factor."""
 
     source: str | None = setting(None, "a checkpoint", positional=True)

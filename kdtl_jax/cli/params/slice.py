@@ -10,7 +10,7 @@ import numpy as np
 
 from kdtl_jax import transforms, trees
 from kdtl_jax.cli.params import _checkpoints
-from kdtl_jax.cli.params._checkpoints import Rewrite, Selection, Writing
+from kdtl_jax.cli.params._checkpoints import Rewrite, TensorSelection, Writing
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes.settings import UsageError, selector, setting
 from kdtl_jax.transforms import Adapted, Report
@@ -26,7 +26,7 @@ def _keep(value: Any) -> tuple[int, ...] | None:
 
 
 @dataclass(frozen=True)
-class Settings(Selection, Writing):
+class Settings(TensorSelection, Writing):
     """Keeps some layers, units or tensors."""
 
     source: str | None = setting(None, "a checkpoint", positional=True)

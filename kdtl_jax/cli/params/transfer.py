@@ -6,7 +6,7 @@ from typing import Literal
 
 from kdtl_jax import transforms, trees
 from kdtl_jax.cli.params import _checkpoints, scale
-from kdtl_jax.cli.params._checkpoints import Rewrite, Selection, Writing
+from kdtl_jax.cli.params._checkpoints import Rewrite, TensorSelection, Writing
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import setting
 
@@ -29,7 +29,7 @@ FLAGS = (
 
 
 @dataclass(frozen=True)
-class Settings(scale.Factors, Selection, Writing):
+class Settings(scale.Factors, TensorSelection, Writing):
     """Fills a target's weights from a source's."""
 
     source: str | None = setting(None, "the checkpoint that values come from", positional=True)

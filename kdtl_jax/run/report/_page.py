@@ -179,7 +179,7 @@ def _score_sections(results: Results) -> list[Section]:
 def _alpha_sections(results: Results) -> list[Section]:
     labels = {row.method: row.label for row in results.rows}
     curves = [
-        plots.Line(
+        plots.Curve(
             labels.get(method, method), curve["alpha"], curve["validation_accuracy"], curve["best"]
         )
         for method, curve in results.alpha.items()
@@ -206,11 +206,11 @@ def _learning_sections(results: Results) -> list[Section]:
         ]
         if curves:
             axis, key = f"validation {score.axis}", f"validation_{score.key}"
-            lines = [plots.Line(label, curve["epoch"], curve[key]) for label, curve in curves]
+            lines = [plots.Curve(label, curve["epoch"], curve[key]) for label, curve in curves]
             chart = plots.lines(lines, x_axis="epoch", y_axis=axis, percent=score.is_share)
             sections.append(Section(family, (), [chart], level=3))
         losses = [
-            plots.Line(label, range(1, len(values) + 1), values)
+            plots.Curve(label, range(1, len(values) + 1), values)
             for label, curve in curves
             if (values := curve.get("loss"))
         ]
@@ -233,7 +233,7 @@ def _learning_rate_sections(results: Results) -> list[Section]:
     if not schedules or not (0 < peak < math.inf) or len(set(schedules[0])) == 1:
         return []
     shares = [rate / peak for rate in schedules[0]]
-    line = plots.Line("all methods", range(1, len(shares) + 1), shares)
+    line = plots.Curve("all methods", range(1, len(shares) + 1), shares)
     chart = plots.lines([line], x_axis="epoch", y_axis="learning rate, % of its peak")
     note = f"As a percentage of its peak, {peak:.3g}."
     return [Section("Learning rate", [note], [chart], level=3)]

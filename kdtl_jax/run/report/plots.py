@@ -40,7 +40,7 @@ class Bar(NamedTuple):
     series: int = 0
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """A named curve of shares."""
 
     label: str
@@ -49,7 +49,7 @@ class Line(NamedTuple):
     marked: float | None = None  # the x to highlight
 
 
-class Axis(NamedTuple):
+class PlotAxis(NamedTuple):
     """A vertical line of the parallel plot: one value per row of the sweep."""
 
     label: str
@@ -144,7 +144,7 @@ def _row_labels(ax: "Axes", row: int, label: str, value: str) -> None:
     text(ax, 1.02, row, value, xycoords=transform, va="center")
 
 
-def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = True) -> Chart:
+def lines(curves: Sequence[Curve], *, x_axis: str, y_axis: str, percent: bool = True) -> Chart:
     """Curves over a common axis; a chosen x is ringed."""
     label, factor = f"{y_axis} against {x_axis}", 100 if percent else 1
     ax = _drawing.axes(320, left=52, right=14, top=12, bottom=44, grid="y")
@@ -175,7 +175,7 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
     return Chart(svg(ax, label), tuple(curve.label for curve in curves))
 
 
-def parallel(axes: Sequence[Axis], *, best: int) -> Chart:
+def parallel(axes: Sequence[PlotAxis], *, best: int) -> Chart:
     """Parallel coordinates: one line per row of a sweep, one axis per setting, the score last.
 
     Lines grow stronger with the score; the best is drawn last, in another color. Axes of positive
@@ -327,7 +327,7 @@ class _Scale(NamedTuple):
     labels: tuple[float, ...]
 
     @classmethod
-    def of(cls, axis: Axis) -> "_Scale":
+    def of(cls, axis: PlotAxis) -> "_Scale":
         values = sorted({v for v in axis.values if math.isfinite(v)}) or [0.0]
         if axis.names:
             values = [float(i) for i in range(len(axis.names))]
@@ -358,7 +358,7 @@ def _normalize(values: Sequence[float]) -> list[float]:
     return [(v - low) / (high - low) if _is_drawable(v) else 0.0 for v in values]
 
 
-def _value(axis: Axis, value: float) -> str:
+def _value(axis: PlotAxis, value: float) -> str:
     if axis.names:
         return axis.names[int(value)]
     return f"{value:.3g}" if math.isfinite(value) else "none"

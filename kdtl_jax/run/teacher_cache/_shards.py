@@ -21,7 +21,7 @@ FORMAT = 2
 PLAN, MANIFEST = "plan.json", "manifest.json"
 
 
-class Column(NamedTuple):
+class StoredColumn(NamedTuple):
     """One stored array `[rows, *shape]`; `field` is a field of `losses.TopK`, or None."""
 
     tap: str
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     top_k: int | None
     temperature: float  # of the softmax that was cut to top_k
     shard_rows: int  # shards never cross views
-    columns: tuple[Column, ...]
+    columns: tuple[StoredColumn, ...]
 
 
 class Cache(NamedTuple):
@@ -177,7 +177,7 @@ def verify(folder: str | Path) -> list[str]:
     return [problem for problem in problems if problem is not None]
 
 
-def row_bytes(columns: tuple[Column, ...]) -> int:
+def row_bytes(columns: tuple[StoredColumn, ...]) -> int:
     """Bytes of one example on disk."""
     return sum(math.prod(c.shape) * jnp.dtype(c.dtype).itemsize for c in columns)
 
@@ -204,7 +204,7 @@ def seal_name(shard: int) -> str:
     return f"{shard:05d}.json"
 
 
-def storage_dtype(column: Column) -> np.dtype:
+def storage_dtype(column: StoredColumn) -> np.dtype:
     """The dtype on disk: NumPy has no bfloat16, so its bits are stored as uint16."""
     return np.dtype(np.uint16 if column.dtype == "bfloat16" else column.dtype).newbyteorder("<")
 
@@ -227,7 +227,7 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
         raise ValueError(f"format {_text.shown(version, 40)}, this version reads {FORMAT}")
     try:
         columns = tuple(
-            Column(**c)._replace(shape=tuple(map(int, c["shape"]))) for c in value["columns"]
+            StoredColumn(**c)._replace(shape=tuple(map(int, c["shape"]))) for c in value["columns"]
         )
         fields = {name: value[name] for name in Plan._fields}
         plan = Plan(**fields | {"fingerprint": from_json(value["fingerprint"]), "columns": columns})
@@ -325,7 +325,7 @@ def _group_by_shard(index: np.ndarray, shard_rows: int) -> list[tuple[int, np.nd
     return [(int(shard[0]), positions, rows) for positions, rows, shard in groups if len(shard)]
 
 
-def _decode(column: Column, x: np.ndarray, stored_precision: bool) -> np.ndarray:
+def _decode(column: StoredColumn, x: np.ndarray, stored_precision: bool) -> np.ndarray:
     if column.field == "indices":
         return x.astype(np.int32)
     if column.dtype == "bfloat16":

@@ -18,7 +18,7 @@ from kdtl_jax.run import data, processes
 from kdtl_jax.run.data import Augment, Batch
 from kdtl_jax.run.teacher_cache import _shards
 from kdtl_jax.run.teacher_cache._fingerprint import as_numpy, differences, fingerprint
-from kdtl_jax.run.teacher_cache._shards import Column, Plan
+from kdtl_jax.run.teacher_cache._shards import Plan, StoredColumn
 
 SHARD_ROWS = 8192  # a kill loses the current shard
 SHARD_BYTES = 64 * 2**20
@@ -175,7 +175,7 @@ def write(
 
 def columns(
     outputs: Mapping[str, Any], batch: int, taps: tuple[str, ...], top_k: int | None, dtype: str
-) -> tuple[Column, ...]:
+) -> tuple[StoredColumn, ...]:
     """Makes columns for the (abstract) outputs `[B, ...]` of a batch."""
     result = []
     for tap in taps:
@@ -196,15 +196,15 @@ def columns(
                     f"classes, got {list(output.shape)}."
                 )
             result += [
-                Column(
+                StoredColumn(
                     tap, "indices", np.min_scalar_type(shape[-1] - 1).name, (*shape[:-1], top_k)
                 ),
-                Column(tap, "log_probs", dtype, (*shape[:-1], top_k)),
-                Column(tap, "log_tail", "float32", shape[:-1]),
+                StoredColumn(tap, "log_probs", dtype, (*shape[:-1], top_k)),
+                StoredColumn(tap, "log_tail", "float32", shape[:-1]),
             ]
         else:
             floating = jnp.issubdtype(output.dtype, jnp.floating)
-            result.append(Column(tap, None, dtype if floating else output.dtype.name, shape))
+            result.append(StoredColumn(tap, None, dtype if floating else output.dtype.name, shape))
     return tuple(result)
 
 
@@ -305,7 +305,7 @@ def _take_batch(arrays: Batch, rows: np.ndarray) -> Any:
     return jax.tree.map(data.canonical, data.take_rows(arrays, rows))
 
 
-def _fault_codes(output: Array, stored: Array, column: Column) -> Array:
+def _fault_codes(output: Array, stored: Array, column: StoredColumn) -> Array:
     """uint8 `[B]`: 1 where a row holds NaN or infinity, 2 where the stored precision overflows.
 
     -inf marks a masked class.
