@@ -202,6 +202,13 @@ def test_positions_count_real_tokens_of_each_segment():
     np.testing.assert_array_equal(at, expected)
 
 
+@pytest.mark.usefixtures("x64")
+def test_new_weights_are_float32_where_jax_has_float64():
+    config = models.DecoderConfig(13, 8, layers=1, heads=2, key_heads=2, head_width=4, hidden=8)
+    weights = jax.eval_shape(models.decoder(config).init, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype(jnp.float32)}
+
+
 def test_rematerialized_gradients_are_the_same():
     source, tokens = loaded("llama"), jnp.asarray(recorded("llama")["short"].argmax(-1))
     again = models.decoder(

@@ -21,7 +21,7 @@ from kdtl_jax.models import _blocks, _deberta
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((2, 7), jnp.int32)
-KEY = jax.random.key(0)
+KEY, F32 = jax.random.key(0), jnp.dtype(jnp.float32)
 
 CASES: dict[str, tuple[nn.Module, Any, dict[str, tuple[int, ...]]]] = {
     "mlp": (
@@ -88,6 +88,16 @@ CASES: dict[str, tuple[nn.Module, Any, dict[str, tuple[int, ...]]]] = {
 
 def shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_outputs_are_float32_where_jax_has_float64(name: str) -> None:
+    module, inputs, _ = CASES[name]
+    variables = jax.eval_shape(module.init, KEY, inputs)
+    outputs = jax.eval_shape(module.apply, variables, inputs)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((variables, outputs))}
+    assert {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)} == {F32}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -24,7 +24,7 @@ class ConvNextBlock(nn.Module):
         y = layer_norm(1e-6, "norm")(y)
         y = FeedForward(4 * channels, self.activation, name="mlp")(y)
         if self.has_scale:
-            scale = self.param("scale", nn.initializers.constant(1e-6), (channels,))
+            scale = self.param("scale", nn.initializers.constant(1e-6), (channels,), jnp.float32)
             y = y * scale[None, None, None]
         return x + nn.Dropout(self.drop_path, (1, 2, 3), deterministic=not train)(y)
 

@@ -19,13 +19,13 @@ ones of their own segment, so padding and packing do not change the numbers of a
 no dropout here, as is usual in fine-tuning and distillation.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks
@@ -312,7 +312,7 @@ def _layer_params(config: DecoderConfig, params: Params, i: int) -> tuple[Params
 def _init(config: DecoderConfig, key: Array) -> Params:
     """Normal weights of deviation 0.02; `0.02 / sqrt(2 layers)` if they write to the residual."""
     key_tokens, key_positions, key_layers, key_head = jax.random.split(key, 4)
-    width, small = config.width, 0.02 / np.sqrt(2 * config.layers)
+    width, small = config.width, 0.02 / math.sqrt(2 * config.layers)
 
     def normal(key: Array, shape: tuple[int, ...], deviation: float = 0.02) -> Array:
         return deviation * jax.random.normal(key, shape, jnp.float32)

@@ -94,7 +94,8 @@ class LanguageHead(nn.Module):
         else:
             logits = nn.Dense(table.num_embeddings, self.has_own_bias, name="decoder")(x)
         if self.has_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (table.num_embeddings,))
+            size = (table.num_embeddings,)
+            bias = self.param("bias", nn.initializers.zeros_init(), size, jnp.float32)
             # PyTorch's class keeps it beside an output layer with its own bias, and leaves it out.
             logits = logits if self.has_own_bias else logits + bias[None, None]
         return logits.astype(jnp.float32)

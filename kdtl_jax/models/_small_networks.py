@@ -56,8 +56,8 @@ class Conv3x3(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         shape = (3, 3, x.shape[-1], self.channels)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,), jnp.float32)
         convolve = _as_matmul if train and jax.default_backend() == "cpu" else _as_convolution
         return convolve(x, kernel) + bias[None, None, None]
 

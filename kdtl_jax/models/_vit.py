@@ -35,10 +35,10 @@ class ViTEmbeddings(nn.Module):
         x = convolve(images)
         x = x.reshape(x.shape[0], -1, self.width)
         for name in ("distillation", "cls") if self.has_distillation_token else ("cls",):
-            token = self.param(name, nn.initializers.zeros_init(), (1, 1, self.width))
+            token = self.param(name, nn.initializers.zeros_init(), (1, 1, self.width), jnp.float32)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         shape = (1, x.shape[1], self.width)
-        return x + self.param("positions", nn.initializers.normal(0.02), shape)
+        return x + self.param("positions", nn.initializers.normal(0.02), shape, jnp.float32)
 
 
 class ViTLayer(nn.Module):
@@ -144,7 +144,8 @@ class Dinov2Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         def scale(name: str, y: Array) -> Array:
-            y = y * self.param(name, nn.initializers.ones_init(), (x.shape[-1],))[None, None]
+            scale = self.param(name, nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+            y = y * scale[None, None]
             return nn.Dropout(self.drop_path, (1, 2), deterministic=not train)(y)
 
         attention = SelfAttention(
@@ -192,7 +193,7 @@ class Dinov2(nn.Module):
         x = ViTEmbeddings(self.width, patch, name="embeddings")(inputs)
         if self.registers:
             shape = (1, self.registers, self.width)
-            tokens = self.param("registers", nn.initializers.zeros_init(), shape)
+            tokens = self.param("registers", nn.initializers.zeros_init(), shape, jnp.float32)
             tokens = jnp.broadcast_to(tokens, (x.shape[0], *shape[1:]))
             x = jnp.concatenate([x[:, :1], tokens, x[:, 1:]], axis=1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -219,7 +220,7 @@ class TowerEmbeddings(nn.Module):
         x = convolve(self.width, self.patch, self.patch)(images)
         x = x.reshape(x.shape[0], -1, self.width)
         if self.has_class:
-            cls = self.param("cls", nn.initializers.normal(0.02), (self.width,))
+            cls = self.param("cls", nn.initializers.normal(0.02), (self.width,), jnp.float32)
             first = jnp.broadcast_to(cls[None, None], (x.shape[0], 1, self.width))
             x = jnp.concatenate([first, x], axis=1)
         positions = nn.Embed(x.shape[1], self.width, name="positions")
@@ -270,7 +271,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        probe = self.param("probe", nn.initializers.normal(0.02), (1, 1, width))
+        probe = self.param("probe", nn.initializers.normal(0.02), (1, 1, width), jnp.float32)
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, width))
         # One matrix, as it is stored; the query only uses its first third.
         project = nn.Dense(3 * width, name="qkv")
