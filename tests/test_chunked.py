@@ -334,6 +334,8 @@ def test_bad_arguments_say_what_fits() -> None:
 
     with pytest.raises(ValueError, match=r"kernel \[width, vocabulary\].*pass embedding\.T"):
         divergence(hidden, Head(x["kernel"].T), rows, teacher)
+    with pytest.raises(TypeError, match="head must be a Head, got "):
+        divergence(hidden, x["kernel"], rows, teacher)
     with pytest.raises(ValueError, match="one bias per class"):
         divergence(hidden, Head(x["kernel"], x["bias"][:3]), rows, teacher)
     with pytest.raises(ValueError, match=r"delta a \[width, r\] and b \[r, vocabulary\]"):

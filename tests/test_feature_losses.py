@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,3 +108,10 @@ def test_wkd_feature_wants_enough_pixels_per_cell() -> None:
     maps = jnp.ones((2, 3, 3, 2))
     with pytest.raises(ValueError, match="Use a coarser grid or ddof=0"):
         losses.wkd_feature(maps, maps, grid=3, ddof=1)
+
+
+def test_a_variance_has_channels() -> None:
+    features: Any = np.ones((2, 3), np.float32)
+    variance: Any = 1.0
+    with pytest.raises(ValueError, match="variance must have one value per channel"):
+        losses.vid(features, features, variance)

@@ -145,6 +145,22 @@ def test_top_k_targets_hold_all_the_mass() -> None:
         losses.top_k_targets(teacher, k=10)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.top_k_kl_tail,
+        losses.top_k_buckets,
+        losses.hinge_ranking,
+        losses.in_student_top_k,
+        lambda student, targets: losses.soften_top_k(targets, temperature=2.0),
+    ],
+)
+def test_targets_that_are_logits_are_refused(loss: Any) -> None:
+    student, teacher = dense()
+    with pytest.raises(TypeError, match="targets must be a TopK, got "):
+        loss(student, teacher)
+
+
 def test_softening_stored_targets_is_exact_without_a_tail_and_for_a_flat_one() -> None:
     _, teacher = dense()
     whole = losses.soften_top_k(losses.top_k_targets(teacher, k=9), temperature=3.0)

@@ -89,6 +89,7 @@ def random_sampling_cross_entropy(
     Returns:
       `[...]`, nats, float32 or wider. Not zero at equality: the teacher's entropy stays in.
     """
+    _checks.instance(WeightedClasses, targets=targets)
     student, _ = _logspace.soften(student_logits, student_logits, temperature)
     _checks.indices(student.shape[-1], indices=targets.indices)
     _checks.floating(weights=targets.weights)

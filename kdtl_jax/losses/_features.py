@@ -257,6 +257,7 @@ def vid(student: Array, teacher: Array, variance: Array) -> Array:
     student, teacher = _sides.same_shape(student, teacher)
     _checks.floating(variance=variance)
     _checks.positive(variance=variance)
+    variance = jnp.asarray(variance)
     if variance.shape not in (student.shape, student.shape[-1:]):
         raise ValueError(
             f"variance must have one value per channel or the student's shape, got "

@@ -40,6 +40,7 @@ def head_logits(hidden: Array, head: Head) -> Array:
 
 def check_head(hidden: Array, head: Head) -> None:
     """Checks that a head fits hidden states `[..., width]`."""
+    _checks.instance(Head, head=head)
     _checks.floating(hidden=hidden, kernel=head.kernel)
     _checks.rank(1, hidden=hidden)
     _checks.rank(2, 2, kernel=head.kernel)

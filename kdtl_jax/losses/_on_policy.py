@@ -148,6 +148,7 @@ def top_k_overlap(student_logits: Array, targets: _topk.TopK) -> Array:
 
 def in_student_top_k(student_logits: Array, targets: _topk.TopK) -> Array:
     """Which of the teacher's k classes are among the student's own k: bool `[..., k]`."""
+    _checks.instance(_topk.TopK, targets=targets)
     student_indices = _topk.top_k_targets(student_logits, k=jnp.shape(targets.indices)[-1]).indices
     return jnp.any(targets.indices[..., :, None] == student_indices[..., None, :], axis=-1)
 

@@ -118,6 +118,7 @@ def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None
     References:
       One class is DistillKit's "symmetric_uniform".
     """
+    _checks.instance(TopK, targets=targets)
     _checks.positive(temperature=temperature)
     _checks.per_example(jnp.shape(targets.log_tail), temperature=temperature)
     log_probs = _numerics.upcast(targets.log_probs)
@@ -304,6 +305,7 @@ def check_targets(
     `[..., num_classes]` logits and targets `[..., k]` give `[..., num_classes]`, targets of the
     same shapes, and bool `[...]`.
     """
+    _checks.instance(TopK, targets=targets)
     student, _ = _logspace.soften(student_logits, student_logits, temperature)
     classes = student.shape[-1]
     _checks.indices(classes, indices=targets.indices)
