@@ -11,7 +11,8 @@ Everything runs inside `jit`, on the device.
 
 TypeError: rows are not integers, mixed arrays are not floating point, or the mask is not bool.
 ValueError: shapes do not fit (images are `[B, H, W, C]`, with one key each, and targets `[B, K]`),
-or a probability, a padding or an alpha is out of its range.
+a probability is outside [0, 1], a padding is negative, or an alpha (of a Beta distribution) is not
+above 0.
 """
 
 import jax

@@ -62,8 +62,8 @@ def learned_temperature(
 
     Args:
       parameter: `g`, a scalar or `[B]` (the instance-wise variant's network output).
-      start: the lowest temperature.
-      span: the range above it; the published code calls it `t_end`.
+      start: the lowest temperature, > 0.
+      span: the range above it, > 0; the published code calls it `t_end`.
       reversal: strength of the reversal, usually `adversarial_ramp(steps)(step)`.
 
     Returns:

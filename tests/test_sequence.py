@@ -123,6 +123,8 @@ def test_distillm2_skews_less_where_the_sides_are_far_apart() -> None:
     want = 1 - 0.6 * 0.75 / (p - reference + 1e-5)
     np.testing.assert_allclose(got, np.clip(want, 0.01, 0.4), rtol=1e-5)
     assert 0.01 == pytest.approx(float(got[1])) and got[0] == np.float32(0.4)
+    with pytest.raises(TypeError, match="log_prob must be floating point"):
+        losses.distillm2_alpha(jnp.ones(3, jnp.int32), jnp.log(reference), anchor=0.75)
 
 
 def dense() -> tuple[jax.Array, jax.Array]:

@@ -258,9 +258,9 @@ def test_one_message_for_every_other_slip() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             slip()
-    with pytest.raises(KeyError) as actual:
+    with pytest.raises(KeyError) as info:
         step_of(LINEAR)(state, {"inputs": BATCH["inputs"]})
-    assert actual.value.__notes__[0] == "The batch has ['inputs'], the model returns ['logits']."
+    assert info.value.__notes__[0] == "The batch has ['inputs'], the model returns ['logits']."
     assert repr(stratified(data)) == (
         "Splits('', inputs float32[3], 2 classes: train 2, validation 1, test 1)"
     )

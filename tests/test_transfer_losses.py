@@ -46,6 +46,8 @@ def test_bi_tuning_classifier_by_hand() -> None:
     want = [-np.log(2) - row[mask].mean() for row, mask in zip(log_p, same, strict=True)]
     got = losses.bi_tuning_classifier(features, labels, class_weights=kernel, class_bias=bias)
     np.testing.assert_allclose(got, want, rtol=1e-4)
+    with pytest.raises(TypeError, match="class_bias must be floating point"):
+        losses.unit_classes(kernel, jnp.ones(len(bias), jnp.int32))
 
 
 def test_delta_attention_sums_to_one_and_prefers_damage() -> None:

@@ -6,8 +6,9 @@ in `kdtl_jax.methods`. The losses are listed first, followed by the pieces that 
 targets, weights, schedules and alignments.
 
 Results are float32 or wider. Everywhere, arrays that are not real floating point, masks that are
-not bool and labels or ids that are not integers raise TypeError; empty arrays, shapes that do not
-fit, and hyper-parameters, concrete labels and ids out of their range raise ValueError.
+not bool, and labels, ids or counts that are not integers raise TypeError; shapes that do not fit,
+and hyper-parameters, concrete labels and ids out of their range raise ValueError. Losses of empty
+arrays raise ValueError too, except those of sampled tokens, where a text may have none.
 """
 
 from kdtl_jax.losses._attention import attention_kl as attention_kl

@@ -117,6 +117,8 @@ def rrd(
     pushes the current batch onto the queue before comparing (`memory.queue_push`).
 
     Args:
+      student: `[B, D]`.
+      teacher: `[B, D]`.
       queue: `[K, D]`, unit rows, `memory.Queue.rows`.
       teacher_temperature: T_T, smaller than T_S: a sharper target.
 
@@ -252,6 +254,7 @@ def unit_features(features: Array) -> Array:
 
 def unit_classes(class_weights: Array, class_bias: Array) -> Array:
     """`[W_c, b_c] / ||[W_c, b_c]||`, `[D, C], [C] -> [C, D + 1]`: a head as class directions."""
+    _checks.floating(class_weights=class_weights, class_bias=class_bias)
     rows = jnp.concatenate(
         [_numerics.upcast(class_weights).T, _numerics.upcast(class_bias)[:, None]], axis=-1
     )

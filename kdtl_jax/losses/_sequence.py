@@ -201,7 +201,7 @@ def distillm2_alpha(
         from (the teacher for forward, the student for reverse).
       reference_log_prob: `[B]`, under the other side.
       anchor: the running value of the same difference of probabilities.
-      base: the largest skew.
+      base: the largest skew, in [0, 1].
 
     Returns:
       `[B]`, an `alpha` for `skew_forward_kl` or `skew_reverse_kl`.
@@ -210,6 +210,7 @@ def distillm2_alpha(
       Ko et al., DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs, 2025
       (2503.07067).
     """
+    _checks.floating(log_prob=log_prob, reference_log_prob=reference_log_prob)
     _checks.same_shape(log_prob=log_prob, reference_log_prob=reference_log_prob)
     _checks.finite(anchor=anchor)
     _checks.within(0, 1, base=base)

@@ -11,8 +11,8 @@
 What all functions here share: logits are `[..., num_classes]`, softened by `temperature`;
 `targets`, from `top_k_targets` or `stored_top_k`, are the teacher's k classes, made at the same
 temperature, which is a scalar or one value per example. The result is `[...]`, in nats unless
-stated otherwise, float32 or wider. Under `jit`, an index out of range (such as a stored
--1) gives NaN, with gradient 0.
+stated otherwise, float32 or wider. Under `jit`, an index out of range (such as a stored -1) gives
+NaN, with gradient 0.
 """
 
 from typing import NamedTuple

@@ -140,6 +140,7 @@ def alm(
 
     Args:
       temperature: > 0; a high value compares log-probabilities, 1 compares probabilities.
+      eps: > 0.
     """
     student, teacher = _check_log_probs(student_log_probs, teacher_log_probs)
     _checks.positive(temperature=temperature, eps=eps)

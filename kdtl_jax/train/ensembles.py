@@ -27,8 +27,9 @@ which any loss accepts as a teacher's. The mixtures differ in meaning:
 `weights` are per teacher, `[K]`, or per teacher and example, `[K, B]`; they must not be negative
 and are normalized over teachers. By default they are equal.
 
-Raises ValueError if there is no teacher axis, weights do not fit it, are negative or sum to 0, or a
-temperature is not positive, and TypeError if logits are not floating point.
+Raises ValueError if there is no teacher axis, weights or scores do not fit it, weights are negative
+or sum to 0, or a temperature is not positive, and TypeError if logits or scores are not floating
+point.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -90,7 +90,7 @@ def magnitude_cut(
 ) -> _ranking.Cut:
     """The cut that keeps the `count` entries of largest magnitude among all leaves `read()` yields.
 
-    Leaves may have any shape.
+    Leaves may have any shape. `count` is at most the number of their entries.
 
     Args:
       read: called once per 16 bits of `dtype`; must yield the same leaves every time, which may be
@@ -191,8 +191,8 @@ def della_probabilities(
 
     Args:
       task_vector: any pytree; a leaf without axes gets `density`.
-      density: mean probability; leaves that match no rule get 1.
-      epsilon: half the spread; reduced if `density -+ epsilon` would leave `[0, 1]`.
+      density: mean probability, in `[0, 1]`; leaves that match no rule get 1.
+      epsilon: half the spread, >= 0; reduced if `density -+ epsilon` would leave `[0, 1]`.
 
     Returns:
       A tree of the same structure, float32 or wider.

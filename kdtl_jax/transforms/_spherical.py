@@ -232,7 +232,7 @@ def karcher_mean(
 def model_stock(
     base: Params, models: Sequence[Params], *, axis: int | None = None, floor: Scalar = 0.0
 ) -> Params:
-    """`t mean_i theta_i + (1 - t) base` with `t = N c / (1 + (N - 1) c)`.
+    """`t mean_i theta_i + (1 - t) base` with `t = N c / (1 + (N - 1) c)`, of N >= 2 models.
 
     `c` is the mean cosine over pairs of task vectors: models that moved in the same direction are
     trusted, models that moved apart are pulled back to the base. If they cancel

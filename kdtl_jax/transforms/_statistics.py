@@ -83,9 +83,10 @@ def regmean(
 
     Args:
       grams: for every model `{path of a kernel: G [..., in, in]}`; all with the same paths.
-      shrink: the paper's alpha; 1 is exact least squares, 0 weights by input power alone.
-      ridge: this times the mean diagonal of all `G_i` is added to each diagonal, so inputs that
-        are 0 in every model fall back to the average instead of dividing by zero.
+      shrink: the paper's alpha, in [0, 1]; 1 is exact least squares, 0 weights by input power
+        alone.
+      ridge: this, >= 0, times the mean diagonal of all `G_i` is added to each diagonal, so inputs
+        that are 0 in every model fall back to the average instead of dividing by zero.
 
     Raises:
       ValueError: if names, shapes or paths differ, or a Gram matrix does not fit its kernel.
