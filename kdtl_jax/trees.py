@@ -304,17 +304,16 @@ def _number_key(digits: str) -> tuple[int, int, str, str]:
 
 
 def _predicate(where: Selector) -> Predicate:
-    if isinstance(where, str):
+    if isinstance(where, (str, Glob)):
+        text = where if isinstance(where, str) else _glob_to_regex(where.pattern)
         try:
-            pattern = re.compile(where, re.DOTALL)  # a name may hold anything
+            pattern = re.compile(text, re.DOTALL)  # a name may hold anything
         except re.error as error:
-            raise ValueError(
-                f"{where!r} is not a regular expression ({error}). "
-                f"For shell patterns use Glob({where!r})."
-            ) from None
+            kind, repair = "regular expression", f" For shell patterns use Glob({where!r})."
+            if isinstance(where, Glob):
+                kind, repair = "shell pattern", ""
+            raise ValueError(f"{where!r} is not a {kind} ({error}).{repair}") from None
         return lambda path, leaf: pattern.fullmatch(path) is not None
-    if isinstance(where, Glob):
-        return _predicate(_glob_to_regex(where.pattern))
     if callable(where) and not is_bool_tree(where):
         return lambda path, leaf: bool(where(path, leaf))
     raise ValueError(

@@ -193,6 +193,9 @@ def test_every_kind_of_field_on_the_command_line_and_in_a_file(tmp_path: Path) -
     assert every("--config", str(file)) == expected
     assert every("--config", str(file), "--rule", "c=3").rule == ("c=3",), "a flag replaces"
     assert every("--as", "B").as_ == "b"
+    mixed = every("f", "--debug", "g", "--share", "0.25", "h")
+    assert mixed == Every(("f", "g", "h"), share=0.25), "files stand between flags"
+    assert every("--debug", "--", "-f").files == ("-f",)
     file.write_text("as: B")
     assert every("--config", str(file)).as_ == "b"
     file.write_text("rule: 3")

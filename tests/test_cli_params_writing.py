@@ -26,7 +26,10 @@ from params_checkpoints import (
 )
 
 from kdtl_jax import transforms
+from kdtl_jax.cli.params import _checkpoints
+from kdtl_jax.cli.params._checkpoints import Rewrite, Writing
 from kdtl_jax.interop import safetensors
+from kdtl_jax.transforms import Report
 
 pytestmark = pytest.mark.usefixtures("checkpoints")
 
@@ -61,6 +64,14 @@ def test_a_foreign_recipe_is_kept_as_text() -> None:
     assert params("scale", "f.safetensors", "--skip-sha256", *OUT) == 0
     recipe = json.loads(safetensors.index("out.safetensors").metadata["kdtl_recipe"])
     assert recipe["before"] == "{" and set(recipe["inputs"][0]) == {"file", "bytes"}
+
+
+def test_a_whole_tensor_has_the_shape_that_was_announced() -> None:
+    source = _checkpoints.opened(A, "a model", "")
+    rewrite = Rewrite({"w": np.zeros((2, 3))}, lambda path: np.zeros((3, 2)), Report(), [source])
+    with pytest.raises(ValueError, match=r"'w' was announced as .*\(2, 3\).*\(3, 2\)"):
+        _checkpoints.finish(Writing(write="out.safetensors"), "scale", rewrite)
+    assert not Path("out.safetensors").exists()
 
 
 def test_shards_in_and_out() -> None:

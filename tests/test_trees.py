@@ -181,6 +181,8 @@ def test_an_empty_match_names_the_nearest_paths() -> None:
         trees.mask({}, "head")
     with pytest.raises(ValueError, match=r"not a regular expression.*Glob\('\*/kernel'\)"):
         trees.mask(network(), "*/kernel")
+    with pytest.raises(ValueError, match=r"^Glob\(pattern='\[z-a\]'\) is not a shell pattern"):
+        trees.mask(network(), Glob("[z-a]"))
 
 
 def test_expected_counts() -> None:

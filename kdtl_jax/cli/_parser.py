@@ -59,8 +59,10 @@ def parse(
     fields = {field.name: field for field in dataclasses.fields(module.Settings)}
     parser = _parser(words, summary, module, fields)
     _refuse_unknown(parser, argv)
+    # Names of files may stand between flags; after "--", they may begin with a dash.
+    read = parser.parse_known_args if "--" in argv else parser.parse_known_intermixed_args
     try:
-        flags, extra = parser.parse_known_args(argv)
+        flags, extra = read(argv)
     except argparse.ArgumentError as error:
         raise UsageError(_one_line(str(error).removeprefix("argument "))) from None
     if extra:

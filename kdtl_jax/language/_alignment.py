@@ -7,7 +7,7 @@
 Vocabularies are compared token by token, never by size: `shared_ids`, `require_same_ids`.
 
 Raises TypeError if log-probabilities are not floating point, or tokens, groups or numbers of chunks
-are not integers, and ValueError if shapes do not fit.
+are not integers, and ValueError if shapes do not fit or there are no chunks.
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,7 @@ Three separate sources: timing (`step_times`, `throughput`), the compiler's acco
 program (`cost`, `memory`), and the machine's measured ceilings (`ceilings`: a large matmul, a large
 copy). `roofline` puts them together. Nothing here depends on the back end: results are awaited with
 `block_until_ready`, and what a back end does not report is None. Counts and seconds that are not
-positive raise ValueError.
+positive raise ValueError, arguments of another type TypeError.
 """
 
 import time

@@ -201,18 +201,23 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
     specs_by_name = {name: specs[path] for name, path in paths.items()}
     advance = progress(total, "writing: ")
 
-    def produce(name: str) -> Iterator[np.ndarray]:
+    def convert(path: str, result: Any) -> np.ndarray:
+        array = np.asarray(result)
+        if trees.is_inexact(array) and trees.is_inexact(specs[path]):
+            with np.errstate(over="ignore"):  # infinity is reported by tensor
+                array = array.astype(specs[path].dtype, copy=False)
+        advance(array.nbytes)
+        if trees.is_inexact(array) and path not in nonfinite and not np.isfinite(array).all():
+            nonfinite.append(path)
+        # Another command may write there in the meantime, so check after every piece.
+        _check_absent(out, settings.force)
+        return array
+
+    def produce(name: str) -> Any:
         path, result = paths[name], rewrite.produce(paths[name])
-        for array in map(np.asarray, result if isinstance(result, Iterator) else [result]):
-            if trees.is_inexact(array) and trees.is_inexact(specs[path]):
-                with np.errstate(over="ignore"):  # infinity is reported by tensor
-                    array = array.astype(specs[path].dtype, copy=False)
-            advance(array.nbytes)
-            if trees.is_inexact(array) and path not in nonfinite and not np.isfinite(array).all():
-                nonfinite.append(path)
-            # Another command may write there in the meantime, so check after every piece.
-            _check_absent(out, settings.force)
-            yield array
+        if isinstance(result, Iterator):
+            return (convert(path, piece) for piece in result)
+        return convert(path, result)  # as a whole, so that its shape is checked
 
     # Double precision is kept; without x64, JAX would convert it to float32.
     with jax.enable_x64(True):

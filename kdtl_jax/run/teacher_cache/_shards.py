@@ -125,6 +125,7 @@ def rows(
 
     Raises:
       OSError: if a shard can no longer be read.
+      TypeError: if rows are not integers.
       ValueError: if a row does not exist.
     """
     _checks.instance(Cache, cache=cache)
