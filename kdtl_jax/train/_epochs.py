@@ -80,7 +80,8 @@ def jit_epoch(step: Step) -> Epoch:
 
     Returns:
       `epoch(state, data, index, teacher_params=None)` as in `scan_epoch`, with equal results on
-      either path; `epoch_path` returns the path that it takes.
+      either path; `epoch_path` returns the path that it takes. It raises RuntimeError as the step
+      of `jit_step` does.
     """
     step = jax.jit(step, inline=True)  # one trace for the path and for the program
     scanned = jax.jit(scan_epoch(step), donate_argnums=0)

@@ -8,8 +8,9 @@ Trees are any pytrees. Functions of several trees take trees of one structure an
 models, or a base and models) and return one with the first tree's structure, dtypes and non-inexact
 leaves; task vectors are float32 or wider. They raise ValueError where names or shapes differ,
 listing all differences, where there is not one weight per tree or weights that divide sum to 0, and
-for a coefficient or hyper-parameter outside its stated range. A coefficient per leaf is a number, a
-traced scalar, or anything else that `scale` takes as alpha.
+for a coefficient or hyper-parameter outside its stated range; a coefficient that is no real number
+raises TypeError. A coefficient per leaf is a number, a traced scalar, or anything else that `scale`
+takes as alpha.
 
 - One tree: `scale`, `scale_homogeneous`, `fit_alpha`.
 - From a source into a target: `transfer`, or `plan_transfer` and `apply_plan`, with renames,
