@@ -119,8 +119,8 @@ def alm(inputs: Inputs) -> dict[str, Any]:
     task = of_text(inputs)["task"]
     chunks = language.chunk_log_probs(-task.values, batch["groups"], num_chunks=LENGTH)
     pieces = batch["pieces"]["tokens"][:, 1:]
-    message = losses.token_log_probs(batch["teacher_logits"], pieces)
-    return {"task": task, "kd": Masked(losses.alm_limit(chunks, message), in_text(inputs))}
+    teacher = losses.token_log_probs(batch["teacher_logits"], pieces)
+    return {"task": task, "kd": Masked(losses.alm_limit(chunks, teacher), in_text(inputs))}
 
 
 def uld(inputs: Inputs) -> dict[str, Any]:

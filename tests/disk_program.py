@@ -87,16 +87,16 @@ def attack(home: Path, case: Case, space: int | None, moment: float, whole: dict
         time.sleep(moment)
         is_shut = space is None and _shut(small, pid)
         code = end(pid)
-        seconds, message = time.monotonic() - begun, log.read_text(errors="replace")
+        seconds, output = time.monotonic() - begun, log.read_text(errors="replace")
         after = content(work)
-        errors = [line for line in message.splitlines() if line.startswith("kdtl ")]
+        errors = [line for line in output.splitlines() if line.startswith("kdtl ")]
         if code not in (0, 1):
-            wrong.append(f"it ended with {code}: {message[-400:]}")
+            wrong.append(f"it ended with {code}: {output[-400:]}")
         if code == 1:
             if len(errors) != 1 or not re.search(REASONS, errors[0]):
-                wrong.append(f"it does not say why in one line: {message[-600:]}")
-            if "Traceback" in message:
-                wrong.append(f"a traceback: {message[-600:]}")
+                wrong.append(f"it does not say why in one line: {output[-600:]}")
+            if "Traceback" in output:
+                wrong.append(f"a traceback: {output[-600:]}")
         wrong += harmed(before, after, whole, replaces=case.old is not None)
         left = [str(p.relative_to(work)) for p in work.rglob(f"*{_files.TEMPORARY}")]
         if left and not is_shut:

@@ -186,11 +186,11 @@ def test_columns_that_a_model_does_not_read_and_inputs_without_names_are_told(
     table(tmp_path / "d.csv", {"label": Y})
     parquet(tmp_path / "d.parquet", Y, ())
     for name in ("d.csv", "d.parquet"):
-        message = datasets.read(tmp_path / name, preprocessing=form).notices
-        assert "columns that the model does not read are left out: v" in message
+        notices = datasets.read(tmp_path / name, preprocessing=form).notices
+        assert "columns that the model does not read are left out: v" in notices
     np.savez(tmp_path / "d.npz", x=X[:, :1], y=Y)
-    message = datasets.read_splits(str(tmp_path / "d.npz"), preprocessing=form).train.notices
-    assert "inputs have no column names: they are taken for u in this order" in message
+    notices = datasets.read_splits(str(tmp_path / "d.npz"), preprocessing=form).train.notices
+    assert "inputs have no column names: they are taken for u in this order" in notices
 
 
 def test_numbers_in_other_units() -> None:

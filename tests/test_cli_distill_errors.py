@@ -175,14 +175,14 @@ def test_a_teacher_is_run_on_the_inputs_that_it_was_made_for(
 def test_a_teachers_file_must_be_of_this_network_and_finite(
     teacher: Path, file: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    messages = ["distill", "--data", file, "--out", tmp_path / "run", "--teacher-weights"]
-    assert kdtl(*messages, teacher, "--teacher", "mlp:8,8") == 2
+    arguments = ["distill", "--data", file, "--out", tmp_path / "run", "--teacher-weights"]
+    assert kdtl(*arguments, teacher, "--teacher", "mlp:8,8") == 2
     assert "holds the model mlp:8, not mlp:8,8" in capsys.readouterr().err
     stored = safetensors.load(teacher)
     nan = {name: x * np.float32(np.nan) for name, x in stored.items()}
     safetensors.save(tmp_path / "nan.safetensors", nan)
     for command in ("distill", "sweep"):
-        words = [command, *messages[1:], tmp_path / "nan.safetensors", "--teacher", "mlp:8"]
+        words = [command, *arguments[1:], tmp_path / "nan.safetensors", "--teacher", "mlp:8"]
         assert kdtl(*words) == 1
         assert "weights are not finite" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -91,11 +91,11 @@ def test_of_two_runs_that_begin_at_one_instant_one_has_the_folder(
                 return str(error)
 
         with ThreadPoolExecutor(2) as pool:
-            message = sorted(
+            outcomes = sorted(
                 (task.result() for task in [pool.submit(begin) for _ in "ab"]), key=len
             )
-        assert "in use by" in message[1]
-        assert json.loads((folder / "env.json").read_text())["run"] == message[0]
+        assert "in use by" in outcomes[1]
+        assert json.loads((folder / "env.json").read_text())["run"] == outcomes[0]
         assert {path.name for path in folder.iterdir()} == {".lock", *_folders.SETTINGS}
 
 
@@ -179,6 +179,6 @@ def test_a_program_that_starts_without_output_ends_well(
 
 
 def test_long_lines_are_printed_whole_and_safely(capsys: Captured) -> None:
-    message = ", ".join(f"{i} named class {i}" for i in range(200)) + "\x1b[2J"
-    _tables.show(["is"], [["a"]], [f"a\t{message}"])
-    assert capsys.readouterr().out == f"a\t{message[:-4]}\\x1b[2J\n"
+    line = ", ".join(f"{i} named class {i}" for i in range(200)) + "\x1b[2J"
+    _tables.show(["is"], [["a"]], [f"a\t{line}"])
+    assert capsys.readouterr().out == f"a\t{line[:-4]}\\x1b[2J\n"

@@ -239,8 +239,8 @@ def test_models_that_differ_in_their_tensors_are_told_apart(capsys: Any) -> None
     longer |= {f"model.layers.{DEPTH}.attn.bias": np.ones(4, np.float32)}
     safetensors.save("b/model.safetensors", longer)
     config = Path("b/config.json").read_text()
-    message = json.loads(config) | {"num_hidden_layers": DEPTH + 1}
-    Path("b/config.json").write_text(json.dumps(message))
+    deeper = json.loads(config) | {"num_hidden_layers": DEPTH + 1}
+    Path("b/config.json").write_text(json.dumps(deeper))
     assert run({"merge_method": "linear", "models": both}) == 1
     assert "the models have {'a': 4, 'b': 5} layers" in capsys.readouterr().err
     there = {"model": "a", "layer_range": [2, 5]}

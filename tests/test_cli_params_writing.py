@@ -180,9 +180,9 @@ def model_folder(name: str, seed: int, **config: Any) -> None:
     Path(name).mkdir()
     tensors = {k.replace("/", "."): x for k, x in flat(seed).items() if k != "step"}
     safetensors.save(f"{name}/model.safetensors", tensors)
-    message = {"model_type": "x", "num_hidden_layers": 3, "torch_dtype": "float32"}
-    message["layer_types"] = ["full", "sliding", "full"]
-    Path(name, "config.json").write_text(json.dumps(message | config))
+    defaults = {"model_type": "x", "num_hidden_layers": 3, "torch_dtype": "float32"}
+    defaults["layer_types"] = ["full", "sliding", "full"]
+    Path(name, "config.json").write_text(json.dumps(defaults | config))
     Path(name, "tokenizer.json").write_text(name)
     Path(name, "generation_config.json").write_text("{}")
     Path(name, "README.md").write_text("of the original model")

@@ -95,8 +95,8 @@ def test_examples_without_an_answer_have_no_class() -> None:
     actual = list(predict.class_rows(np.array([[np.nan, 0.0], [1.0, 1.0]]), ("a", "b"), False))
     assert actual == [["row", "class", "probability"], ["0", "", ""], ["1", "a", "0.5"]]
     labels = np.array([[np.nan, 1.0], [-1.0, -1.0], [1.0, 1.0]])
-    messages = [row[1] for row in predict.label_rows(labels, ("a", "b"), False)]
-    assert messages == ["labels", "nan", "", "a;b"]
+    cells = [row[1] for row in predict.label_rows(labels, ("a", "b"), False)]
+    assert cells == ["labels", "nan", "", "a;b"]
 
 
 def test_examples_without_an_answer_are_counted_aloud(

@@ -253,8 +253,8 @@ def test_what_is_counted_is_what_is_unpacked(tmp_path: Path) -> None:
         pq.write_table(table, path, data_page_version=version, data_page_size=1000)
         about = pq.ParquetFile(path).metadata
         stored = list(_columnar.chunks(about, table.column_names))
-        message = sum(column.total_uncompressed_size for column in stored)
-        assert 0.8 * message < _columnar.parquet_bytes(path, stored) <= message
+        total = sum(column.total_uncompressed_size for column in stored)
+        assert 0.8 * total < _columnar.parquet_bytes(path, stored) <= total
     read = datasets.read(path, one_hot=True)
     assert read.inputs.shape == (5000, 3)
 

@@ -81,11 +81,11 @@ def unrecorded(text: str) -> list[str]:
     """Measured paragraphs of a text without a command, or with numbers that its record lacks."""
     wrong = []
     for part, around in passages(text):
-        message = re.sub(r"`[^`]*`", "", DEFINED.sub("", part))
-        if not MEASURED.search(message):
+        prose = re.sub(r"`[^`]*`", "", DEFINED.sub("", part))
+        if not MEASURED.search(prose):
             continue
         known = record(part) or record(around)
-        kept = re.sub(r"\b(?:jax|torch|numpy|transformers|Python) [\d.]+\d", "", message)
+        kept = re.sub(r"\b(?:jax|torch|numpy|transformers|Python) [\d.]+\d", "", prose)
         missing = [number for number in numbers(kept) if not is_recorded(number, known)]
         if not known:
             wrong.append(f"no command beside: {part.strip()[:100]!r}")
@@ -110,8 +110,8 @@ def test_measured_figures_of_docstrings_name_their_command() -> None:
             text = ast.get_docstring(node) or ""
             if getattr(node, "name", "").startswith("_") or COMMAND.search(text):
                 continue
-            message = re.sub(r"`[^`]*`", "", DEFINED.sub("", text))
-            if match := MEASURED.search(message):
+            prose = re.sub(r"`[^`]*`", "", DEFINED.sub("", text))
+            if match := MEASURED.search(prose):
                 wrong.append(f"{path.relative_to(ROOT)} {getattr(node, 'name', '')}: {match[0]!r}")
     assert not wrong, "\n".join(wrong)
 

@@ -38,8 +38,8 @@ def described(reference: ModuleType) -> Iterator[tuple[str, ast.AST, str, str]]:
             yield entry.name, node, text, above
             for member in node.body if isinstance(node, ast.ClassDef) else []:
                 if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
-                    message = ast.get_docstring(member) or ""
-                    yield f"{entry.name}.{member.name}", member, message, f"{above}\n{text}"
+                    docstring = ast.get_docstring(member) or ""
+                    yield f"{entry.name}.{member.name}", member, docstring, f"{above}\n{text}"
 
 
 def refuses(node: ast.AST) -> bool:

@@ -262,12 +262,10 @@ def test_a_linear_layer_that_makes_a_map():
     rng = np.random.default_rng(3)
     x, weight, bias = (rng.standard_normal(s) for s in ((2, 6), (8 * 3 * 5, 6), (8 * 3 * 5,)))
     tree = _network(seed=(6, 120), conv=(3, 3, 8, 1))
-    messages = [("conv/kernel", naming.conv2d), ("seed/kernel", naming.unflattened(8, 3, 5))]
+    axes = [("conv/kernel", naming.conv2d), ("seed/kernel", naming.unflattened(8, 3, 5))]
     with pytest.raises(ValueError, match=r"seed/bias \[120\]: naming.unflattened_vector"):
-        naming.convention(tree, axes=messages)
-    rules = naming.convention(
-        tree, axes=[*messages, ("seed/bias", naming.unflattened_vector(8, 3, 5))]
-    )
+        naming.convention(tree, axes=axes)
+    rules = naming.convention(tree, axes=[*axes, ("seed/bias", naming.unflattened_vector(8, 3, 5))])
     got = naming.from_torch({"seed.weight": weight, "seed.bias": bias}, rules)
     ours = (x @ got["seed/kernel"] + got["seed/bias"]).reshape(2, 3, 5, 8)
     torchs = (x @ weight.T + bias).reshape(2, 8, 3, 5).transpose(0, 2, 3, 1)
@@ -289,17 +287,17 @@ def test_transposed_convolutions_of_any_rank_are_undone():
 
 def test_a_norm_of_a_flattened_map_is_asked_for_without_a_linear_layer():
     """`nn.LayerNorm(8 * 3 * 5)` behind a flatten; not one of as many numbers as a layer makes."""
-    messages = [("conv/kernel", naming.conv2d)]
+    axes = [("conv/kernel", naming.conv2d)]
     tree = _network(conv=(3, 3, 1, 8)) | {"norm": {"scale": np.zeros(120), "bias": np.zeros(120)}}
     with pytest.raises(
         ValueError, match=r"(?s)norm/bias \[120\]: naming.unflattened_vector.*scale"
     ):
-        naming.convention(tree, axes=messages)
-    places = [*messages, ("norm/.*", naming.unflattened_vector(8, 3, 5))]
+        naming.convention(tree, axes=axes)
+    places = [*axes, ("norm/.*", naming.unflattened_vector(8, 3, 5))]
     assert len(naming.convention(tree, axes=places)) == 4
     # Concatenated maps of a DenseNet, pooled before the head, which a rule says is linear.
     dense = tree | _network(head=(120, 2))
-    head = [*messages, ("head/kernel", naming.linear)]
+    head = [*axes, ("head/kernel", naming.linear)]
     assert {rule.axes for rule in naming.convention(dense, axes=head) if "norm" in rule.jax} == {
         naming.same
     }
@@ -310,7 +308,7 @@ def test_a_square_kernel_beside_one_that_is_kept_is_asked_for():
     tree = _network(fc=(48, 192), proj=(192, 48), square=(48, 48)) | {
         "words": {"embedding": np.zeros((50, 48))}
     }
-    messages = [("(fc|proj)/kernel", naming.same)]
+    axes = [("(fc|proj)/kernel", naming.same)]
     with pytest.raises(ValueError, match=r"square/kernel \[48, 48\]: naming.same, as another"):
-        naming.convention(tree, axes=messages)
-    assert len(naming.convention(tree, axes=[*messages, ("square/kernel", naming.linear)])) == 7
+        naming.convention(tree, axes=axes)
+    assert len(naming.convention(tree, axes=[*axes, ("square/kernel", naming.linear)])) == 7

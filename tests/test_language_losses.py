@@ -80,13 +80,13 @@ def test_top_k_with_a_sampled_tail_is_the_reverse_kl_on_average(
 def test_a_class_that_the_teacher_excludes_is_infinitely_far() -> None:
     none = jnp.asarray([-jnp.inf])
     at_one = losses.TopK(jnp.asarray([1]), none, jnp.zeros(()))
-    message = (jnp.asarray(0), jnp.log(Q[0]), jnp.log(P[0]))
+    draw = (jnp.asarray(0), jnp.log(Q[0]), jnp.log(P[0]))
     loss = losses.top_k_reverse_kl_sampled_tail
-    value, gradient = jax.value_and_grad(loss)(jnp.log(P), at_one, *message)
+    value, gradient = jax.value_and_grad(loss)(jnp.log(P), at_one, *draw)
     assert value == np.inf
     assert np.isfinite(gradient).all()
     own = jnp.asarray([0.0, -jnp.inf, 0.0])  # the student excludes it too
-    assert np.isfinite(loss(own, at_one, *message))
+    assert np.isfinite(loss(own, at_one, *draw))
 
 
 def test_a_tail_keeps_the_gradient_that_clamping_kills() -> None:
@@ -239,12 +239,12 @@ def test_chunks_of_text_across_tokenizers() -> None:
     close(losses.alm_limit(student, teacher, eps=1e-9), 0.9014)
     # A teacher that is certain of what the student finds impossible; two that nearly agree.
     own = jnp.asarray([-33.0, -100.0, -2.0002])
-    message = jnp.asarray([0.0, 0.0, -2.0])
-    value, gradient = jax.value_and_grad(lambda s: jnp.sum(losses.alm_limit(s, message)))(own)
-    close(losses.alm_limit(own, message)[:2], [33, 100], atol=1e-4)
+    other = jnp.asarray([0.0, 0.0, -2.0])
+    value, gradient = jax.value_and_grad(lambda s: jnp.sum(losses.alm_limit(s, other)))(own)
+    close(losses.alm_limit(own, other)[:2], [33, 100], atol=1e-4)
     x, y = np.float64(own[2]) - 1e-6, -2 - 1e-6
     exact = y - x + y * np.log(x / y)
-    np.testing.assert_allclose(losses.alm_limit(own, message)[2], exact, rtol=1e-5)
+    np.testing.assert_allclose(losses.alm_limit(own, other)[2], exact, rtol=1e-5)
     assert np.isfinite(value) and np.isfinite(gradient).all()
     groups = jnp.asarray([[-1, 0, 0, 1, 2]])
     own = jnp.asarray([[-9.0, -1.0, -2.0, -3.0, -4.0]])

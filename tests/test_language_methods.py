@@ -121,11 +121,11 @@ def prompts(rows: int = 4) -> dict[str, Any]:
     given = batch(rows)["inputs"]
     segments = np.ones((rows, 8), np.int32)
     segments[0, 0] = 0
-    message = {"tokens": given["tokens"][:, :5], "segments": np.ones((rows, 5), np.int32)}
+    context = {"tokens": given["tokens"][:, :5], "segments": np.ones((rows, 5), np.int32)}
     learned = np.arange(8) >= 3
     learned = np.broadcast_to(learned, segments.shape)
     inputs = {"tokens": given["tokens"], "segments": segments, "learned": learned}
-    return {"inputs": {**inputs, "privileged": message}}
+    return {"inputs": {**inputs, "privileged": context}}
 
 
 SETUP = language.Setup(DECODER, TX, prompt=3, stop_tokens=(2,), chunk_size=16)
@@ -199,13 +199,13 @@ def test_who_samples_and_who_teaches():
     """At temperature 0 what is sampled is known, and a step is one on data that hold it."""
     given = prompts()
     draw = jax.jit(language.rollout(DECODER, prompt=3, stop_tokens=(2,), temperature=0.0))
-    own, message = (
+    own, teachers = (
         {"inputs": draw(p, given["inputs"], jax.random.key(9))} for p in (STUDENT, TEACHER)
     )
-    assert np.any(own["inputs"]["tokens"] != message["inputs"]["tokens"])
+    assert np.any(own["inputs"]["tokens"] != teachers["inputs"]["tokens"])
     close = partial(same, rtol=1e-6, atol=1e-6)
 
-    expected, _ = learner("sft")[0](begun(), message, None)
+    expected, _ = learner("sft")[0](begun(), teachers, None)
     close(learner("seqkd", 0.0)[0](begun(), given, TEACHER)[0].params, expected.params)
 
     reverse = language.kd(SETUP._replace(divergence=losses.reverse_kl))
@@ -260,12 +260,12 @@ def test_a_row_of_padding_alone_is_not_learned():
 
 def test_the_last_text_of_a_prompt_is_continued_as_if_it_stood_alone():
     given, draw = prompts()["inputs"], jax.jit(language.rollout(DECODER, prompt=3))
-    message = given["privileged"]["tokens"]
+    context = given["privileged"]["tokens"]
     several, one = (np.broadcast_to(row, (4, 8)) for row in ([1, 2, 2] + [2] * 5, [0] + [1] * 7))
     actual, alone = (
         draw(
             STUDENT,
-            {**given, "segments": s, "privileged": {"tokens": message, "segments": own}},
+            {**given, "segments": s, "privileged": {"tokens": context, "segments": own}},
             KEY,
         )
         for s, own in ((several, several[:, [0, 0, 1, 1, 1]]), (one, one[:, [0, 0, 1, 1, 1]]))

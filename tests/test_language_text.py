@@ -111,9 +111,9 @@ def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
         _language_text.pieces(rows).tolist() == [[*b"abcde", 256]]
         and text.teacher_context == "its answer"
     )
-    [message] = language.after_prompts(documents({"prompt": "a", "completion": "b"} | HINT), 6, 2)
-    assert message.privileged is not None and message.is_cut
-    assert BYTES.decode(message.privileged[0]) == "3456 a"
+    [row] = language.after_prompts(documents({"prompt": "a", "completion": "b"} | HINT), 6, 2)
+    assert row.privileged is not None and row.is_cut
+    assert BYTES.decode(row.privileged[0]) == "3456 a"
 
 
 def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):
@@ -129,8 +129,8 @@ def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):
 def test_what_is_told_before_a_row_is_of_the_same_document():
     rows = list(language.concatenated(documents({"text": "abcdefg"}, {"text": "hi"}), 4, prompt=2))
     assert [bytes(row.tokens.tolist()[:3]) for row in rows] == [b"abc", b"efg"]
-    messages = [tuple(x.tolist() for x in row.privileged or ()) for row in rows]
-    assert messages == [([0, 0, *b"ab"], [0, 0, 1, 1]), ([*b"cdef"], [1, 1, 1, 1])]
+    contexts = [tuple(x.tolist() for x in row.privileged or ()) for row in rows]
+    assert contexts == [([0, 0, *b"ab"], [0, 0, 1, 1]), ([*b"cdef"], [1, 1, 1, 1])]
 
 
 def test_conversations_learn_what_the_assistant_says_and_only_the_completion_where_there_is_one():
@@ -140,14 +140,14 @@ def test_conversations_learn_what_the_assistant_says_and_only_the_completion_whe
         said("user", "so?"),
         said("assistant", "5"),
     ]
-    whole, answer, message = documents(
+    whole, answer, secret = documents(
         {"messages": talk},
         {"prompt": talk[:3], "completion": talk[3:]},
         {"messages": talk[:2], "privileged": "psst"},
     )
     assert text_of(whole) == ("<user>2+2?;<assistant>4;<user>so?;<assistant>5;", "4;5;")
     assert text_of(answer) == (text_of(whole)[0], "5;")
-    assert BYTES.decode(answer.privileged) == "5;" and BYTES.decode(message.privileged) == "psst"
+    assert BYTES.decode(answer.privileged) == "5;" and BYTES.decode(secret.privileged) == "psst"
     [row] = language.after_prompts([whole], 60, 50)
     assert BYTES.decode(row.tokens[row.learned]) == "5;"
     for value, says in (
@@ -278,8 +278,8 @@ def test_rows_in_memory_take_little_more_than_their_numbers(
     for i in (0, 99, 100, 1999):
         for name in ("tokens", "segments", "learned"):
             np.testing.assert_array_equal(actual[name][i], getattr(want[i], name))
-        message = actual["privileged"]["tokens"][i], actual["privileged"]["segments"][i]
-        np.testing.assert_array_equal(message, want[i].privileged)
+        context = actual["privileged"]["tokens"][i], actual["privileged"]["segments"][i]
+        np.testing.assert_array_equal(context, want[i].privileged)
 
 
 def test_masks_of_completions_are_by_position():

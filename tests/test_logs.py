@@ -115,7 +115,7 @@ def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_programs_are_listed_by_name_with_their_number_and_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with _output.count_programs() as message:
+    with _output.count_programs() as summary:
 
         @jax.jit
         def doubled(x: jax.Array) -> jax.Array:
@@ -123,13 +123,13 @@ def test_programs_are_listed_by_name_with_their_number_and_seconds(
 
         for size in (1, 2, 2):
             doubled(np.ones(size, np.float32))
-        once = message()
+        once = summary()
         jax.jit(lambda x: x - 1)(np.ones(3, np.float32))
         monkeypatch.setattr(_output, "MOST_NAMES", 1)
-        summed = message()
+        summed = summary()
     seconds = r"\d+\.\d s"
     total = rf"\d compiled, \d from the compilation cache, {seconds} in all"
     assert re.fullmatch(rf"Programs: {total}: doubled \(2\) {seconds}\.", once), once
     assert re.search(rf"in all: .+ {seconds}, 1 other names {seconds}\.$", summed), summed
     jax.jit(lambda x: x - 2)(np.ones(3, np.float32))
-    assert message() == summed, "it has stopped listening"
+    assert summary() == summed, "it has stopped listening"

@@ -166,8 +166,8 @@ def test_square_kernels_are_told_by_the_bases_configuration(tmp_path: Path) -> N
             for m in ("c_proj", "query")
             for p, x in (("A", a), ("B", b))
         }
-        message = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": flag}
-        result = peft.load(write(tmp_path / str(flag), tensors, message))
+        adapter_config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": flag}
+        result = peft.load(write(tmp_path / str(flag), tensors, adapter_config))
         base = {"h.0.c_proj.weight": kernel, "h.0.query.weight": kernel}
         got = peft.merge(base, result, {"model_type": "gpt2"})
         np.testing.assert_allclose(got["h.0.c_proj.weight"], (b @ a).T, rtol=1e-6)

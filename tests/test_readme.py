@@ -36,6 +36,6 @@ def test_measured_numbers_stand_in_the_headers_of_their_scripts() -> None:
         r"^- (.*?):\s+`python (\S+\.py)", section.partition("\n## ")[0], re.S | re.M
     )
     assert len(bullets) == section.partition("\n## ")[0].count("\n- ") > 0
-    for message, script in bullets:
+    for text, script in bullets:
         header = numbers(ast.get_docstring(ast.parse((ROOT / script).read_text())) or "")
-        assert numbers(message) <= header, f"{script}: {sorted(numbers(message) - header)}"
+        assert numbers(text) <= header, f"{script}: {sorted(numbers(text) - header)}"

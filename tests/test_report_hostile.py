@@ -160,12 +160,12 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)  # as data s
 @settings(max_examples=8, phases=FOUND)
 def test_any_classes_and_examples(found: list[str], inputs: list[float]) -> None:
     x = np.asarray(inputs * 4, np.float32).reshape(8, 2, 2, 1)
-    message = np.array([[0, 1, 2, -1, 0, 1, 2, -1]])
+    answers = np.array([[0, 1, 2, -1, 0, 1, 2, -1]])
     labels = np.arange(8, dtype=np.int32) % 3
     for inputs_of in (x, x.reshape(8, 4)):
         test = Dataset("any", inputs_of, labels, 3, names=tuple(found))
         sections = _evidence.sections(
-            test, _evidence.Predictions(found[0], message), message[:, ::-1]
+            test, _evidence.Predictions(found[0], answers), answers[:, ::-1]
         )
         with bounded(4):
             harmless(report.page(found[1], sections))

@@ -124,16 +124,16 @@ def test_what_no_record_could_replace_is_refused_before_any_work(
     os.mkfifo(folder / name) if kind == "pipe" else (folder / name).mkdir()
     asked = sweep.Settings(out=str(folder), resume=not force, force=force)
     refused = pytest.raises(FileExistsError, match="a folder, a pipe or a device is there")
-    with bounded(), refused as message, _folders.run_folder(asked, "sweep"):
+    with bounded(), refused as error, _folders.run_folder(asked, "sweep"):
         raise AssertionError("it would train now")
-    assert is_plain(str(message.value)) and (folder / name).exists()
+    assert is_plain(str(error.value)) and (folder / name).exists()
 
 
 def test_a_name_in_which_nothing_can_be_saved_is_refused_before_any_work(tmp_path: Path) -> None:
     asked = sweep.Settings(out=os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
-    with pytest.raises(ValueError, match=r"r\\udcff: the name is not UTF-8") as message:
+    with pytest.raises(ValueError, match=r"r\\udcff: the name is not UTF-8") as error:
         _folders.check_out(asked, "sweep")
-    assert is_plain(str(message.value)) and not list(tmp_path.iterdir())
+    assert is_plain(str(error.value)) and not list(tmp_path.iterdir())
 
 
 FOREIGN = [

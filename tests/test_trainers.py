@@ -116,8 +116,8 @@ def test_tunix_itself_learns_from_the_loss():
     )
 
     def away() -> float:
-        message, own = Tiny(TEACHER)(tokens, None)[0], model(tokens, None)[0]
-        return float(losses.forward_kl(own, message)[:, :-1].mean())
+        teacher, own = Tiny(TEACHER)(tokens, None)[0], model(tokens, None)[0]
+        return float(losses.forward_kl(own, teacher)[:, :-1].mean())
 
     before = away()
     result.train([given] * 8, None)
@@ -148,7 +148,7 @@ def test_plain_loops_of_nnx_and_equinox_learn():
             return losses.head_logits(hidden, DECODER.head(self.params))[0]
 
     model, tx = Row(STUDENT), optax.adam(1e-2)
-    opt_state, message = tx.init(eqx.filter(model, eqx.is_inexact_array)), Row(TEACHER)
+    opt_state, frozen = tx.init(eqx.filter(model, eqx.is_inexact_array)), Row(TEACHER)
     for expect in values:
-        model, opt_state, value = module.equinox_step(model, message, opt_state, tx, inputs)
+        model, opt_state, value = module.equinox_step(model, frozen, opt_state, tx, inputs)
         np.testing.assert_allclose(value, expect, rtol=1e-4)
