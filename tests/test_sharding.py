@@ -254,13 +254,14 @@ def test_a_placed_state_may_be_donated() -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_a_placed_state_does_not_change_with_the_arrays_it_comes_from() -> None:
+def test_what_is_placed_does_not_change_with_the_arrays_it_comes_from() -> None:
     memory = np.zeros(1024 + 64, np.uint8)
     start = -memory.ctypes.data % 64  # JAX shares memory that is aligned to 64 bytes
     array = memory[start : start + 1024].view(np.float32)
     placed = sharding.place({"w": array}, sharding.make_mesh(data=1))
+    batches = [sharding.place_batch({"w": array}, sharding.make_mesh(data=n)) for n in (1, 2)]
     array[:] = 1
-    assert not np.any(placed["w"])
+    assert not any(np.any(x["w"]) for x in (placed, *batches))
 
 
 def test_bad_placements_say_what_to_do() -> None:

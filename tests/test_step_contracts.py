@@ -123,6 +123,31 @@ def begun() -> train.TrainState:
     return train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("jit", [train.jit_step, train.jit_epoch], ids=["step", "epoch"])
+def test_a_loader_may_fill_its_arrays_again_while_a_step_runs(jit: Any) -> None:
+    """JAX reads host arrays at suitable addresses where they are, even after the call returns."""
+    rows, width = 8192, 512
+    memory = np.zeros(4 * rows * width + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + 4 * rows * width].view(np.float32).reshape(rows, width)
+    model = interop.function(lambda params, x: jnp.tanh(x @ params["w"]) @ params["w"])
+    step = train.make_step(
+        model, lambda x: {"mean": x.student["logits"].mean(-1)}, {"mean": 1.0}, TX
+    )
+    run, index = jit(step), () if jit is train.jit_step else (jnp.arange(rows)[None],)
+
+    def updated(inputs: Any, fill: Any) -> Any:
+        state = train.init_state({"w": jnp.eye(width)}, TX, key=jax.random.key(0))
+        state, _ = run(state, {"inputs": inputs}, *index)
+        fill()
+        return state.params["w"]
+
+    array[:] = 1
+    expected = updated(jnp.array(array), lambda: None)
+    assert np.any(expected != jnp.eye(width))
+    np.testing.assert_array_equal(updated(array, lambda: array.fill(0)), expected)
+
+
 def test_a_donated_state_can_be_printed() -> None:
     state = begun()
     train.jit_step(step_of(LINEAR))(state, BATCH)

@@ -23,7 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_text", "_pages"}),
     frozenset(
         {"_types", "_checks", "_numerics", "_pooling", "_jaxprs"}
-        | {"_files", "_locks", "_columnar", "_donation"}
+        | {"_files", "_locks", "_columnar", "_donation", "_host_arrays"}
     ),
     frozenset({"trees", "_softmax", "_model_functions"}),
     # Functions of arrays and of parameters.

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kdtl_jax import _checks, train, trees
+from kdtl_jax import _checks, _host_arrays, train, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 
 AXES = ("data", "fsdp")  # those that examples are split over
@@ -170,7 +170,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
             )
     spec = batch_sharding(mesh)
     if jax.process_count() == 1:
-        return jax.device_put(dict(batch), spec)
+        return jax.device_put(_host_arrays.unshared(dict(batch)), spec)
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(spec, np.asarray(leaf)), dict(batch)
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, _donation, _jaxprs
+from kdtl_jax import _checks, _donation, _host_arrays, _jaxprs
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train._state import Batch, Step, TrainState
 
@@ -78,6 +78,8 @@ def epoch_path(
 def jit_epoch(step: Step) -> Epoch:
     """`scan_epoch` jitted with the state donated, or single steps if those are faster.
 
+    NumPy arrays of the data are copied in every call; put them on the device to avoid it.
+
     Returns:
       `epoch(state, data, index, teacher_params=None)` as in `scan_epoch`, with equal results on
       either path; `epoch_path` returns the path that it takes. It raises RuntimeError as the step
@@ -93,6 +95,7 @@ def jit_epoch(step: Step) -> Epoch:
     def epoch(
         state: TrainState, data: Batch, index: Array, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
+        data = _host_arrays.unshared(data)
         others = {"data": data, "teacher_params": teacher_params}
         if epoch_path(step, state, data, index.shape[1], teacher_params) == "scan":
             with _donation.explained(state, **others):

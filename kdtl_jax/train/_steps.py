@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, _donation, _model_functions, objective, trees
+from kdtl_jax import _checks, _donation, _host_arrays, _model_functions, objective, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
 from kdtl_jax.train import _contracts, _gradients, dot, precision
@@ -186,6 +186,7 @@ def values(metrics: Metrics) -> dict[str, Array]:
 def jit_step(step: Step) -> Step:
     """`jax.jit` with the state donated: its buffers are reused, so do not use the old state.
 
+    NumPy arrays of the batch are copied: a loader may fill them again as soon as the step returns.
     An EMA teacher must be a copy, not a leaf of the donated state.
 
     Raises:
@@ -199,7 +200,7 @@ def jit_step(step: Step) -> Step:
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
         with _donation.explained(state, batch=batch, teacher_params=teacher_params):
-            return jitted(state, batch, teacher_params)
+            return jitted(state, _host_arrays.unshared(batch), teacher_params)
 
     vars(run)["lower"] = jitted.lower  # for `measure.compiled`
     return run
