@@ -317,16 +317,16 @@ def _label_repair(labels: np.ndarray, is_outside: np.ndarray, classes: int) -> s
     return f"The logits have {classes} classes."
 
 
-def mask(where: Any, shape: Sequence[int]) -> None:
-    """Raises unless `where` is None or a bool array of exactly `shape`."""
+def mask(where: Any, shape: Sequence[int], name: str = "where") -> None:
+    """Raises unless `where`, the argument `name`, is None or a bool array of exactly `shape`."""
     if where is None:
         return
-    arrays(where=where)
+    arrays(**{name: where})
     dtype = jnp.result_type(where if hasattr(where, "dtype") else np.asarray(where))
     if dtype != jnp.bool_:
-        raise TypeError(f"where must be bool, got {dtype}. Use where > 0.")
+        raise TypeError(f"{name} must be bool, got {dtype}. Use {name} > 0.")
     if tuple(np.shape(where)) != tuple(shape):
-        raise ValueError(f"where must have shape {list(shape)}, got {described(where=where)}.")
+        raise ValueError(f"{name} must have shape {list(shape)}, got {described(**{name: where})}.")
 
 
 def path(**given: Any) -> Path:

@@ -173,7 +173,7 @@ def test_what_is_drawn_follows_the_distribution():
         ({"keys": KEYS[:2]}, "one per prompt"),
         ({"length": 0}, "length must be at least 1"),
         ({"prompt_mask": MASK.at[0].set(False)}, "at least one token"),
-        ({"prompt_mask": MASK[:, :2]}, "where must have shape"),
+        ({"prompt_mask": MASK[:, :2]}, "prompt_mask must have shape"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(change: dict[str, Any], says: str):

@@ -212,7 +212,7 @@ def sample(
             f"Use jax.random.split(key, {batch})."
         )
     mask = jnp.ones((batch, width), jnp.bool_) if prompt_mask is None else prompt_mask
-    _checks.mask(mask, (batch, width))
+    _checks.mask(mask, (batch, width), "prompt_mask")
     concrete_mask = _checks.concrete(mask)
     if width == 0 or (concrete_mask is not None and not concrete_mask.any(axis=1).all()):
         raise ValueError("every prompt needs at least one token; give empty ones a start token.")

@@ -232,7 +232,7 @@ def uniform_contrast(
       where: bool `[B, M]`, candidates to include.
     """
     scores = _sides.single(scores, "scores", at_least=2, at_most=2)
-    _checks.mask(positives, scores.shape)
+    _checks.mask(positives, scores.shape, "positives")
     _checks.positive(temperature=temperature)
     _checks.mask(where, scores.shape)
     if where is not None:

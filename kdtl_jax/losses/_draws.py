@@ -109,7 +109,7 @@ def random_sampling_cross_entropy(
 def _proposal(teacher_logits: Array, exponent: Scalar) -> tuple[Array, Array]:
     """`log p` and `log q`; a class that the teacher excludes is never drawn."""
     _checks.non_negative(exponent=exponent)
-    teacher, _ = _logspace.soften(teacher_logits, teacher_logits)
+    teacher = _logspace.soften_teacher(teacher_logits)
     log_p = _softmax.log_softmax(teacher)
     present = log_p != -jnp.inf
     power = _numerics.scalar(exponent, log_p, "exponent") * jnp.where(present, log_p, 0)

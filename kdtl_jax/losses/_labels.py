@@ -264,7 +264,7 @@ def mft_teacher(
     _checks.within(0, 1, threshold=threshold)
     _checks.non_negative(eps=eps)
     labels, usable = _check_teacher(teacher_logits, labels, where)
-    _, teacher = _logspace.soften(teacher_logits, teacher_logits, temperature, threshold=threshold)
+    teacher = _logspace.soften_teacher(teacher_logits, temperature, threshold=threshold)
     log_p = _softmax.log_softmax(teacher)
     is_label = _logspace.is_label(labels, log_p.shape[-1])
     right = jnp.exp(_logspace.at_label(log_p, labels))

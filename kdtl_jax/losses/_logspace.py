@@ -5,6 +5,7 @@ every guard is a double `where`, which keeps values and gradients finite.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -43,12 +44,7 @@ def soften(
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     _checks.floating(**logits)
     _checks.same_shape(**logits)
-    _checks.rank(1, student_logits=student_logits)
-    _checks.nonempty(student_logits=student_logits)
-    _checks.several_classes(student_logits=student_logits)
-    _checks.positive(temperature=temperature)
-    leading = jnp.shape(student_logits)[:-1]
-    _checks.per_example(leading, temperature=temperature, **per_example)
+    _check_classes("student_logits", student_logits, temperature, per_example)
     _checks.mask(where, jnp.shape(student_logits))
     student, teacher = _numerics.upcast(student_logits), _numerics.upcast(teacher_logits)
     dtype = np.promote_types(student.dtype, teacher.dtype)  # one float64 side widens the other
@@ -57,6 +53,26 @@ def soften(
         student / _numerics.per_example(temperature, student, "temperature"),
         teacher / _numerics.per_example(temperature, teacher, "temperature"),
     )
+
+
+def soften_teacher(
+    teacher_logits: Array, temperature: Scalar = 1.0, **per_example: Scalar
+) -> Array:
+    """The teacher's side of `soften` alone, `[..., num_classes]`, with the same errors."""
+    _checks.floating(teacher_logits=teacher_logits)
+    _check_classes("teacher_logits", teacher_logits, temperature, per_example)
+    teacher = _numerics.upcast(teacher_logits)
+    return teacher / _numerics.per_example(temperature, teacher, "temperature")
+
+
+def _check_classes(
+    name: str, logits: Array, temperature: Scalar, per_example: Mapping[str, Scalar]
+) -> None:
+    _checks.rank(1, None, **{name: logits})
+    _checks.nonempty(**{name: logits})
+    _checks.several_classes(**{name: logits})
+    _checks.positive(temperature=temperature)
+    _checks.per_example(jnp.shape(logits)[:-1], temperature=temperature, **per_example)
 
 
 def softened_difference(p_logits: Array, q_logits: Array, temperature: Scalar) -> Array:

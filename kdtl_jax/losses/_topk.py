@@ -48,7 +48,7 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     Returns:
       `TopK`, sorted from the most likely; the tail's mass is the sum over the rest.
     """
-    teacher, _ = _logspace.soften(teacher_logits, teacher_logits, temperature)
+    teacher = _logspace.soften_teacher(teacher_logits, temperature)
     classes = teacher.shape[-1]
     _checks.integer(k=k)
     if not 1 <= k <= classes:
@@ -70,7 +70,7 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
     Returns:
       `TopK`; under `jit`, a class out of range is NaN, and so is its row's tail.
     """
-    teacher, _ = _logspace.soften(teacher_logits, teacher_logits, temperature)
+    teacher = _logspace.soften_teacher(teacher_logits, temperature)
     _checks.indices(teacher.shape[-1], indices=indices)
     if jnp.ndim(indices) != teacher.ndim or jnp.shape(indices)[:-1] != teacher.shape[:-1]:
         raise ValueError(

@@ -113,7 +113,7 @@ def log_mass(logits: Array, classes: Array) -> Array:
     """
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
-    _checks.mask(classes, jnp.shape(logits)[-1:])
+    _checks.mask(classes, jnp.shape(logits)[-1:], "classes")
     log_p = _softmax.log_softmax(logits)
     return _logspace.logsumexp(log_p, where=jnp.broadcast_to(classes, log_p.shape))
 

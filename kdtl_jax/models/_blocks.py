@@ -224,7 +224,7 @@ def mean_pool(hidden: Array, mask: Array | None = None) -> Array:
     """
     _checks.rank(3, 3, hidden=hidden)
     hidden = _numerics.upcast(hidden)
-    _checks.mask(mask, hidden.shape[:2])
+    _checks.mask(mask, hidden.shape[:2], "mask")
     where = None if mask is None else mask[..., None]
     return _numerics.masked_mean(hidden, where, axis=1)
 
