@@ -101,7 +101,7 @@ def _products(bank: Bank, x: Array, index: Array) -> Array:
     """
     is_valid = _is_valid(bank, index)
     index = jnp.where(is_valid, index, 0)
-    rows = jax.lax.stop_gradient(bank.rows.astype(x.dtype))
+    rows = jax.lax.stop_gradient(jnp.asarray(bank.rows, x.dtype))
 
     @jax.checkpoint
     def example_products(pair: tuple[Array, Array]) -> Array:
@@ -203,7 +203,7 @@ def bank_update(
     new_rows = _numerics.normalize(decay * bank.rows[index] + (1 - decay) * x)
     is_written = _is_valid(bank, index) if where is None else _is_valid(bank, index) & where
     index = jnp.where(is_written, index, len(bank.rows))  # outside: dropped
-    return bank._replace(rows=bank.rows.at[index].set(new_rows, mode="drop"))
+    return bank._replace(rows=jnp.asarray(bank.rows).at[index].set(new_rows, mode="drop"))
 
 
 def _check_batch(
@@ -256,6 +256,5 @@ def queue_push(queue: Queue, x: Array, *, where: Array | None = None) -> Queue:
     positions = jnp.where(is_kept, (queue.pointer + arrival) % size, size)  # outside: dropped
     new_rows = jax.lax.stop_gradient(x).astype(queue.rows.dtype)
     pointer = (queue.pointer + count) % size
-    return Queue(
-        queue.rows.at[positions].set(new_rows, mode="drop"), pointer.astype(queue.pointer.dtype)
-    )
+    rows = jnp.asarray(queue.rows).at[positions].set(new_rows, mode="drop")
+    return Queue(rows, pointer.astype(queue.pointer.dtype))

@@ -206,6 +206,26 @@ def test_a_new_queue_has_unit_rows_and_pushing_keeps_its_types() -> None:
         losses.rrd(jnp.ones((2, 3)), jnp.ones((2, 3)), queue=jnp.ones((6, 2)))
 
 
+@pytest.mark.parametrize("size", [3, 400])  # multiplied as a whole, or gathered
+def test_memories_of_numpy_arrays_give_what_those_of_jax_give(size: int) -> None:
+    bank, x = memory.Bank(units(0, size, 5), jnp.float32(1)), units(1, 3, 5)
+    queue, index = (
+        memory.Queue(units(2, size, 5), jnp.int32(1)),
+        jnp.asarray([[0, 1], [2, 0], [1, 1]]),
+    )
+
+    def results(bank: memory.Bank, queue: memory.Queue, x: Any, index: Any) -> Any:
+        return (
+            memory.bank_scores(bank, x, index),
+            memory.bank_set_normalizer(bank, x, index),
+            memory.bank_update(bank, x, np.arange(3)),
+            memory.queue_push(queue, x),
+        )
+
+    host = jax.device_get((bank, queue, x, index))
+    jax.tree.map(np.testing.assert_array_equal, results(*host), results(bank, queue, x, index))
+
+
 def test_memory_is_carried_by_a_train_state() -> None:
     """One pytree of arrays: scan over batches with a bank and a queue in the state."""
     state = {"bank": memory.bank_init(KEY, 8, 3), "queue": memory.queue_init(KEY, 4, 3)}

@@ -163,6 +163,26 @@ def test_targets_that_are_logits_are_refused(loss: Any) -> None:
         loss(student, teacher)
 
 
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda student, none: losses.top_k_at(student, none),
+        lambda student, none: losses.stored_top_k(none, jnp.zeros(none.shape)),
+        *(
+            lambda student, none, loss=loss: loss(
+                student, losses.TopK(none, jnp.zeros(none.shape), jnp.zeros(none.shape[:-1]))
+            )
+            for loss in (losses.top_k_kl_tail, losses.hinge_ranking, losses.top_k_kl_renormalized)
+        ),
+    ],
+)
+def test_targets_of_no_class_are_refused(of: Any) -> None:
+    student, _ = dense()
+    none = jnp.zeros((*student.shape[:-1], 0), jnp.int32)
+    with pytest.raises(ValueError, match=r"at least one class in a row \(k >= 1\), got indices\["):
+        of(student, none)
+
+
 def test_softening_stored_targets_is_exact_without_a_tail_and_for_a_flat_one() -> None:
     _, teacher = dense()
     whole = losses.soften_top_k(losses.top_k_targets(teacher, k=9), temperature=3.0)

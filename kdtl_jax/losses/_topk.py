@@ -72,6 +72,7 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
     """
     teacher = _logspace.soften_teacher(teacher_logits, temperature)
     _checks.indices(teacher.shape[-1], indices=indices)
+    _check_some_class(indices)
     if jnp.ndim(indices) != teacher.ndim or jnp.shape(indices)[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "indices must be [..., k] with the teacher's leading dimensions, got "
@@ -93,6 +94,7 @@ def stored_top_k(indices: Array, log_probs: Array) -> TopK:
         the tail is empty.
     """
     _checks.integers(indices=indices)
+    _check_some_class(indices)
     _checks.floating(log_probs=log_probs)
     _checks.same_shape(indices=indices, log_probs=log_probs)
     log_probs = _numerics.upcast(log_probs)
@@ -309,6 +311,7 @@ def check_targets(
     student, _ = _logspace.soften(student_logits, student_logits, temperature)
     classes = student.shape[-1]
     _checks.indices(classes, indices=targets.indices)
+    _check_some_class(targets.indices)
     _checks.floating(log_probs=targets.log_probs, log_tail=targets.log_tail)
     _checks.same_shape(indices=targets.indices, log_probs=targets.log_probs)
     leading = student.shape[:-1]
@@ -320,6 +323,14 @@ def check_targets(
     indices, usable = _numerics.usable_labels(targets.indices, classes)
     log_q = _softmax.log_softmax(student)
     return log_q, targets._replace(indices=indices), jnp.all(usable, axis=-1)
+
+
+def _check_some_class(indices: Array) -> None:
+    if jnp.shape(indices)[-1:] == (0,):
+        raise ValueError(
+            f"there must be at least one class in a row (k >= 1), got "
+            f"{_checks.described(indices=indices)}."
+        )
 
 
 def _log_tail(log_p: Array, indices: Array) -> Array:
