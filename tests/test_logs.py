@@ -11,6 +11,7 @@ import pytest
 
 from kdtl_jax.datasets import Dataset, Splits
 from kdtl_jax.recipes import _logs, _output, _seeds
+from kdtl_jax.train import sweep
 
 LINES = [
     {"method": "kd", "step": 5, "loss": [1.0, 3.0], "learning_rate": 0.1},
@@ -133,3 +134,12 @@ def test_programs_are_listed_by_name_with_their_number_and_seconds(
     assert re.search(rf"in all: .+ {seconds}, 1 other names {seconds}\.$", summed), summed
     jax.jit(lambda x: x - 2)(np.ones(3, np.float32))
     assert summary() == summed, "it has stopped listening"
+
+
+def test_programs_of_sweeps_have_names() -> None:
+    points = {"x": np.arange(5.0)}
+    with _output.count_programs() as summary:
+        for run in (sweep.vmap, sweep.map):
+            run(lambda point: point["x"] + 1)(points)
+    assert "run_at_once" in summary() and "run_in_turn" in summary()
+    assert "<lambda>" not in summary()

@@ -44,7 +44,12 @@ def vmap(
 
 def all_points(experiment: Experiment) -> Any:
     """The compiled function of `(points, *shared)` that runs all points at once."""
-    return jax.jit(lambda points, *shared: jax.vmap(lambda p: experiment(p, *shared))(points))
+
+    # Not a lambda: logs and reports list programs by name.
+    def run_at_once(points: Points, *shared: Any) -> PyTree:
+        return jax.vmap(lambda p: experiment(p, *shared))(points)
+
+    return jax.jit(run_at_once)
 
 
 def map(
@@ -54,8 +59,11 @@ def map(
 
     Arguments are those of `vmap`; each device maps over its own points.
     """
-    run = jax.jit(lambda points, *shared: jax.lax.map(lambda p: experiment(p, *shared), points))
-    return _in_chunks(run, chunk, devices)
+
+    def run_in_turn(points: Points, *shared: Any) -> PyTree:
+        return jax.lax.map(lambda p: experiment(p, *shared), points)
+
+    return _in_chunks(jax.jit(run_in_turn), chunk, devices)
 
 
 def sequential(experiment: Experiment) -> Program:
