@@ -28,6 +28,25 @@ def test_term_gradients_add_up_to_the_gradient_of_the_sum() -> None:
     np.testing.assert_allclose(gradients["b"], jnp.cos(w), rtol=1e-6)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+def test_a_term_that_is_nan_leaves_the_gradients_of_the_others(wrap: Any) -> None:
+    x = normal(4, 3)
+
+    def terms(params: Any) -> tuple[dict[str, jax.Array], None]:
+        h = jnp.tanh(x @ params["w"])
+        return {"a": jnp.mean(h**2), "nan": jnp.sum(jnp.sqrt(-1 - h**2)), "b": jnp.sum(h)}, None
+
+    params = {"w": normal(3, 2, seed=1)}
+    for run in (balancing.term_gradients, jax.jit(balancing.term_gradients, static_argnums=0)):
+        values, gradients, _ = run(wrap(terms), params)
+        assert np.isnan(values["nan"]) and np.isnan(gradients["nan"]["w"]).all()
+        for name in ("a", "b"):
+            want = jax.grad(lambda p, name=name: terms(p)[0][name])(params)["w"]
+            np.testing.assert_allclose(gradients[name]["w"], want, rtol=1e-5, atol=1e-7)
+    with pytest.raises(TypeError, match="params must be floating point, but 'n' is int32"):
+        balancing.term_gradients(terms, {**params, "n": jnp.int32(1)})
+
+
 def test_balanced_terms_have_one_size_and_their_own_directions() -> None:
     x = jnp.asarray([1.0, 3.0])
     where = jnp.asarray([[True, False], [True, True]])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics, objective
+from kdtl_jax import _checks, _numerics, objective, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.objective import Masked, Mean, Terms
 
@@ -15,7 +15,10 @@ from kdtl_jax.objective import Masked, Mean, Terms
 def term_gradients(
     loss: Callable[[PyTree], tuple[Mapping[str, Array], Any]], params: PyTree
 ) -> tuple[dict[str, Array], dict[str, PyTree], Any]:
-    """Values and gradients of all scalar terms: one forward pass, one pullback per term.
+    """Values and gradients of all scalar terms: one forward pass, one backward pass per term.
+
+    A backward pass is that of its term alone: a term that is NaN leaves the others' gradients as
+    they are.
 
     Args:
       loss: `params -> ({name: []}, auxiliary)`.
@@ -24,14 +27,25 @@ def term_gradients(
     Returns:
       `({name: []}, {name: gradient}, auxiliary)`. The gradient of a weighted sum is the weighted
       sum of these; their cosines show where terms conflict.
+
+    Raises:
+      TypeError: if a parameter is not floating point.
     """
-    values, pull, auxiliary = jax.vjp(loss, params, has_aux=True)
+    for path, leaf in trees.flatten(params).items():
+        if not trees.is_inexact(leaf):
+            raise TypeError(
+                f"params must be floating point, but {path!r} is {jnp.result_type(leaf)}. "
+                "Differentiate the others alone: trees.partition(params, '.*')[0]."
+            )
+    values, tangents, auxiliary = jax.linearize(loss, params, has_aux=True)
+
+    def gradient(name: str, value: Array) -> PyTree:
+        # Not a pullback of all terms with zeros for the others: 0 times a NaN is NaN.
+        transposed = jax.linear_transpose(lambda tangent: tangents(tangent)[name], params)
+        return transposed(jnp.ones_like(value))[0]
+
     values = dict(values)
-    zeros = {name: jnp.zeros_like(value) for name, value in values.items()}
-    gradients = {
-        name: pull({**zeros, name: jnp.ones_like(value)})[0] for name, value in values.items()
-    }
-    return values, gradients, auxiliary
+    return values, {name: gradient(name, value) for name, value in values.items()}, auxiliary
 
 
 def balanced(terms: Terms, *, reference: str, example_weights: Array | None = None) -> Terms:
