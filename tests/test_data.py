@@ -371,9 +371,13 @@ def test_a_loader_may_fill_its_arrays_again() -> None:
 
 def test_resident_data_do_not_change_with_the_arrays_they_come_from() -> None:
     inputs, teacher = aligned(8), {"logits": aligned(8)}
-    source = data.resident({"inputs": inputs}, 4, key=None, teacher=teacher)
-    inputs[:], teacher["logits"][:] = 1, 1
-    assert not np.any(source.arrays["inputs"]) and not np.any(source.teacher["logits"])
+    labels = aligned(8)
+    view = labels[:]
+    view.flags.writeable = False  # its memory is not
+    source = data.resident({"inputs": inputs, "labels": view}, 4, key=None, teacher=teacher)
+    inputs[:], labels[:], teacher["logits"][:] = 1, 1, 1
+    assert not np.any(source.arrays["inputs"]) and not np.any(source.arrays["labels"])
+    assert not np.any(source.teacher["logits"])
 
 
 def test_prefetch_places_batches_as_it_is_told() -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,20 @@ def test_a_quick_open_sees_sizes_and_no_bytes(tmp_path: Path) -> None:
     _truncate(tmp_path / "00001.bin")
     with pytest.raises(ValueError, match="bytes, not"):
         tc.open_cache(tmp_path, expect=expected(), contents=False)
+
+
+def test_a_cache_written_again_after_it_was_opened_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    write(folder)
+    cache = tc.open_cache(folder, expect=expected())
+    before = tc.rows(cache, ROWS)["logits"]
+    write(folder)  # finished: nothing changes
+    np.testing.assert_array_equal(tc.rows(cache, ROWS)["logits"], before)
+    shutil.rmtree(folder)
+    write(folder, params=PARAMS | {"out": -PARAMS["out"]})
+    for read in (lambda: tc.rows(cache, ROWS), lambda: tc.load(cache)):
+        with pytest.raises(ValueError, match=r"written again after it was opened: 0000\d\.bin"):
+            read()
 
 
 def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:

@@ -221,11 +221,20 @@ def length(arrays: Batch) -> int:
 def _put(x: Any) -> Array:
     """Puts an array on the device, whose memory is not that of an array that may still change."""
     array = jax.device_put(x)
-    if not isinstance(x, np.ndarray) or not x.flags.writeable:
+    if not _may_change(x):
         return array
     jax.block_until_ready(array)
     is_on_host = next(iter(array.devices())).platform == "cpu"
     return jax.device_put(x.copy()) if is_on_host and np.may_share_memory(array, x) else array
+
+
+def _may_change(x: Any) -> bool:
+    """Whether a host array can be written, or a read-only one is a view of one that can."""
+    while isinstance(x, np.ndarray):
+        if x.flags.writeable:
+            return True
+        x = x.base
+    return False
 
 
 def canonical(x: Any) -> Any:

@@ -48,6 +48,7 @@ class Cache(NamedTuple):
     folder: Path
     plan: Plan
     columns: tuple[int, ...]  # positions in `plan.columns`
+    stamps: tuple[tuple[int, ...], ...]  # of the shards' files as they were checked
 
 
 def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool = True) -> Cache:
@@ -74,8 +75,12 @@ def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool
             f"{folder} was made from something else: {'; '.join(problems)}. Write a new "
             "cache for this run, or give the run what the cache was made from."
         )
-    for name, entry in files.items():
-        damage = _files.damage(folder / name, name, entry, contents=contents)
+    stamps = []
+    for shard in range(shard_count(plan)):
+        name = file_name(shard)
+        path, entry = folder / name, files[name]
+        stamps.append(_stamp(path.stat()) if path.is_file() else ())
+        damage = _files.damage(path, name, entry, contents=contents)
         if damage is not None:
             raise ValueError(
                 f"{folder} is damaged: {damage}. Run `write` on it again: it computes damaged "
@@ -83,7 +88,7 @@ def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool
             )
     taps = (expect.taps if expect is not None else None) or plan.fingerprint.taps or ()
     columns = tuple(i for i, column in enumerate(plan.columns) if column.tap in taps)
-    return Cache(folder, plan, columns)
+    return Cache(folder, plan, columns, tuple(stamps))
 
 
 def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | None:
@@ -126,7 +131,7 @@ def rows(
     Raises:
       OSError: if a shard can no longer be read.
       TypeError: if rows are not integers.
-      ValueError: if a row does not exist.
+      ValueError: if a row does not exist, or the cache was written again after it was opened.
     """
     _checks.instance(Cache, cache=cache)
     _checks.integer(epoch=epoch)
@@ -152,6 +157,9 @@ def load(cache: Cache, *, stored_precision: bool = False) -> dict[str, Any]:
 
     Returns:
       `{tap: [N, ...]}`, or `[views, N, ...]` for augmented data.
+
+    Raises:
+      ValueError: if the cache was written again after it was opened.
     """
     _checks.instance(Cache, cache=cache)
     plan = cache.plan
@@ -309,7 +317,16 @@ def _empty(cache: Cache, *leading_shape: int) -> dict[int, np.ndarray]:
 def _map_shard(cache: Cache, shard: int, dtype: np.dtype) -> np.ndarray:
     """The records of a shard, mapped for the lifetime of the array."""
     with open(os.path.join(cache.folder, file_name(shard)), "rb") as file:
+        if _stamp(os.fstat(file.fileno())) != cache.stamps[shard]:
+            raise ValueError(
+                f"{cache.folder} was written again after it was opened: {file_name(shard)} is "
+                "another file. Open the cache again."
+            )
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _group_by_shard(index: np.ndarray, shard_rows: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
