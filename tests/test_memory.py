@@ -218,7 +218,7 @@ def test_memories_of_numpy_arrays_give_what_those_of_jax_give(size: int) -> None
         return (
             memory.bank_scores(bank, x, index),
             memory.bank_set_normalizer(bank, x, index),
-            memory.bank_update(bank, x, np.arange(3)),
+            memory.bank_update(bank, x, jnp.arange(3)),
             memory.queue_push(queue, x),
         )
 
