@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from kdtl_jax import methods, models
-from kdtl_jax._types import ModelFn, Params, PyTree, Variables
+from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import linen
 from kdtl_jax.train import precision
 
@@ -65,8 +65,15 @@ def output_shapes(net: Network, example: Any) -> dict[str, jax.ShapeDtypeStruct]
 def _with_pooled(apply: ModelFn) -> ModelFn:
     """Adds the class token, the input of a transformer's head, as `"pooled"`."""
 
-    def with_pooled(params: Params, model_state: PyTree, inputs: Any, **mode: Any) -> Any:
-        outputs, state = apply(params, model_state, inputs, **mode)
+    def with_pooled(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        outputs, state = apply(params, model_state, inputs, key=key, train=train)
         if "pooled" not in outputs and "last_hidden" in outputs:
             outputs = {**outputs, "pooled": outputs["last_hidden"][:, 0]}
         return outputs, state

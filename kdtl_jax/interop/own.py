@@ -273,7 +273,14 @@ def _with_state(apply: ModelFn, template: Any) -> ModelFn:
     """Wraps a model function so that its state has the form of `stored`."""
     is_stateless = not jax.tree.leaves(template)
 
-    def run(params: Any, model_state: PyTree, inputs: Any, **mode: Any) -> tuple[Outputs, PyTree]:
+    def run(
+        params: Any,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
         state = template
         if not is_stateless:
             state = jax.tree.map(
@@ -285,7 +292,7 @@ def _with_state(apply: ModelFn, template: Any) -> ModelFn:
                 template,
                 model_state["state"],
             )
-        outputs, updated = apply(params, state, inputs, **mode)
+        outputs, updated = apply(params, state, inputs, key=key, train=train)
         return outputs, None if is_stateless else stored(updated)
 
     return run

@@ -37,9 +37,16 @@ def compute_in(model: ModelFn, dtype: Any) -> ModelFn:
         raise TypeError(f"dtype must be floating point such as jnp.bfloat16, got {dtype!r:.80}.")
 
     def apply(
-        params: Params, model_state: PyTree, inputs: Any, **mode: Any
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        outputs, new_state = model(_cast(params, dtype), model_state, _cast(inputs, dtype), **mode)
+        outputs, new_state = model(
+            _cast(params, dtype), model_state, _cast(inputs, dtype), key=key, train=train
+        )
         restored = jax.tree.map(
             lambda new, old: new.astype(old.dtype) if trees.is_inexact(old) else new,
             new_state,
@@ -58,10 +65,15 @@ def rematerialized(model: ModelFn, *, policy: Callable[..., Any] | None = None) 
     """
 
     def apply(
-        params: Params, model_state: PyTree, inputs: Any, **mode: Any
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
     ) -> tuple[Outputs, PyTree]:
         def run(params: Params, inputs: Any) -> tuple[Outputs, PyTree]:
-            return model(params, model_state, inputs, **mode)
+            return model(params, model_state, inputs, key=key, train=train)
 
         return jax.checkpoint(run, policy=policy)(params, inputs)
 
@@ -253,9 +265,14 @@ def with_int8(model: ModelFn) -> ModelFn:
     """`model` on quantized parameters, which are dequantized where they are used."""
 
     def apply(
-        params: Params, model_state: PyTree, inputs: Any, **mode: Any
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        return model(dequantize(params), model_state, inputs, **mode)
+        return model(dequantize(params), model_state, inputs, key=key, train=train)
 
     return apply
 
