@@ -56,8 +56,8 @@ def test_half_precision_heads_do_not_round_the_logits() -> None:
 
 def test_the_rate_follows_the_runs_own_length() -> None:
     """A schedule of 150,001 steps leaves a run of 40 at 1/300 of its rate."""
-    work: Any = SimpleNamespace(settings=SimpleNamespace(learning_rate=0.1))
-    tx = _language_steps._optimizer(work, 40)
+    run: Any = SimpleNamespace(settings=SimpleNamespace(learning_rate=0.1))
+    tx = _language_steps._optimizer(run, 40)
 
     def step(state: Any, _: Any) -> Any:  # at weights of 0, Adam's step is the rate itself
         updates: Any

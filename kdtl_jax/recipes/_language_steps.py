@@ -55,68 +55,68 @@ class TrainedStudent(NamedTuple):
 # The teacher, and the initial student.
 
 
-def new_student(work: LanguageRun) -> PretrainedDecoder | None:
+def new_student(run: LanguageRun) -> PretrainedDecoder | None:
     """A student of `--shape`; built first, so that an impossible shape fails at once."""
-    settings, tokenizer = work.settings, work.tokenizer
+    settings, tokenizer = run.settings, run.tokenizer
     if settings.shape is None or settings.pruned:
         return None
     return language_models.initialize(
-        settings.shape, tokenizer.size, tokenizer.eos, work.keys.student
+        settings.shape, tokenizer.size, tokenizer.eos, run.keys.student
     )
 
 
-def make_teacher(work: LanguageRun) -> Teacher:
+def make_teacher(run: LanguageRun) -> Teacher:
     """Loads the teacher, or trains one."""
-    if work.source is not None:
-        model = language_models.load(work.source)
-        _check_fits(work, model, "the teacher")
+    if run.source is not None:
+        model = language_models.load(run.source)
+        _check_fits(run, model, "the teacher")
         network = language.model(model.model)
-        measured = training.make_measure(work, network, language.as_they_are, model)(model.params)
+        measured = training.make_measure(run, network, language.as_they_are, model)(model.params)
         if not math.isfinite(measured["bits_per_byte"]):
             raise UsageError(
-                f"--{'teacher' if work.teacher else 'student'} {work.source}: the model gives the "
+                f"--{'teacher' if run.teacher else 'student'} {run.source}: the model gives the "
                 f"held-out text {measured['bits_per_byte']} bits per byte. Its weights hold NaN or "
                 "infinity, or overflow."
             )
-        work.curves["teacher"] = [training.curve_line(0, measured)]
-        return Teacher(model, _place(work, model), 0.0)
-    settings, tokenizer = work.settings, work.tokenizer
+        run.curves["teacher"] = [training.curve_line(0, measured)]
+        return Teacher(model, _place(run, model), 0.0)
+    settings, tokenizer = run.settings, run.tokenizer
     sizes = settings.teacher_shape or SHAPE
     if max(settings.layers, default=0) >= sizes["layers"]:
         raise UsageError(
             f"--layers {max(settings.layers)}: the teacher has {sizes['layers']} layers, "
             f"0 to {sizes['layers'] - 1}."
         )
-    model = language_models.initialize(sizes, tokenizer.size, tokenizer.eos, work.keys.teacher)
+    model = language_models.initialize(sizes, tokenizer.size, tokenizer.eos, run.keys.teacher)
     if settings.pruned and settings.shape is not None:  # fail before training if it cannot be
         language_models.prune(model, settings.shape, lambda _: None)
     network = language.model(model.model)
-    measure = training.make_measure(work, network, language.as_they_are, model)
-    tx = _optimizer(work, settings.teacher_steps)
-    state = train.init_state(model.params, tx, key=work.keys.student)
+    measure = training.make_measure(run, network, language.as_they_are, model)
+    tx = _optimizer(run, settings.teacher_steps)
+    state = train.init_state(model.params, tx, key=run.keys.student)
     trained = training.train_model(
-        "teacher", language.sft(language.Setup(model.model, tx)), state, work, None,
+        "teacher", language.sft(language.Setup(model.model, tx)), state, run, None,
         settings.teacher_steps, lambda params: measure(params, params),
     )  # fmt: skip
     model = model._replace(params=trained.params)
-    return Teacher(model, _place(work, model), trained.seconds)
+    return Teacher(model, _place(run, model), trained.seconds)
 
 
 def make_start(
-    work: LanguageRun, teacher: Teacher, fresh: PretrainedDecoder | None
+    run: LanguageRun, teacher: Teacher, fresh: PretrainedDecoder | None
 ) -> PretrainedDecoder:
     """The student that every method starts from: from a folder, new, or part of the teacher.
 
     Called before the teacher runs on all rows.
     """
-    settings, teacher_model = work.settings, teacher.placed
-    if work.teacher and work.student:
-        model = language_models.load(work.student)
+    settings, teacher_model = run.settings, teacher.placed
+    if run.teacher and run.student:
+        model = language_models.load(run.student)
     elif fresh is not None:
         model = fresh
     elif settings.pruned:
-        text = text_rows.pieces(work.text.train)
-        model = language_models.prune(teacher_model, settings.shape, work.say, text)
+        text = text_rows.pieces(run.text.train)
+        model = language_models.prune(teacher_model, settings.shape, run.say, text)
     elif settings.layers:
         model = decoders.student(teacher_model, layers=settings.layers)
     elif settings.student is not None or settings.method == ("qad",):
@@ -125,18 +125,18 @@ def make_start(
         model = decoders.student(
             teacher_model, layers=range(0, teacher_model.model.config.layers, 2)
         )
-    _check_fits(work, model, "the student")
+    _check_fits(run, model, "the student")
     return model
 
 
-def open_cache(work: LanguageRun, teacher: Teacher) -> teacher_cache.Cache | None:
+def open_cache(run: LanguageRun, teacher: Teacher) -> teacher_cache.Cache | None:
     """The cache of the teacher's distributions on the rows, or None if none was requested."""
-    settings = work.settings
+    settings = run.settings
     if not settings.teacher_cache:
         return None
     return training.write_cache(
-        settings.teacher_cache, teacher.host, work.tokenizer, work.text.train,
-        form=settings.cached, batch_size=settings.batch_size, seed=settings.seed, say=work.say,
+        settings.teacher_cache, teacher.host, run.tokenizer, run.text.train,
+        form=settings.cached, batch_size=settings.batch_size, seed=settings.seed, say=run.say,
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def open_cache(work: LanguageRun, teacher: Teacher) -> teacher_cache.Cache | Non
 
 
 def train_students(
-    work: LanguageRun,
+    run: LanguageRun,
     chosen: Sequence[language.LanguageMethod],
     teacher: Teacher,
     start: PretrainedDecoder,
@@ -154,37 +154,37 @@ def train_students(
     trained_students: list[TrainedStudent] = []
     warm_start: Params = None
     for method in chosen:
-        student, setup = _student(work, method, teacher, start)
+        student, setup = _student(run, method, teacher, start)
         network, trainable = language.model(student.decoder), student.trainable
-        measure = training.make_measure(work, network, student.weights, teacher.placed)
+        measure = training.make_measure(run, network, student.weights, teacher.placed)
         if not trained_students:
-            work.curves["start"] = [training.curve_line(0, measure(student.start))]
+            run.curves["start"] = [training.curve_line(0, measure(student.start))]
         params, teacher_params = student.start, teacher.placed.params
-        if method.samples and work.settings.start_steps:
+        if method.samples and run.settings.start_steps:
             if warm_start is None:  # some steps of kd on the data
-                steps = work.settings.start_steps
-                tx = _optimizer(work, steps)
-                state = train.init_state(params, tx, key=work.keys.student, trainable=trainable)
+                steps = run.settings.start_steps
+                tx = _optimizer(run, steps)
+                state = train.init_state(params, tx, key=run.keys.student, trainable=trainable)
                 warm_start = training.train_model(
-                    "warm", language.kd(setup._replace(tx=tx)), state, work, teacher_params, steps,
+                    "warm", language.kd(setup._replace(tx=tx)), state, run, teacher_params, steps,
                     measure,
                 ).params  # fmt: skip
             params = warm_start
         if method.teaches_itself:
             own_params = jax.jit(student.weights)(params)
             teacher_params = (
-                None if method.name == "self_ema" else training.place(own_params, work.mesh)
+                None if method.name == "self_ema" else training.place(own_params, run.mesh)
             )
         method_cache = cache if method.name in training.CACHED else None
         if method_cache is None:
             learner = method.build(setup)
         else:  # the cache has only the tokenizer's ids, even if the embeddings have more
-            learner = language.kd_stored(setup._replace(vocabulary=work.tokenizer.size))
+            learner = language.kd_stored(setup._replace(vocabulary=run.tokenizer.size))
             teacher_params = None
         nonfinite: list[loop.Nonfinite] = []  # if one diverges, the others' results are kept
-        state = train.init_state(params, setup.tx, key=work.keys.student, trainable=trainable)
+        state = train.init_state(params, setup.tx, key=run.keys.student, trainable=trainable)
         trained = training.train_model(
-            method.name, learner, state, work, teacher_params, work.settings.steps, measure,
+            method.name, learner, state, run, teacher_params, run.settings.steps, measure,
             method_cache, on_nonfinite=nonfinite.append,
         )  # fmt: skip
         trained_students.append(
@@ -194,21 +194,21 @@ def train_students(
 
 
 def _student(
-    work: LanguageRun, method: language.LanguageMethod, teacher: Teacher, start: PretrainedDecoder
+    run: LanguageRun, method: language.LanguageMethod, teacher: Teacher, start: PretrainedDecoder
 ) -> tuple[language_models.LanguageStudent, language.Setup]:
     """A method's student, and the setup that builds its step."""
-    settings, tokenizer = work.settings, work.tokenizer
+    settings, tokenizer = run.settings, run.tokenizer
     student = language_models.make_student(
         start,
         dtype=jnp.bfloat16 if settings.precision == "bfloat16" else None,
         lora=settings.lora,
         quantize=language_models.int_rounding(settings.bits) if method.name == "qad" else None,
-        key=work.keys.student,
+        key=run.keys.student,
     )
     table_sizes = {x.model.config.vocabulary for x in (teacher.placed, start)}
     setup = language.Setup(
         student.decoder,
-        _optimizer(work, settings.steps),
+        _optimizer(run, settings.steps),
         teacher=teacher.placed.model,
         weights=student.weights,
         trainable=student.trainable,
@@ -219,7 +219,7 @@ def _student(
         share=settings.on_policy,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        stop_tokens=work.stop_tokens,
+        stop_tokens=run.stop_tokens,
         microbatches=settings.microbatches,
     )
     return student, setup
@@ -229,7 +229,7 @@ def _student(
 
 
 def compare(
-    work: LanguageRun,
+    run: LanguageRun,
     teacher: Teacher,
     start: PretrainedDecoder,
     trained_students: Sequence[TrainedStudent],
@@ -238,7 +238,7 @@ def compare(
 
     Models of one shape share their programs.
     """
-    settings, first, held_out = work.settings, trained_students[0].student, work.text.held_out
+    settings, first, held_out = run.settings, trained_students[0].student, run.text.held_out
     models = [
         ("teacher", "Teacher", teacher.placed.model, teacher.placed.params, teacher.seconds),
         ("start", "Student before training", first.decoder, first.weights(first.start), 0.0),
@@ -246,10 +246,10 @@ def compare(
     for method, student, trained, _ in trained_students:
         merged = jax.jit(student.weights)(trained.params)
         models.append((method.name, method.title, student.decoder, merged, trained.seconds))
-        language_models.write_folder(work.folder / method.name, merged, start, work.source)
-    if work.source is None:
+        language_models.write_folder(run.folder / method.name, merged, start, run.source)
+    if run.source is None:
         language_models.write_folder(
-            work.folder / "teacher", teacher.placed.params, teacher.placed, None
+            run.folder / "teacher", teacher.placed.params, teacher.placed, None
         )
     rows, continuations, programs = [], {}, {}
     diverged = {
@@ -257,11 +257,11 @@ def compare(
     }
     for name, title, decoder, params, seconds in models:
         if decoder.config not in programs:
-            draw = training.make_sampler(work, decoder)
+            draw = training.make_sampler(run, decoder)
             rate = training.speed(language.model(decoder), params, held_out, settings.batch_size)
             programs[decoder.config] = draw, rate
         draw, rate = programs[decoder.config]
-        last = {k.removeprefix("eval/"): v for k, v in work.curves[name][-1].items()}
+        last = {k.removeprefix("eval/"): v for k, v in run.curves[name][-1].items()}
         fields: dict[str, Any] = {"steps": last.pop("step")} if seconds else {}
         if name in diverged:
             fields["diverged"] = diverged[name]
@@ -270,45 +270,45 @@ def compare(
         rows.append(language_report.LanguageRow(name, title, last, *size, rate, seconds, fields))
         if settings.samples:
             continuations[title] = draw(params)
-    return rows, _samples(work, continuations)
+    return rows, _samples(run, continuations)
 
 
 def _samples(
-    work: LanguageRun, continuations: dict[str, list[list[int]]]
+    run: LanguageRun, continuations: dict[str, list[list[int]]]
 ) -> list[language_report.Sample]:
     """Held-out prompts, with each model's continuation."""
-    settings, samples = work.settings, []
-    prompts = training.prompts(work.text.held_out, settings.samples, settings.prompt)
+    settings, samples = run.settings, []
+    prompts = training.prompts(run.text.held_out, settings.samples, settings.prompt)
     for i, (prompt, real) in enumerate(zip(*prompts, strict=True)):
-        texts = {title: work.tokenizer.decode(rows[i]) for title, rows in continuations.items()}
-        samples.append(language_report.Sample(work.tokenizer.decode(prompt[real].tolist()), texts))
+        texts = {title: run.tokenizer.decode(rows[i]) for title, rows in continuations.items()}
+        samples.append(language_report.Sample(run.tokenizer.decode(prompt[real].tolist()), texts))
     return samples
 
 
 # What the steps share.
 
 
-def _optimizer(work: LanguageRun, steps: int) -> optax.GradientTransformation:
-    return warmup_adamw(work.settings.learning_rate, steps, max(1, steps // 20))
+def _optimizer(run: LanguageRun, steps: int) -> optax.GradientTransformation:
+    return warmup_adamw(run.settings.learning_rate, steps, max(1, steps // 20))
 
 
-def add_note(work: LanguageRun, text: str) -> None:
+def add_note(run: LanguageRun, text: str) -> None:
     """Prints a note at once and adds it to the report."""
-    if text not in work.notes:
-        work.notes.append(text)
-        work.say(f"note: {text}")
+    if text not in run.notes:
+        run.notes.append(text)
+        run.say(f"note: {text}")
 
 
-def _check_fits(work: LanguageRun, model: PretrainedDecoder, role: str) -> None:
-    length = work.settings.length
-    language_models.check_fits(model.model.config, work.tokenizer.size, length, role)
+def _check_fits(run: LanguageRun, model: PretrainedDecoder, role: str) -> None:
+    length = run.settings.length
+    language_models.check_fits(model.model.config, run.tokenizer.size, length, role)
     if length > (trained_length := language_models.trained_length(model.config)):
         add_note(
-            work,
+            run,
             f"{role} was made for {trained_length:,} positions (its config.json), but rows have "
             f"{length:,}.",
         )
 
 
-def _place(work: LanguageRun, model: PretrainedDecoder) -> PretrainedDecoder:
-    return model._replace(params=training.place(model.params, work.mesh))
+def _place(run: LanguageRun, model: PretrainedDecoder) -> PretrainedDecoder:
+    return model._replace(params=training.place(model.params, run.mesh))

@@ -161,7 +161,7 @@ def train_model(
     name: str,
     learner: language.Learner,
     state: TrainState,
-    work: LanguageRun,
+    run: LanguageRun,
     teacher_params: Any,
     steps: int,
     measure: Measure,
@@ -169,7 +169,7 @@ def train_model(
     *,
     on_nonfinite: Callable[[loop.Nonfinite], None] = loop.raise_nonfinite,
 ) -> LanguageResult:
-    """Trains up to `steps`, from the newest save if the run resumes; adds to `work.curves`.
+    """Trains up to `steps`, from the newest save if the run resumes; adds to `run.curves`.
 
     Args:
       name: of the method, in the metrics file and under `checkpoints/`.
@@ -181,37 +181,37 @@ def train_model(
       SystemExit: after a signal, with everything saved.
       FloatingPointError: by default, if the loss is no longer finite.
     """
-    start_time, settings, rows = time.perf_counter(), work.settings, work.text.train
-    advance = _progress.track_part(work.say, name, len(work.curves), len(work.learners))
+    start_time, settings, rows = time.perf_counter(), run.settings, run.text.train
+    advance = _progress.track_part(run.say, name, len(run.curves), len(run.learners))
     state, step = learner.begin(state), learner.step
-    if work.mesh is not None:
-        state = place(state, work.mesh)
+    if run.mesh is not None:
+        state = place(state, run.mesh)
         step = sharding.keep_placement(step, state)
     saves = _saves.restore(
-        work.folder, work.identity, name, state, resume=settings.resume, start_time=start_time
+        run.folder, run.identity, name, state, resume=settings.resume, start_time=start_time
     )
     rate_text = make_timer(settings.batch_size * rows.inputs["tokens"].shape[1], steps)
 
     def log(line: dict[str, Any]) -> None:
         write(line)
         if "loss" in line:
-            work.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
+            run.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
                      f"{rate_text(line['step'])}")  # fmt: skip
         else:
             scores = {k.removeprefix("eval/"): v for k, v in line.items() if k != "step"}
-            work.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
     def keep_line(line: dict[str, Any]) -> bool:
         return line["step"] <= saves.step
 
     with (
         _saves.open_saves(saves, checkpoint.newest(1)) as save,
-        _logs.method_log(work.folder, work.lines, name, keep_line) as write,
+        _logs.method_log(run.folder, run.lines, name, keep_line) as write,
     ):
         result = loop.run(
             step,
             saves.state,
-            batches(rows, settings.batch_size, work.keys.order, cache),
+            batches(rows, settings.batch_size, run.keys.order, cache),
             teacher_params,
             steps=steps,
             log=log,
@@ -222,15 +222,15 @@ def train_model(
             save_every=settings.save_every,
             meta=saves.meta,
             on_nonfinite=on_nonfinite,
-            place=partial(_place_batch, mesh=work.mesh),
+            place=partial(_place_batch, mesh=run.mesh),
             reached=lambda step: advance(step, steps),
         )
     seconds = _saves.seconds(saves)
     params, curve = result.state.params, result.evaluations
     if not curve or curve[-1]["step"] != result.step:  # training ended early
         curve = [*curve, curve_line(result.step, measure(params))]
-    work.curves[name] = curve
-    _logs.write_method_events(work.folder, work.lines.get(name, []), settings.log)
+    run.curves[name] = curve
+    _logs.write_method_events(run.folder, run.lines.get(name, []), settings.log)
     return LanguageResult(params, seconds)
 
 
@@ -261,19 +261,19 @@ def make_timer(tokens: int, steps: int) -> Callable[[int], str]:
 
 
 def make_measure(
-    work: LanguageRun,
+    run: LanguageRun,
     student: ModelFn,
     weights: Callable[[Params], Params],
     teacher: PretrainedDecoder,
 ) -> Callable[..., dict[str, float]]:
     """`measure(params, reference=teacher.params)`: fidelity and bits per byte of held-out text."""
-    teacher_fn, inputs = language.model(teacher.model), work.text.held_out.inputs
+    teacher_fn, inputs = language.model(teacher.model), run.text.held_out.inputs
     arrays = {"inputs": {name: inputs[name] for name in ("tokens", "segments", "learned")}}
 
     def measures(inputs: Inputs) -> dict[str, Any]:
         targets, where = language.counted(inputs)
         fidelity = language.fidelity(
-            inputs.student, inputs.batch["teacher"], targets, where, vocabulary=work.tokenizer.size
+            inputs.student, inputs.batch["teacher"], targets, where, vocabulary=run.tokenizer.size
         )
         return fidelity._asdict()
 
@@ -291,15 +291,15 @@ def make_measure(
 
     def measure(params: Params, reference: Params = teacher.params) -> dict[str, float]:
         total: Metrics | None = None
-        for batch in data.in_order(arrays, work.settings.batch_size):
-            metrics = evaluate_batch(params, reference, _place_batch(batch, work.mesh))
+        for batch in data.in_order(arrays, run.settings.batch_size):
+            metrics = evaluate_batch(params, reference, _place_batch(batch, run.mesh))
             total = metrics if total is None else add(total, metrics)
         assert total is not None
         means = {name: float(value) for name, value in train.values(total).items()}
         count = float(total["nats"].weight)
         for name, nats in (("", "nats"), ("teacher_", "teacher_nats")):
             bits = means[nats] * count / np.log(2)
-            means[f"{name}bits_per_byte"] = bits / max(work.text.held_out_bytes, 1)
+            means[f"{name}bits_per_byte"] = bits / max(run.text.held_out_bytes, 1)
         return means
 
     return measure
@@ -315,19 +315,19 @@ def prompts(rows: Rows, count: int, length: int) -> tuple[np.ndarray, np.ndarray
     return tokens, np.asarray(language.last_text(jnp.asarray(segments)))
 
 
-def make_sampler(work: LanguageRun, decoder: Any) -> Callable[[Params], list[list[int]]]:
+def make_sampler(run: LanguageRun, decoder: Any) -> Callable[[Params], list[list[int]]]:
     """`draw(params)`: continuations of the first held-out prompts, each with its own key."""
-    settings = work.settings
-    start = prompts(work.text.held_out, settings.samples, settings.prompt)
+    settings = run.settings
+    start = prompts(run.text.held_out, settings.samples, settings.prompt)
     tokens, mask = (jnp.asarray(x) for x in start)
-    keys = jax.random.split(work.keys.sample, len(tokens))
+    keys = jax.random.split(run.keys.sample, len(tokens))
 
     @jax.jit
     def sample_all(params: Params, keys: Array) -> language.Samples:
         return language.sample(
             decoder, params, tokens, keys=keys,
             length=min(settings.length - settings.prompt, 64), prompt_mask=mask,
-            temperature=TEMPERATURE, stop_tokens=work.stop_tokens,
+            temperature=TEMPERATURE, stop_tokens=run.stop_tokens,
         )  # fmt: skip
 
     def draw(params: Params) -> list[list[int]]:

@@ -192,24 +192,24 @@ def run(settings: Settings) -> int:
                 f"--batch-size {settings.batch_size}: there are {row_count} rows to learn from."
             )
         keys = training.LanguageKeys(*jax.random.split(jax.random.key(settings.seed), 4))
-        work = training.LanguageRun(
+        language_run = training.LanguageRun(
             settings, folder, identity, mesh, model_folders["teacher"], model_folders["student"],
             tokenizer, text, learners, say, keys, _logs.read_lines(folder), {}, [],
         )  # fmt: skip
         if self_taught := [method.name for method in chosen if method.teaches_itself]:
             names, context = ", ".join(self_taught), text.teacher_context
-            steps.add_note(work, f"{names}: before a prompt the teacher reads {context}.")
-        new_student = steps.new_student(work)
-        teacher = steps.make_teacher(work)
-        start = steps.make_start(work, teacher, new_student)
-        cache = steps.open_cache(work, teacher)
+            steps.add_note(language_run, f"{names}: before a prompt the teacher reads {context}.")
+        new_student = steps.new_student(language_run)
+        teacher = steps.make_teacher(language_run)
+        start = steps.make_start(language_run, teacher, new_student)
+        cache = steps.open_cache(language_run, teacher)
         teacher = teacher._replace(host=teacher.placed)  # the other copy is no longer needed
-        trained_students = steps.train_students(work, chosen, teacher, start, cache)
+        trained_students = steps.train_students(language_run, chosen, teacher, start, cache)
         say.hide()
         say("measuring")
-        rows, samples = steps.compare(work, teacher, start, trained_students)
-        work.notes.append(programs())
-        write(work, rows, samples)
+        rows, samples = steps.compare(language_run, teacher, start, trained_students)
+        language_run.notes.append(programs())
+        write(language_run, rows, samples)
         student_folders = [str(folder / student.method.name) for student in trained_students]
         print(f"students: {', '.join(student_folders)}")
     return 1 if all(student.diverged for student in trained_students) else 0
@@ -247,14 +247,14 @@ def tokenizer_of(teacher: str | None, student: str | None) -> language.Tokenizer
 
 
 def write(
-    work: training.LanguageRun,
+    language_run: training.LanguageRun,
     rows: Sequence[language_report.LanguageRow],
     samples: Sequence[language_report.Sample],
 ) -> None:
     """Writes the report and its files."""
-    _logs.write(work.folder, work.settings.log)
-    text = work.text
-    cut, notes = text.train.cut + text.held_out.cut, [*work.notes]
+    _logs.write(language_run.folder, language_run.settings.log)
+    text = language_run.text
+    cut, notes = text.train.cut + text.held_out.cut, [*language_run.notes]
     if cut:
         notes.append(f"{cut} records were longer than their columns and were cut short.")
     for row in rows:
@@ -269,4 +269,6 @@ def write(
         "held_out_bytes": text.held_out_bytes,
     }
     title = "kdtl language: a language model and its students"
-    language_report.write(work.folder, title, about, rows, work.curves, samples, notes)
+    language_report.write(
+        language_run.folder, title, about, rows, language_run.curves, samples, notes
+    )
