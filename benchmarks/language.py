@@ -10,12 +10,15 @@ Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), nothing else runnin
 RESULT:    step: loss and gradient equal to PyTorch's, 1e-7; PyTorch takes 0.91 times as long eager
            and 0.82 times compiled; 69% of the matrix products' speed, PyTorch 77 and 84% (before
            rows were multiplied as one matrix 0.87 and 0.82, 63%); by processor time of one busy
-           core (--busy) 1.07 and 0.96
+           core (--busy) 1.07 and 0.96. On an AMD EPYC of family 26 (AVX-512), two sittings of 5
+           and 7 rounds: 1.61 and 1.61 eager, 1.51 (1.5) and 1.48 compiled
            sampling, times as long in transformers at its better thread count, two sittings: one row
            2.81 (2.8) and 2.44 (2.4), eight rows 2.26 (2.3) and 2.28; 512 of 512 greedy tokens
            equal. On a processor without AVX-512, three sittings: one row 2.59, 2.54 and 2.64, eight
            rows 1.68, 1.62 (1.6) and 1.70; the products alone take 0.82 and 0.84 of our time, so
-           that one row can be 3.4 times as fast at most, eight rows 2.0
+           that one row can be 3.4 times as fast at most, eight rows 2.0. On family 26, three
+           sittings of 3, 7 and 7 rounds: one row 2.99, 2.95 and 3.09 (3.1), eight rows 2.51, 2.60
+           (2.6) and 2.59; the products 0.80 to 0.84 and 0.84 to 0.88
            KL over 32,768 classes, 1,024 tokens in chunks of 256, times the matrix products: float32
            1.01, bfloat16 1.03; Liger takes 1.20 times as long. Over 131,072 classes, in chunks of
            256, on a processor without AVX-512, 3 rounds, 541 s for this part: 0.99 and 1.02; Liger
