@@ -114,6 +114,12 @@ def test_whatever_a_setting_is_given_its_parser_refuses_it_or_not(words: list[st
                     assert is_plain(str(error)), (field.name, str(error)[:500])
 
 
+def test_an_own_loss_that_is_no_text_is_refused_by_its_form(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("loss: 3\n")
+    with pytest.raises(UsageError, match="loss: expected FILE.py:NAME, .* got 3$"):
+        cli.parse(["distill", "--config", str(tmp_path / "a.yaml")])
+
+
 def test_dates_and_words_of_yaml_are_text_where_text_is_meant(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("label: 2024-13-45\nout: 2024-01-01\n")
     actual = cli.parse(["distill", "--config", str(tmp_path / "a.yaml")])
@@ -196,6 +202,8 @@ def test_every_kind_of_field_on_the_command_line_and_in_a_file(tmp_path: Path) -
     mixed = every("f", "--debug", "g", "--share", "0.25", "h")
     assert mixed == Every(("f", "g", "h"), share=0.25), "files stand between flags"
     assert every("--debug", "--", "-f").files == ("-f",)
+    dashes = every("f", "--share", "0.25", "g", "--", "-h", "--share")
+    assert dashes == Every(("f", "g", "-h", "--share"), share=0.25)
     file.write_text("as: B")
     assert every("--config", str(file)).as_ == "b"
     file.write_text("rule: 3")

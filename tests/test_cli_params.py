@@ -231,6 +231,10 @@ def test_bad_slices(words: list[str], code: int, says: str, capsys: Any) -> None
     ("words", "says"),
     [
         (["merge"], "name MODELS, for example: kdtl params merge"),
+        (["merge"], "--density 0.2 --write merged.safetensors\n"),
+        (["merge", A, "--recipe", "r.yaml"], "--recipe says everything; leave out MODELS"),
+        (["merge", A, B, "--write", ""], "--write: expected text, got ''"),
+        (["scale", A, "--alpha", "-x"], "--alpha: expected one argument"),
         (["merge", A, "--method", "ties"], "needs --base"),
         (["merge", A, "--base", B], "has no --base"),
         (["merge", A, B, "--method", "slerp"], "needs --t"),
@@ -244,7 +248,7 @@ def test_bad_slices(words: list[str], code: int, says: str, capsys: Any) -> None
         (["transfer", A, B, "--rename", "a"], "REGEX=>NAME"),
         (["scale"], "name SOURCE"),
         (["scale", A, "--alpa", "2"], "did you mean --alpha"),
-        (["shrink"], "unknown command 'shrink'"),
+        (["shrink"], "unknown command 'params shrink'"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(words: list[str], says: str, capsys: Any) -> None:

@@ -144,6 +144,9 @@ def test_axes_become_columns() -> None:
     assert settings()["temperature"].tolist() == [1, 2, 4, 8]
     grid = settings("--grid", "temperature=1,4", "lr=1e-3,1e-2,1e-1")
     assert grid["temperature"].tolist() == [1, 1, 1, 4, 4, 4] and len(grid["learning_rate"]) == 6
+    repeated = settings("--grid", "temperature=1,4", "--grid", "lr=1e-3,1e-2,1e-1")
+    assert all((repeated[axis] == grid[axis]).all() for axis in grid)
+    assert _axes.grid("temperature=1,4 lr=1,2") == {"temperature": (1, 4), "learning_rate": (1, 2)}
     drawn = settings("--sample", "16", "--range", "temperature=1..20:log", "kd=0..2")
     assert len(drawn["kd"]) == 16 and drawn["temperature"].max() > 10
     assert (drawn["temperature"] < np.sqrt(20)).sum() in (7, 8, 9)

@@ -165,7 +165,7 @@ def find(argv: Sequence[str]) -> tuple[str, str, Any, list[str]] | None:
             if not first:
                 raise UsageError(f"name a command: {names}")
             hint = suggest(first, commands) or f"the commands are {names}"
-            raise UsageError(f"unknown command {first!r}; {hint}")
+            raise UsageError(f"unknown command {f'{words} {first}'.strip()!r}; {hint}")
         command, arguments = commands[first], arguments[1:]
         words = f"{words} {first}".strip()
         module = importlib.import_module(command.module)

@@ -59,12 +59,12 @@ def parse(
     fields = {field.name: field for field in dataclasses.fields(module.Settings)}
     parser = _parser(words, summary, module, fields)
     _refuse_unknown(parser, argv)
-    # Names of files may stand between flags; after "--", they may begin with a dash.
-    read = parser.parse_known_args if "--" in argv else parser.parse_known_intermixed_args
     try:
-        flags, extra = read(argv)
+        flags, extra = _read(parser, argv)
     except argparse.ArgumentError as error:
-        raise UsageError(_one_line(str(error).removeprefix("argument "))) from None
+        message = str(error).removeprefix("argument ")
+        message = message.replace(": ignored explicit argument ", ": takes no value, got ")
+        raise UsageError(_one_line(message)) from None
     if extra:
         raise UsageError(_one_line(f"unrecognized arguments: {' '.join(extra)}"))
     values = {}
@@ -132,6 +132,7 @@ def _parser(
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # so that a flag that is not given stands nowhere
     )
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # also -1e-3 and -1,2 are values
     hints, groups = get_type_hints(settings), {}
     for name, field in fields.items():
         title = field.metadata.get("group")
@@ -145,6 +146,31 @@ def _parser(
     for flag, text in SWITCHES.items():
         group.add_argument(flag, action="store_true", default=False, help=text)
     return parser
+
+
+def _read(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The words as flags and names of files, which may stand between flags, and what is neither.
+
+    After "--", names may begin with a dash.
+    """
+    words, names = _split_at_dashes(argv)
+    flags, extra = parser.parse_known_intermixed_args(words)
+    if not names or extra:
+        return flags, [*extra, *names]
+    earlier = []
+    for action in parser._get_positional_actions():
+        value = getattr(flags, action.dest, [])
+        earlier += value if isinstance(value, list) else [value]
+    flags, extra = parser.parse_known_args(["--", *earlier, *names], flags)
+    return flags, [word for word in extra if word != "--"]
+
+
+def _split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before the first "--", and those after it."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    return list(argv[:place]), list(argv[place + 1 :])
 
 
 def _add(group: Any, name: str, hint: Any, metadata: Mapping[str, Any]) -> None:
@@ -167,7 +193,7 @@ def _add(group: Any, name: str, hint: Any, metadata: Mapping[str, Any]) -> None:
     if metadata.get("repeat"):
         options["action"] = "append"
     if metadata.get("many"):
-        options["nargs"] = "+"
+        options |= {"action": "extend", "nargs": "+"}
     if "positional" in metadata:
         group.add_argument(name, nargs="*" if metadata["positional"] == "*" else "?", **options)
         return
@@ -204,8 +230,8 @@ def _convert(hint: Any, value: Any) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from None
     if int in hints:
         return _integer(value)
-    if not isinstance(value, str):
-        raise argparse.ArgumentTypeError(f"expected text, got {value}")
+    if not isinstance(value, str) or not value:  # "" would be the current folder
+        raise argparse.ArgumentTypeError(f"expected text, got {value if value else repr(value)}")
     return value
 
 
@@ -230,6 +256,7 @@ def _integer(value: Any) -> int:
 
 def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
     known = [flag for action in parser._actions for flag in action.option_strings]
+    words, _ = _split_at_dashes(words)
     flags = [word.partition("=")[0] for word in words]
     places = [action.dest for action in parser._actions if not action.option_strings]
     unknown = [

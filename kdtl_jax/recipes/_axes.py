@@ -22,6 +22,7 @@ DEFAULT = {"temperature": (1.0, 2.0, 4.0, 8.0)}
 
 def grid(value: Any) -> dict[str, tuple[float, ...]]:
     """`axis=number,…` words, or a mapping."""
+    value = value.split() if isinstance(value, str) else value
 
     def parse(values: Any) -> tuple[float, ...]:
         if not (numbers := types.numbers(values)):

@@ -61,7 +61,7 @@ def checked(value: Any) -> str | None:
 
 def checked_all(value: Any) -> tuple[str, ...]:
     """`parse=` of a setting that may be repeated."""
-    parts = [value] if isinstance(value, str) else list(value or ())
+    parts = value if isinstance(value, (list, tuple)) else [value]
     return tuple(text for part in parts if (text := checked(part)) is not None)
 
 

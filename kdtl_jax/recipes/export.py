@@ -61,6 +61,8 @@ def run(settings: Settings) -> int:
     if unknown := set(settings.platforms) - {*PLATFORMS, "rocm"}:
         names = ", ".join((*PLATFORMS, "rocm"))
         raise UsageError(f"--platforms: {min(unknown)!r} is not one of {names}")
+    if Path(settings.out).suffix == ".onnx" and settings.format != "onnx":
+        raise UsageError(f"--out {settings.out}: for ONNX, pass --format onnx")
     _inputs.check_out(settings)
     model = _inputs.model_of(settings)
     shape = model.about.shape or settings.shape

@@ -105,7 +105,8 @@ def opened(path: str | None, what: str, examples: str) -> Opened:
       TypeError: if a tensor is an 8-bit float.
     """
     if not path:
-        raise UsageError(f"name {what}, for example: {examples.strip().splitlines()[0].strip()}")
+        example = re.sub(r"\\\n\s*", "", examples.strip()).splitlines()[0].strip()
+        raise UsageError(f"name {what}, for example: {example}")
     checkpoint = safetensors.index(path)
     names: dict[str, str] = {}
     for name in checkpoint.tensors:

@@ -128,8 +128,9 @@ def _refuse_others(settings: Settings) -> None:
     keep = {"recipe", "seed", "write", "force", "dtype", "shard_bytes", "skip_sha256"}
     for field in dataclasses.fields(settings):
         if field.name not in keep and getattr(settings, field.name) != field.metadata["default"]:
-            flag = field.name.removesuffix("_").replace("_", "-")
-            raise UsageError(f"--recipe says everything; leave out --{flag}")
+            flag = f"--{field.name.removesuffix('_').replace('_', '-')}"
+            name = field.name.upper() if "positional" in field.metadata else flag
+            raise UsageError(f"--recipe says everything; leave out {name}")
 
 
 def _reference(value: Any, recipe: Path) -> str | None:
