@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,21 @@ def test_digits_are_split_and_standardized_from_the_training_part_alone() -> Non
     assert abs(float(splits.train.inputs.mean())) < 1e-5
     assert abs(float(splits.train.inputs.std()) - 1) < 1e-5
     assert abs(float(splits.test.inputs.mean())) > 1e-5
+
+
+@pytest.mark.parametrize("choice", [{"inputs": "b"}, {"label": "b"}])
+def test_a_choice_of_columns_that_nothing_reads_is_refused(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"digits: has no columns or arrays to choose"):
+        datasets.read_splits("digits", **choice)
+    table = tmp_path / "table.csv"
+    table.write_text("a,b,c,label\n" + "".join(f"{i},{i % 3},{-i},{i % 2}\n" for i in range(40)))
+    if "label" in choice:
+        assert datasets.read_splits(str(table), **choice).train.classes == 3
+        return
+    with pytest.raises(ValueError, match="has no column 'b' that names image files"):
+        datasets.read_splits(str(table), **choice)
 
 
 def test_npz_in_mnist_style_keeps_its_test_part(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def read_splits(
                 "digits: has no columns to leave out (--drop-columns) and no image files to resize "
                 "(--image-size)."
             )
+        if preprocessing is None and (inputs is not None or label != "label"):
+            raise ValueError("digits: has no columns or arrays to choose (--inputs, --label).")
         data, like = digits(), _model_dataset(preprocessing)
         if target != "auto" or like is not None:
             data = from_arrays(data.name, data.inputs, data.labels, target=target, like=like)

@@ -88,13 +88,17 @@ def _with_named_images(path: Path, source: StoredPart, choices: Choices) -> Stor
     """Replaces a table's inputs by the images that one of its columns names, if any does.
 
     Raises:
-      ValueError: naming the first row without its image, or the table if the model takes images.
+      ValueError: naming the first row without its image, or the table if `inputs` or the model
+        asks for images.
     """
     table = source.inputs
     assert isinstance(table, ColumnTable)
     if choices.model_columns:  # the model reads columns
         return source
+    wanted = choices.inputs if choices.model is None else None
     for name, column in table.columns.items():
+        if wanted not in (None, name):
+            continue
         folder = image_folder(path, column[0]) if table.size else None
         if folder is None or not all(isinstance(cell, str) for cell in column):
             continue
@@ -110,6 +114,8 @@ def _with_named_images(path: Path, source: StoredPart, choices: Choices) -> Stor
         return source._replace(
             inputs=EncodedImages(str(path), files), notices=(*source.notices, notice)
         )
+    if wanted is not None:
+        raise ValueError(f"{path}: has no column {wanted!r:.80} that names image files (--inputs).")
     if choices.model is not None and choices.model.images is not None:
         raise ValueError(f"{path}: no column names image files beside it, which the model takes.")
     return source
