@@ -92,6 +92,10 @@ def test_a_table_that_names_its_images(tmp_path: Path) -> None:
         actual = datasets.read_unlabeled(path, form)
         np.testing.assert_array_equal(actual.inputs, whole.inputs)
         assert actual.files[1].endswith("01.png")
+    same = datasets.read(file, inputs="file_name")
+    np.testing.assert_array_equal(same.inputs, whole.inputs)
+    with pytest.raises(ValueError, match="has no column 'size' that names image files"):
+        datasets.read(file, inputs="size")
     assert datasets.files_of(str(file)) == (file, folder / "images"), "both make a run's identity"
     (folder / "images" / "07.png").unlink()
     with pytest.raises(ValueError, match="row 9: there is no file .*07.png"):

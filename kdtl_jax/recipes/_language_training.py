@@ -169,7 +169,7 @@ def train_model(
     *,
     on_nonfinite: Callable[[loop.Nonfinite], None] = loop.raise_nonfinite,
 ) -> LanguageResult:
-    """Trains up to `steps`, from the newest save if the run resumes; adds to `run.curves`.
+    """Trains up to `steps`, from the newest save if the run resumes; adds to the curves of `run`.
 
     Args:
       name: of the method, in the metrics file and under `checkpoints/`.
