@@ -131,6 +131,8 @@ def test_what_does_not_fit_is_refused(
     assert "--teacher-weights: name the teacher's safetensors file" in capsys.readouterr().err
     assert _cache(tmp_path / "e", weights, "--batch-size", "0") == 2
     assert _cache(tmp_path / "e", weights, "--taps", ",") == 2
+    assert _cache(tmp_path / "e", weights, "--temperature", "4") == 2
+    assert "--temperature needs --top-k" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
 
 

@@ -147,6 +147,8 @@ def load_teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[
             "--teacher-weights: name the teacher's safetensors file, for example "
             "runs/distill/teacher.safetensors."
         )
+    if settings.top_k is None and settings.temperature != 1:
+        raise UsageError("--temperature needs --top-k: whole logits have none.")
     source = _models.open_source(path, settings.teacher, "mlp:128,64")
     train, text = _data.read_data(settings, source)[0].train, str(source.about.model)
     example = jnp.asarray(train.inputs[:1])
