@@ -58,9 +58,10 @@ def parse(
     """
     fields = {field.name: field for field in dataclasses.fields(module.Settings)}
     parser = _parser(words, summary, module, fields)
-    _refuse_unknown(parser, argv)
+    places = [name for name, field in fields.items() if "positional" in field.metadata]
+    _refuse_unknown(fields, places, argv)
     try:
-        flags, extra = _read(parser, argv)
+        flags, extra = _read(parser, places, argv)
     except argparse.ArgumentError as error:
         message = str(error).removeprefix("argument ")
         message = message.replace(": ignored explicit argument ", ": takes no value, got ")
@@ -132,7 +133,6 @@ def _parser(
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # so that a flag that is not given stands nowhere
     )
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # also -1e-3 and -1,2 are values
     hints, groups = get_type_hints(settings), {}
     for name, field in fields.items():
         title = field.metadata.get("group")
@@ -149,19 +149,24 @@ def _parser(
 
 
 def _read(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
+    parser: argparse.ArgumentParser, places: Sequence[str], argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
     """The words as flags and names of files, which may stand between flags, and what is neither.
 
     After "--", names may begin with a dash.
     """
-    words, names = _split_at_dashes(argv)
+    before, names = _split_at_dashes(argv)
+    words: list[str] = []
+    for word in before:
+        # argparse takes -1e-3 and -1,2 for flags.
+        is_value = words and words[-1].startswith("--") and re.match(r"-\.?\d", word)
+        words[-1:] = [f"{words[-1]}={word}"] if is_value else [*words[-1:], word]
     flags, extra = parser.parse_known_intermixed_args(words)
     if not names or extra:
         return flags, [*extra, *names]
     earlier = []
-    for action in parser._get_positional_actions():
-        value = getattr(flags, action.dest, [])
+    for place in places:
+        value = getattr(flags, place, [])
         earlier += value if isinstance(value, list) else [value]
     flags, extra = parser.parse_known_args(["--", *earlier, *names], flags)
     return flags, [word for word in extra if word != "--"]
@@ -254,11 +259,12 @@ def _integer(value: Any) -> int:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
-    known = [flag for action in parser._actions for flag in action.option_strings]
+def _refuse_unknown(fields: Mapping[str, Any], places: Sequence[str], words: Sequence[str]) -> None:
+    known = [_flag(name) for name in fields if name not in places]
+    known += [field.metadata["short"] for field in fields.values() if "short" in field.metadata]
+    known += ["--help", "--config", *SWITCHES]
     words, _ = _split_at_dashes(words)
     flags = [word.partition("=")[0] for word in words]
-    places = [action.dest for action in parser._actions if not action.option_strings]
     unknown = [
         (shown(word), _positional_hint(flag, places) or _suggestion(flag, known))
         for word, flag in zip(words, flags, strict=True)
