@@ -37,7 +37,10 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
 
 
 def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Array:
-    """Flips each image horizontally with the given probability."""
+    """Flips each image horizontally with the given probability.
+
+    Takes `[B]` keys and `[B, H, W, C]` images; returns images of the same shape and dtype.
+    """
     _check_images(keys, images)
     _checks.scalar(probability=probability)
     _checks.within(0, 1, probability=probability)
@@ -47,6 +50,8 @@ def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Arr
 
 def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
     """Pads with zeros and crops a window of the original size at a random position.
+
+    Takes `[B]` keys and `[B, H, W, C]` images; returns images of the same shape and dtype.
 
     Args:
       padding: pixels added on each side; 4 is the usual value for 32 x 32 images.
@@ -101,6 +106,7 @@ def cutmix(
 
     The box has sides `sqrt(1 - l)` times the image's, with `l ~ Beta(alpha, alpha)`, and a
     uniformly drawn center. It is clipped at the border, and targets use the area actually pasted.
+    Takes `[B, H, W, C]` images and `[B, K]` targets; returns both mixed, in their shapes.
 
     References:
       Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, ICCV 2019.

@@ -173,6 +173,8 @@ def mean_squared_distance(
 ) -> Array:
     """Mean of `||x - y||^2` over all pairs of the joint batch, including self pairs: MMD's scale.
 
+    Takes `[B, D]` and `[B', D]` features.
+
     Returns:
       `[]`, squared feature units.
     """

@@ -159,7 +159,8 @@ def bank_set_normalizer(
 ) -> Bank:
     """The bank with `Z = n mean(exp(x . row / T))`, estimated from this batch and then constant.
 
-    CRD does this with its first batch; here it happens when you call it.
+    CRD does this with its first batch; here it happens when you call it. Takes `[B, D]` embeddings
+    and `[B, 1 + K]` indices.
 
     Args:
       temperature: T of the later scores.

@@ -35,7 +35,7 @@ class Calibration(NamedTuple):
 
 
 def accuracy(predicted: Any, labels: Any) -> float:
-    """The share of correct classes; NaN if an answer is missing, as in `run.scores.accuracy`."""
+    """The share of correct classes `[N]`; NaN if an answer is missing (`run.scores.accuracy`)."""
     predicted, labels = _check_classes(predicted, labels)
     return float(np.mean(predicted == labels)) if _all_answered(predicted) else float("nan")
 
@@ -54,27 +54,27 @@ def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
 
 
 def per_class(predicted: Any, labels: Any, classes: int) -> PerClass:
-    """Precision, recall and F1 of every class."""
+    """Precision, recall and F1 of every class, from classes `[N]`."""
     counts = confusion(predicted, labels, classes)
     support = np.bincount(np.asarray(labels), minlength=classes)
     return _per_class(np.diagonal(counts), counts.sum(axis=0), support)
 
 
 def balanced_accuracy(predicted: Any, labels: Any, classes: int) -> float:
-    """The mean recall over the classes that occur in `labels`; NaN as in `accuracy`."""
+    """The mean recall over the classes that occur in `labels` `[N]`; NaN as in `accuracy`."""
     recall = per_class(predicted, labels, classes).recall
     return float(np.nanmean(recall)) if _all_answered(np.asarray(predicted)) else float("nan")
 
 
 def negative_log_likelihood(probabilities: Any, labels: Any) -> float:
-    """`-mean log p(label)`; infinite if a label has probability 0."""
+    """`-mean log p(label)` of `[N, K]` and `[N]`; infinite if a label has probability 0."""
     p, labels = _check_probabilities(probabilities, labels)
     with np.errstate(divide="ignore"):
         return float(-np.mean(np.log(p[np.arange(len(labels)), labels])))
 
 
 def brier(probabilities: Any, labels: Any) -> float:
-    """`mean sum_k (p_k - y_k)^2`, y one-hot: 0 to 2. Brier, 1950."""
+    """`mean sum_k (p_k - y_k)^2` of `[N, K]`, y one-hot: 0 to 2. Brier, 1950."""
     p, labels = _check_probabilities(probabilities, labels)
     p_label = p[np.arange(len(labels)), labels]
     return float(np.mean(np.sum(p**2, axis=-1) - p_label**2 + (1 - p_label) ** 2))
@@ -122,14 +122,14 @@ def per_label(predicted: Any, targets: Any) -> PerClass:
 
 
 def micro_f1(predicted: Any, targets: Any) -> float:
-    """`2 TP / (2 TP + FP + FN)` with the counts of all labels added up."""
+    """`2 TP / (2 TP + FP + FN)` with the counts of all labels `[N, K]` added up."""
     predicted, targets = _check_binary(predicted, targets)
     totals = _per_class((predicted & targets).sum(), predicted.sum(), targets.sum())
     return float(totals.f1)
 
 
 def macro_f1(predicted: Any, targets: Any) -> float:
-    """The mean F1 over the labels that have one (`per_label`); NaN if none has."""
+    """The mean F1 over the labels `[N, K]` that have one (`per_label`); NaN if none has."""
     f1 = per_label(predicted, targets).f1
     defined = f1[~np.isnan(f1)]
     return float(defined.mean()) if defined.size else float("nan")
@@ -139,19 +139,22 @@ def macro_f1(predicted: Any, targets: Any) -> float:
 
 
 def mean_absolute_error(predicted: Any, targets: Any) -> float:
-    """`mean |y - t|`."""
+    """`mean |y - t|` over `[N]` or `[N, K]`."""
     y, t = _check_numbers(predicted, targets)
     return float(np.mean(np.abs(y - t)))
 
 
 def root_mean_squared_error(predicted: Any, targets: Any) -> float:
-    """`sqrt(mean (y - t)^2)` over everything."""
+    """`sqrt(mean (y - t)^2)` over all of `[N]` or `[N, K]`."""
     y, t = _check_numbers(predicted, targets)
     return float(np.sqrt(np.mean((y - t) ** 2)))
 
 
 def r_squared(predicted: Any, targets: Any) -> float:
-    """`1 - sum (y - t)^2 / sum (t - mean t)^2`, the coefficient of determination."""
+    """`1 - sum (y - t)^2 / sum (t - mean t)^2` over `[N]`, or the mean over K of `[N, K]`.
+
+    The coefficient of determination.
+    """
     y, t = _check_numbers(predicted, targets)
     with np.errstate(divide="ignore", invalid="ignore"):
         scores = 1 - ((y - t) ** 2).sum(axis=0) / ((t - t.mean(axis=0)) ** 2).sum(axis=0)

@@ -27,7 +27,7 @@ from kdtl_jax.trees import Selector, everything, is_inexact
 def l2(params: Params, *, where: Selector = everything) -> Array:
     """`1/2 sum ||p||^2` over the selected leaves, including biases and norm scales.
 
-    With weight `w` its gradient is `w p`: weight decay in SGD.
+    With weight `w` its gradient is `w p`: weight decay in SGD. Returns `[]`.
 
     Args:
       where: selector of the leaves to penalize, usually the new head.

@@ -102,7 +102,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
-    """The ridge solution `w = (F^T F / n + ridge I)^-1 F^T Y / n` of centered data.
+    """The ridge solution `w = (F^T F / n + ridge I)^-1 F^T Y / n`, `[D, K]`, of centered data.
 
     Args:
       ridge: > 0, in squared feature units (it is added to the features' variance); the bias is not

@@ -161,6 +161,8 @@ def h_score(
 ) -> Array:
     """`tr(pinv(cov(f)) cov(E[f | y]))`: the share of whitened variance that classes explain.
 
+    Takes `[N, D]` features and int `[N]` labels.
+
     Returns:
       `[]`, in `[0, min(D, C - 1)]`.
 
@@ -180,7 +182,8 @@ def regularized_h_score(
     `(1 - a) tr(((1 - a) S + a mu I)^-1 cov(E[f | y]))`, with `mu = tr S / D` and a the optimal
     share.
 
-    Arguments and errors are as in `h_score`.
+    Arguments and errors are as in `h_score`. Takes `[N, D]` features and int `[N]` labels; returns
+    `[]`.
 
     References:
       Ibrahim, Ponomareva and Mazumder, Newer is not always better, 2021 (2110.06893); Ledoit

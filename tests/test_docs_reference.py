@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from documents import DOCS
 
+from kdtl_jax import losses
+
 sys.path.insert(0, str(DOCS / "_ext"))
 SHAPES = re.compile(r"\[[^\]]*\]|[Aa]ny shape|[Aa]ny floating point array|scalar|schedule")
 ARRAYS = re.compile(r"\bArray\b")
@@ -101,3 +103,11 @@ def test_what_an_entry_lacks_is_found(source: str, missing: str | None) -> None:
     assert isinstance(node, ast.FunctionDef)
     message = lacking("f", node, ast.get_docstring(node) or "", "")
     assert message is None if missing is None else missing in (message or "")
+
+
+def test_a_loss_gives_its_shapes_itself() -> None:
+    """`help(losses.kd_kl)` shows the docstring and not what its file's functions share."""
+    shape = re.compile(r"`\[(?:\]|\.\.\.|[A-Z]\b|[a-z_]+\])")
+    functions = inspect.getmembers(losses, inspect.isfunction)
+    lacking = [name for name, function in functions if not shape.search(function.__doc__ or "")]
+    assert functions and lacking == []

@@ -44,8 +44,9 @@ def attention_mse(student: Array, teacher: Array, *, where: Array | None = None)
 def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean over heads of KL(softmax(A_T) || softmax(A_S))` over keys.
 
-    TextBrewer's `att_ce_loss` is the cross-entropy form: it adds the teacher's entropy, a
-    constant (and takes both softmaxes over padding too).
+    TextBrewer's `att_ce_loss` is the cross-entropy form: it adds the teacher's entropy, a constant
+    (and takes both softmaxes over padding too). Takes scores before the softmax `[B, heads, L, L]`
+    and the mask of real tokens `[B, L]`; returns `[B, L]`, in nats.
 
     References:
       Wang et al., MiniLM, 2020 (2002.10957), whose first term this is.

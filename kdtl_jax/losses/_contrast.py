@@ -81,7 +81,8 @@ def dcd_invariance(
     """`KL(softmax_k(A_ki)_j || softmax_k(A_ik)_j)`, with A the similarities of `info_nce`: DCD.
 
     Compares how the teacher of example i sees the students with how its student sees the teachers;
-    both sides are differentiated. DCD is `info_nce + .5 dcd_invariance`.
+    both sides are differentiated. DCD is `info_nce + .5 dcd_invariance`. Takes `[B, ...]`
+    embeddings, which it normalizes, and `where` `[B]`; returns `[B]`, in nats, at least 0.
 
     References:
       Giakoumoglou and Stathaki, Discriminative and Consistent Representation Distillation, 2024

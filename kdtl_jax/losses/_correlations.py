@@ -18,7 +18,8 @@ from kdtl_jax.losses import _sides
 def ega_edge(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`sum_j (rho(s_i, s_j) - rho(t_i, t_j))^2`, with rho the Pearson correlation over features.
 
-    `sqrt(.sum())` is the Frobenius norm that the authors weight by .3.
+    `sqrt(.sum())` is the Frobenius norm that the authors weight by .3. Takes `[B, ...]` features of
+    one shape and `where` `[B]`; returns `[B]`.
 
     References:
       Ma, Chen and Akata, Distilling Knowledge from Self-Supervised Teacher by Embedding Graph

@@ -32,6 +32,8 @@ def forward_kl(
 ) -> Array:
     """`KL(p_T || p_S) = sum_c p_T log(p_T / p_S)` of softened distributions.
 
+    Takes `[..., num_classes]` logits and `where` of their shape; returns `[...]`, in nats.
+
     References:
       Kullback and Leibler, On information and sufficiency, 1951. TRL's `GKDTrainer` gives this at
       beta=0; DistiLLM's `forward_kl` is the cross-entropy form (`soft_cross_entropy`).
@@ -52,7 +54,8 @@ def kd_kl(
 
     The `T^2` keeps the scale of the gradient as the temperature grows. `.mean()` gives
     RepDistiller's and mdistiller's number (sum over classes, mean over the batch); divide by
-    `num_classes` for Model-Optimizer's default, or by `T^2` for TRL's and Liger's convention.
+    `num_classes` for Model-Optimizer's default, or by `T^2` for TRL's and Liger's convention. Takes
+    `[..., num_classes]` logits and `where` of their shape; returns `[...]`, in nats.
 
     References:
       Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
@@ -129,7 +132,8 @@ def soft_cross_entropy(
 
     Its gradient is that of the KL, but it is not zero at equality. `.mean()` gives TextBrewer's
     `kd_ce_loss`; divide by `num_classes` for TinyBERT's prediction loss. With the teacher on both
-    sides, it is the teacher's entropy.
+    sides, it is the teacher's entropy. Takes `[..., num_classes]` logits and `where` of their
+    shape; returns `[...]`, in nats.
 
     References:
       Hinton, Vinyals and Dean, 2015 (1503.02531).
@@ -175,7 +179,7 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
 
     Only the teacher is softened (`gamma = 1 / T > 0`): the normalized `p^gamma` is
     `softmax(gamma z)`, which does not underflow. Not zero at equality unless gamma is 1. `.mean()`
-    is the authors' number.
+    is the authors' number. Takes `[..., num_classes]` logits; returns `[...]`, in nats.
 
     References:
       Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, 2024
@@ -191,6 +195,7 @@ def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -
     """Weighted TTM: `(sum_c p_T^gamma) KL(softmax(gamma z_T) || softmax(z_S))`, gamma > 0.
 
     For gamma < 1 the weight, up to `num_classes^(1 - gamma)`, grows with the teacher's smoothness.
+    Takes `[..., num_classes]` logits; returns `[...]`, in nats.
 
     References:
       Zheng and Yang, 2024 (2402.11148). `.mean()` is the authors' number.
@@ -210,6 +215,8 @@ def reverse_kl(
     where: Array | None = None,
 ) -> Array:
     """`KL(p_S || p_T)`: mode-seeking, the divergence of on-policy distillation.
+
+    Takes `[..., num_classes]` logits and `where` of their shape; returns `[...]`, in nats.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
@@ -232,6 +239,7 @@ def symmetric_kl(
     Twice this at `weight=0.5` is Jeffreys' divergence. DistiLLM's `symmetric_kl` uses weight 0.9
     and leaves the teacher's entropy in: add `(1 - weight)` times
     `soft_cross_entropy(teacher, teacher)`. Adaptive KL uses `adaptive_kl_weight` as the weight.
+    Takes `[..., num_classes]` logits and `where` of their shape; returns `[...]`, in nats.
 
     References:
       Jeffreys, An invariant form for the prior probability in estimation problems, 1946.
@@ -258,7 +266,8 @@ def skew_forward_kl(
 
     alpha, in [0, 1], is the teacher's share of the mixture; 0 is the forward KL. DistiLLM's
     `skewed_forward_kl` is the cross-entropy form: add `soft_cross_entropy(teacher, teacher)`, a
-    constant.
+    constant. Takes `[..., num_classes]` logits and `where` of their shape; returns `[...]`, in
+    nats.
 
     References:
       Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, 2024
@@ -282,7 +291,8 @@ def skew_reverse_kl(
 ) -> Array:
     """`KL(p_S || (1 - alpha) p_T + alpha p_S)`: bounded by `-log alpha`.
 
-    alpha, in [0, 1], is the student's share of the mixture; 0 is the reverse KL.
+    alpha, in [0, 1], is the student's share of the mixture; 0 is the reverse KL. Takes
+    `[..., num_classes]` logits and `where` of their shape; returns `[...]`, in nats.
 
     References:
       Ko et al., DistiLLM, 2024 (2402.03898). DistiLLM's `skewed_reverse_kl` is this number.

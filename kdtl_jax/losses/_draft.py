@@ -34,7 +34,8 @@ def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | No
     """`-log alpha`, minus the log-probability of acceptance: 0 at equality.
 
     Unlike the KL, it is the quantity that speeds up decoding; unlike `1 - alpha`, it has a useful
-    gradient where draft and target are far apart.
+    gradient where draft and target are far apart. Takes `[..., draft_vocabulary]` and
+    `[..., vocabulary]` logits; returns `[...]`, in nats.
 
     References:
       Samarin et al., LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding, 2026
@@ -55,6 +56,8 @@ def lk_lambda(
     draft_ids: Array | None = None,
 ) -> Array:
     """`weight KL(p_T || p_S) + (1 - weight) (1 - alpha)`, with the KL on the draft's tokens alone.
+
+    Takes `[..., draft_vocabulary]` and `[..., vocabulary]` logits; returns `[...]`, in nats.
 
     Args:
       weight: in [0, 1], a scalar or one value per example. In the paper it is

@@ -87,6 +87,8 @@ def huber(
 ) -> Array:
     """Mean over all but the batch of `d^2 / 2` where `|d| <= delta`, else `delta (|d| - delta/2)`.
 
+    Takes `[B, ...]` of one shape, with `where` of it or its leading axes; returns `[B]`.
+
     Args:
       delta: where the loss turns from quadratic to linear, > 0. Torch's smooth L1 is this divided
         by delta.
@@ -103,7 +105,8 @@ def huber(
 def mae(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean |s - t|` over all but the batch: least absolute deviations, L1.
 
-    `.mean()` is torch's L1Loss. Its gradient at equality is 0.
+    `.mean()` is torch's L1Loss. Its gradient at equality is 0. Takes `[B, ...]` of one shape, with
+    `where` of it or its leading axes; returns `[B]`.
 
     References:
       He et al., FAKD: Feature-Affinity Based Knowledge Distillation for Efficient Image
@@ -126,7 +129,7 @@ def teacher_bounded(
     A student that is closer to the targets than its teacher by at least the margin gets no loss:
     regression outputs are unbounded, and a teacher may point away from the truth. The paper sums
     over the four coordinates of a box and adds half of the loss to the smooth L1 loss on the
-    targets.
+    targets. Takes `[B, ...]` of one shape, with `where` of it or its leading axes; returns `[B]`.
 
     Args:
       targets: the same shape; y.

@@ -33,6 +33,8 @@ def jensen_shannon(
 ) -> Array:
     """`1/2 KL(p_T || M) + 1/2 KL(p_S || M)`, `M = (p_T + p_S) / 2`; in [0, log 2].
 
+    Takes `[..., num_classes]` logits and `where` of their shape; returns `[...]`, in nats.
+
     References:
       Lin, Divergence measures based on the Shannon entropy, 1991.
     """
@@ -52,7 +54,8 @@ def jsd_gkd(
 
     At beta 0 it is `KL(p_T || p_S)` and at 1 `KL(p_S || p_T)`, but values in between tend to 0
     toward both ends: `beta = 1e-4` gives a loss (and a gradient) thousands of times smaller than
-    `beta = 0`. For values in between, prefer `jsd_normalized`.
+    `beta = 0`. For values in between, prefer `jsd_normalized`. Takes `[..., num_classes]` logits
+    and `where` of their shape; returns `[...]`, in nats.
 
     References:
       Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649). This is TRL's
@@ -86,7 +89,8 @@ def jsd_continuous(
     """`beta KL(p_T || M) + (1 - beta) KL(p_S || M)`, `M = (1 - beta) p_T + beta p_S`.
 
     The mixture is weighted the opposite way from `jsd_gkd`: each side is compared with a mixture
-    that is mostly the *other* one, and the limits at both ends are continuous.
+    that is mostly the *other* one, and the limits at both ends are continuous. Takes
+    `[..., num_classes]` logits and `where` of their shape; returns `[...]`, in nats.
 
     References:
       The convention of EasyDeL's generalized knowledge distillation trainer.
@@ -115,7 +119,8 @@ def jsd_normalized(
     `M = beta p_T + (1 - beta) p_S`. It tends smoothly to `KL(p_T || p_S)` as beta goes to 0 and to
     `KL(p_S || p_T)` as it goes to 1, and reaches both: a schedule from 0 to 1 moves from
     mean-seeking to mode-seeking without the loss vanishing on the way. At 1/2 it is four times the
-    Jensen-Shannon divergence.
+    Jensen-Shannon divergence. Takes `[..., num_classes]` logits and `where` of their shape; returns
+    `[...]`, in nats.
 
     References:
       Huszár, How (not) to Train your Generative Model, 2015 (1511.05101), for the limits of the

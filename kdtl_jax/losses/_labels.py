@@ -36,7 +36,8 @@ def tckd(
     Decoupled KD is `tckd + 8 nckd`: 8 by default in mdistiller, 2 or 6 for some CIFAR-100 pairs,
     0.5 (at T = 1) for ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it suppresses the other
     classes where the teacher is confident. The mean is mdistiller's number, which is multiplied by
-    `min(epoch / 20, 1)` there.
+    `min(epoch / 20, 1)` there. Takes `[..., num_classes]` logits, `[...]` labels and `where`;
+    returns `[...]`, in nats.
 
     References:
       Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679). This function works in log
@@ -62,7 +63,8 @@ def nckd(
     """Non-target KD: `T^2 KL` between the distributions over the classes other than the label.
 
     `T^2 KL(q_T || q_S)`, where q is the softmax of `z / T` without the label's entry; 0 for two
-    classes.
+    classes. Takes `[..., num_classes]` logits, `[...]` labels and `where`; returns `[...]`, in
+    nats.
 
     References:
       Zhao et al., 2022 (2203.08679).
@@ -82,7 +84,8 @@ def target_cross_entropy(
     """`-p_T(y) log p_S(y)`: the label's cross-entropy, weighted by its teacher probability.
 
     Normalized KD adds `gamma T^2` times the `soft_cross_entropy` at temperature T of the
-    `non_target_logits`; WKD-L adds gamma times their `sinkhorn_cost`. Not zero at equality.
+    `non_target_logits`; WKD-L adds gamma times their `sinkhorn_cost`. Not zero at equality. Takes
+    `[..., num_classes]` logits, `[...]` labels and `where`; returns `[...]`, in nats.
 
     References:
       Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).

@@ -73,11 +73,11 @@ def factor_transfer(
 ) -> Array:
     """`|| f_S / ||f_S||_q - f_T / ||f_T||_q ||_p` of flattened factors: factor transfer (FT).
 
-    The factors come from `connectors.translator` (student) and a trained
-    `connectors.paraphraser` (teacher). With p = 1 torchdistill and mmrazor average over
-    elements: divide `.mean()` by the elements per example. Knowledge adaptation (1903.04688) is
-    the same formula on adapted features. The scale of either side does not matter as long as
-    `|x|^q` is in float32's range: 1e-18 to 1e18 for q = 2.
+    The factors come from `connectors.translator` (student) and a trained `connectors.paraphraser`
+    (teacher). With p = 1 torchdistill and mmrazor average over elements: divide `.mean()` by the
+    elements per example. Knowledge adaptation (1903.04688) is the same formula on adapted features.
+    The scale of either side does not matter as long as `|x|^q` is in float32's range: 1e-18 to 1e18
+    for q = 2. Takes `[B, ...]` factors of one shape; returns `[B]`.
 
     Args:
       p: norm of the difference, a Python number >= 1.

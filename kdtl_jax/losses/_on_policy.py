@@ -24,6 +24,7 @@ def student_top_k_reverse_kl(
     log-probabilities at `top_k_targets(student_logits, k=k).indices`; the loss is then
     `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`. k is static, at
     least 1 and at most the number of classes. `top_k_reverse_kl_sampled_tail` has no such bias.
+    Takes `[..., num_classes]` logits; returns `[...]`, in nats.
 
     References:
       Hübotter et al., Reinforcement Learning via Self-Distillation (SDPO), 2026 (2601.20802), and
@@ -105,6 +106,7 @@ def entropy_aware_kl(
 
     Uncertain means that its entropy is above `threshold`. The reverse KL alone picks one of the
     teacher's continuations; where the teacher allows more than one, the forward KL keeps them all.
+    Takes `[..., num_classes]` logits; returns `[...]`, in nats.
 
     Args:
       threshold: >= 0, of the teacher's entropy, nats; a scalar or one value per example.

@@ -65,7 +65,7 @@ def dist_intra(
 
     With unit columns u, v the distance is `1/2 |u - v|^2`. An example's part is `B/C` of what its
     row contributes, so the mean over the batch is the mean distance over classes. `eps` is as in
-    `dist_inter`.
+    `dist_inter`. Takes `[B, num_classes]` logits and `where` `[B]`; returns `[B]`.
 
     References:
       Huang et al., 2022 (2205.10536).
@@ -119,6 +119,8 @@ def batch_correlation(
 ) -> Array:
     """`sum_b' (<p_T, p_T'> - <p_S, p_S'>)^2`: an example's similarities to the batch.
 
+    Takes `[B, num_classes]` logits and `where` `[B]`; returns `[B]`.
+
     References:
       Jin, Wang and Lin, CVPR 2023. `.mean()` is the number of the authors' `bc_loss`.
     """
@@ -139,7 +141,8 @@ def skd_direction(
 
     `d = Z_S Z_S' - Z_T Z_T'` of unit logits, and `S = cov(d) + tikhonov I` (divisor batch - 1),
     with `tikhonov > 0`. Zero, with gradient zero, at equality. A logit of -inf on only one side has
-    no direction, so the value is NaN.
+    no direction, so the value is NaN. Takes `[B, num_classes]` logits and `where` `[B]`; returns
+    `[B]`.
 
     References:
       Jeong, Lee and Choi, Streamlined Knowledge Distillation, CVPR 2026; the instance term is

@@ -24,7 +24,8 @@ from kdtl_jax.losses import _sides
 def sp(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean_j (G_S - G_T)_ij^2` of row-normalized Gram matrices `G = f f^T`: similarity-preserving.
 
-    `.mean()` is the paper's and RepDistiller's number (weight 3000).
+    `.mean()` is the paper's and RepDistiller's number (weight 3000). Takes `[B, ...]` of any two
+    widths and `where` `[B]`; returns `[B]`.
 
     References:
       Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019 (1907.09682).
@@ -113,7 +114,8 @@ def cc(
 
     `.mean()` is the paper's number. torchdistill uses the unsquared Frobenius norm of kernels of
     embeddings that it does not normalize; RepDistiller's `Correlation` is a different function
-    (products of consecutive rows) that is 0 for some large mismatches.
+    (products of consecutive rows) that is 0 for some large mismatches. Takes `[B, ...]` of any two
+    widths and `where` `[B]`; returns `[B]`.
 
     Args:
       gamma: the Gaussian's exponent, > 0.
@@ -133,7 +135,8 @@ def rkd_distance(student: Array, teacher: Array, *, where: Array | None = None) 
     """`mean_j huber(D_S - D_T)_ij`, with D pairwise distances over their mean: RKD's distance term.
 
     The mean distance is over pairs of distinct examples and is differentiated. `.mean()` is
-    RepDistiller's, mdistiller's and mmrazor's number (weight 25). A batch of one gives 0.
+    RepDistiller's, mdistiller's and mmrazor's number (weight 25). A batch of one gives 0. Takes
+    `[B, ...]` of any two widths and `where` `[B]`; returns `[B]`.
 
     References:
       Park et al., Relational Knowledge Distillation, 2019 (1904.05068).
@@ -161,7 +164,8 @@ def rkd_angle(
     The cosines of all `B^3` triples follow from the Gram matrix, without a factor of D. They are
     computed for a few anchors at a time and recomputed in the backward pass, so memory is
     `anchors_at_once * B^2`. Degenerate angles count as 0. `.mean()` is RepDistiller's, mdistiller's
-    and mmrazor's number (weight 50).
+    and mmrazor's number (weight 50). Takes `[B, ...]` of any two widths and `where` `[B]`; returns
+    `[B]`.
 
     Args:
       anchors_at_once: how many vertices are held in memory, at least one; by default as many as fit

@@ -40,7 +40,8 @@ def sampled_reverse_kl(
 
     The expected gradient of its sum over a text from the sampler is that of the reverse KL at each
     position, given the text before it. Some implementations multiply it by a gate (`drop_gate`,
-    `ratio_gate`) or bound the ratio (`clipped_policy_gradient`).
+    `ratio_gate`) or bound the ratio (`clipped_policy_gradient`). Takes and returns `[B, L]`, in
+    nats.
 
     References:
       Thinking Machines, On-Policy Distillation, 2025. Tinker's and slime's advantages are
@@ -56,6 +57,8 @@ def policy_gradient(
     log_probs: Array, advantages: Array, sampler_log_probs: Array, *, where: Array | None = None
 ) -> Array:
     """`-rho A` with `rho = p / p_sampler`; the advantages A and the sampler are constants.
+
+    Takes and returns `[B, L]`, in nats.
 
     References:
       Tinker's "importance_sampling" loss is its sum over tokens; SkyRL uses various means of it.
@@ -82,7 +85,7 @@ def clipped_policy_gradient(
     `dual_clip` c, >= 1, also bounds the loss at `-c A` where A is negative.
 
     For text sampled from a mixture with the teacher (MiniLLM), `sampler_log_probs` are the
-    mixture's.
+    mixture's. Takes and returns `[B, L]`, in nats.
 
     References:
       Schulman et al., Proximal Policy Optimization Algorithms, 2017 (1707.06347); Ye et al.,
@@ -111,6 +114,7 @@ def kl_k2(
     """`(log p_S - log p_T)^2 / 2`: a biased value, but the gradient of the reverse KL.
 
     For tokens from the current student; for those of an older one, multiply by `truncated_ratio`.
+    Takes and returns `[B, L]`.
 
     References:
       Schulman, Approximating KL Divergence, 2020. verl's "k2" ("mse").
@@ -124,7 +128,8 @@ def kl_k3(
 ) -> Array:
     """`p_T / p_S - 1 - log(p_T / p_S)`: never negative, with the value of the reverse KL.
 
-    In expectation over the student's tokens, its gradient is that of the *forward* KL.
+    In expectation over the student's tokens, its gradient is that of the *forward* KL. Takes and
+    returns `[B, L]`, in nats.
 
     References:
       Schulman, Approximating KL Divergence, 2020. verl's "k3" ("low_var_kl") bounds it at 10.
@@ -143,6 +148,8 @@ def truncated_ratio(
     where: Array | None = None,
 ) -> Array:
     """`min(p / p_sampler, max_ratio)`, a constant: the weight of a token in another loss.
+
+    Takes and returns `[B, L]`.
 
     References:
       Truncated importance sampling, as in SDPO (2601.20802) and TRL's trainer for it.
@@ -184,6 +191,8 @@ def ratio_gate(
     where: Array | None = None,
 ) -> Array:
     """False where `p / p_sampler` has left `[low, high]`.
+
+    Takes `[B, L]`; returns bool `[B, L]`.
 
     References:
       IcePop (Ling Team, 2025), as in NeMo-RL's multi-teacher on-policy distillation.

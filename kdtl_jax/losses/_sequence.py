@@ -137,7 +137,10 @@ class TaidProgress(NamedTuple):
 
 
 def taid_start(*, start: Scalar = 0.4) -> TaidProgress:
-    """The state before the first step: t is `start`, a scalar in [0, 1]."""
+    """The state before the first step: t is `start`, a scalar in [0, 1].
+
+    Its fields are `[]`.
+    """
     _checks.scalar(start=start)
     _checks.within(0, 1, start=start)
     progress = _numerics.upcast(jnp.asarray(start, jnp.result_type(start, float)))

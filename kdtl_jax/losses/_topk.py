@@ -41,6 +41,8 @@ class TopK(NamedTuple):
 def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -> TopK:
     """The k most likely classes of a dense teacher.
 
+    Takes `[..., num_classes]` logits; the arrays of the result are `[..., k]`.
+
     Args:
       k: 1 to num_classes.
       temperature: softens the teacher before the cut; use the same for the student.
@@ -156,7 +158,8 @@ def top_k_kl_tail(student_logits: Array, targets: TopK, *, temperature: Scalar =
     """`KL` over the teacher's k classes and one tail bucket: the recommended top-k KL.
 
     Zero at equality, never negative, at most the full KL, and equal to it when student and teacher
-    agree within the tail.
+    agree within the tail. Takes `[..., num_classes]` logits and `[..., k]` targets; returns
+    `[...]`, in nats.
 
     References:
       TRL's server distillation (`loss_add_tail`), DistillKit's "symmetric_uniform" (which
@@ -173,7 +176,8 @@ def top_k_kl_renormalized(
     """`KL` of both sides renormalized on the teacher's k classes.
 
     Does not notice mass that leaves the set: shifting all k logits of the student together changes
-    nothing. A single class (k = 1) is therefore an error.
+    nothing. A single class (k = 1) is therefore an error. Takes `[..., num_classes]` logits and
+    `[..., k]` targets; returns `[...]`, in nats.
 
     References:
       Model-Optimizer's top-k loss, MaxText's offline distillation, Tunix's `distill_top_k`.
@@ -191,7 +195,8 @@ def top_k_kl_teacher_renormalized(
 ) -> Array:
     """`KL` from the teacher renormalized on its k classes to the student's full distribution.
 
-    Teaches that the tail is empty: positive (minus the log of the kept mass) at equal models.
+    Teaches that the tail is empty: positive (minus the log of the kept mass) at equal models. Takes
+    `[..., num_classes]` logits and `[..., k]` targets; returns `[...]`, in nats.
 
     References:
       DistillKit's "zero" (which multiplies by `T^2`), EasyDeL's sparse distillation (as a
@@ -208,7 +213,8 @@ def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Sca
     """`sum_k p_T (log p_T - log p_S)` over the teacher's k classes, without renormalization.
 
     Not a divergence: negative when the student puts more mass on the set. Do not clamp it, since
-    that drops the gradient; use `top_k_kl_tail` instead.
+    that drops the gradient; use `top_k_kl_tail` instead. Takes `[..., num_classes]` logits and
+    `[..., k]` targets; returns `[...]`, in nats.
 
     References:
       verl's top-k distillation.

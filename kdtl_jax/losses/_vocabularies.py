@@ -33,7 +33,7 @@ def without_padding(logits: Array, *, size: int, width: int | None = None) -> Ar
     """Logits with -inf from class `size` on, cut or padded to `width` classes.
 
     Embedding tables are padded to round sizes; logits of tokens that do not exist are not part of a
-    model's distribution.
+    model's distribution. Takes `[..., num_classes]` logits; returns `[..., width]`.
 
     Args:
       size: number of real classes, the first ones.
@@ -136,7 +136,8 @@ def alm(
     """`KL(Bernoulli(p_T^(1/T)) || Bernoulli(p_S^(1/T)))` of a chunk's probability on both sides.
 
     `eps` is subtracted from `log p / T` to keep the logarithm finite at probability 1. tokenkit's
-    `binary_ce` is this plus the teacher's binary entropy, a constant.
+    `binary_ce` is this plus the teacher's binary entropy, a constant. Takes log-probabilities
+    `[...]` of one shape; returns `[...]`.
 
     Args:
       temperature: > 0; a high value compares log-probabilities, 1 compares probabilities.
@@ -157,7 +158,8 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
     """`T` times `alm` as T grows: `y - x + y log(x / y)`, x the student's log-probability, y the
     teacher's.
 
-    tokenkit's `binary_kl_temp_limit`: a Bregman divergence of log-probabilities.
+    tokenkit's `binary_kl_temp_limit`: a Bregman divergence of log-probabilities. Takes
+    log-probabilities `[...]` of one shape; returns `[...]`.
 
     Args:
       eps: > 0, subtracted from both.

@@ -135,7 +135,8 @@ def log_sum_exp(
     """`T log sum_k w_k exp(z_k / T)`: each teacher is weighted by its normalizer.
 
     Adding a constant to one teacher's logits changes the result, which `mean_probabilities` does
-    not; on log-probabilities the two are equal.
+    not; on log-probabilities the two are equal. Takes `[K, ..., num_classes]` logits; returns
+    `[..., num_classes]`.
     """
     logits = _check_logits(logits)
     _checks.positive(temperature=temperature)

@@ -31,6 +31,8 @@ def empirical_fisher(
 ) -> PyTree:
     """`mean_i (d loss(x_i, y_i) / d theta)^2`, per example and exact.
 
+    Takes examples as arrays `[N, ...]`; returns a tree like `params`, in float32 or wider.
+
     Args:
       loss: `loss(params, example) -> []`, the negative log-likelihood of one example.
       chunk: examples differentiated at once; memory is `chunk` gradients.
