@@ -164,25 +164,6 @@ def test_ids_of_another_tokenizer_are_refused() -> None:
         language.shared_ids({"a": 0}, {"b": 0})
 
 
-def test_errors_name_the_only_side_and_the_mask_that_is_no_where() -> None:
-    whole = jnp.ones((2, 5), jnp.int32)
-    for fn in (
-        partial(losses.top_k_targets, k=2),
-        partial(losses.top_k_at, indices=whole),
-        partial(losses.random_sampling_draws, jax.random.key(0), num_draws=2),
-        partial(losses.random_sampling_targets, draws=whole),
-    ):
-        with pytest.raises(TypeError, match="teacher_logits must be floating point"):
-            fn(teacher_logits=whole)
-        with pytest.raises(ValueError, match=r"teacher_logits is empty"):
-            fn(teacher_logits=jnp.ones((0, 5)))
-    logits = jnp.ones((2, 5))
-    with pytest.raises(TypeError, match="classes must be bool, got int32. Use classes > 0"):
-        losses.log_mass(logits, jnp.ones(5, jnp.int32))
-    with pytest.raises(ValueError, match=r"positives must have shape \[2, 5\], got positives\[5\]"):
-        losses.uniform_contrast(logits, jnp.ones(5, bool))
-
-
 def test_answers_and_teachers_are_aligned() -> None:
     labels = jnp.asarray([[-100, -100, 3, -100]])  # an answer of one token
     logits = jax.random.normal(jax.random.key(0), (1, 4, 5))

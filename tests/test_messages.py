@@ -7,6 +7,7 @@ import ast
 import importlib
 import pkgutil
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,22 @@ LABELS = BATCH["labels"]
 def test_what_is_not_meant_is_named_at_the_door(call: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+def test_errors_name_the_only_side_and_the_mask_that_is_no_where() -> None:
+    whole = jnp.ones((2, 5), jnp.int32)
+    for fn in (
+        partial(losses.top_k_targets, k=2),
+        partial(losses.top_k_at, indices=whole),
+        partial(losses.random_sampling_draws, jax.random.key(0), num_draws=2),
+        partial(losses.random_sampling_targets, draws=whole),
+    ):
+        with pytest.raises(TypeError, match="teacher_logits must be floating point"):
+            fn(teacher_logits=whole)
+        with pytest.raises(ValueError, match=r"teacher_logits is empty"):
+            fn(teacher_logits=jnp.ones((0, 5)))
+    logits = jnp.ones((2, 5))
+    with pytest.raises(TypeError, match="classes must be bool, got int32. Use classes > 0"):
+        losses.log_mass(logits, jnp.ones(5, jnp.int32))
+    with pytest.raises(ValueError, match=r"positives must have shape \[2, 5\], got positives\[5\]"):
+        losses.uniform_contrast(logits, jnp.ones(5, bool))
