@@ -50,11 +50,19 @@ def read_data(
     if reading is not None and other_targets:
         reading = reading._replace(target_scaling=None)
     raw = read_splits(
-        settings.data, label=settings.label, inputs=settings.inputs, target=settings.target,
-        missing=settings.missing, one_hot=settings.text_columns is not None,
-        drop=settings.drop_columns, image_size=settings.image_size, preprocessing=reading,
-        validation=settings.validation, test=settings.test, seed=settings.split_seed,
-    )  # fmt: skip
+        settings.data,
+        label=settings.label,
+        inputs=settings.inputs,
+        target=settings.target,
+        missing=settings.missing,
+        one_hot=settings.text_columns is not None,
+        drop=settings.drop_columns,
+        image_size=settings.image_size,
+        preprocessing=reading,
+        validation=settings.validation,
+        test=settings.test,
+        seed=settings.split_seed,
+    )
     for line in summary(raw):
         print(line, file=sys.stderr)
     if recorded is not None and recorded.kind != raw.train.kind and not other_targets:

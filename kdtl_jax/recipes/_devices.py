@@ -22,9 +22,11 @@ class Meshed:
         metavar="AXIS=N,...", parse=types.mesh_sizes, group="devices",
     )  # fmt: skip
     coordinator: str | None = setting(
-        None, "address of process 0 in a multi-process run (see --process)", metavar="HOST:PORT",
+        None,
+        "address of process 0 in a multi-process run (see --process)",
+        metavar="HOST:PORT",
         group="devices",
-    )  # fmt: skip
+    )
     processes: int | None = setting(
         None, "number of processes", metavar="N", least=1, group="devices"
     )

@@ -171,9 +171,14 @@ def read_examples(
     if part == "all" or not is_training_data:  # all rows stay in their order
         shares = 0.0, 0.0
     parts = datasets.read_splits(
-        data, label=label, target="auto" if form is None else form.kind, preprocessing=form,
-        validation=shares[0], test=shares[1], seed=seed,
-    )  # fmt: skip
+        data,
+        label=label,
+        target="auto" if form is None else form.kind,
+        preprocessing=form,
+        validation=shares[0],
+        test=shares[1],
+        seed=seed,
+    )
     _print_notices(parts.train.notices)
     chosen = part or ("test" if len(parts.test.labels) else "all")
     chosen_parts = list(parts) if chosen == "all" else [getattr(parts, chosen)]

@@ -257,9 +257,14 @@ def balanced_weights(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 CLASSES = Measure(
-    "classes", report.ACCURACY, cross_entropy, ("kd", "dkd"), scores.predicted, scores.accuracy,
+    "classes",
+    report.ACCURACY,
+    cross_entropy,
+    ("kd", "dkd"),
+    scores.predicted,
+    scores.accuracy,
     _same_class,
-)  # fmt: skip
+)
 _LABELS = Measure(
     "labels",
     report.Score("mean_average_precision", "mean average precision", is_share=True),

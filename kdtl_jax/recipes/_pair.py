@@ -50,9 +50,12 @@ class ModelSettings:
         "mlp:16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
     )
     teacher_weights: str | None = setting(
-        None, "load the teacher instead of training one: a safetensors file, an Orbax folder, or a "
-        "Hugging Face folder of an image classifier", metavar="FILE", group="models",
-    )  # fmt: skip
+        None,
+        "load the teacher instead of training one: a safetensors file, an Orbax folder, or a "
+        "Hugging Face folder of an image classifier",
+        metavar="FILE",
+        group="models",
+    )
 
 
 class Pair(NamedTuple):
@@ -106,9 +109,17 @@ def read_pair(settings: Any, *, dtype: Any = None) -> Pair:
             _user_code.try_model(f"--{role}", text, net, measure.task, arrays)
         _user_code.check_logits(f"--{role}", text, net, part)
     return Pair(
-        splits, about, arrays, texts["teacher"], teacher, student, teacher_variables, files,
-        example, measure,
-    )  # fmt: skip
+        splits,
+        about,
+        arrays,
+        texts["teacher"],
+        teacher,
+        student,
+        teacher_variables,
+        files,
+        example,
+        measure,
+    )
 
 
 def setup(
@@ -368,9 +379,17 @@ def _example_setups() -> tuple[Setup, ...]:
         variables = blank(net, example)
         setups.append(
             methods.setup(
-                net.apply, net.apply, student_variables=variables, teacher_variables=variables,
-                inputs=example, examples=4, steps=2, student_layout=net.layout,
-                teacher_layout=net.layout, task=measure.task, exclusive=measure.kind == "classes",
+                net.apply,
+                net.apply,
+                student_variables=variables,
+                teacher_variables=variables,
+                inputs=example,
+                examples=4,
+                steps=2,
+                student_layout=net.layout,
+                teacher_layout=net.layout,
+                task=measure.task,
+                exclusive=measure.kind == "classes",
             )
-        )  # fmt: skip
+        )
     return tuple(setups)

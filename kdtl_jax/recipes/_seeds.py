@@ -158,14 +158,24 @@ def train_seeds(
             _log(run, name, step_number, calls, evaluated) as log,
         ):
             result = loop.run(
-                step, state, source, step_args, steps=total, log=log, log_every=epoch,
-                evaluate=validate, evaluate_every=every * epoch, stop=stop,
-                save=save, save_every=save_every and save_every * epoch,
+                step,
+                state,
+                source,
+                step_args,
+                steps=total,
+                log=log,
+                log_every=epoch,
+                evaluate=validate,
+                evaluate_every=every * epoch,
+                stop=stop,
+                save=save,
+                save_every=save_every and save_every * epoch,
                 # The path is known; finding it again would need another trace.
                 meta=saves.meta or (None if in_turn else {"path": "scan"}),
                 on_nonfinite=None,  # each seed skips its own
-                place=place, reached=lambda step: run.advance(step, total),
-            )  # fmt: skip
+                place=place,
+                reached=lambda step: run.advance(step, total),
+            )
         state, evaluations = result.state, result.evaluations
         seconds_spent = _saves.seconds(saves)
     curve = np.array([line[f"eval/{score_key}"] for line in evaluations], np.float64)

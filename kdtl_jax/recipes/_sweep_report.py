@@ -200,15 +200,19 @@ def _curves(outcome: Sweep) -> list[report.Section]:
             plots.Curve(method, curve["epoch"], curve[f"validation_{score.key}"])
             for method, curve in curves.items()
         ],
-        x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share,
-    )  # fmt: skip
+        x_axis="epoch",
+        y_axis=f"validation {score.axis}",
+        percent=score.is_share,
+    )
     loss_chart = plots.lines(
         [
             plots.Curve(method, range(1, len(curve["loss"]) + 1), curve["loss"])
             for method, curve in curves.items()
         ],
-        x_axis="epoch", y_axis="training loss", percent=False,
-    )  # fmt: skip
+        x_axis="epoch",
+        y_axis="training loss",
+        percent=False,
+    )
     loss_note = "Each method's own training objective; not comparable across methods."
     return [
         report.Section("Learning curves", ["Each method's best setting, mean over seeds."]),

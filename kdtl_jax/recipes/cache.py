@@ -65,9 +65,10 @@ class Settings(types.Data):
     )
     batch_size: int = setting(256, "examples per call of the teacher", metavar="N", least=1)
     out: str = setting(
-        "runs/teacher_cache", "folder of the cache; an unfinished one is completed",
+        "runs/teacher_cache",
+        "folder of the cache; an unfinished one is completed",
         metavar="FOLDER",
-    )  # fmt: skip
+    )
     verify: bool = setting(
         False, "compute nothing: check every byte in --out against its SHA-256 and, with "
         "--teacher-weights, what it was made from",

@@ -167,10 +167,13 @@ def distill(
         ),
     )
     fields = {
-        "widths": list(TEACHER), "images": len(splits.train.labels),
-        "epochs": settings.teacher_epochs, "batch_size": _targets.SOURCE_BATCH,
-        "optimizer": "adam", "learning_rate": _targets.SOURCE_RATE,
-    }  # fmt: skip
+        "widths": list(TEACHER),
+        "images": len(splits.train.labels),
+        "epochs": settings.teacher_epochs,
+        "batch_size": _targets.SOURCE_BATCH,
+        "optimizer": "adam",
+        "learning_rate": _targets.SOURCE_RATE,
+    }
     frozen = teachers.variables.params
     rows = [
         measures.row(

@@ -166,9 +166,12 @@ def run(settings: Settings) -> int:
     steps = settings.epochs * per_epoch
     teacher_steps = settings.teacher_epochs * (len(inputs) // batch_size)
     make_setup = functools.partial(
-        _pair.setup, pair, steps=steps, batch_size=batch_size // settings.microbatches,
+        _pair.setup,
+        pair,
+        steps=steps,
+        batch_size=batch_size // settings.microbatches,
         layers=settings.layers,
-    )  # fmt: skip
+    )
     # First with a blank teacher, to report errors before one is trained.
     blank = make_setup(None)
     built, reasons = _pair.build_all(entries, blank, settings)
@@ -180,10 +183,15 @@ def run(settings: Settings) -> int:
 
     def make_learner(method: methods.Method, *, is_live: bool) -> Experiment:
         return _pair.student(
-            pair.student, method, tx, lambda key, _: pair.student.init(key, pair.example),
+            pair.student,
+            method,
+            tx,
+            lambda key, _: pair.student.init(key, pair.example),
             teacher=pair.teacher.apply if is_live else None,
-            microbatches=settings.microbatches, view=view, per_epoch=per_epoch,
-        )  # fmt: skip
+            microbatches=settings.microbatches,
+            view=view,
+            per_epoch=per_epoch,
+        )
 
     for name, source in _user_code.sources_by_name(settings).items():
         if name in built:
@@ -250,9 +258,13 @@ def run(settings: Settings) -> int:
             is_live = outputs is None and name != BASELINE  # the teacher runs at every step
             try:
                 trained = _seeds.train_seeds(
-                    name, make_learner(method, is_live=is_live), points,
-                    frozen if is_live else None, shared_run, settings.epochs,
-                )  # fmt: skip
+                    name,
+                    make_learner(method, is_live=is_live),
+                    points,
+                    frozen if is_live else None,
+                    shared_run,
+                    settings.epochs,
+                )
             except (ValueError, TypeError) as error:
                 if entry is None:
                     raise

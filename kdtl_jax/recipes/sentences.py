@@ -62,9 +62,10 @@ class Settings(_logs.LogSettings, types.Resumable):
 
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
     encoder: str | None = setting(
-        None, "Hugging Face folder of a BERT-like model with tokenizer.json, e.g. all-MiniLM-L6-v2",
+        None,
+        "Hugging Face folder of a BERT-like model with tokenizer.json, e.g. all-MiniLM-L6-v2",
         metavar="FOLDER",
-    )  # fmt: skip
+    )
     text: str | None = setting(None, "UTF-8 text, one sentence per line", metavar="FILE")
     layers: tuple[int, ...] = setting(
         (1, 3, 5), "layers of the encoder that the student takes, from 0", metavar="N,...",

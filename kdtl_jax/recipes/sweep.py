@@ -218,7 +218,7 @@ def run(settings: Settings) -> None:
             swept.append(_stored_results.load_or_run(store, entry.name, make)[0])
         results = _sweep_report.Sweep(
             pair, settings, swept, [*notes, programs()], teacher, _folders.run_record(folder)
-        )  # fmt: skip
+        )
         best_students = [line.student for line in _sweep_report.lines(results) if line.student]
         _pair.write(folder, pair, settings, frozen, best_students, setup)
         _logs.write_curves(folder, _sweep_report.learning(results), settings.log)

@@ -62,9 +62,12 @@ A WHERE selects target leaves: a regular expression for the whole path, or glob:
 
 @dataclass(frozen=True)
 class Settings(
-    _optimizers.OptimizerSettings, _optimizers.SelectionSettings, _logs.LogSettings, types.Data,
+    _optimizers.OptimizerSettings,
+    _optimizers.SelectionSettings,
+    _logs.LogSettings,
+    types.Data,
     types.Resumable,
-):  # fmt: skip
+):
     """Settings of `kdtl transfer`."""
 
     out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
@@ -79,9 +82,12 @@ class Settings(
         metavar="FILE", group="source",
     )  # fmt: skip
     source_classes: str | None = setting(
-        None, "classes of the source; default: the first half", metavar="A-B",
-        parse=types.class_range, group="source",
-    )  # fmt: skip
+        None,
+        "classes of the source; default: the first half",
+        metavar="A-B",
+        parse=types.class_range,
+        group="source",
+    )
     target_classes: str | None = setting(
         None, "classes of the target; default: those after the source's, all with --source-weights",
         metavar="A-B", parse=types.class_range, group="source",

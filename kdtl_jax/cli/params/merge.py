@@ -76,9 +76,11 @@ class Settings(Several, TensorSelection, Writing):
         None, "a mergekit YAML file instead of models and options", metavar="FILE"
     )
     normalize: bool | None = setting(
-        None, "divide by the weights (yes, no; default: the method's)", metavar="YES",
+        None,
+        "divide by the weights (yes, no; default: the method's)",
+        metavar="YES",
         parse=_yes_or_no,
-    )  # fmt: skip
+    )
     scale: float | None = setting(None, "factor of the added change (default: 1)", metavar="S")
     density: tuple[float, ...] | None = setting(
         None, "fraction of entries kept, one or one per model (ties: 0.2, as mergekit 1)",
@@ -90,20 +92,25 @@ class Settings(Several, TensorSelection, Writing):
         metavar="YES", parse=_yes_or_no,
     )  # fmt: skip
     scope: Literal["model", "tensor"] | None = setting(
-        None, "ties: rank entries of the whole model (default; reads everything four times) or of "
+        None,
+        "ties: rank entries of the whole model (default; reads everything four times) or of "
         "each tensor",
-    )  # fmt: skip
+    )
     epsilon: tuple[float, ...] | None = setting(
         None, "spread of della (default: 0.15)", metavar="E", parse=_shares
     )
     outliers: tuple[float, ...] | None = setting(
-        None, "fraction of the largest entries that breadcrumbs drops (default: 0.01)", metavar="O",
+        None,
+        "fraction of the largest entries that breadcrumbs drops (default: 0.01)",
+        metavar="O",
         parse=_shares,
-    )  # fmt: skip
+    )
     t: float | None = setting(
-        None, "position between first and second, 0 to 1; near_swap: the distance within which the "
-        "model's entry is used", metavar="T",
-    )  # fmt: skip
+        None,
+        "position between first and second, 0 to 1; near_swap: the distance within which the "
+        "model's entry is used",
+        metavar="T",
+    )
     rule: tuple[str, ...] = setting(
         (), "another --t for these tensors; repeat for more, the first match wins",
         metavar="SELECTOR=T", repeat=True,
@@ -112,10 +119,12 @@ class Settings(Several, TensorSelection, Writing):
     gain: float | None = setting(None, "ram: 0, or 0.1 for RAM+ (default: 0)", metavar="R")
     seed: int | None = setting(None, "seed of random draws (default: 0)", metavar="N", least=0)
     statistics: tuple[str, ...] = setting(
-        (), "one per model, in order: Fisher information (the model's names and shapes) for "
-        "fisher, or Gram matrices {kernel: [in, in]} for regmean; repeat", metavar="FILE",
+        (),
+        "one per model, in order: Fisher information (the model's names and shapes) for "
+        "fisher, or Gram matrices {kernel: [in, in]} for regmean; repeat",
+        metavar="FILE",
         repeat=True,
-    )  # fmt: skip
+    )
 
 
 def run(settings: Settings) -> int:

@@ -31,17 +31,21 @@ class Settings(TensorSelection, Writing):
 
     source: str | None = setting(None, "a checkpoint", positional=True)
     layers: str | None = setting(
-        None, r"pattern of the layers' tensors, with one group for the number: 'layer_(\d+)/.*'",
+        None,
+        r"pattern of the layers' tensors, with one group for the number: 'layer_(\d+)/.*'",
         metavar="REGEX",
-    )  # fmt: skip
+    )
     keep: tuple[int, ...] | None = setting(
         None, "layers to keep, renumbered from 0; DistilBERT keeps 0,2,4,7,9,11",
         metavar="0,2,4..7", parse=_keep,
     )  # fmt: skip
     take: tuple[str, ...] = setting(
-        (), "keep only the entries WHICH of these tensors along AXIS: 0,2,5..7, first:N or "
-        "uniform:N (weight selection); repeat for more", metavar="SELECTOR@AXIS=WHICH", repeat=True,
-    )  # fmt: skip
+        (),
+        "keep only the entries WHICH of these tensors along AXIS: 0,2,5..7, first:N or "
+        "uniform:N (weight selection); repeat for more",
+        metavar="SELECTOR@AXIS=WHICH",
+        repeat=True,
+    )
 
 
 def run(settings: Settings) -> int:
