@@ -195,8 +195,8 @@ def train_model(
     def log(line: dict[str, Any]) -> None:
         write(line)
         if "loss" in line:
-            run.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
-                     f"{rate_text(line['step'])}")  # fmt: skip
+            progress = f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
+            run.say(f"{progress}{rate_text(line['step'])}")
         else:
             scores = {k.removeprefix("eval/"): v for k, v in line.items() if k != "step"}
             run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))

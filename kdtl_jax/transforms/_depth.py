@@ -190,6 +190,7 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
     """Keeps the layers at these positions and renumbers them: layer `j` is old `indices[j]`.
 
     Args:
+      layers: a regular expression for the layers' leaves with one group, the number.
       indices: positions among the layers in natural order; a repeated one copies its layer.
 
     Returns:

@@ -82,6 +82,7 @@ def deepen(
     """Net2DeeperNet: inserts a layer after each of the given ones, and renumbers (`select_layers`).
 
     Args:
+      layers: as in `select_layers`.
       after: positions of the layers after which one is inserted.
       make: `(path, leaf) -> leaf`, makes each of the new layer's leaves from that of the layer
         before it: `identity_layer` for chains, `copy_with_zeros(selector)` for residual blocks.

@@ -159,6 +159,7 @@ def dare(
     Args:
       density: probability of keeping an entry, in (0, 1], the paper's 1 - p; leaves that match no
         rule are kept whole.
+      block: number of the leaves' first block of rows (`block_rows`); 0 for whole leaves.
 
     References:
       Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales like this;
@@ -238,6 +239,8 @@ def della(
 
     Args:
       density: mean probability of keeping an entry, as in `della_probabilities`.
+      epsilon: half the spread of the probabilities, likewise.
+      block: as in `dare`.
 
     References:
       Deep et al., DELLA-Merging, 2024 (2406.11617). mergekit rescales by L1 norms instead:

@@ -122,12 +122,15 @@ def regmean_kernel(
     shrink: Scalar = 0.9,
     ridge: Scalar = 1e-6,
 ) -> Array:
-    """`regmean` of one kernel, read in blocks of rows; at most three matrices are held in memory.
+    """`regmean` of one kernel `[..., in, out]`, read in blocks of rows.
+
+    At most three matrices are held in memory.
 
     Args:
       kernels: per model, a function that yields the blocks of its kernel `[..., in, out]`, rows
         along the axis `in`, all in one dtype.
       grams: per model, the same for its Gram matrix `[..., in, in]`.
+      shrink, ridge: as in `regmean`.
     """
     diagonals = [_diagonal(gram) for gram in grams]
     shrinkage = _numerics.scalar(shrink, diagonals[0], "shrink")

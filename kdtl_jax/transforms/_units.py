@@ -91,12 +91,14 @@ def _check_count(size: int, n: int) -> None:
 
 
 def importance_by_magnitude(params: Params, spec: AxisSpec, name: str) -> Array:
-    """`sqrt(sum theta^2)` over all parameters of each unit."""
+    """`sqrt(sum theta^2)` over all parameters of each unit: `[units]`, float32 or wider."""
     return _numerics.safe_sqrt(_sum_per_unit(params, spec, name, jnp.square))
 
 
 def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name: str) -> Array:
     """`sum |theta * gradient|`: first-order estimate of how the loss changes without the unit.
+
+    Returns `[units]`, float32 or wider.
 
     Args:
       gradients: gradients of the loss, averaged over data, with the structure of `params`.
@@ -109,6 +111,8 @@ def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name
 
 def importance_by_fisher(params: Params, fisher: Params, spec: AxisSpec, name: str) -> Array:
     """`1/2 sum F theta^2`: second-order estimate of the rise in loss, F the Fisher diagonal.
+
+    Returns `[units]`, float32 or wider.
 
     Args:
       fisher: diagonal Fisher information with the structure of `params`.
@@ -131,7 +135,7 @@ def importance_by_activation(
     Scores of several batches, or of several layers that read one residual stream, combine as
     `sqrt(a^2 + b^2)`; pass the score so far as `previous`. Record hidden units at the input of the
     layer that sums over them. Rank query heads within their group:
-    `top_indices(scores, n, groups=…)`.
+    `top_indices(scores, n, groups=…)`. Returns `[units]`, float32 or wider.
 
     Args:
       activations: `[B, ..., units * inner]`; axes between batch and features are positions.
