@@ -182,8 +182,7 @@ def regularized_h_score(
     `(1 - a) tr(((1 - a) S + a mu I)^-1 cov(E[f | y]))`, with `mu = tr S / D` and a the optimal
     share.
 
-    Arguments and errors are as in `h_score`. Takes `[N, D]` features and int `[N]` labels; returns
-    `[]`.
+    Takes `[N, D]` features and int `[N]` labels; returns `[]`. Errors are as in `h_score`.
 
     References:
       Ibrahim, Ponomareva and Mazumder, Newer is not always better, 2021 (2110.06893); Ledoit

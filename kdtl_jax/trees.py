@@ -28,6 +28,7 @@ import numpy as np
 from kdtl_jax._types import PyTree
 
 MAX_COMPARED, MAX_NAME_LENGTH = 2000, 200  # names that messages compare, and their maximum length
+MAX_NAMES = 8  # listed in a message
 
 
 class Glob(NamedTuple):
@@ -372,4 +373,5 @@ def _did_you_mean(where: Selector, names: list[str]) -> str:
 
 
 def _name_list(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if names[8:] else "")
+    quoted = ", ".join(map(repr, names[:MAX_NAMES]))
+    return quoted + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")

@@ -23,6 +23,11 @@ def attention_mse(student: Array, teacher: Array, *, where: Array | None = None)
     TinyBERT's code. The mean over everything is TinyBERT's term; TextBrewer's masked form weights a
     query of example b by its number of real keys.
 
+    Args:
+      student: `[B, heads, L, L]`.
+      teacher: the same shape.
+      where: bool `[B, L]`, real tokens.
+
     Returns:
       `[B, L]`, squared score units.
 
@@ -47,6 +52,14 @@ def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) 
     TextBrewer's `att_ce_loss` is the cross-entropy form: it adds the teacher's entropy, a constant
     (and takes both softmaxes over padding too). Takes scores before the softmax `[B, heads, L, L]`
     and the mask of real tokens `[B, L]`; returns `[B, L]`, in nats.
+
+    Args:
+      student: `[B, heads, L, L]`, scores before the softmax; -inf masks a key.
+      teacher: the same shape.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`, nats.
 
     References:
       Wang et al., MiniLM, 2020 (2002.10957), whose first term this is.
@@ -90,6 +103,10 @@ def minilm_relation(
       student: two arrays `[B, L, Ds]`: queries and keys, or either of them twice.
       teacher: two arrays `[B, L, Dt]`.
       relation_heads: A, a divisor of both widths.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`, nats.
 
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
@@ -116,6 +133,10 @@ def minilm_v2(
       student: any of "query", "key", "value": `[B, L, Ds]`, heads joined.
       teacher: the same keys, `[B, L, Dt]`; an upper-middle layer of a large teacher.
       relation_heads: as in `minilm_relation`.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`, nats.
 
     References:
       Wang et al., 2021 (2012.15828).
@@ -193,6 +214,7 @@ def token_gram(
     Args:
       student: hidden states of two layers (or one layer twice), `[B, L, Ds]` each.
       teacher: two arrays `[B, L, Dt]`.
+      where: bool `[B, L]`, real tokens.
 
     Returns:
       `[B, L]`; 0 at masked tokens.

@@ -22,6 +22,8 @@ def cwd(student: Array, teacher: Array, *, temperature: Scalar = 1.0) -> Array:
     level of a pyramid, at T = 1). The authors' script for score maps uses weight 3 and T = 4.
 
     Args:
+      student: `[B, ..., C]`.
+      teacher: the same shape.
       temperature: `T > 0`, a scalar or one value per example.
 
     Returns:
@@ -44,7 +46,11 @@ def ickd(student: Array, teacher: Array) -> Array:
     the student goes through `connectors.conv1x1` and `connectors.batch_norm`.
 
     Args:
+      student: `[B, ..., C]`.
       teacher: `[B, ..., C]`; the number of positions may differ.
+
+    Returns:
+      `[B]`.
 
     References:
       Liu et al., Exploring Inter-Channel Correlation for Diversity-preserved Knowledge
@@ -148,6 +154,10 @@ def affinity(student: Array, teacher: Array) -> Array:
 
     Args:
       student: `[B, ..., C]`, adapted to the teacher's factors.
+      teacher: the same shape.
+
+    Returns:
+      `[B]`.
 
     References:
       He et al., Knowledge Adaptation for Efficient Semantic Segmentation, 2019 (1903.04688).
@@ -179,6 +189,9 @@ def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> 
       student: at least two maps `[B, ..., C_l]`.
       teacher: the same number of maps with the same `C_l`; positions may differ.
       k: singular vectors per layer.
+
+    Returns:
+      `[B]`.
 
     References:
       Lee, Kim and Song, Self-supervised Knowledge Distillation Using Singular Value

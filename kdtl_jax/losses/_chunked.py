@@ -56,9 +56,16 @@ def chunked_divergence(
       divergence: `([n, V_S], [n, V_T]) -> [n]`: any loss of the package on logits (`forward_kl`,
         `reverse_kl`, `jsd_normalized`, `skew_reverse_kl`, `total_variation`, `uld` …), with its
         hyper-parameters bound by `functools.partial`; these may be traced and differentiated.
+      student_hidden: `[..., width]`; leading dimensions are tokens.
+      student_head: the student's output layer.
       teacher_hidden: `[..., teacher_width]`, the same leading dimensions.
+      teacher_head: the teacher's output layer.
+      where: bool `[...]`, tokens that count; others may hold anything.
       chunk_size: tokens per chunk, static. Larger values use the processor better; memory is about
         `4 chunk_size vocabulary` floats.
+
+    Returns:
+      `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
 
     References:
       Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024 (2410.10989); its
@@ -95,7 +102,14 @@ def chunked_loss(
       loss: `([n, V] logits, targets of n tokens) -> [n]`, e.g. `losses.top_k_kl_tail`, or
         `optax.softmax_cross_entropy_with_integer_labels`. On a CPU it sees a few rows at a time,
         which keeps its passes in the cache.
+      hidden: `[..., width]`; leading dimensions are tokens.
+      head: the output layer.
       targets: pytree of arrays `[..., *]` with the same leading dimensions.
+      where: bool `[...]`, tokens that count; others may hold anything.
+      chunk_size: tokens per chunk, static.
+
+    Returns:
+      `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
     """
     return _chunked(loss, lambda targets: targets, hidden, head, targets, where, chunk_size)
 
@@ -163,9 +177,12 @@ def chunked_map(
 
     Args:
       fn: `([n, V] logits, targets of n tokens) -> pytree of [n, *]`.
+      hidden: `[..., width]`; leading dimensions are tokens.
+      head: the output layer.
       targets: pytree of arrays `[..., *]` with the same leading dimensions, `None` if there are
         none; differentiated like everything else.
       where: bool `[...]`, tokens that count; others may hold anything and give 0.
+      chunk_size: tokens per chunk, static.
 
     Returns:
       `fn`'s pytree with leaves `[..., *]`.

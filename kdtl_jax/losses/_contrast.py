@@ -64,6 +64,12 @@ def info_nce(
 
     `.mean()` is the contrastive part of DCD (whose `1 / T` is learned, `min(exp(tau), 10)`).
 
+    Args:
+      student: `[B, ...]`, embedded; flattened per example and normalized here.
+      teacher: the same shape.
+      temperature: T > 0, possibly learned.
+      where: bool `[B]`, real examples.
+
     Returns:
       `[B]`, nats, at least 0; 0 for a batch of one.
 
@@ -81,8 +87,16 @@ def dcd_invariance(
     """`KL(softmax_k(A_ki)_j || softmax_k(A_ik)_j)`, with A the similarities of `info_nce`: DCD.
 
     Compares how the teacher of example i sees the students with how its student sees the teachers;
-    both sides are differentiated. DCD is `info_nce + .5 dcd_invariance`. Takes `[B, ...]`
-    embeddings, which it normalizes, and `where` `[B]`; returns `[B]`, in nats, at least 0.
+    both sides are differentiated. DCD is `info_nce + .5 dcd_invariance`.
+
+    Args:
+      student: `[B, ...]`, embedded; flattened per example and normalized here.
+      teacher: the same shape.
+      temperature: T > 0, possibly learned.
+      where: bool `[B]`, real examples.
+
+    Returns:
+      `[B]`, nats, at least 0.
 
     References:
       Giakoumoglou and Stathaki, Discriminative and Consistent Representation Distillation, 2024
@@ -121,7 +135,12 @@ def rrd(
       student: `[B, D]`.
       teacher: `[B, D]`.
       queue: `[K, D]`, unit rows, `memory.Queue.rows`.
+      student_temperature: T_S > 0.
       teacher_temperature: T_T, smaller than T_S: a sharper target.
+      where: bool `[B]`, real examples.
+
+    Returns:
+      `[B]`, nats, at least 0.
 
     References:
       Giakoumoglou and Stathaki, Relational Representation Distillation, 2024 (2407.12073).
@@ -161,8 +180,14 @@ def bi_tuning_classifier(
 
     Args:
       features: `[B, D]`, before the head.
+      labels: int `[B]`.
       class_weights: the head's kernel `[D, C]`; the published code holds it constant here.
       class_bias: the head's bias `[C]`.
+      temperature: of the cosine scores.
+      where: bool `[B]`, real examples.
+
+    Returns:
+      `[B]`, nats.
 
     References:
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its contrastive
@@ -199,6 +224,11 @@ def bi_tuning_projection(
       queries: `[B, P]` projections of the model being trained; normalized here.
       keys: `[B, P]` projections of the momentum model, or of another view.
       labels: int `[B]`, from 0, for any number of classes.
+      temperature: of the cosine scores.
+      where: bool `[B]`, real examples.
+
+    Returns:
+      `[B]`, nats.
 
     References:
       Zhong et al., 2020 (2011.06182), its categorical contrastive learning.
@@ -230,7 +260,11 @@ def uniform_contrast(
     Args:
       scores: `[B, M]`, one row per anchor, over M candidates.
       positives: bool `[B, M]`.
+      temperature: divides the scores.
       where: bool `[B, M]`, candidates to include.
+
+    Returns:
+      `[B]`, nats.
     """
     scores = _sides.single(scores, "scores", at_least=2, at_most=2)
     _checks.mask(positives, scores.shape, "positives")

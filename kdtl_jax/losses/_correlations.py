@@ -34,6 +34,11 @@ def ega_node(student: Array, teacher: Array, *, where: Array | None = None) -> A
 
     `sqrt(.sum())` is the authors' Frobenius norm.
 
+    Args:
+      student: `[B, ...]`, flattened per example.
+      teacher: the same shape.
+      where: bool `[B]`, real examples.
+
     Returns:
       `[B]`; not 0 at equality unless different examples are uncorrelated.
 
@@ -54,6 +59,7 @@ def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -
     Args:
       student: `[B, ...]`, flattened per example and normalized here.
       teacher: `[B, ...]`, any width.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, at least 0; not 0 at equality.
@@ -82,6 +88,8 @@ def feature_correlation(student: Array, teacher: Array, *, where: Array | None =
 
     Args:
       student: `[B, D]`.
+      teacher: the same shape.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[D]`, in `[-1, 1]`; 0 for a constant feature.
@@ -113,6 +121,7 @@ def pkd_pearson(
       ddof: the variance divides by `n - ddof`, which must be positive.
       eps: added to the standard deviation, in feature units; the authors' constant. With `eps=0`
         the value does not depend on the features' scale (1e-18 to 1e18).
+      where: bool `[B]`, real examples.
 
     References:
       Cao et al., PKD: General Distillation Framework for Object Detectors via Pearson Correlation
@@ -159,6 +168,7 @@ def ridge_hint(
       student: `[B, ..., Cs]`.
       teacher: `[B, ..., Ct]`, the same leading axes.
       ridge: relative penalty, > 0.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, squared teacher units.

@@ -151,6 +151,8 @@ def hard_kd(
     """Cross-entropy with the teacher's decision: `-log p_S(argmax z_T)`.
 
     Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
       label_smoothing: share of the target spread over all classes, in [0, 1].
 
     Returns:
@@ -315,6 +317,10 @@ def total_variation(
     """`1/2 sum_c |p_S - p_T|`, a probability.
 
     It needs no `T^2`, since its gradient does not fall as `1/T^2`; DistillKit multiplies by it.
+
+    Args:
+      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
+      temperature: softens both sides, > 0.
 
     Returns:
       `[...]`, in [0, 1].

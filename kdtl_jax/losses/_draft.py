@@ -99,6 +99,7 @@ def draft_targets(
       target_logits: `[B, T, vocabulary]`.
       where: bool `[B, T]`, aligned with the target.
       step: >= 0, static; from T on nothing counts.
+      draft_ids: int `[draft_vocabulary]`.
 
     Returns:
       The target's logits `[B, T, draft_vocabulary]` and bool `[B, T]`, False past the end.

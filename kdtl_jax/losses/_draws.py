@@ -41,6 +41,8 @@ def random_sampling_draws(
     """Classes drawn with replacement from `q ~ p_T^exponent`: int32 `[..., num_draws]`.
 
     Args:
+      key: a PRNG key.
+      teacher_logits: `[..., num_classes]`.
       num_draws: N; 50 draws from a language model contain about 12 distinct classes.
       exponent: >= 0; below 1 it draws rare classes more often.
     """
@@ -59,7 +61,9 @@ def random_sampling_targets(
     sum, they are the paper's weights, with less variance and a bias that vanishes as N grows.
 
     Args:
+      teacher_logits: `[..., num_classes]`.
       draws: int `[..., N]`, from `random_sampling_draws` with the same exponent.
+      exponent: of the draws.
 
     Returns:
       `WeightedClasses`; under `jit`, the weight of a class out of range is NaN.
@@ -83,6 +87,7 @@ def random_sampling_cross_entropy(
     """`-sum_n w_n log p_S(class_n)`; its mean over draws is `soft_cross_entropy` with the teacher.
 
     Args:
+      student_logits: `[..., num_classes]`.
       targets: indices out of range raise, or give NaN with gradient 0 under `jit`.
       temperature: softens the student, as the teacher was softened before the draws.
 

@@ -28,6 +28,11 @@ def mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     `.mean()` gives the number of RepDistiller, mdistiller, SimKD and torchdistill's MSE; multiply
     by the elements per example for mmrazor's `L2Loss` with `normalize=False`.
 
+    Args:
+      student: `[B, ...]`.
+      teacher: the same shape; targets, predictions or features.
+      where: bool, entries to include.
+
     Returns:
       `[B]`, squared feature units.
 
@@ -70,6 +75,11 @@ def squared_distance(student: Array, teacher: Array, *, where: Array | None = No
     classification) is the authors' number. ViTKD's high layer is this sum over the replaced tokens
     alone (`where`), times beta / mask ratio. Half of `.sum()`, summed over layers, is TLL's
     behavioral regularization, which grows with the batch size.
+
+    Args:
+      student: `[B, ..., C]`.
+      teacher: the same shape.
+      where: bool, entries to include.
 
     Returns:
       `[B]`, squared feature units, summed.
@@ -155,6 +165,10 @@ def cosine_distance(student: Array, teacher: Array) -> Array:
     A zero vector has no direction: its distance is 1. The scale of either side does not matter as
     long as its squares are in float32's range: entries of 1e-18 to 1e18.
 
+    Args:
+      student: `[..., D]`.
+      teacher: the same shape.
+
     Returns:
       `[...]`, in `[0, 2]`.
 
@@ -218,6 +232,8 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
     the logarithm and doubles the result: `2 logsumexp` of these values.
 
     Args:
+      student: `[B, D]` or `[B, ..., D]`.
+      teacher: the same shape.
       exponent: alpha >= 1.
       floor: smallest sum, > 0, in feature units to the power alpha (unitless for batch-normalized
         features).
@@ -249,6 +265,7 @@ def vid(student: Array, teacher: Array, variance: Array) -> Array:
 
     Args:
       student: `[B, ..., C]`, the predicted mean.
+      teacher: the same shape.
       variance: `[C]`, or the shape of the others; > 0.
 
     Returns:

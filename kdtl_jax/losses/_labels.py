@@ -113,7 +113,11 @@ def wsld_weight(
     weight the term by 2.25 (T = 4) or 2.5 (T = 2).
 
     Args:
+      student_logits: `[..., num_classes]`, at temperature 1.
+      teacher_logits: the same shape.
+      labels: `[...]`.
       eps: > 0, keeps the ratio finite where the teacher is certain; the authors' constant.
+      where: bool `[...]`, examples that count.
 
     Returns:
       `[...]`, in [0, 1].
@@ -141,6 +145,14 @@ def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = N
     times the `soft_cross_entropy` of the student's `non_target_logits` with `zipf_targets`, and
     `mu` (0.005) times the cross-entropy of a weak head on an early feature with smoothed labels
     (0.1).
+
+    Args:
+      student_logits: `[B, num_classes]`.
+      labels: `[B]`.
+      where: bool `[B]`, examples that count; the mean is over them.
+
+    Returns:
+      `[B]`.
 
     References:
       Yang et al., 2023 (2303.13005).
@@ -179,6 +191,7 @@ def virtual_teacher(
     averages over classes. Label smoothing by e is `soft_cross_entropy` against `a = 1 - e + e / C`.
 
     Args:
+      labels: `[...]`.
       num_classes: C, at least 2.
       correct_probability: a, in [0, 1]; a scalar or one value per example.
       where: bool `[...]`, examples that count; the others get the uniform distribution.

@@ -46,6 +46,9 @@ def attention_transfer(student: Array, teacher: Array, *, power: int | float = 2
       teacher: `[B, ..., Ct]`, the same positions; pool the larger map first (`connectors.pool`).
       power: `p` of `attention_map`.
 
+    Returns:
+      `[B]`.
+
     References:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928), and code.
     """
@@ -58,6 +61,11 @@ def attention_transfer_paper(student: Array, teacher: Array, *, power: int | flo
     `.mean()` is torchdistill's number with `mode="paper"`. Its gradient at equality is set to 0.
 
     The arguments are those of `attention_transfer`.
+
+    Args:
+      student: `[B, ..., Cs]`.
+      teacher: `[B, ..., Ct]`, the same positions; pool the larger map first (`connectors.pool`).
+      power: `p` of `attention_map`.
 
     Returns:
       `[B]`, in `[0, 2]`.
@@ -132,6 +140,9 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
       teacher: `[B, Ht, Wt, classes]`.
       resolution: side of the pooled maps.
 
+    Returns:
+      `[B]`.
+
     References:
       Guo et al., Class Attention Transfer Based Knowledge Distillation, 2023.
     """
@@ -151,6 +162,7 @@ def hcl(student: Array, teacher: Array, *, sizes: Sequence[int] = (4, 2, 1)) -> 
 
     Args:
       student: `[B, H, W, C]`, fused.
+      teacher: the same shape.
       sizes: sides of the pools, tried in order.
 
     Returns:

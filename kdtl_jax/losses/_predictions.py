@@ -37,6 +37,9 @@ def dist_inter(
     by `temperature^2`.
 
     Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      temperature: softens both; a scalar or one value per example.
       eps: >= 0, added to the product of the two norms, as in the authors' code. A row without
         variance has correlation 0, hence distance 1.
 

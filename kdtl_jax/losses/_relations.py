@@ -43,7 +43,10 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | No
     student's. `.mean() / B` is RepDistiller's number (weight 30000; the code averages over B^2).
 
     Args:
+      student: `[B, ...]`.
+      teacher: `[B, ...]`, any width.
       eps: added to norms (in feature units) and to both probabilities inside the logarithm.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, nats; at least 0 up to `B eps`.

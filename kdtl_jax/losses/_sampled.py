@@ -216,6 +216,7 @@ def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = N
     Args:
       rewards: `[..., L]`.
       gamma: in [0, 1].
+      where: bool `[..., L]`.
 
     Returns:
       `[..., L]`.
@@ -265,6 +266,7 @@ def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None
     Args:
       advantages: `[..., L]`, `log p_T - log p_sampler` of the sampled tokens.
       gamma: >= 0.
+      where: bool `[..., L]`.
 
     Returns:
       `[..., L]`, in [1, 1 + gamma], a constant that multiplies the advantages of `policy_gradient`.

@@ -66,6 +66,7 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
     In chunks: `chunked_map(top_k_at, teacher_hidden, teacher_head, indices)`.
 
     Args:
+      teacher_logits: `[..., num_classes]`.
       indices: int `[..., k]`, all different within a row.
       temperature: softens the teacher; use the same for the student.
 
@@ -146,6 +147,11 @@ def top_k_buckets(
     Both are log-probabilities, hence logits: any divergence of the package can compare them and
     keeps its properties (it is a divergence of coarser distributions, never above that of the full
     ones).
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: of the teacher, at the same temperature.
+      temperature: softens the student; a scalar or one value per example.
 
     Returns:
       student `[..., k + 1]`, teacher `[..., k + 1]`.
@@ -236,7 +242,9 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
     buckets, the class and the rest: `top_k_kl_tail`, or `reverse_kl` of `top_k_buckets`.)
 
     Args:
+      student_logits: `[..., num_classes]`.
       targets: `indices[..., 0]` is the sampled class, `log_probs[..., 0]` the teacher's.
+      temperature: softens the student; a scalar or one value per example.
 
     Returns:
       `[...]`, nats, of either sign.
@@ -258,6 +266,7 @@ def hinge_ranking(
     """Mean over ordered pairs `p_T(k) > p_T(l) + eps` of `max(0, margin - (p_S(k) - p_S(l)))`.
 
     Args:
+      student_logits: `[..., num_classes]`.
       targets: the teacher's k classes (`top_k_targets`); all k^2 pairs among them are compared.
       margin: by how much the better class must lead; by default as much as for the teacher,
         `p_T(k) - p_T(l)`.
@@ -284,6 +293,7 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
     """Mean over ordered pairs `p_T(k) > p_T(l) + eps` of `log(1 + exp(-(z_S(k) - z_S(l))))`.
 
     Args:
+      student_logits: `[..., num_classes]`.
       targets: the teacher's k classes (`top_k_targets`); all k^2 pairs among them are compared.
       eps: pairs closer than this, and classes below it, do not count.
 

@@ -160,6 +160,11 @@ def jacobian_matching(student: BatchFn, teacher: BatchFn, inputs: Array, probes:
 def jacobian_matching_exact(student: BatchFn, teacher: BatchFn, inputs: Array) -> Array:
     """`||J_S - J_T||_F^2` per example, as `jacobian_matching`: one product per output.
 
+    Args:
+      student: maps `inputs` to `[B, ...]`.
+      teacher: the same output shape.
+      inputs: `[B, ...]`, where the derivatives are taken.
+
     Returns:
       `[B]`, squared output units per squared input unit.
 

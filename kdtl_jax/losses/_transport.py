@@ -108,6 +108,12 @@ def uld(
 
     The Wasserstein distance when moving mass between any two classes costs the same.
 
+    Args:
+      student_logits: `[..., student_vocabulary]`.
+      teacher_logits: `[..., teacher_vocabulary]`, other dimensions equal.
+      student_temperature: a scalar or one value per example.
+      teacher_temperature: a scalar or one value per example.
+
     Returns:
       `[...]`, in [0, 2].
 
@@ -132,6 +138,12 @@ def uld_w1(
     The Wasserstein-1 distance along ranks: moving mass by one rank costs 1, so mass deep in the
     tail counts for more than in `uld`.
 
+    Args:
+      student_logits: `[..., student_vocabulary]`.
+      teacher_logits: `[..., teacher_vocabulary]`, other dimensions equal.
+      student_temperature: a scalar or one value per example.
+      teacher_temperature: a scalar or one value per example.
+
     Returns:
       `[...]`, in ranks.
 
@@ -149,6 +161,10 @@ def sorted_l1(student_probs: Array, teacher_probs: Array) -> Array:
 
     Args:
       student_probs: `[..., student_vocabulary]`; need not sum to 1 (merged tokens do not).
+      teacher_probs: `[..., teacher_vocabulary]`, other dimensions equal.
+
+    Returns:
+      `[...]`.
     """
     student, teacher = _checked(student_probs=student_probs, teacher_probs=teacher_probs)
     return jnp.sum(jnp.abs(_sorted_gaps(student, teacher)), axis=-1)

@@ -58,6 +58,7 @@ def by_id(logits: Array, ids: Array) -> Array:
     """`[..., num_ids]`: column v is the logit of class `ids[v]`, -inf where `ids[v]` is -1.
 
     Args:
+      logits: `[..., num_classes]`.
       ids: int `[num_ids]`.
     """
     _checks.floating(logits=logits)
@@ -106,6 +107,7 @@ def log_mass(logits: Array, classes: Array) -> Array:
     """`log P(class in the set)`, e.g. the log-probability that a word ends here.
 
     Args:
+      logits: `[..., num_classes]`.
       classes: bool `[num_classes]`.
 
     Returns:

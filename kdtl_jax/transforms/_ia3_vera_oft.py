@@ -45,6 +45,8 @@ def ia3_output(
     """`y' = (x W + b) * l`: one learned factor per output, for keys and values.
 
     Args:
+      in_axis: the kernel's input axis, or axes.
+      out_axis: the kernel's output axis, or axes.
       bias: last path segments (after "/" or, in flat names, ".") of the bias beside a kernel,
         which is scaled with it if there is one; `()` scales no bias.
 
@@ -99,6 +101,8 @@ def vera(
       projections: the PRNG key of A and B; part of the model, so keep it with the weights.
       rank: r; can be high, since a rank costs one number per layer.
       start: the initial value of d; b starts at 0.
+      in_axis: the kernel's input axis, or axes.
+      out_axis: the kernel's output axis, or axes.
 
     Returns:
       The adapter; weights are `{path: VeraWeights}`. `combine` stacks terms, which is exact.
@@ -141,6 +145,8 @@ def oft(block_size: int = 32, *, in_axis: Axes = -2, out_axis: Axes = -1) -> Ada
 
     Args:
       block_size: n; the number of inputs must be a multiple of it.
+      in_axis: the kernel's input axis, or axes.
+      out_axis: the kernel's output axis, or axes.
 
     Returns:
       The adapter; weights are `{path: RotationWeights}`. `combine` adds the skew matrices, which

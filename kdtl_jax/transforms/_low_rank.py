@@ -35,6 +35,9 @@ def factor_low_rank(matrix: Array, rank: int) -> LowRank:
       matrix: `[..., in, out]`; leading axes (layers, kernel positions) are factored separately.
       rank: 1 to `min(in, out)`.
 
+    Returns:
+      The factors, in the dtype of `matrix`.
+
     References:
       Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
     """

@@ -267,6 +267,9 @@ def resize_patch_kernel(kernel: Array, new_size: Grid) -> Array:
       kernel: `[h, w, in, out]`.
       new_size: `(h', w')`.
 
+    Returns:
+      `[h', w', in, out]` in the dtype of `kernel`.
+
     References:
       Beyer et al., FlexiViT, 2022 (2212.08013).
     """
@@ -292,6 +295,9 @@ def adapt_input_channels(kernel: Array, channels: int, *, axis: int = -2) -> Arr
       kernel: any rank; `[h, w, in, out]` for a convolution.
       channels: the new number, >= 1.
       axis: the input axis.
+
+    Returns:
+      The kernel with `channels` entries along `axis`, same dtype.
     """
     _checks.floating(kernel=kernel)
     _checks.count(1, channels=channels)

@@ -119,9 +119,14 @@ def disjoint_merge(
     An entry of 0 agrees with neither sign.
 
     Args:
+      task_vectors: a list of trees of one structure.
       signs: the elected signs, +1 and -1.
+      weights: one per task vector; None for 1 each.
       divisor: `m -> [...]`, from bools `[N, ...]`; `agreeing_count` when None (the paper's mean),
         `agreeing_weight(w)`, or `undivided`. Where it is 0, the sum is not divided.
+
+    Returns:
+      The merged task vector, float32 or wider.
     """
     trees_by_name = {"signs": signs} | _leaves.name_members("task_vectors", task_vectors)
     by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), task_vectors[0])

@@ -64,8 +64,13 @@ def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> 
     """Keeps the units `indices[name]` of every axis of that name, for narrower layers.
 
     Args:
+      params: any pytree.
+      spec: the names of the axes.
       indices: `{name: [n] integers}`, e.g. from `uniform_indices` or `top_indices`; may be
         traced. Repeated indices are allowed.
+
+    Returns:
+      The tree with the selected units, in the given order; dtypes are kept.
     """
     axes, sizes = axes_and_sizes(params, spec)
     index = {
