@@ -34,8 +34,18 @@ PARTS = {
 # What zipfile and NumPy raise on broken or foreign files; zipfile raises NotImplementedError
 # for an unknown compression.
 _READ_ERRORS = (
-    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, RuntimeError),
-    *(NotImplementedError, OverflowError, MemoryError, SyntaxError, UnicodeError, OSError),
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    NotImplementedError,
+    OverflowError,
+    MemoryError,
+    SyntaxError,
+    UnicodeError,
+    OSError,
     tokenize.TokenError,  # from NumPy's header reader
 )
 
@@ -139,15 +149,15 @@ def _names_by_part(
             for affix in affixes
             for candidate in (f"{usual}_{affix}", f"{affix}_{usual}", f"{usual}{affix}")
         )
-        result |= _first_match(part, candidates, by_lowercase)
-    return result | _first_match("whole", usual_names, by_lowercase)
+        if match := _first_match(candidates, by_lowercase):
+            result[part] = match
+    if match := _first_match(usual_names, by_lowercase):
+        result["whole"] = match
+    return result
 
 
-def _first_match(
-    part: str, candidates: Iterable[str], by_lowercase: Mapping[str, str]
-) -> dict[str, str]:
-    """`{part: name}` for the first candidate that exists; {} if none does."""
-    return next(({part: by_lowercase[x]} for x in candidates if x in by_lowercase), {})
+def _first_match(candidates: Iterable[str], by_lowercase: Mapping[str, str]) -> str | None:
+    return next((by_lowercase[name] for name in candidates if name in by_lowercase), None)
 
 
 def _sibling_parts(name: str, by_lowercase: Mapping[str, str]) -> dict[str, str]:
@@ -158,7 +168,8 @@ def _sibling_parts(name: str, by_lowercase: Mapping[str, str]) -> dict[str, str]
             result = {"train": name}
             for part in ("validation", "test"):
                 candidates = (prefix + alternative + suffix for alternative in PARTS[part])
-                result |= _first_match(part, candidates, by_lowercase)
+                if match := _first_match(candidates, by_lowercase):
+                    result[part] = match
             return result
     return {"whole": name}
 

@@ -25,8 +25,15 @@ SUFFIXES = (".parquet", ".arrow", ".feather")
 BUFFER_BYTES = 2**16  # bytes of a file read at once
 ROWS = 2**16  # of a parquet file read at once, if its texts have to be counted
 IMAGE_SIGNATURES = (
-    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF"),
-    *(b"II*\x00", b"MM\x00*", b"P5", b"P6"),
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"BM",
+    b"RIFF",
+    b"II*\x00",
+    b"MM\x00*",
+    b"P5",
+    b"P6",
 )
 BOOLEANS = ("False", "True")  # the names of their classes
 

@@ -41,16 +41,29 @@ class PretrainedDecoder(NamedTuple):
 _HEAD = "lm_head.weight"
 _KINDS = ("full_attention", "sliding_attention")
 _SIZES = (
-    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "n_embd", "n_inner", "n_head", "n_positions"),
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_embd",
+    "n_inner",
+    "n_head",
+    "n_positions",
 )
 _BUFFERS = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?h\.\d+\.attn\.(masked_)?bias")
 _CLASSIFIERS = r"(score|classifier|(transformer\.)?qa_outputs)\..*"
 _OTHER_HEADS = rf"({_CLASSIFIERS}|multiple_choice_head\..*)"
 # Files of a folder that belong to its tokenizer, which `save` copies.
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
     "generation_config.json",
 )
 

@@ -50,7 +50,13 @@ class T5Layer(nn.Module):
             return nn.Dropout(self.dropout, deterministic=not train)(y)
 
         attention = SelfAttention(
-            self.heads, self.head_width, False, False, self.dropout, scale=1.0, name="attention"
+            self.heads,
+            self.head_width,
+            use_bias=False,
+            out_bias=False,
+            dropout=self.dropout,
+            scale=1.0,
+            name="attention",
         )
         y = nn.RMSNorm(epsilon=self.norm_epsilon, name="attention_norm")(x)
         x = x + drop(attention(y, where, train=train, bias=bias))
